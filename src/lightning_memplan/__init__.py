@@ -1,0 +1,27 @@
+"""GPU memory planning for PyTorch Lightning: the largest batch size that fits, before the first step runs."""
+
+from lightning_memplan._api import estimate, plan
+from lightning_memplan._device import cpu_device, detect_devices, gpu, gpus
+from lightning_memplan._errors import ApplyError, DoesNotFitError, MemplanError, TraceError
+from lightning_memplan._estimate import Estimate
+from lightning_memplan._types import Device, Layer, Measurement, Plan
+from lightning_memplan.callback import MemoryPlanner
+
+__all__ = [
+    "ApplyError",
+    "Device",
+    "DoesNotFitError",
+    "Estimate",
+    "Layer",
+    "Measurement",
+    "MemoryPlanner",
+    "MemplanError",
+    "Plan",
+    "TraceError",
+    "cpu_device",
+    "detect_devices",
+    "estimate",
+    "gpu",
+    "gpus",
+    "plan",
+]

@@ -1,0 +1,588 @@
+"""PyTorch's CUDA caching allocator, replayed: which bytes a program of allocations and frees takes of a card.
+
+Requests are rounded up to 512 bytes and served by the smallest free block of their pool and stream. Where none is
+large enough the card gives a segment: 2 MiB for requests of at most 1 MiB, 20 MiB for those under 10 MiB, else the
+request rounded up to 2 MiB. Blocks are split where enough is left over, and a freed block merges with its free
+neighbours. When the card is full, segments of which nothing is in use go back to it first. So whether a program fits
+is known only by replaying it under the card's capacity: what it reserves where there is room says too much.
+
+Source: c10/cuda/CUDACachingAllocator.cpp and c10/core/AllocatorConfig.h, torch 2.13 to 2.15. Not replayed: blocks that
+several streams use (``record_stream``), the pools of CUDA graphs, and ``backend:cudaMallocAsync``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_left, insort
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+_MIB = 2**20
+_ROUND = 512
+_SMALL = _MIB  # the largest request that the small pool serves
+_SMALL_SEGMENT = 2 * _MIB
+_LARGE_SEGMENT = 20 * _MIB
+_LARGE_ALONE = 10 * _MIB  # from here on a request has a segment of its own size, rounded up to 2 MiB
+_INTERVALS = 16  # sizes between powers of two that have divisions of their own: from 1 MiB, ... from 32 GiB
+_UNLIMITED = 2**62
+
+# A free block's key is its size and its address in one int: a sorted list of keys is in the order of best fit.
+_BITS = 64
+_ADDRESS = (1 << _BITS) - 1
+
+_SETTINGS = (
+    "backend",
+    "expandable_segments",
+    "garbage_collection_threshold",
+    "large_segment_size_mb",
+    "max_non_split_rounding_mb",
+    "max_split_size_mb",
+    "per_process_memory_fraction",
+    "roundup_power2_divisions",
+)
+_WITHOUT_EFFECT = re.compile(  # on how many bytes are allocated and reserved
+    "pinned_.*|release_lock_on_(cuda|hip)malloc|throw_on_cudamalloc_oom|graph_capture_record_stream_reuse"
+    "|expandable_segments_reserve(_by_class)?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AllocatorSettings:
+    """What ``PYTORCH_CUDA_ALLOC_CONF`` says, as far as it changes how many bytes are taken. Sizes are bytes.
+
+    >>> AllocatorSettings.from_text("max_split_size_mb:128, garbage_collection_threshold:0.8").max_split_size
+    134217728
+    >>> AllocatorSettings.from_environment({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}).expandable_segments
+    True
+
+    ``roundup_power2_divisions`` is empty, or holds sixteen numbers: into how many parts the sizes between two powers
+    of two are divided, from 1 MiB (and below) to 32 GiB (and above); 0 and 1 leave it at 512 bytes.
+    ``per_process_memory_fraction`` is a share of a card's total: their product is the ``fraction`` of `replay`.
+
+    Source: c10/core/AllocatorConfig.h and c10/cuda/CUDAAllocatorConfig.h, torch 2.15.
+    """
+
+    expandable_segments: bool = False
+    max_split_size: int | None = None  #: larger blocks are neither split, nor used for smaller requests
+    roundup_power2_divisions: tuple[int, ...] = ()
+    garbage_collection_threshold: float = 0.0  #: share of the fraction from which on idle segments are given back
+    max_non_split_rounding: int = _LARGE_SEGMENT  #: bytes that a block over ``max_split_size`` may be too large
+    large_segment_size: int = _LARGE_SEGMENT
+    per_process_memory_fraction: float = 1.0
+
+    @classmethod
+    def from_text(cls, text: str) -> AllocatorSettings:
+        """Parse the variable's value: pairs ``key:value``, separated by commas.
+
+        >>> AllocatorSettings.from_text("roundup_power2_divisions:[256:1,512:2,>:8]").roundup_power2_divisions
+        (1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 8, 8, 8, 8, 8, 8)
+
+        Raises:
+            ValueError: torch refuses the text, or it names ``backend:cudaMallocAsync``, where CUDA keeps the cache.
+        """
+        values = _pairs(text)
+        if values.get("backend", "native") != "native":
+            raise ValueError(f"only the allocator backend:native can be replayed, not backend:{values['backend']}")
+        expandable = values.get("expandable_segments", "False")
+        if expandable not in ("True", "False"):
+            raise ValueError(f"expandable_segments is True or False, not {expandable!r}")
+        large = _whole(values, "large_segment_size_mb", 11, _LARGE_SEGMENT)
+        return cls(
+            expandable_segments=expandable == "True",
+            max_split_size=_whole(values, "max_split_size_mb", large // _MIB, 0) or None,
+            roundup_power2_divisions=_divisions(values.get("roundup_power2_divisions", "[]")),
+            garbage_collection_threshold=_share(values, "garbage_collection_threshold", 0.0, lambda x: 0.0 < x < 1.0),
+            max_non_split_rounding=_whole(values, "max_non_split_rounding_mb", large // _MIB, _LARGE_SEGMENT),
+            large_segment_size=large,
+            per_process_memory_fraction=_share(values, "per_process_memory_fraction", 1.0, lambda x: 0.0 <= x <= 1.0),
+        )
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> AllocatorSettings:
+        """The settings that torch takes from these environment variables.
+
+        ``PYTORCH_CUDA_ALLOC_CONF`` comes before ``PYTORCH_HIP_ALLOC_CONF`` and the newer ``PYTORCH_ALLOC_CONF``; the
+        first that is set is the only one heard.
+
+        >>> AllocatorSettings.from_environment({}) == AllocatorSettings()
+        True
+        """
+        for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+            if name in environ:
+                return cls.from_text(environ[name])
+        return cls()
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What a program took of the card, in bytes, as ``torch.cuda.memory_stats`` counts them.
+
+    Allocated are the blocks in use, which are a little larger than what was asked for; reserved are the segments.
+    ``peak_at`` is the program's entry at which the allocated bytes first were at their peak. ``out_of_memory`` is the
+    entry that could not be served, at which the replay stopped, and ``None`` where all were. ``peaks`` has the peaks
+    of allocated and of reserved bytes in each interval between marks, as far as the replay came. ``retries`` counts
+    how often all that was idle had to be given back (``num_alloc_retries``), ``segments`` how often the card gave
+    memory (``num_device_alloc``).
+
+    >>> taken = replay([(0, 600, 0), (0, -1, 0)])
+    >>> taken.peak_allocated, taken.peak_reserved, taken.peak_at, taken.allocated, taken.reserved
+    (1024, 2097152, 0, 0, 2097152)
+    """
+
+    peak_allocated: int
+    peak_reserved: int
+    peak_at: int
+    allocated: int
+    reserved: int
+    out_of_memory: int | None
+    peaks: tuple[tuple[int, int], ...]
+    retries: int
+    segments: int
+
+
+_DEFAULT = AllocatorSettings()
+
+
+def replay(
+    program: Sequence[tuple[int, int, int]],
+    capacity: int | None = None,
+    settings: AllocatorSettings = _DEFAULT,
+    fraction: int | None = None,
+    marks: Sequence[int] = (),
+    total: int | None = None,
+) -> Replay:
+    """Run a program of entries ``(block, size, stream)`` through the allocator.
+
+    A size from 0 on allocates that many bytes under the id ``block`` (0 bytes take no memory); -1 frees the block.
+    Below, 3 MiB and 5 MiB share a segment of 20 MiB, and 40 MiB have one of their own. A card of 50 MiB has no room
+    for both, so it is given back the first, in which nothing is in use any more.
+
+    >>> program = [(1, 3 * 2**20, 0), (2, 5 * 2**20, 0), (1, -1, 0), (2, -1, 0), (3, 40 * 2**20, 0)]
+    >>> ample = replay(program)
+    >>> ample.peak_allocated // 2**20, ample.peak_reserved // 2**20, ample.retries
+    (40, 60, 0)
+    >>> tight = replay(program, capacity=50 * 2**20)
+    >>> tight.peak_reserved // 2**20, tight.retries, tight.out_of_memory
+    (40, 1, None)
+
+    More capacity can, rarely, make a program fail that fitted: what was given back earlier left fewer split blocks.
+
+    Args:
+        program: the entries, in their order in time.
+        capacity: bytes that the card can give (what is free on it, less CUDA's context); ``None`` is without end.
+        settings: the allocator's.
+        fraction: bytes that ``torch.cuda.set_per_process_memory_fraction`` leaves the process; only with it does the
+            ``garbage_collection_threshold`` act.
+        marks: indices of entries, ascending; before each, the peaks begin anew, as after
+            ``torch.cuda.reset_peak_memory_stats``.
+        total: bytes of the whole card, where the capacity is less. Only expandable segments ask: each has addresses
+            for 9/8 of it, and a request for which the first has no unbroken range left opens another.
+
+    Raises:
+        ValueError: an entry allocates a block that is there, or frees one that is not.
+    """
+    heap = _Heap(settings, capacity, fraction, capacity if total is None else total)
+    sizes, starts = heap.sizes, heap.starts
+    pools: tuple[dict[int, _Pool], dict[int, _Pool]] = ({}, {})  # large and small ones, by stream
+    live: dict[int, tuple[int, int, list[int]] | None] = {}  # address, size and the pool's keys
+    divisions = settings.roundup_power2_divisions
+    expandable = settings.expandable_segments
+    max_split, rounding = heap.max_split, settings.max_non_split_rounding
+    collects = heap.collects
+
+    allocated = peak_allocated = peak_reserved = peak_at = 0
+    out_of_memory = None
+    peaks = []
+    bounds = [0, *marks, len(program)]
+    for begin, end in pairwise(bounds):
+        peak, heap.peak = allocated, heap.reserved
+        for index, (block, request, stream) in enumerate(program[begin:end], begin):
+            if request < 0:
+                if block not in live:
+                    raise ValueError(f"entry {index} frees block {block}, which is not allocated")
+                place = live.pop(block)
+                if place is None:
+                    continue
+                address, size, keys = place
+                allocated -= size
+                stop = address + size
+                if stop in sizes:  # what follows is free
+                    size = sizes.pop(stop)
+                    del keys[bisect_left(keys, size << _BITS | stop)]
+                    stop += size
+                if address in starts:  # what lies before is free
+                    start = starts.pop(address)
+                    del keys[bisect_left(keys, address - start << _BITS | start)]
+                    address = start
+                sizes[address] = size = stop - address
+                starts[stop] = address
+                insort(keys, size << _BITS | address)
+                if collects:
+                    heap.since[address] = heap.searches
+                continue
+
+            if block in live:
+                raise ValueError(f"entry {index} allocates block {block}, which is allocated already")
+            if not request:
+                live[block] = None
+                continue
+            size = _round_up(request, divisions) if divisions else request + 511 & -512
+            small = size <= _SMALL
+            pool = pools[small].get(stream)
+            if pool is None:
+                pool = pools[small][stream] = heap.new_pool(small)
+            keys = pool.keys
+            if collects:
+                heap.searches += not small
+            at = bisect_left(keys, size << _BITS)
+            if expandable:
+                at = heap.least_reach(keys, at)
+            if at == len(keys) or keys[at] >> _BITS >= (max_split if size < max_split else size + rounding):
+                at = heap.grow(pool, size)
+                if at < 0:
+                    out_of_memory = index
+                    break
+            key = keys.pop(at)
+            address = key & _ADDRESS
+            rest = sizes.pop(address) - size
+            if rest >= pool.least_rest and size < pool.split_under:
+                start = address + size
+                sizes[start] = rest
+                starts[start + rest] = start
+                insort(keys, rest << _BITS | start)
+            else:
+                size += rest
+                del starts[address + size]
+            live[block] = address, size, keys
+            allocated += size
+            if allocated > peak:
+                peak = allocated
+                if peak > peak_allocated:
+                    peak_allocated, peak_at = peak, index
+        peaks.append((peak, heap.peak))
+        peak_reserved = max(peak_reserved, heap.peak)
+        if out_of_memory is not None:
+            break
+    return Replay(
+        peak_allocated=peak_allocated,
+        peak_reserved=peak_reserved,
+        peak_at=peak_at,
+        allocated=allocated,
+        reserved=heap.reserved,
+        out_of_memory=out_of_memory,
+        peaks=tuple(peaks),
+        retries=heap.retries,
+        segments=heap.segments,
+    )
+
+
+class _Pool:
+    """The free blocks of one stream, of those that serve small or of those that serve large requests."""
+
+    __slots__ = ("granule", "keys", "least_rest", "small", "split_under", "unmapped")
+
+    def __init__(self, small: bool, granule: int, least_rest: int, split_under: int) -> None:
+        self.small = small
+        self.granule = granule  # bytes by which an expandable segment grows
+        self.least_rest = least_rest  # a block is split if so many bytes are left over ...
+        self.split_under = split_under  # ... and the request is smaller than this
+        self.keys: list[int] = []  # of the free blocks, best fit first
+        self.unmapped: list[int] = []  # addresses of the holes in expandable segments, ascending
+
+
+class _Heap:
+    """The card's memory as the allocator holds it: free blocks by their start and by their end, and segments.
+
+    Addresses are not the card's. Of free blocks of one size torch 2.15 takes the one in the oldest segment, wherever
+    the card laid it, and therein the first: so each new segment lies above those before it. Of several expandable
+    segments of a pool, which exist only where addresses run out, it searches the newest first: these lie below those
+    before. A gap is left between any two, so whatever starts where a block ends is its neighbour in the same segment.
+    """
+
+    def __init__(
+        self, settings: AllocatorSettings, capacity: int | None, fraction: int | None, total: int | None
+    ) -> None:
+        self.settings = settings
+        self.capacity = _UNLIMITED if capacity is None else capacity
+        self.span = 2**52 if total is None else total + total // 8  # addresses of an expandable segment
+        self.fraction = _UNLIMITED if fraction is None else fraction
+        self.max_split = _UNLIMITED if settings.max_split_size is None else settings.max_split_size
+        self.collects = fraction is not None and settings.garbage_collection_threshold > 0.0
+        self.pools: list[_Pool] = []
+        self.sizes: dict[int, int] = {}  # of free blocks
+        self.starts: dict[int, int] = {}  # of free blocks, by their end
+        self.segment_sizes: dict[int, int] = {}
+        self.holes: dict[int, int] = {}  # sizes of the unmapped parts of expandable segments
+        self.alignment = math.lcm(_SMALL_SEGMENT, settings.large_segment_size)
+        self.top = 0  # segments lie below ...
+        self.bottom = 2**62 // self.alignment * self.alignment  # ... and expandable ones above
+        self.reserved = self.peak = self.retries = self.segments = 0
+        self.searches = 0  # of large pools for a free block: garbage collection's clock
+        self.since: dict[int, int] = {}  # that clock when a block was freed
+
+    def new_pool(self, small: bool) -> _Pool:
+        finely = small or self.settings.expandable_segments
+        pool = _Pool(
+            small=small,
+            granule=_SMALL_SEGMENT if small else self.settings.large_segment_size,
+            least_rest=_ROUND if finely else _SMALL + _ROUND,
+            split_under=_UNLIMITED if finely else self.max_split,
+        )
+        self.pools.append(pool)
+        return pool
+
+    def add(self, pool: _Pool, address: int, size: int) -> None:
+        self.sizes[address] = size
+        self.starts[address + size] = address
+        insort(pool.keys, size << _BITS | address)
+
+    def remove(self, pool: _Pool, address: int) -> int:
+        size = self.sizes.pop(address)
+        del self.starts[address + size]
+        del pool.keys[bisect_left(pool.keys, size << _BITS | address)]
+        return size
+
+    def new_address(self, size: int) -> int:
+        """The start of a new segment, apart from all others, on a multiple of every granule."""
+        step = (size // self.alignment + 1) * self.alignment
+        if self.settings.expandable_segments:
+            self.bottom -= step
+            return self.bottom
+        self.top += step
+        return self.top - step
+
+    def reserve(self, size: int) -> None:
+        self.segments += 1
+        self.reserved += size
+        self.peak = max(self.peak, self.reserved)
+
+    def grow(self, pool: _Pool, size: int) -> int:
+        """Have the card give memory for a request that no free block serves: its index in the pool's keys, or -1."""
+        if self.collects:
+            self.collect()
+        at = self.take(pool, size)
+        if at < 0 and self.release_oversize(pool, size):
+            at = self.take(pool, size)
+        if at < 0:
+            self.release()
+            self.retries += 1
+            at = self.take(pool, size)
+        return at
+
+    def take(self, pool: _Pool, size: int) -> int:
+        if size < _LARGE_ALONE:
+            segment = _SMALL_SEGMENT if pool.small else self.settings.large_segment_size
+        else:
+            segment = size + 2 * _MIB - 1 & -2 * _MIB
+        if self.reserved + segment > self.fraction:
+            return -1
+        if self.settings.expandable_segments:
+            return self.extend(pool, size)
+        if self.reserved + segment > self.capacity:
+            return -1
+        address = self.new_address(segment)
+        self.segment_sizes[address] = segment
+        self.add(pool, address, segment)
+        self.reserve(segment)
+        return bisect_left(pool.keys, segment << _BITS | address)
+
+    def give_back(self, pool: _Pool, key: int) -> int:
+        """Give the card a segment that is one free block; its bytes, and 0 for a block that is only part of one."""
+        address, size = key & _ADDRESS, key >> _BITS
+        if self.segment_sizes.get(address) != size:
+            return 0
+        del self.segment_sizes[address]
+        self.remove(pool, address)
+        self.reserved -= size
+        return size
+
+    def release(self) -> None:
+        """Give back all that is idle: whole segments, or whole granules of expandable ones."""
+        give_back = self.unmap if self.settings.expandable_segments else self.give_back
+        for pool in self.pools:
+            for key in tuple(pool.keys):
+                give_back(pool, key)
+
+    def release_oversize(self, pool: _Pool, size: int) -> bool:
+        """With a ``max_split_size``: give back the best fit of those over it, else the largest until they suffice."""
+        if self.settings.max_split_size is None or self.settings.expandable_segments:
+            return False
+        wanted = max(size, self.max_split)
+        at = bisect_left(pool.keys, wanted << _BITS)
+        if at < len(pool.keys):
+            return self.give_back(pool, pool.keys[at]) > 0
+        for key in reversed(tuple(pool.keys)):
+            if wanted <= 0 or key >> _BITS < self.max_split:
+                break
+            wanted -= self.give_back(pool, key)
+        return wanted <= 0
+
+    def collect(self) -> None:
+        """Over the threshold, give back large segments that have been idle for at least the average, then anew."""
+        wanted = self.reserved - int(self.settings.garbage_collection_threshold * self.fraction)
+        if wanted <= 0:
+            return
+        ages = {
+            (pool, key): self.searches - self.since[key & _ADDRESS]
+            for pool in self.pools
+            if not pool.small
+            for key in pool.keys
+            if self.segment_sizes.get(key & _ADDRESS) == key >> _BITS
+        }
+        while ages and wanted > 0:
+            average = sum(ages.values()) / len(ages)
+            for idle in [idle for idle, age in ages.items() if age >= average]:
+                del ages[idle]
+                wanted -= self.give_back(*idle)
+
+    # Expandable segments: a long range of addresses for each pool, whose granules are mapped as they are needed.
+
+    def least_reach(self, keys: list[int], at: int) -> int:
+        """Best fit by the size that a free block can grow to: go on for as long as the next one's is smaller."""
+
+        while at + 1 < len(keys) and self.reach(keys[at + 1]) < self.reach(keys[at]):
+            at += 1
+        return at
+
+    def reach(self, key: int) -> int:
+        size = key >> _BITS
+        return size + self.holes.get((key & _ADDRESS) + size, 0)
+
+    def extend(self, pool: _Pool, size: int) -> int:
+        if size > self.span:
+            return -1
+        start = self.room(pool, size)
+        while (free := self.sizes.get(start, 0)) < size:
+            if not self.map(pool, start + free, min(size - free, self.holes[start + free])):
+                return -1
+        return bisect_left(pool.keys, free << _BITS | start)
+
+    def room(self, pool: _Pool, size: int) -> int:
+        """The lowest address from which on free blocks and holes make up the size, else that of a new segment."""
+        for hole in pool.unmapped:
+            start = end = self.starts.get(hole, hole)
+            while end - start < size and (step := self.sizes.get(end) or self.holes.get(end)):
+                end += step
+            if end - start >= size:
+                return start
+        size = -(-self.span // pool.granule) * pool.granule
+        start = self.new_address(size)
+        self.holes[start] = size
+        insort(pool.unmapped, start)
+        return start
+
+    def map(self, pool: _Pool, address: int, size: int) -> bool:
+        """Map granules from a hole's start on: all that the size needs, or none where the card has fewer."""
+        size = -(-size // pool.granule) * pool.granule
+        if self.reserved + size > self.capacity:
+            return False
+        end = address + size
+        pool.unmapped.remove(address)
+        if left := self.holes.pop(address) - size:
+            self.holes[end] = left
+            insort(pool.unmapped, end)
+        elif end in self.sizes:
+            end += self.remove(pool, end)
+        if address in self.starts:
+            address = self.starts[address]
+            self.remove(pool, address)
+        self.add(pool, address, end - address)
+        self.reserve(size)
+        return True
+
+    def unmap(self, pool: _Pool, key: int) -> None:
+        """Give back the granules that lie wholly within a free block."""
+        granule = pool.granule
+        start, end = key & _ADDRESS, (key & _ADDRESS) + (key >> _BITS)
+        first, last = -(-start // granule) * granule, end // granule * granule
+        if first >= last:
+            return
+        self.remove(pool, start)
+        if start < first:
+            self.add(pool, start, first - start)
+        if last < end:
+            self.add(pool, last, end - last)
+        self.reserved -= last - first
+        at = bisect_left(pool.unmapped, first)
+        if last in self.holes:
+            del pool.unmapped[at]
+            last += self.holes.pop(last)
+        if at and (before := pool.unmapped[at - 1]) + self.holes[before] == first:
+            first = before
+        else:
+            pool.unmapped.insert(at, first)
+        self.holes[first] = last - first
+
+
+def _round_up(size: int, divisions: Sequence[int]) -> int:
+    """The block's size for a request: a multiple of 512 bytes, or of a part of the power of two below it."""
+    parts = divisions[min(max(size.bit_length() - _MIB.bit_length(), 0), _INTERVALS - 1)]
+    if parts <= 1 or size <= _ROUND * parts:
+        return size + _ROUND - 1 & -_ROUND
+    step = (1 << size.bit_length() - 1) // parts
+    return size + step - 1 & -step
+
+
+def _pairs(text: str) -> dict[str, str]:
+    text = "".join(text.split()).removesuffix(",")
+    values = {}
+    for pair in re.split(r",(?![^\[]*\])", text) if text else ():  # at no comma within brackets
+        key, _, value = pair.partition(":")
+        if key not in _SETTINGS and not _WITHOUT_EFFECT.fullmatch(key):
+            raise ValueError(f"the allocator has no setting {key!r}; it has {', '.join(_SETTINGS)}")
+        if not value:
+            raise ValueError(f"the allocator's setting {key} has no value: write {key}:VALUE")
+        values[key] = value
+    return values
+
+
+def _whole(values: Mapping[str, str], key: str, least: int, default: int) -> int:
+    """Bytes of a whole number of MiB."""
+    text = values.get(key)
+    if text is None:
+        return default
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"{key} is a whole number of MiB, at least {least}, and not {text!r}")
+    return int(text) * _MIB
+
+
+def _share(values: Mapping[str, str], key: str, default: float, valid: Callable[[float], bool]) -> float:
+    text = values.get(key)
+    if text is None:
+        return default
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not valid(share):
+        raise ValueError(f"{key} is a number between 0.0 and 1.0, and not {text!r}")
+    return share
+
+
+def _divisions(text: str) -> tuple[int, ...]:
+    """Of ``"4"``, or ``"[64:8,256:4,>:1]"``: from 64 MiB on, from 256 MiB on, and beyond.
+
+    The first ones hold for all that is smaller, too. What lies between two that are named has none.
+    """
+
+    def power(text: str, least: int) -> int:
+        number = int(text) if text.isdecimal() else -1
+        if number < least or number & number - 1:
+            raise ValueError(f"roundup_power2_divisions is made of powers of 2, and not of {text!r}")
+        return number
+
+    if not text.startswith("["):
+        return (power(text, 1),) * _INTERVALS
+    divisions = [0] * _INTERVALS
+    at = 0
+    for position, pair in enumerate(filter(None, text[1:-1].split(","))):
+        bound, _, value = pair.partition(":")
+        parts = power(value, 0)
+        if bound == ">":
+            divisions[at + 1 :] = [parts] * (_INTERVALS - at - 1)
+        else:
+            at = min(power(bound, 1).bit_length() - 1, _INTERVALS - 1)
+            divisions[0 if position == 0 else at : at + 1] = [parts] * (1 if position else at + 1)
+    return tuple(divisions) if any(divisions) else ()

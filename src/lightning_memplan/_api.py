@@ -1,0 +1,270 @@
+"""``estimate`` and ``plan``: composition only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_memplan._allocator import AllocatorSettings
+from lightning_memplan._device import cpu_device, detect_devices, gpu
+from lightning_memplan._errors import DoesNotFitError, TraceError
+from lightning_memplan._estimate import Estimate
+from lightning_memplan._lightning import is_datamodule, is_lightning_module, is_overridden, trainer_settings
+from lightning_memplan._planner import largest_fitting
+from lightning_memplan._report import does_not_fit_message
+from lightning_memplan._sample import dataset_size, sample_batches
+from lightning_memplan._scaling import scale
+from lightning_memplan._step import MakeOptimizer, prepared, run_formula, trace_steps
+from lightning_memplan._types import Device, Plan, StepSettings, parse_precision
+
+Method = Literal["auto", "trace", "formula"]
+_METHODS = ("auto", "trace", "formula")
+
+#: The part of what the card can give that a plan leaves free by default: for cuDNN's workspaces, which no one knows
+#: before they are asked for, and for what the driver rounds up.
+MARGIN = 0.05
+
+
+def estimate(
+    module: nn.Module,
+    batch: Any,
+    *,
+    method: Method = "auto",
+    precision: str | int | None = None,
+    optimizer: MakeOptimizer | None = None,
+    trainer: Any = None,
+    device: Device | str | None = None,
+    gradient_clip_val: float | None = None,
+    accumulate_grad_batches: int = 1,
+) -> Estimate:
+    """What training ``module`` takes, at any batch size, without running it on a GPU.
+
+    >>> import torch
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Flatten())
+    >>> est = estimate(net, torch.zeros(4, 3, 32, 32))
+    >>> est.method, est.phase(batch_size=64)
+    ('trace', 'backward')
+
+    Args:
+        module: a LightningModule, whose ``training_step`` and ``configure_optimizers`` are run on fake tensors, or any
+            module, whose forward is run on the batch and whose outputs' sum (or the ``loss`` it returns) is the loss.
+        batch: what the user's dataloader yields, its first dimension the batch; or a DataLoader, a collection of them,
+            or a LightningDataModule.
+        method: ``"trace"``, ``"formula"``, or ``"auto"``: the trace, and the formula where the step cannot be traced.
+        precision: a Trainer's ``precision``; ``"32-true"`` where nothing is said.
+        optimizer: for a module that is no LightningModule: makes its optimizer from its parameters.
+        trainer: a Trainer, from which precision, clipping and accumulation are taken.
+        device: the card to plan for, by which kernels are chosen (compute capability); ``"RTX 3090"``, or a ``Device``.
+        gradient_clip_val: as a Trainer's.
+        accumulate_grad_batches: as a Trainer's.
+
+    Raises:
+        TraceError: ``method="trace"`` and the step cannot be traced; says what it needs, and at which line.
+        ValueError: an argument that is wrong in itself.
+    """
+    if method not in _METHODS:
+        raise ValueError(f"method is one of {', '.join(map(repr, _METHODS))}, not {method!r}")
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module is a LightningModule or another nn.Module, not {module!r}")
+    if optimizer is not None and is_lightning_module(module) and is_overridden("configure_optimizers", module):
+        raise ValueError("a LightningModule makes its optimizers in configure_optimizers: leave optimizer=None")
+    settings = StepSettings() if trainer is None else trainer_settings(trainer)
+    if precision is not None:
+        settings = replace(settings, precision=parse_precision(precision))
+    if gradient_clip_val is not None:
+        settings = replace(settings, gradient_clip_val=gradient_clip_val)
+    if accumulate_grad_batches != 1:
+        if not isinstance(accumulate_grad_batches, int) or accumulate_grad_batches < 1:
+            raise ValueError(f"accumulate_grad_batches is an int of at least 1, not {accumulate_grad_batches!r}")
+        settings = replace(settings, accumulate_grad_batches=accumulate_grad_batches)
+    card = named_device(device)
+    if card is not None and card.capability is not None:
+        settings = replace(settings, capability=card.capability)
+    datamodule = batch if is_datamodule(batch) else getattr(trainer, "datamodule", None)
+    source = _train_loader(batch) if is_datamodule(batch) else batch
+    return estimate_step(
+        module, source, settings, method=method, trainer=trainer, datamodule=datamodule, optimizer=optimizer
+    )
+
+
+def estimate_step(
+    module: nn.Module,
+    source: Any,
+    settings: StepSettings,
+    *,
+    method: Method = "auto",
+    trainer: Any = None,
+    datamodule: Any = None,
+    optimizer: MakeOptimizer | None = None,
+    stage: str | None = None,
+) -> Estimate:
+    """``estimate`` with every setting in hand; ``stage`` names what ``setup`` is called with, on a copy."""
+    samples = sample_batches(source)
+    module = prepared(module, settings, trainer=trainer, stage=stage)
+    common: dict[str, Any] = {"trainer": trainer, "datamodule": datamodule, "optimizer": optimizer}
+    program = None
+    notes: tuple[str, ...] = ()
+    if method != "formula":
+        try:
+            traces = trace_steps(module, samples, settings, **common)
+            program = scale(traces)
+            notes = traces[0].notes
+        except TraceError as error:
+            if method == "trace":
+                raise TraceError(f"{type(module).__name__} cannot be traced: {error}") from error
+            notes = (f"planned by the formula, since the step cannot be traced: {error}",)
+    formula, more = run_formula(module, samples[0], settings, **common)
+    return Estimate(
+        "formula" if program is None else "trace",
+        formula,
+        program,
+        AllocatorSettings.from_environment(os.environ),
+        notes + more if program is None else notes,
+    )
+
+
+def plan(
+    module: nn.Module,
+    batch: Any,
+    *,
+    device: Device | str | None = None,
+    margin: float = MARGIN,
+    min_batch_size: int = 1,
+    max_batch_size: int | None = None,
+    multiple_of: int = 1,
+    method: Method = "auto",
+    precision: str | int | None = None,
+    optimizer: MakeOptimizer | None = None,
+    trainer: Any = None,
+    gradient_clip_val: float | None = None,
+    accumulate_grad_batches: int = 1,
+) -> Plan:
+    """The largest batch size with which ``module`` trains on ``device``.
+
+    >>> import torch
+    >>> card = Device("a small card", total=2**30)
+    >>> found = plan(torch.nn.Linear(1000, 1000), torch.zeros(4, 1000), device=card, max_batch_size=256)
+    >>> found.batch_size, found.limited_by
+    (256, 'max_batch_size')
+
+    Args:
+        module: as for ``estimate``, and so are ``batch``, ``method`` and what follows it.
+        device: a card by name (``"RTX 3090"``) or as a ``Device``; the first one found where nothing is said, and the
+            host's memory where there is none.
+        margin: the part of the device's capacity that is left free, from 0 up to but not including 1.
+        min_batch_size: the smallest batch size allowed.
+        max_batch_size: the largest allowed; a dataset's length is a limit too, where ``batch`` is a loader.
+        multiple_of: what the batch size must be a multiple of.
+
+    Raises:
+        DoesNotFitError: not even the smallest batch size fits; ``needed`` and ``available`` are its bytes.
+    """
+    card = named_device(device) or default_device()
+    found = estimate(
+        module,
+        batch,
+        method=method,
+        precision=precision,
+        optimizer=optimizer,
+        trainer=trainer,
+        device=card,
+        gradient_clip_val=gradient_clip_val,
+        accumulate_grad_batches=accumulate_grad_batches,
+    )
+    loader = _train_loader(batch) if is_datamodule(batch) else batch
+    return plan_estimate(
+        found,
+        card,
+        margin=margin,
+        min_batch_size=min_batch_size,
+        max_batch_size=max_batch_size,
+        multiple_of=multiple_of,
+        samples=dataset_size(loader),
+        accumulate_grad_batches=accumulate_grad_batches,
+        model=type(module).__name__,
+    )
+
+
+def plan_estimate(
+    found: Estimate,
+    device: Device,
+    *,
+    margin: float = MARGIN,
+    min_batch_size: int = 1,
+    max_batch_size: int | None = None,
+    multiple_of: int = 1,
+    samples: int | None = None,
+    accumulate_grad_batches: int = 1,
+    model: str = "the model",
+) -> Plan:
+    """The plan that follows from an estimate."""
+    check_margin(margin)
+    budget = int(device.capacity * (1 - margin))
+    search = largest_fitting(
+        lambda batch_size: found.fits(batch_size, budget),
+        min_batch_size=min_batch_size,
+        max_batch_size=max_batch_size,
+        dataset_size=samples,
+        multiple_of=multiple_of,
+    )
+    if not search.batch_size:
+        smallest = -(-min_batch_size // multiple_of) * multiple_of
+        needed = found.peak(smallest)
+        message = does_not_fit_message(
+            needed=needed,
+            available=budget,
+            device=device,
+            model=model,
+            batch_size=smallest,
+            phase=found.phase(smallest),
+            breakdown=found.breakdown(smallest),
+        )
+        raise DoesNotFitError(message, needed=needed, available=budget)
+    size = search.batch_size
+    return Plan(
+        batch_size=size,
+        device=device,
+        budget=budget,
+        margin=margin,
+        limited_by=search.limited_by,
+        method=found.method,
+        predicted_peak=found.peak(size, device.capacity),
+        predicted_allocated=found.peak_allocated(size),
+        formula_peak=found.formula.memory(size),
+        phase=found.phase(size),
+        breakdown=found.breakdown(size),
+        accumulate_grad_batches=accumulate_grad_batches,
+        notes=found.notes,
+    )
+
+
+def check_margin(margin: object) -> None:
+    """Raise ValueError unless ``margin`` is a part of the whole."""
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < 1:
+        raise ValueError(
+            f"margin is the part of the device's memory to leave free, at least 0 and below 1, not {margin!r}"
+        )
+
+
+def named_device(device: Device | str | None) -> Device | None:
+    """A device that was named, or described by hand."""
+    if device is None or isinstance(device, Device):
+        return device
+    if isinstance(device, str):
+        return gpu(device)
+    raise TypeError(f"device is the name of a card or a Device, not {device!r}")
+
+
+def default_device() -> Device:
+    """The first CUDA device that this process can use, else the host's memory."""
+    devices: Sequence[Device] = detect_devices()
+    return devices[0] if devices else cpu_device()
+
+
+def _train_loader(datamodule: Any) -> DataLoader[Any]:
+    return datamodule.train_dataloader()  # type: ignore[no-any-return]

@@ -1,0 +1,133 @@
+"""An estimate: what training takes at any batch size, and where it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from lightning_memplan._allocator import AllocatorSettings, Replay, replay
+from lightning_memplan._scaling import ScaledProgram
+from lightning_memplan._types import Layer
+
+if TYPE_CHECKING:
+    from lightning_memplan._formula import Formula
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What training a module takes, for any batch size. Bytes are ``int``.
+
+    ``method`` is ``"trace"``, where the events of whole training steps are replayed through a model of PyTorch's
+    caching allocator, or ``"formula"``. ``formula`` is there in both.
+
+    >>> import torch, lightning_memplan as mp
+    >>> est = mp.estimate(torch.nn.Linear(1000, 1000), torch.zeros(4, 1000))
+    >>> est.peak(batch_size=64) >= est.peak_allocated(batch_size=64) > 4 * 1000 * 1000
+    True
+    """
+
+    method: Literal["trace", "formula"]
+    formula: Formula
+    program: ScaledProgram | None = None
+    settings: AllocatorSettings = field(default_factory=AllocatorSettings)
+    notes: tuple[str, ...] = ()
+    _replays: dict[tuple[int, int | None, int | None], Replay] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The formula's rows: path, type, parameters, output shape, bytes of the feature map for one sample."""
+        return self.formula.layers
+
+    def peak(self, batch_size: int, capacity: int | None = None) -> int:
+        """Bytes that the allocator reserves at most (``torch.cuda.max_memory_reserved``).
+
+        Under a ``capacity`` (bytes), cached blocks are released as the allocator would when it reaches that.
+        """
+        _check_batch_size(batch_size)
+        if self.program is None:
+            return self.formula.memory(batch_size)
+        return self.replay(batch_size, capacity).peak_reserved
+
+    def peak_allocated(self, batch_size: int) -> int:
+        """Bytes that are allocated at most (``torch.cuda.max_memory_allocated``)."""
+        _check_batch_size(batch_size)
+        if self.program is None:
+            return self.formula.memory(batch_size)
+        return self.replay(batch_size).peak_allocated
+
+    def fits(self, batch_size: int, capacity: int, limit: int | None = None) -> bool:
+        """Whether training runs in ``capacity`` bytes: the events replayed in no more than that.
+
+        ``limit`` is the most that the allocator may reserve, where the process has set one.
+        """
+        _check_batch_size(batch_size)
+        if self.program is None:
+            return self.formula.memory(batch_size) <= (capacity if limit is None else min(capacity, limit))
+        return self.replay(batch_size, capacity, limit).out_of_memory is None
+
+    def steps(self, batch_size: int, capacity: int | None = None) -> tuple[tuple[int, int], ...]:
+        """Peak ``(allocated, reserved)`` bytes of each step: the first, the second, and those that follow.
+
+        The first has neither old gradients nor optimizer state; from the second on they coexist with the forward pass.
+        """
+        _check_batch_size(batch_size)
+        if self.program is None:
+            return ((self.formula.memory(batch_size),) * 2,)
+        return self.replay(batch_size, capacity).peaks[1:]
+
+    def phase(self, batch_size: int) -> str:
+        """The phase in which the peak of the allocated bytes falls: "forward", "backward" or "optimizer"."""
+        if self.program is None:
+            _check_batch_size(batch_size)
+            return "backward"
+        return self.program.events[self.replay(batch_size).peak_at].phase
+
+    def breakdown(self, batch_size: int) -> Mapping[str, int]:
+        """Bytes by category at the peak of the allocated bytes, largest first.
+
+        What the allocator rounds up is under ``"rounding"``, so that the parts add up to ``peak_allocated``.
+        """
+        if self.program is None:
+            _check_batch_size(batch_size)
+            parts = {
+                "parameters": self.formula.parameter_bytes,
+                "gradients": self.formula.gradient_bytes,
+                "batch": batch_size * self.formula.input_bytes,
+                "activations": 2 * batch_size * self.formula.feature_bytes,
+            }
+            return _largest_first(parts)
+        result = self.replay(batch_size)
+        live: dict[int, tuple[str, int]] = {}
+        program = self.program.at(batch_size)
+        for event, (block, size, _) in zip(
+            self.program.events[: result.peak_at + 1], program[: result.peak_at + 1], strict=True
+        ):
+            if size < 0:
+                live.pop(block, None)
+            else:
+                live[block] = (event.category, size)
+        sums: dict[str, int] = {}
+        for category, size in live.values():
+            sums[category] = sums.get(category, 0) + size
+        sums["rounding"] = result.peak_allocated - sum(sums.values())
+        return _largest_first(sums)
+
+    def replay(self, batch_size: int, capacity: int | None = None, limit: int | None = None) -> Replay:
+        """The allocator's replay at that batch size (see ``_allocator.replay``); its ``peaks`` are per step."""
+        if self.program is None:
+            raise ValueError("the formula has no events to replay: ask for method='trace'")
+        key = (batch_size, capacity, limit)
+        if key not in self._replays:
+            marks = self.program.steps()[1:-1]
+            self._replays[key] = replay(self.program.at(batch_size), capacity, self.settings, limit, marks)
+        return self._replays[key]
+
+
+def _largest_first(parts: Mapping[str, int]) -> dict[str, int]:
+    return dict(sorted(((k, v) for k, v in parts.items() if v), key=lambda item: -item[1]))
+
+
+def _check_batch_size(batch_size: object) -> None:
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"a batch size is an int of at least 1, not {batch_size!r}")

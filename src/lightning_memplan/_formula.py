@@ -1,0 +1,469 @@
+"""The formula: what a network takes, added up by hand.
+
+    memory(bs) = parameters + gradients + bs * (I1 + 2 * sum(Ii))
+
+``I1`` is one sample of the input and every ``Ii`` the output of one layer for one sample, twice: once as it is kept for
+the backward pass, once as its gradient. Parameters and gradients do not grow with the batch size ``bs``.
+
+The method is the lecture note "Parameters and Memory Consumptions of CNNs", and so are both ways of counting a layer's
+parameters. The formula knows nothing of optimizers, buffers, functions that are no modules (``F.relu``, ``a + b``),
+what is freed early, or the allocator; it explains itself layer by layer, and needs no more than shapes.
+
+Nothing here allocates an activation: the shapes come from whatever runs the network, on tensors that are real, fake or
+on the ``meta`` device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+from lightning_memplan._types import Layer
+
+# --- parameters of one layer ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """``count`` equal filters of a layer: ``inputs`` weights for every place of the ``kernel``, and ``biases`` each.
+
+    The first layer of the note, 3 x 3 x 3 from 1 channel to 30, by both of its methods:
+
+    >>> layer = Filters(kernel=27, inputs=1, biases=1, count=30)
+    >>> layer.per_filter, layer.apart
+    (840, 840)
+    """
+
+    kernel: int
+    inputs: int
+    biases: int
+    count: int
+
+    @property
+    def per_filter(self) -> int:
+        """Method A, one filter first: (kernel * inputs + biases) * count."""
+        return (self.kernel * self.inputs + self.biases) * self.count
+
+    @property
+    def apart(self) -> int:
+        """Method B, weights and biases apart: kernel * inputs * count + all biases."""
+        weights = self.kernel * self.inputs * self.count
+        total_biases = self.biases * self.count
+        return weights + total_biases
+
+
+def filters_of(module: nn.Module) -> tuple[Filters, ...] | None:
+    """A layer's parameters as filters, from what the module says of itself; ``None`` for a kind that is not known.
+
+    A transposed, grouped or one-dimensional convolution, a Linear, a norm, an embedding, attention and the recurrent
+    layers are all filters: a Linear has a kernel of 1, a norm one weight and one bias a channel, a gate of an LSTM one
+    filter a unit.
+
+    >>> filters_of(nn.Conv3d(1, 30, 3))
+    (Filters(kernel=27, inputs=1, biases=1, count=30),)
+    >>> sum(f.per_filter for f in filters_of(nn.LSTM(8, 16)))  # 4 gates * 16 units * (8 + 16 weights + 2 biases)
+    1664
+    >>> filters_of(nn.ReLU())
+    ()
+    """
+    match module:
+        case nn.modules.conv._ConvNd():
+            kernel = math.prod(module.kernel_size)
+            has_bias = module.bias is not None
+            return (Filters(kernel, module.in_channels // module.groups, int(has_bias), module.out_channels),)
+        case nn.Linear():
+            return (Filters(1, module.in_features, int(module.bias is not None), module.out_features),)
+        case nn.Bilinear():
+            pairs = module.in1_features * module.in2_features
+            return (Filters(1, pairs, int(module.bias is not None), module.out_features),)
+        case nn.modules.batchnorm._NormBase():  # BatchNorm*, SyncBatchNorm, InstanceNorm*
+            return (Filters(1, 1, int(module.bias is not None), module.num_features),) if module.affine else ()
+        case nn.GroupNorm():
+            return (Filters(1, 1, int(module.bias is not None), module.num_channels),) if module.affine else ()
+        case nn.LayerNorm():
+            places = math.prod(module.normalized_shape)
+            return (Filters(1, 1, int(module.bias is not None), places),) if module.elementwise_affine else ()
+        case nn.RMSNorm():
+            return (Filters(1, 1, 0, math.prod(module.normalized_shape)),) if module.elementwise_affine else ()
+        case nn.Embedding() | nn.EmbeddingBag():
+            return (Filters(1, module.embedding_dim, 0, module.num_embeddings),)
+        case nn.PReLU():
+            return (Filters(1, 1, 0, module.num_parameters),)
+        case nn.MultiheadAttention():
+            return _attention_filters(module)
+        case nn.RNNBase():
+            return _recurrent_filters(module)
+        case nn.RNNCell() | nn.GRUCell() | nn.LSTMCell():
+            gates = 4 if isinstance(module, nn.LSTMCell) else 3 if isinstance(module, nn.GRUCell) else 1
+            inputs = module.input_size + module.hidden_size
+            return (Filters(1, inputs, 2 * int(module.bias), gates * module.hidden_size),)
+        case _:
+            return None if any(True for _ in module.parameters()) else ()
+
+
+def _attention_filters(module: nn.MultiheadAttention) -> tuple[Filters, ...]:
+    """Queries, keys, values and the output are four Linears; ``add_bias_kv`` appends one learnt key and one value."""
+    width, bias = module.embed_dim, int(module.in_proj_bias is not None)
+    projections = [Filters(1, inputs, bias, width) for inputs in (width, module.kdim, module.vdim)]
+    output = Filters(1, width, int(module.out_proj.bias is not None), width)
+    learnt = [Filters(1, 2, 0, width)] if module.bias_k is not None else []
+    return (*projections, output, *learnt)
+
+
+def _recurrent_filters(module: nn.RNNBase) -> tuple[Filters, ...]:
+    """Each unit of each gate sees the layer's input and the state before, with a bias for either."""
+    gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+    directions = 2 if module.bidirectional else 1
+    state = module.proj_size or module.hidden_size
+    found = []
+    for layer in range(module.num_layers):
+        inputs = module.input_size if layer == 0 else state * directions
+        for _ in range(directions):
+            found.append(Filters(1, inputs + state, 2 * int(module.bias), gates * module.hidden_size))
+            if module.proj_size:
+                found.append(Filters(1, module.hidden_size, 0, module.proj_size))
+    return tuple(found)
+
+
+# --- feature maps -----------------------------------------------------------------------------------------------------
+
+
+def tensors_of(value: object) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists, mappings and dataclasses, in order.
+
+    >>> [tuple(t.shape) for t in tensors_of((torch.ones(2), {"state": [torch.ones(3), None, "text"]}))]
+    [(2,), (3,)]
+    """
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_of(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_of(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for entry in fields(value):
+            yield from tensors_of(getattr(value, entry.name, None))
+
+
+def sample_bytes(batch: object, batch_size: int) -> int:
+    """Bytes of one sample of a batch: all its tensors, by their own element sizes, over the batch size.
+
+    >>> sample_bytes({"image": torch.empty(4, 3, 8, 8), "label": torch.empty(4, dtype=torch.int64)}, 4)
+    776
+
+    Raises:
+        ValueError: ``batch_size`` is less than 1.
+    """
+    _check_batch_size(batch_size)
+    return _bytes_of(tensors_of(batch), seen=set()) // batch_size
+
+
+def _bytes_of(tensors: Iterator[Tensor], seen: set[int]) -> int:
+    """Bytes of those tensors whose storage is not among ``seen``; adds their storages to it."""
+    total = 0
+    for tensor in tensors:
+        key = _storage_key(tensor)
+        if key not in seen:
+            seen.add(key)
+            total += tensor.numel() * tensor.element_size()
+    return total
+
+
+def _storage_key(tensor: Tensor) -> int:
+    """What tells storages apart while they live. (A data pointer does not: it is 0 for fake and meta tensors.)"""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):  # sparse tensors have no storage of their own
+        return id(tensor)
+
+
+def _sample_shape(tensor: Tensor | None, batch_size: int) -> tuple[int, ...]:
+    """The shape without the batch, which is the first dimension of that size (the second, where time comes first).
+
+    A first dimension that is a multiple of it has folded something into the batch, such as windows of an image: one
+    sample's part of it stays.
+    """
+    if tensor is None:
+        return ()
+    shape = tuple(int(size) for size in tensor.shape)
+    if batch_size in shape[:2]:
+        batch = shape.index(batch_size)
+        return shape[:batch] + shape[batch + 1 :]
+    if shape and shape[0] and shape[0] % batch_size == 0:
+        return (shape[0] // batch_size, *shape[1:])
+    return shape
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def record_layers(module: nn.Module, run: Callable[[], object], batch_size: int) -> tuple[Layer, ...]:
+    """Run a network once and write down its layers: a row for each call of each, in the order in which they finish.
+
+    A layer is a module that calls no other module: ``nn.Conv3d``, but also ``nn.MultiheadAttention`` and any module
+    that works on its children's parameters by functions. Parameters that none of these holds follow as rows of their
+    own: of type ``Parameter`` and of their own shape where a parent has them (a class token), else of the type of the
+    module that has them.
+
+    - A row's ``feature_bytes`` are its output for one sample, by the dtype of each tensor in it; an output that lies in
+      the memory of the layer's input (``nn.Identity``, a ReLU in place, ``nn.Flatten``) is no further feature map: 0.
+    - A parameter counts once, in the first row that has it, however often it is called or tied; a frozen one has no
+      gradient.
+    - What runs again in the backward pass, as under activation checkpointing, is not written down twice.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8 * 30 * 30, 10))
+    >>> net = net.to("meta")
+    >>> layers = record_layers(net, lambda: net(torch.empty(4, 3, 32, 32, device="meta")), batch_size=4)
+    >>> for row in layers:
+    ...     print(row.type, row.parameters, row.shape, row.feature_bytes)
+    Conv2d 224 (8, 30, 30) 28800
+    ReLU 0 (8, 30, 30) 0
+    Flatten 0 (7200,) 0
+    Linear 72010 (10,) 40
+
+    Args:
+        module: The network. Its hooks are as before when this returns or raises.
+        run: Runs it on a batch of ``batch_size`` samples, backward or not.
+        batch_size: How many samples ``run`` takes: what is recorded is divided by it.
+
+    Raises:
+        ValueError: ``batch_size`` is less than 1, or a lazy module has no shapes yet.
+    """
+    _check_batch_size(batch_size)
+    _check_initialised(module)
+    recorder = _Recorder(module, batch_size)
+    try:
+        recorder.attach()
+        run()
+    finally:
+        recorder.detach()
+    recorder.add_uncalled()
+    return tuple(recorder.rows)
+
+
+@dataclass(slots=True)
+class _Call:
+    module: nn.Module
+    has_calls: bool = False  #: whether another module's call ended inside it
+
+
+class _Recorder:
+    """Hooks on every module; a call that ends without a call inside it was a layer's."""
+
+    def __init__(self, module: nn.Module, batch_size: int) -> None:
+        self.rows: list[Layer] = []
+        self._batch_size = batch_size
+        # a parametrization (such as a weight norm) is a part of the layer whose weight it makes
+        hidden = {
+            inner
+            for owner in module.modules()
+            if parametrize.is_parametrized(owner) and isinstance(owner.parametrizations, nn.Module)
+            for inner in owner.parametrizations.modules()
+        }
+        self._paths = {child: path for path, child in module.named_modules() if child not in hidden}
+        self._calling: list[_Call] = []  # those that have begun and not ended
+        self._counted: set[nn.Parameter] = set()
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        for child in self._paths:
+            self._handles.append(child.register_forward_pre_hook(self._begin))
+            self._handles.append(child.register_forward_hook(self._end, with_kwargs=True))
+
+    def detach(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _begin(self, module: nn.Module, args: object) -> None:
+        self._calling.append(_Call(module))
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+        while (call := self._calling.pop()).module is not module:
+            pass  # a call that an exception ended, which the network caught
+        if self._calling:
+            self._calling[-1].has_calls = True
+        if call.has_calls or _in_backward():
+            return
+        held = {_storage_key(tensor) for tensor in tensors_of((args, kwargs))}
+        held.update(_storage_key(tensor) for tensor in (*module.parameters(), *module.buffers()))
+        tensors = tuple(tensors_of(output))
+        feature_bytes = _bytes_of(iter(tensors), held) // self._batch_size
+        shape = _sample_shape(tensors[0] if tensors else None, self._batch_size)
+        self._add(module, tuple(module.parameters()), shape, feature_bytes)
+
+    def add_uncalled(self) -> None:
+        """Rows for the parameters that no recorded call has."""
+        for module, path in self._paths.items():
+            # what is left of a layer that was not called; of a parent, only its own
+            is_layer = all(child not in self._paths for child in module.children())
+            own = [p for p in module.parameters(recurse=is_layer) if p not in self._counted]
+            if own and is_layer:
+                self._add(module, own, (), 0)
+            elif own:
+                for name, parameter in module.named_parameters(prefix=path, recurse=False):
+                    if parameter not in self._counted:
+                        self._counted.add(parameter)
+                        n = parameter.numel()
+                        self.rows.append(
+                            Layer(name, "Parameter", n, n, *_parameter_bytes([parameter]), tuple(parameter.shape), 0)
+                        )
+
+    def _add(
+        self, module: nn.Module, parameters: Sequence[nn.Parameter], shape: tuple[int, ...], feature_bytes: int
+    ) -> None:
+        new = [p for p in parameters if p not in self._counted]
+        self._counted.update(new)
+        per_filter, apart = _count(module, new)
+        kind = type(module).__name__
+        if parametrize.is_parametrized(module):
+            kind = kind.removeprefix("Parametrized")
+        self.rows.append(
+            Layer(self._paths[module], kind, per_filter, apart, *_parameter_bytes(new), shape, feature_bytes)
+        )
+
+
+def _count(module: nn.Module, new: Sequence[nn.Parameter]) -> tuple[int, int]:
+    """A layer's parameters by both methods; by its tensors where it is no known kind or holds other ones."""
+    numel = sum(p.numel() for p in new)
+    filters = None if parametrize.is_parametrized(module) else filters_of(module)
+    if filters is not None:
+        per_filter, apart = sum(f.per_filter for f in filters), sum(f.apart for f in filters)
+        if per_filter == apart == numel:
+            return per_filter, apart
+    return numel, numel
+
+
+def _parameter_bytes(parameters: Sequence[nn.Parameter]) -> tuple[int, int]:
+    """Bytes of parameters, and of the gradients of those that are not frozen."""
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in parameters]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def _in_backward() -> bool:
+    # as torch.utils.module_tracker.ModuleTracker.is_bw tells it
+    return torch._C._current_graph_task_id() != -1
+
+
+def _check_initialised(module: nn.Module) -> None:
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"{name!r} has no shape yet: run one batch through the lazy modules first")
+
+
+def _check_batch_size(batch_size: object) -> None:
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"a batch size is an int of at least 1, not {batch_size!r}")
+
+
+# --- the formula ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Formula:
+    """``memory(bs) = parameters + gradients + bs * (I1 + 2 * sum(Ii))``, in bytes.
+
+    >>> formula = Formula(layers=(), parameter_bytes=1000, gradient_bytes=1000, input_bytes=10, feature_bytes=45)
+    >>> formula.memory(8)  # 1000 + 1000 + 8 * (10 + 2 * 45)
+    2800
+    >>> formula.largest_batch_size(2899), formula.largest_batch_size(2900), formula.largest_batch_size(500)
+    (8, 9, 0)
+    """
+
+    layers: tuple[Layer, ...]
+    parameter_bytes: int
+    gradient_bytes: int
+    input_bytes: int  #: I1: one sample of the network's input
+    feature_bytes: int  #: sum of Ii: every layer's output for one sample
+    optimizer_bytes: int = 0  #: the optimizer's state, which the formula leaves out unless asked
+
+    def __post_init__(self) -> None:
+        for name in ("parameter_bytes", "gradient_bytes", "input_bytes", "feature_bytes", "optimizer_bytes"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name} is a number of bytes (an int, at least 0), not {value!r}")
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes that each further sample takes: I1 + 2 * sum(Ii).
+
+        >>> Formula((), 1000, 1000, input_bytes=10, feature_bytes=45).sample_bytes
+        100
+        """
+        return self.input_bytes + 2 * self.feature_bytes
+
+    def fixed_bytes(self, *, include_optimizer: bool = False) -> int:
+        """Bytes that do not grow with the batch size: parameters and gradients, and the optimizer's state if asked.
+
+        >>> Formula((), 1000, 1000, 10, 45, optimizer_bytes=2000).fixed_bytes(include_optimizer=True)
+        4000
+        """
+        return self.parameter_bytes + self.gradient_bytes + (self.optimizer_bytes if include_optimizer else 0)
+
+    def memory(self, batch_size: int, *, include_optimizer: bool = False) -> int:
+        """Bytes at a batch size.
+
+        >>> Formula((), 1000, 1000, 10, 45, optimizer_bytes=2000).memory(1, include_optimizer=True)
+        4100
+
+        Raises:
+            ValueError: ``batch_size`` is no int of at least 1.
+        """
+        _check_batch_size(batch_size)
+        return self.fixed_bytes(include_optimizer=include_optimizer) + batch_size * self.sample_bytes
+
+    def largest_batch_size(self, budget: int, *, include_optimizer: bool = False) -> int:
+        """The largest batch size whose memory is at most ``budget`` bytes: (budget - fixed) // (I1 + 2 * sum(Ii)).
+
+        0 says that not even one sample fits.
+
+        >>> Formula((), 1000, 1000, 10, 45).largest_batch_size(4000)
+        20
+
+        Raises:
+            ValueError: ``budget`` is no number of bytes, or no byte depends on the batch size, so that none is largest.
+        """
+        if not isinstance(budget, int) or isinstance(budget, bool) or budget < 0:
+            raise ValueError(f"a budget is a number of bytes (an int, at least 0), not {budget!r}")
+        if self.sample_bytes == 0:
+            raise ValueError("no input and no layer's output takes memory, so that no batch size is the largest")
+        return max(0, (budget - self.fixed_bytes(include_optimizer=include_optimizer)) // self.sample_bytes)
+
+
+def make_formula(module: nn.Module, layers: Sequence[Layer], input_bytes: int, optimizer_bytes: int = 0) -> Formula:
+    """The formula of a network whose layers were recorded with :func:`record_layers`.
+
+    >>> net = nn.Linear(4, 2)
+    >>> batch = torch.ones(3, 4)
+    >>> formula = make_formula(net, record_layers(net, lambda: net(batch), 3), input_bytes=sample_bytes(batch, 3))
+    >>> formula.memory(3)  # (4 + 1) * 2 parameters, twice, and 3 * (4 + 2 * 2) elements, of 4 bytes
+    176
+
+    Args:
+        module: The network, for its parameters and their gradients.
+        layers: What was recorded of it.
+        input_bytes: Bytes of one sample of its input.
+        optimizer_bytes: Bytes of the optimizer's state, which the formula reports apart.
+
+    Raises:
+        ValueError: a number of bytes is none, or the layers are another network's.
+    """
+    _check_initialised(module)
+    parameter_bytes, gradient_bytes = _parameter_bytes(list(module.parameters()))
+    recorded = sum(layer.parameter_bytes for layer in layers)
+    if recorded != parameter_bytes:
+        raise ValueError(
+            f"the layers hold {recorded} bytes of parameters and the module {parameter_bytes}: "
+            "they were recorded from another network, or from this one in another precision"
+        )
+    feature_bytes = sum(layer.feature_bytes for layer in layers)
+    return Formula(tuple(layers), parameter_bytes, gradient_bytes, input_bytes, feature_bytes, optimizer_bytes)

@@ -1,0 +1,147 @@
+"""Lightning under whichever of its two names it is installed, and the parts of its inside that are needed.
+
+``pytorch_lightning`` and ``lightning.pytorch`` are the same code under two names, with classes that do not know each
+other. What is ours inherits from both where both are installed, and a check accepts either.
+
+Checked on 2.6.6 of both; a test fails loudly where one of these moves.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection as apply_to_collection
+
+from lightning_memplan._types import StepSettings, parse_precision
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback, LightningModule
+
+
+def _installed() -> tuple[ModuleType, ...]:
+    found = []
+    for name in ("pytorch_lightning", "lightning.pytorch"):
+        try:
+            found.append(importlib.import_module(name))
+        except ModuleNotFoundError:
+            continue
+    if not found:
+        raise ModuleNotFoundError("lightning-memplan needs Lightning: pip install pytorch-lightning (or lightning)")
+    return tuple(found)
+
+
+_FLAVOURS = _installed()
+
+if TYPE_CHECKING:
+    CallbackBase = Callback
+else:
+    CallbackBase = type("CallbackBase", tuple(flavour.Callback for flavour in _FLAVOURS), {})
+
+
+def is_lightning_module(thing: object) -> bool:
+    """Whether ``thing`` is a LightningModule of either name."""
+    return any(isinstance(thing, flavour.LightningModule) for flavour in _FLAVOURS)
+
+
+def is_datamodule(thing: object) -> bool:
+    """Whether ``thing`` is a LightningDataModule of either name."""
+    return any(isinstance(thing, flavour.LightningDataModule) for flavour in _FLAVOURS)
+
+
+def is_overridden(method: str, thing: object) -> bool:
+    """Whether the user's LightningModule or LightningDataModule defines ``method`` itself."""
+    for flavour in _FLAVOURS:
+        for base in (flavour.LightningModule, flavour.LightningDataModule):
+            if isinstance(thing, base):
+                inherited = getattr(base, method, None)
+                return inherited is None or getattr(type(thing), method, None) is not inherited
+    return False
+
+
+def misconfiguration(message: str) -> Exception:
+    """Lightning's own MisconfigurationException."""
+    utilities = importlib.import_module(f"{_FLAVOURS[0].__name__}.utilities.exceptions")
+    return utilities.MisconfigurationException(message)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def isolated_random_state() -> Iterator[None]:
+    """The random states of Python, NumPy and torch as they were, whatever happens inside; CUDA is not touched."""
+    from lightning_fabric.utilities.seed import _collect_rng_states, _set_rng_states
+
+    states = _collect_rng_states(include_cuda=False)
+    try:
+        yield
+    finally:
+        _set_rng_states(states)
+
+
+def move_to_device(batch: Any, device: torch.device) -> Any:
+    """A batch, moved as Lightning moves it (lightning_fabric/utilities/apply_func.py)."""
+    utilities = importlib.import_module(f"{_FLAVOURS[0].__name__}.utilities")
+    return utilities.move_data_to_device(batch, device)
+
+
+def configured_optimizers(module: LightningModule) -> list[torch.optim.Optimizer]:
+    """The optimizers that ``configure_optimizers`` returns, in any of the forms that Lightning accepts."""
+    name = next(f.__name__ for f in _FLAVOURS if isinstance(module, f.LightningModule))
+    parse = importlib.import_module(f"{name}.core.optimizer")._configure_optimizers
+    configured = module.configure_optimizers()
+    return [] if configured is None else list(parse(configured)[0])
+
+
+def trainer_settings(trainer: Any, capability: tuple[int, int] | None = None) -> StepSettings:
+    """How the Trainer runs a step, as far as memory is concerned.
+
+    Raises:
+        ValueError: a precision whose memory is not modelled.
+    """
+    return StepSettings(
+        precision=parse_precision(trainer.precision),
+        gradient_clip_val=trainer.gradient_clip_val,
+        gradient_clip_algorithm="value" if str(trainer.gradient_clip_algorithm).endswith("value") else "norm",
+        accumulate_grad_batches=trainer.accumulate_grad_batches,
+        capability=capability or (8, 6),
+    )
+
+
+def train_source(trainer: Any, module: Any) -> Any:
+    """What the Trainer trains on: the loaders that were passed, or those that its module or datamodule makes."""
+    source = trainer.fit_loop._data_source.instance
+    if is_lightning_module(source) or is_datamodule(source):
+        return source.train_dataloader()
+    return source
+
+
+def cuda_index(trainer: Any) -> int | None:
+    """The index of the CUDA device on which this process trains, None where it is none."""
+    device = trainer.strategy.root_device
+    return (device.index or 0) if device.type == "cuda" else None
+
+
+def logged_step(trainer: Any) -> int:
+    """The step under which Lightning itself logs the metrics of this batch."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def agree_on_smallest(batch_size: int) -> int:
+    """The smallest of what all ranks found; itself where there is one process."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return batch_size
+    sizes: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(sizes, batch_size)
+    return min(int(size) for size in sizes)
+
+
+def say(text: str) -> None:
+    """Print to whoever runs the Trainer, once for all ranks, as Lightning itself does."""
+    _rank_zero().rank_zero_info(text)
+
+
+def _rank_zero() -> ModuleType:
+    return importlib.import_module(f"{_FLAVOURS[0].__name__}.utilities.rank_zero")

@@ -1,0 +1,97 @@
+"""The largest batch size that fits, found by asking a prediction, never by trying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+LimitedBy = Literal["memory", "max_batch_size", "dataset"]
+
+
+_MEMORY: LimitedBy = "memory"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """``batch_size`` is 0 where the smallest does not fit; ``tried`` counts how often the prediction was asked."""
+
+    batch_size: int
+    limited_by: LimitedBy
+    tried: int
+
+
+def largest_fitting(
+    fits: Callable[[int], bool],
+    *,
+    min_batch_size: int = 1,
+    max_batch_size: int | None = None,
+    dataset_size: int | None = None,
+    multiple_of: int = 1,
+) -> Found:
+    """The largest allowed batch size for which ``fits`` is true.
+
+    The size that is returned was itself asked, and so was the next larger one, unless a limit is what stopped it.
+
+    >>> largest_fitting(lambda n: n <= 100, multiple_of=8)
+    Found(batch_size=96, limited_by='memory', tried=8)
+    >>> largest_fitting(lambda n: n <= 100, dataset_size=60)
+    Found(batch_size=60, limited_by='dataset', tried=7)
+
+    Raises:
+        ValueError: a limit that is no positive number, or limits that leave no batch size.
+    """
+    for name, value in (("min_batch_size", min_batch_size), ("multiple_of", multiple_of)):
+        _check_positive(name, value)
+    limits: list[tuple[int, LimitedBy]] = []
+    if dataset_size is not None:
+        if dataset_size == 0:
+            raise ValueError("the dataset has length 0: there is nothing to make a batch of")
+        _check_positive("dataset_size", dataset_size)
+        limits.append((dataset_size, "dataset"))
+    if max_batch_size is not None:
+        _check_positive("max_batch_size", max_batch_size)
+        limits.append((max_batch_size, "max_batch_size"))
+    low = -(-min_batch_size // multiple_of)  # in units of multiple_of from here
+    largest, limited_by = min(limits, key=lambda limit: limit[0]) if limits else (None, _MEMORY)
+    top = None if largest is None else largest // multiple_of
+    if top is not None and top < low:
+        raise ValueError(
+            f"no batch size is at least {min_batch_size}, at most {largest} ({limited_by}) and a multiple of "
+            f"{multiple_of}"
+        )
+    tried = 0
+
+    def ask(unit: int) -> bool:
+        nonlocal tried
+        tried += 1
+        return fits(unit * multiple_of)
+
+    if not ask(low):
+        return Found(0, "memory", tried)
+    good, step = low, max(1, low)
+    bad: int | None = None
+    while bad is None:
+        if good == top:
+            return Found(good * multiple_of, limited_by, tried)
+        unit = good + step if top is None else min(good + step, top)
+        if ask(unit):
+            good, step = unit, 2 * step
+        else:
+            bad = unit
+        if good > 2**40:
+            raise ValueError(
+                "every batch size fits: the prediction does not grow with the batch; name a max_batch_size"
+            )
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        if ask(middle):
+            good = middle
+        else:
+            bad = middle
+    return Found(good * multiple_of, "memory", tried)
+
+
+def _check_positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is a number of samples, an int of at least 1, not {value!r}")

@@ -1,0 +1,321 @@
+"""Values as text, as flat dictionaries, and as metrics.
+
+Plain text of at most 80 columns, in ASCII, so that it reads the same in a terminal, a log file and a job's output.
+Bytes come in as ``int``; GiB and MiB are powers of two.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+
+from lightning_memplan._types import Device, Layer, Measurement, Plan
+from lightning_memplan._units import format_bytes, gib
+
+WIDTH = 80
+
+_LIMITS = {
+    "memory": "limited by memory",
+    "max_batch_size": "limited by max_batch_size",
+    "dataset": "limited by the dataset",
+}
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def plan_table(plan: Plan, rows: Iterable[tuple[str, str]] = ()) -> str:
+    """A plan as a short table; ``rows`` adds lines of a label and a text.
+
+    >>> card = Device("NVIDIA GeForce RTX 3090", total=25446711296, context=480 * 2**20)
+    >>> plan = Plan(batch_size=24, device=card, budget=23 * 2**30, margin=0.02, limited_by="memory", method="trace",
+    ...             predicted_peak=22 * 2**30, predicted_allocated=20 * 2**30, formula_peak=30 * 2**30,
+    ...             phase="backward", breakdown={"activations": 15 * 2**30, "gradients": 5 * 2**30})
+    >>> print(plan_table(plan))
+    memory plan for NVIDIA GeForce RTX 3090
+      card             23.70 GiB   23.23 GiB for training, budget 23.00 GiB
+      batch size              24   limited by memory
+      peak reserved    22.00 GiB    93 % of the card  [###################.]
+      peak allocated   20.00 GiB    84 % of the card, in the backward phase
+        activations    15.00 GiB    75 %  ###############
+        gradients       5.00 GiB    25 %  #####
+      formula          30.00 GiB   params + grads + bs x (I1 + 2 x sum Ii)
+    """
+    total = plan.device.total
+    accumulated = ""
+    if plan.accumulate_grad_batches > 1:
+        accumulated = f"; {plan.accumulate_grad_batches} batches a step"
+    phase = f", in the {plan.phase} phase" if plan.phase else ""
+    where = _where(plan.device)
+    lines = [
+        _shorten_end(f"memory plan for {plan.device.name}", WIDTH),
+        _row(
+            where,
+            format_bytes(total),
+            f"{format_bytes(plan.device.capacity)} for training, budget {format_bytes(plan.budget)}",
+        ),
+        _row("batch size", str(plan.batch_size), _LIMITS[plan.limited_by] + accumulated),
+        _row(
+            "peak reserved",
+            format_bytes(plan.predicted_peak),
+            f"{_share(plan.predicted_peak, total)} of the {where}  [{_bar(plan.predicted_peak, total, fill='.')}]",
+        ),
+        _row(
+            "peak allocated",
+            format_bytes(plan.predicted_allocated),
+            f"{_share(plan.predicted_allocated, total)} of the {where}{phase}",
+        ),
+    ]
+    whole = sum(plan.breakdown.values())
+    for label, size in _largest(plan.breakdown, 5):
+        lines.append(_row(f"  {label}", format_bytes(size), f"{_share(size, whole)}  {_bar(size, whole)}".rstrip()))
+    lines.append(_row("formula", format_bytes(plan.formula_peak), "params + grads + bs x (I1 + 2 x sum Ii)"))
+    for label, text in rows:
+        lines.extend(_wrap(text, f"  {label:<17}"))
+    for note in plan.notes:
+        lines.extend(_wrap(note, "  note: "))
+    return "\n".join(lines)
+
+
+def plan_hparams(plan: Plan) -> dict[str, int | float | str]:
+    """A plan as flat hyperparameters, for any logger; sizes in GiB.
+
+    >>> plan = Plan(batch_size=8, device=Device("card", total=2**34), budget=2**33, margin=0.5, limited_by="memory",
+    ...             method="trace", predicted_peak=2**32, predicted_allocated=2**31, formula_peak=2**31,
+    ...             breakdown={"activations": 2**30})
+    >>> found = plan_hparams(plan)
+    >>> found["memplan/batch_size"], found["memplan/predicted_reserved_gib"], found["memplan/activations_gib"]
+    (8, 4.0, 1.0)
+    """
+    return {
+        "memplan/batch_size": plan.batch_size,
+        "memplan/accumulate_grad_batches": plan.accumulate_grad_batches,
+        "memplan/device": plan.device.name,
+        "memplan/device_gib": gib(plan.device.total),
+        "memplan/budget_gib": gib(plan.budget),
+        "memplan/margin": plan.margin,
+        "memplan/limited_by": plan.limited_by,
+        "memplan/method": plan.method,
+        "memplan/phase": plan.phase,
+        "memplan/predicted_reserved_gib": gib(plan.predicted_peak),
+        "memplan/predicted_allocated_gib": gib(plan.predicted_allocated),
+        "memplan/formula_gib": gib(plan.formula_peak),
+        **{f"memplan/{category}_gib": gib(size) for category, size in plan.breakdown.items()},
+    }
+
+
+def does_not_fit_message(
+    *,
+    needed: int,
+    available: int,
+    device: Device,
+    model: str = "the model",
+    batch_size: int = 1,
+    phase: str = "",
+    breakdown: Mapping[str, int] | None = None,
+    suggestions: Sequence[str] = (),
+) -> str:
+    """What a batch size needs, what the device has, what takes the most, and what would help (the best first).
+
+    >>> card = Device("NVIDIA T4", total=15 * 2**30)
+    >>> print(does_not_fit_message(needed=18 * 2**30, available=14 * 2**30, device=card, model="UNet3d",
+    ...                            phase="backward", breakdown={"activations": 2**34, "gradients": 2**31},
+    ...                            suggestions=["precision='16-mixed' instead of '32-true'"]))
+    UNet3d does not fit on NVIDIA T4 at batch size 1: it lacks 4.00 GiB.
+    It needs 18.00 GiB, and 14.00 GiB of the card's 15.00 GiB are there for it.
+    In the backward phase: activations 16.00 GiB, gradients 2.00 GiB.
+    What would help, the best first:
+      1. precision='16-mixed' instead of '32-true'
+    """
+    short = format_bytes(needed - available)
+    lines = _wrap(f"{model} does not fit on {device.name} at batch size {batch_size}: it lacks {short}.")
+    lines += _wrap(
+        f"It needs {format_bytes(needed)}, and {format_bytes(available)} of the {_where(device)}'s "
+        f"{format_bytes(device.total)} are there for it."
+    )
+    if breakdown:
+        parts = ", ".join(f"{label} {format_bytes(size)}" for label, size in _largest(breakdown, 3))
+        lines += _wrap(f"{f'In the {phase} phase' if phase else 'At the peak'}: {parts}.")
+    if suggestions:
+        lines.append("What would help, the best first:")
+        for rank, text in enumerate(suggestions, 1):
+            lines += _wrap(text, f"  {rank}. ")
+    return "\n".join(lines)
+
+
+# --- the formula ------------------------------------------------------------------------------------------------------
+
+
+def layers_table(
+    layers: Sequence[Layer],
+    *,
+    input_bytes: int,
+    batch_size: int = 1,
+    optimizer_bytes: int = 0,
+    top: int | None = None,
+) -> str:
+    """The formula layer by layer, with its totals, and written out with its numbers.
+
+    ``shape`` and ``output`` are one sample's. Where there are more than ``top`` rows, those that take the most at this
+    batch size are shown, in the network's order, and the rest is one line.
+
+    >>> conv = Layer("conv", "Conv3d", 840, 840, 3360, 3360, (30, 191, 227, 191), 993742440)
+    >>> print(layers_table([conv], input_bytes=34119604, batch_size=2))
+    layer          type    parameters  shape               output
+    conv           Conv3d         840  30x191x227x191  947.71 MiB
+    input                                               32.54 MiB
+    sum of layers                 840                  947.71 MiB
+    <BLANKLINE>
+    memory(bs) = params + grads + bs x (I1 + 2 x sum Ii)
+               = 3.28 KiB + 3.28 KiB + bs x (32.54 MiB + 2 x 947.71 MiB)
+    memory(2)  = 3.77 GiB
+
+    Raises:
+        ValueError: ``batch_size`` or ``top`` is less than 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"a batch size is at least 1, and {batch_size} is not")
+    if top is not None and top < 1:
+        raise ValueError(f"top is a number of layers to show, at least 1, and {top} is not")
+    weights = [row.parameter_bytes + row.gradient_bytes + 2 * batch_size * row.feature_bytes for row in layers]
+    shown = set(range(len(layers)))
+    if top is not None and len(layers) > top:
+        shown = set(sorted(shown, key=lambda i: weights[i], reverse=True)[:top])
+    hidden = [row for i, row in enumerate(layers) if i not in shown]
+
+    table = [("layer", "type", "parameters", "shape", "output")]
+    for i, row in enumerate(layers):
+        if i in shown:
+            shape = "x".join(map(str, row.shape))
+            output = format_bytes(row.feature_bytes)
+            table.append((row.path or "(itself)", row.type, f"{row.parameters:,}", shape, output))
+    if hidden:
+        rest, features = sum(row.parameters for row in hidden), sum(row.feature_bytes for row in hidden)
+        table.append((f"{len(hidden)} smaller ones", "", f"{rest:,}", "", format_bytes(features)))
+    parameters = sum(row.parameters for row in layers)
+    parameter_bytes = sum(row.parameter_bytes for row in layers)
+    gradient_bytes = sum(row.gradient_bytes for row in layers)
+    feature_bytes = sum(row.feature_bytes for row in layers)
+    table.append(("input", "", "", "", format_bytes(input_bytes)))
+    table.append(("sum of layers", "", f"{parameters:,}", "", format_bytes(feature_bytes)))
+    lines = _columns(table)
+
+    total = parameter_bytes + gradient_bytes + batch_size * (input_bytes + 2 * feature_bytes)
+    label = f"memory({batch_size})"
+    left = max(len(label), len("memory(bs)"))
+    numbers = f"{format_bytes(parameter_bytes)} + {format_bytes(gradient_bytes)}"
+    sample = f"{format_bytes(input_bytes)} + 2 x {format_bytes(feature_bytes)}"
+    lines += [
+        "",
+        f"{'memory(bs)':<{left}} = params + grads + bs x (I1 + 2 x sum Ii)",
+        f"{'':<{left}} = {numbers} + bs x ({sample})",
+        f"{label:<{left}} = {format_bytes(total)}",
+    ]
+    if optimizer_bytes:
+        lines.append(f"{'':<{left}}   and {format_bytes(optimizer_bytes)} of optimizer state, apart")
+    return "\n".join(lines)
+
+
+# --- measurements -----------------------------------------------------------------------------------------------------
+
+
+def step_metrics(measurement: Measurement, formula_bytes: int) -> dict[str, float]:
+    """One step's metrics: predicted and actual peaks in GiB, and the error of the allocated in percent of the actual.
+
+    >>> step_metrics(Measurement(1, 2**30, 2**31, 2**30, 2**31), formula_bytes=2**29)["memplan/formula_gib"]
+    0.5
+    """
+    return {
+        "memplan/predicted_reserved_gib": gib(measurement.predicted_reserved),
+        "memplan/actual_reserved_gib": gib(measurement.reserved),
+        "memplan/predicted_allocated_gib": gib(measurement.predicted_allocated),
+        "memplan/actual_allocated_gib": gib(measurement.allocated),
+        "memplan/error_percent": measurement.error_percent,
+        "memplan/formula_gib": gib(formula_bytes),
+    }
+
+
+def measurement_summary(measurements: Sequence[Measurement]) -> str:
+    """What was predicted and what came, over all measured steps.
+
+    >>> print(measurement_summary([Measurement(0, 2**31, 3 * 2**30, 2**31, 3 * 2**30)]))
+    memory over 1 measured step
+      peak allocated   predicted 2.00 GiB, actual 2.00 GiB (+0.0 %)
+      peak reserved    predicted 3.00 GiB, actual 3.00 GiB (+0.0 %)
+      error            median +0.0 %, worst +0.0 % in step 0
+    """
+    if not measurements:
+        return "memory: no step was measured"
+    steps = "1 measured step" if len(measurements) == 1 else f"{len(measurements)} measured steps"
+    errors = [m.error_percent for m in measurements]
+    worst = max(measurements, key=lambda m: abs(m.error_percent))
+    peaks = (
+        ("peak allocated", [(m.predicted_allocated, m.allocated) for m in measurements]),
+        ("peak reserved", [(m.predicted_reserved, m.reserved) for m in measurements]),
+    )
+    lines = [f"memory over {steps}"]
+    for label, pairs in peaks:
+        predicted, actual = max(p for p, _ in pairs), max(a for _, a in pairs)
+        error = f" ({100 * (predicted - actual) / actual:+.1f} %)" if actual else ""
+        lines.append(f"  {label:<16} predicted {format_bytes(predicted)}, actual {format_bytes(actual)}{error}")
+    lines.append(
+        f"  {'error':<16} median {median(errors):+.1f} %, worst {worst.error_percent:+.1f} % in step {worst.step}"
+    )
+    return "\n".join(lines)
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def _row(label: str, value: str, text: str) -> str:
+    return f"  {label:<15}{value:>11}   {text}"
+
+
+def _columns(table: Sequence[tuple[str, str, str, str, str]]) -> list[str]:
+    """The layers' table in columns as wide as they need; the path gets what is left of the width."""
+    kind, parameters, shape, output = (max(len(row[i]) for row in table) for i in range(1, 5))
+    kind, shape = min(kind, 20), min(shape, 20)
+    path = min(max(len(row[0]) for row in table), WIDTH - (kind + parameters + shape + output + 8))
+    return [
+        f"{_shorten_middle(row[0], path):<{path}}  {_shorten_end(row[1], kind):<{kind}}  {row[2]:>{parameters}}"
+        f"  {_shorten_end(row[3], shape):<{shape}}  {row[4]:>{output}}"
+        for row in table
+    ]
+
+
+def _where(device: Device) -> str:
+    return "card" if device.kind == "cuda" else "machine"
+
+
+def _shorten_middle(text: str, width: int) -> str:
+    if len(text) <= width:
+        return text
+    head = (width - 3) // 3
+    return text[:head] + "..." + text[len(text) - (width - 3 - head) :]
+
+
+def _shorten_end(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def _wrap(text: str, label: str = "") -> list[str]:
+    lines = textwrap.wrap(text, WIDTH, initial_indent=label, subsequent_indent=" " * len(label), break_on_hyphens=False)
+    return lines or [label.rstrip()]
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:3.0f} %" if whole else "  - %"
+
+
+def _bar(part: int, whole: int, fill: str = "") -> str:
+    length = min(20, round(20 * part / whole)) if whole else 0
+    return "#" * length + fill * (20 - length)
+
+
+def _largest(breakdown: Mapping[str, int], count: int) -> list[tuple[str, int]]:
+    """The largest parts first; where there are more than ``count``, the rest is one part."""
+    parts = sorted(((label, size) for label, size in breakdown.items() if size), key=lambda part: -part[1])
+    if len(parts) <= count + 1:
+        return parts
+    return [*parts[:count], ("the rest", sum(size for _, size in parts[count:]))]

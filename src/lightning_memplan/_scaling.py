@@ -1,0 +1,155 @@
+"""Traces at a few batch sizes, made into one program for any batch size.
+
+Every trace of a step has the same events in the same order; only sizes differ. The size of an event is a polynomial of
+the batch size (a feature map grows with it, a weight does not, a table of similarities grows with its square), so two
+or three traces determine it exactly, and the last one checks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import lcm
+
+from lightning_memplan._errors import TraceError
+from lightning_memplan._kernels import kernel_bytes
+from lightning_memplan._types import Event, Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Polynomial:
+    """Exact values at any batch size: ``sum(c · bs**k) / divisor``, rounded down.
+
+    >>> Polynomial.through((2, 3, 5), (108, 112, 120)).at(10)
+    140
+    >>> Polynomial.through((2, 3, 5), (4, 9, 25)).degree
+    2
+    """
+
+    coefficients: tuple[int, ...]
+    divisor: int = 1
+
+    @classmethod
+    def through(cls, points: Sequence[int], values: Sequence[int]) -> Polynomial:
+        """The polynomial of the lowest degree through all points."""
+        if len(set(values)) == 1:
+            return cls((values[0],))
+        for degree in range(1, len(points)):
+            coefficients = _interpolate(points[: degree + 1], values[: degree + 1])
+            if all(_evaluate(coefficients, x) == y for x, y in zip(points, values, strict=True)):
+                break
+        divisor = lcm(*(c.denominator for c in coefficients))
+        return cls(tuple(int(c * divisor) for c in coefficients), divisor)
+
+    @property
+    def degree(self) -> int:
+        return len(self.coefficients) - 1
+
+    def at(self, batch_size: int) -> int:
+        total = 0
+        for c in reversed(self.coefficients):
+            total = total * batch_size + c
+        return total // self.divisor
+
+
+def _interpolate(points: Sequence[int], values: Sequence[int]) -> list[Fraction]:
+    """Coefficients, lowest first, by Newton's divided differences."""
+    differences = [Fraction(v) for v in values]
+    for k in range(1, len(points)):
+        for i in range(len(points) - 1, k - 1, -1):
+            differences[i] = (differences[i] - differences[i - 1]) / (points[i] - points[i - k])
+    coefficients = [Fraction(0)] * len(points)
+    for k in reversed(range(len(points))):  # Horner: multiply by (x - points[k]), add the next difference
+        for i in range(len(points) - 1, 0, -1):
+            coefficients[i] = coefficients[i - 1] - points[k] * coefficients[i]
+        coefficients[0] = differences[k] - points[k] * coefficients[0]
+    return coefficients
+
+
+def _evaluate(coefficients: Sequence[Fraction], x: int) -> Fraction:
+    total = Fraction(0)
+    for c in reversed(coefficients):
+        total = total * x + c
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledProgram:
+    """The events of a run at any batch size.
+
+    ``events`` are those of the first trace, for their labels; ``sizes`` has, for every event, the place of its size in
+    ``table``, whose entries are polynomials, or a kernel's name with polynomials as arguments.
+    """
+
+    events: tuple[Event, ...]
+    sizes: tuple[int, ...]
+    table: tuple[Polynomial | tuple[str, tuple[Polynomial, ...]], ...]
+    batch_sizes: tuple[int, ...]
+
+    def at(self, batch_size: int) -> list[tuple[int, int, int]]:
+        """``(block, size, stream)`` of every event, as the allocator's replay takes them."""
+        values = [-1]
+        for entry in self.table:
+            if isinstance(entry, Polynomial):
+                values.append(max(0, entry.at(batch_size)))
+            else:
+                name, arguments = entry
+                values.append(kernel_bytes((name, *(argument.at(batch_size) for argument in arguments))))
+        return [(e.block, values[k], e.stream) for e, k in zip(self.events, self.sizes, strict=True)]
+
+    def steps(self) -> tuple[int, ...]:
+        """The index at which each step begins, and one past the end."""
+        starts = [i for i, e in enumerate(self.events) if i == 0 or e.step != self.events[i - 1].step]
+        return (*starts, len(self.events))
+
+
+def scale(traces: Sequence[Trace]) -> ScaledProgram:
+    """One program out of traces of the same step at different batch sizes.
+
+    Raises:
+        TraceError: the traces have different events, so the step does something else at another batch size.
+        ValueError: no trace, or two of the same batch size.
+    """
+    points = tuple(trace.batch_size for trace in traces)
+    if not points or len(set(points)) != len(points):
+        raise ValueError(f"traces of different batch sizes are needed, not of {list(points)}")
+    columns = [trace.events for trace in traces]
+    _same_events(columns, points)
+    entries: dict[object, int] = {}
+    table: list[Polynomial | tuple[str, tuple[Polynomial, ...]]] = []
+    sizes = []
+    for events in zip(*columns, strict=True):
+        first = events[0]
+        if first.size < 0:
+            sizes.append(0)
+            continue
+        key = tuple(e.rule or e.size for e in events)
+        place = entries.get(key)
+        if place is None:
+            if first.rule:
+                arguments = zip(*(e.rule[1:] for e in events), strict=True)
+                polynomials = tuple(Polynomial.through(points, values) for values in arguments)
+                table.append((str(first.rule[0]), polynomials))
+            else:
+                table.append(Polynomial.through(points, [e.size for e in events]))
+            place = entries[key] = len(table)
+        sizes.append(place)
+    return ScaledProgram(columns[0], tuple(sizes), tuple(table), points)
+
+
+def _same_events(columns: Sequence[Sequence[Event]], points: Sequence[int]) -> None:
+    first = columns[0]
+    for events, size in zip(columns[1:], points[1:], strict=True):
+        for a, b in zip(first, events, strict=False):
+            if a.block != b.block or (a.size < 0) != (b.size < 0) or a.rule[:1] != b.rule[:1]:
+                where = f" in {b.path!r}" if b.path else ""
+                raise TraceError(
+                    f"the step does something else at batch size {size} than at {points[0]}: {b.op or 'a free'}{where} "
+                    f"in its {b.phase} phase; a plan for other batch sizes cannot be made from such traces"
+                )
+        if len(first) != len(events):
+            raise TraceError(
+                f"the step has {len(events)} events at batch size {size} and {len(first)} at {points[0]}; "
+                "a plan for other batch sizes cannot be made from such traces"
+            )

@@ -1,0 +1,210 @@
+"""What crosses the layers: frozen values, bytes as ``int``, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+Phase = Literal["setup", "batch", "forward", "backward", "optimizer"]
+Category = Literal[
+    "parameters", "buffers", "gradients", "optimizer", "batch", "activations", "temporaries", "workspaces", "other"
+]
+
+
+class Event(NamedTuple):
+    """One block of device memory, allocated or freed.
+
+    ``size`` is the bytes that were asked for, or -1 where the block is freed. ``step`` is 0 before training, 1 in the
+    first step. ``path`` is the module's dotted name and ``op`` the operator, where they are known. ``rule`` is a
+    kernel's name and arguments (see ``_kernels``) where the size is not a polynomial of the batch size.
+
+    >>> Event(block=7, size=2048, phase="forward", category="activations", path="layer1.0", op="aten.relu").is_free
+    False
+    >>> Event(block=7, size=-1, phase="backward").is_free
+    True
+    """
+
+    block: int
+    size: int
+    phase: Phase = "forward"
+    step: int = 0
+    category: Category = "other"
+    path: str = ""
+    op: str = ""
+    stream: int = 0
+    rule: tuple[str | int, ...] = ()
+
+    @property
+    def is_free(self) -> bool:
+        return self.size < 0
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """The events of a run's beginning (setup, then whole training steps) at one batch size.
+
+    >>> Trace(batch_size=2, events=(Event(0, 4096, "setup", category="parameters"),)).batch_size
+    2
+    """
+
+    batch_size: int
+    events: tuple[Event, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One row of the formula: a leaf module, or one call of it.
+
+    ``shape`` is the output's, without the batch; ``feature_bytes`` the bytes of that output for one sample.
+
+    >>> Layer("conv", "Conv3d", 840, 840, 3360, 3360, (30, 191, 227, 191), 993742440).feature_bytes / 10**6
+    993.74244
+    """
+
+    path: str
+    type: str
+    parameters: int  #: per filter: (kernel · in + bias) · out
+    parameters_apart: int  #: weights and biases apart: kernel · in · out + biases
+    parameter_bytes: int
+    gradient_bytes: int
+    shape: tuple[int, ...]
+    feature_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A card: what it holds, and what of it a training process can have.
+
+    ``total`` are the card's bytes as CUDA reports them; ``free`` those that no other process holds (``total`` where
+    nothing is said); ``context`` those that CUDA takes of the free ones before the allocator gets any. ``limit`` is the
+    most that the allocator may reserve where ``torch.cuda.set_per_process_memory_fraction`` set one.
+
+    >>> card = Device("my card", total=25446711296, context=1288490188)
+    >>> card.capacity
+    24158221108
+    """
+
+    name: str
+    total: int
+    free: int | None = None
+    context: int = 0
+    index: int | None = None
+    uuid: str | None = None
+    capability: tuple[int, int] | None = None
+    limit: int | None = None
+    kind: Literal["cuda", "cpu"] = "cuda"
+
+    def __post_init__(self) -> None:
+        for name in ("total", "free", "context", "limit"):
+            value = getattr(self, name)
+            if value is None and name in ("free", "limit"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"a device's {name} is a number of bytes (an int, at least 0), not {value!r}")
+        if self.total == 0:
+            raise ValueError("a device's total is its bytes of memory: 0 is none")
+        if self.free is not None and self.free > self.total:
+            raise ValueError(f"{self.free} bytes free of {self.total}: a device cannot have more free than it has")
+
+    @property
+    def capacity(self) -> int:
+        """Bytes that the allocator can reserve: what is free, less the context, and never over the limit."""
+        free = self.total if self.free is None else self.free
+        capacity = max(0, free - self.context)
+        return capacity if self.limit is None else min(capacity, self.limit)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What was decided: the batch size, and what it is predicted to take (bytes).
+
+    ``limited_by`` is ``"memory"``, ``"max_batch_size"`` or ``"dataset"``: what kept the batch size from being larger.
+
+    >>> plan = Plan(batch_size=8, device=Device("card", total=2**34), budget=2**33, margin=0.5, limited_by="memory",
+    ...             method="trace", predicted_peak=2**32, predicted_allocated=2**31, formula_peak=2**31)
+    >>> plan.accumulate_grad_batches
+    1
+    """
+
+    batch_size: int
+    device: Device
+    budget: int  #: bytes that the plan may reserve: the device's capacity less the margin
+    margin: float
+    limited_by: Literal["memory", "max_batch_size", "dataset"]
+    method: Literal["trace", "formula", "probe"]
+    predicted_peak: int  #: peak bytes reserved by the allocator: what must fit
+    predicted_allocated: int  #: peak bytes allocated
+    formula_peak: int  #: what the formula says of that batch size
+    phase: str = ""  #: the phase in which the peak of the allocated bytes falls
+    breakdown: Mapping[str, int] = field(default_factory=dict)  #: bytes by category at that peak
+    accumulate_grad_batches: int = 1
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One training step: what was predicted, and what the card's allocator reported (bytes).
+
+    >>> Measurement(step=3, predicted_allocated=99, predicted_reserved=110, allocated=100, reserved=110).error_percent
+    -1.0
+    """
+
+    step: int
+    predicted_allocated: int
+    predicted_reserved: int
+    allocated: int
+    reserved: int
+
+    @property
+    def error_percent(self) -> float:
+        """Predicted against actual peak allocated, in percent of the actual."""
+        return 100.0 * (self.predicted_allocated - self.allocated) / self.allocated if self.allocated else 0.0
+
+
+Precision = Literal["32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"]
+
+_PRECISIONS: Mapping[str, Precision] = {
+    "32-true": "32-true",
+    "32": "32-true",
+    "64-true": "64-true",
+    "64": "64-true",
+    "16-mixed": "16-mixed",
+    "16": "16-mixed",
+    "bf16-mixed": "bf16-mixed",
+    "bf16": "bf16-mixed",
+    "16-true": "16-true",
+    "bf16-true": "bf16-true",
+}
+
+
+def parse_precision(precision: str | int) -> Precision:
+    """A Trainer's ``precision``, in its full form.
+
+    >>> parse_precision(32), parse_precision("bf16"), parse_precision("16-mixed")
+    ('32-true', 'bf16-mixed', '16-mixed')
+
+    Raises:
+        ValueError: a precision whose memory is not modelled.
+    """
+    found = _PRECISIONS.get(str(precision))
+    if found is None:
+        names = ", ".join(dict.fromkeys(_PRECISIONS.values()))
+        raise ValueError(f"precision {precision!r} cannot be planned for: use one of {names}")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class StepSettings:
+    """How a Trainer runs a step, as far as memory is concerned.
+
+    >>> StepSettings(precision="16-mixed").capability
+    (8, 6)
+    """
+
+    precision: Precision = "32-true"
+    gradient_clip_val: float | None = None
+    gradient_clip_algorithm: Literal["norm", "value"] = "norm"
+    accumulate_grad_batches: int = 1
+    capability: tuple[int, int] = (8, 6)

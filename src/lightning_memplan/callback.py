@@ -1,0 +1,223 @@
+"""The callback: plan at setup, set the batch size, measure every CUDA step."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any, Literal
+
+from lightning_memplan._api import (
+    MARGIN,
+    check_margin,
+    estimate_step,
+    named_device,
+    plan_estimate,
+)
+from lightning_memplan._apply import read_batch_size, write_batch_size
+from lightning_memplan._device import cpu_device, detect_devices, read_peaks, reset_peaks
+from lightning_memplan._estimate import Estimate
+from lightning_memplan._lightning import (
+    CallbackBase,
+    agree_on_smallest,
+    cuda_index,
+    logged_step,
+    misconfiguration,
+    say,
+    train_source,
+    trainer_settings,
+)
+from lightning_memplan._report import measurement_summary, plan_hparams, plan_table, step_metrics
+from lightning_memplan._sample import dataset_size
+from lightning_memplan._step import traced_step
+from lightning_memplan._types import Device, Measurement, Plan, StepSettings
+
+
+class MemoryPlanner(CallbackBase):
+    """Plans the memory of training at setup, sets the largest batch size that fits, and measures every CUDA step.
+
+    >>> from lightning_memplan import MemoryPlanner
+    >>> planner = MemoryPlanner(margin=0.1, max_batch_size=512, multiple_of=8)
+    >>> planner.plan is None, planner.measurements
+    (True, [])
+
+    Args:
+        method: ``"trace"`` runs the training step on fake tensors, ``"formula"`` adds up
+            ``params + grads + bs * (I1 + 2 * sum(Ii))``, ``"auto"`` traces and falls back to the formula, with a
+            warning that says why.
+        device: The card to plan for: a name such as ``"RTX 3090"``, or a ``Device``. Where nothing is said, the one
+            on which the Trainer runs, and on the CPU the host's memory.
+        margin: The part of the card's memory to leave free, at least 0 and below 1.
+        min_batch_size: The smallest batch size allowed.
+        max_batch_size: The largest batch size allowed.
+        multiple_of: What the batch size must be a multiple of.
+        batch_arg_name: The attribute or hyperparameter of the module or datamodule that holds the batch size.
+        apply: Whether to set the batch size; ``False`` plans for information only.
+        every_n_steps: Log the measurements of every n-th step; all are kept in ``measurements``.
+
+    Attributes:
+        plan: The ``Plan``, from setup on.
+        estimate: The ``Estimate`` behind it.
+        measurements: One ``Measurement`` for each CUDA step.
+
+    Raises:
+        ApplyError: At setup: nothing holds a batch size of that name.
+        DoesNotFitError: At setup: the smallest batch size does not fit; says what it needs and what the card has.
+        ValueError: An argument that is wrong in itself.
+    """
+
+    def __init__(
+        self,
+        method: Literal["auto", "trace", "formula"] = "auto",
+        device: str | Device | None = None,
+        margin: float = MARGIN,
+        min_batch_size: int = 1,
+        max_batch_size: int | None = None,
+        multiple_of: int = 1,
+        batch_arg_name: str = "batch_size",
+        apply: bool = True,
+        every_n_steps: int = 1,
+    ) -> None:
+        super().__init__()
+        check_margin(margin)
+        if method not in ("auto", "trace", "formula"):
+            raise ValueError(f"method is one of 'auto', 'trace' and 'formula', not {method!r}")
+        for name, value in (("min_batch_size", min_batch_size), ("multiple_of", multiple_of)):
+            _check_count(name, value)
+        _check_count("every_n_steps", every_n_steps)
+        if max_batch_size is not None:
+            _check_count("max_batch_size", max_batch_size)
+        self.method: Literal["auto", "trace", "formula"] = method
+        self.device = named_device(device)
+        self.margin = margin
+        self.min_batch_size = min_batch_size
+        self.max_batch_size = max_batch_size
+        self.multiple_of = multiple_of
+        self.batch_arg_name = batch_arg_name
+        self.apply = apply
+        self.every_n_steps = every_n_steps
+        self.plan: Plan | None = None
+        self.estimate: Estimate | None = None
+        self.measurements: list[Measurement] = []
+        self._predicted: list[tuple[int, int]] = []
+        self._settings = StepSettings()
+        self._index: int | None = None
+
+    # -- plan, at setup: before any loader is built
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage != "fit":
+            return
+        self.plan, self.measurements, self._index = None, [], cuda_index(trainer)
+        if trainer.fast_dev_run:
+            say("MemoryPlanner plans nothing: fast_dev_run runs a few batches of the size that is set")
+            return
+        self._make_plan(trainer, pl_module)
+        self._apply_plan(trainer, pl_module)
+
+    def _make_plan(self, trainer: Any, module: Any) -> None:
+        if self.apply:
+            read_batch_size(self.batch_arg_name, module, trainer.datamodule)  # fails before the work, not after it
+        device = self._device_of(trainer)
+        self._settings = trainer_settings(trainer, device.capability)
+        source = train_source(trainer, module)
+        self.estimate = estimate_step(
+            module,
+            source,
+            self._settings,
+            method=self.method,
+            trainer=trainer,
+            datamodule=trainer.datamodule,
+            stage="fit",
+        )
+        if self.method == "auto" and self.estimate.method == "formula":
+            warnings.warn(f"MemoryPlanner: {self.estimate.notes[0]}", stacklevel=2)
+        self.plan = plan_estimate(
+            self.estimate,
+            device,
+            margin=self.margin,
+            min_batch_size=self.min_batch_size,
+            max_batch_size=self.max_batch_size,
+            multiple_of=self.multiple_of,
+            samples=dataset_size(source),
+            accumulate_grad_batches=self._settings.accumulate_grad_batches,
+            model=type(module).__name__,
+        )
+
+    def _apply_plan(self, trainer: Any, module: Any) -> None:
+        assert self.plan is not None
+        assert self.estimate is not None
+        size = agree_on_smallest(self.plan.batch_size)
+        if size != self.plan.batch_size:
+            self.plan = plan_at(self.plan, self.estimate, size)
+        if self.apply:
+            write_batch_size(self.batch_arg_name, size, module, trainer.datamodule)
+        self._predicted = list(self.estimate.steps(size, self.plan.device.capacity))
+        say(plan_table(self.plan))
+
+    def _device_of(self, trainer: Any) -> Device:
+        if self.device is not None:
+            return self.device
+        index = cuda_index(trainer)
+        if index is None:
+            return cpu_device()
+        devices = detect_devices()
+        for device in devices:
+            if device.index == index:
+                return device
+        raise misconfiguration(f"the Trainer runs on cuda:{index}, and the devices found are {devices}")
+
+    # -- measure, at every CUDA step
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.plan is None:
+            return
+        for logger in trainer.loggers:
+            logger.log_hyperparams(plan_hparams(self.plan) | self._applied())
+        if self._index is None:
+            warnings.warn(
+                f"MemoryPlanner measures nothing: the Trainer runs on {trainer.strategy.root_device}, and only CUDA "
+                "devices tell their peak memory; use Trainer(accelerator='gpu') on a machine that has one",
+                stacklevel=2,
+            )
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self._index is not None:
+            reset_peaks(self._index)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._index is None or self.plan is None:
+            return
+        allocated, reserved = read_peaks(self._index)
+        step = len(self.measurements)
+        predicted = self._predicted[min(traced_step(self._settings, step), len(self._predicted) - 1)]
+        self.measurements.append(Measurement(step, *predicted, allocated, reserved))
+        if step % self.every_n_steps == 0:
+            metrics = step_metrics(self.measurements[-1], self.plan.formula_peak)
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=logged_step(trainer))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.measurements:
+            say(measurement_summary(self.measurements))
+
+    def _applied(self) -> dict[str, int]:
+        assert self.plan is not None
+        return {self.batch_arg_name: self.plan.batch_size} if self.apply else {}
+
+
+def plan_at(plan: Plan, estimate: Estimate, batch_size: int) -> Plan:
+    """The same plan at another batch size: the one on which all ranks agreed."""
+    return replace(
+        plan,
+        batch_size=batch_size,
+        predicted_peak=estimate.peak(batch_size, plan.device.capacity),
+        predicted_allocated=estimate.peak_allocated(batch_size),
+        formula_peak=estimate.formula.memory(batch_size),
+        phase=estimate.phase(batch_size),
+        breakdown=estimate.breakdown(batch_size),
+    )
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is an int of at least 1, not {value!r}")

@@ -1,0 +1,78 @@
+"""Fixtures for all tests: ``nullgpu`` runs a Python program on a GPU that is not there (see ``nullgpu/README.md``)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+NULLGPU = Path(__file__).resolve().parent / "nullgpu"
+collect_ignore = ["nullgpu"]  # its Python is run, not tested by itself
+REQUIRED = "MEMPLAN_REQUIRE_NULLGPU"  # set to 1 where a skipped test would go unseen
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def _builder() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("nullgpu_build", NULLGPU / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what uses the null GPU, and run it after everything that does not."""
+    for item in items:
+        if "nullgpu" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.nullgpu)
+    items.sort(key=lambda item: (item.get_closest_marker("nullgpu") is not None) + 2 * _is_slow(item))
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None
+
+
+@pytest.fixture(scope="session")
+def nullgpu() -> Run:
+    """``nullgpu([sys.executable, "-c", code], timeout=300, check=True, NULLGPU_MEMORY=2**33)`` → the finished process.
+
+    Skips where a null GPU cannot be built; fails there if MEMPLAN_REQUIRE_NULLGPU=1 is set.
+    """
+    reason = _builder().obstacle()
+    if reason is not None:
+        if os.environ.get(REQUIRED) == "1":
+            pytest.fail(f"{reason} ({REQUIRED}=1)", pytrace=False)
+        pytest.skip(reason)
+
+    def run(
+        args: list[str], *, timeout: float = 300, check: bool = True, **env: object
+    ) -> subprocess.CompletedProcess[str]:
+        ours = ("NULLGPU_", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+        inherited = {k: v for k, v in os.environ.items() if k == "NULLGPU_FOLDER" or not k.startswith(ours)}
+        done = subprocess.run(
+            [str(NULLGPU / "nullgpu"), *map(str, args)],
+            env={**inherited, **{name: str(value) for name, value in env.items()}},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        if check and done.returncode != 0:
+            pytest.fail(
+                f"exit status {done.returncode} on the null GPU\n--- stdout\n{done.stdout[-4000:]}"
+                f"\n--- stderr\n{done.stderr[-12000:]}",
+                pytrace=False,
+            )
+        return done
+
+    run([sys.executable, "-c", ""])  # builds the library, if it is not there yet
+    return run
