@@ -97,20 +97,12 @@ class BrainNet(pl.LightningModule):
 
 
 def show(plan: mp.Plan, model: BrainNet, data: Scans, precision: str) -> None:
-    """The plan, and what the note's formula says of each layer."""
-    data.setup("fit")
-    estimate = mp.estimate(model, next(iter(data.train_dataloader())), precision=precision, method="formula")
-    print(f"\n{'layer':<14}{'type':<19}{'parameters':>10}   {'output of one scan':<20}{'MB':>8}")
-    for row in estimate.layers:
-        shape = " x ".join(map(str, row.shape))
-        print(f"{row.path:<14}{row.type:<19}{row.parameters:>10,}   {shape:<20}{row.feature_bytes / 1e6:>8.2f}")
-    print(
-        f"\n{plan.device.name}, {plan.device.total / GiB:.1f} GiB, at {precision}: batch size {plan.batch_size} "
-        f"(limited by {plan.limited_by})"
-        f"\n  predicted peak   {plan.predicted_peak / GiB:.2f} GiB reserved, {plan.predicted_allocated / GiB:.2f} GiB "
-        f"allocated, of a budget of {plan.budget / GiB:.2f} GiB"
-        f"\n  the formula      {plan.formula_peak / GiB:.2f} GiB"
-    )
+    """The plan, and what the formula says of each layer."""
+    estimate = mp.estimate(model, data, precision=precision, method="formula")
+    print(mp.plan_table(plan))
+    print()
+    formula = estimate.formula
+    print(mp.layers_table(formula.layers, input_bytes=formula.input_bytes, batch_size=plan.batch_size, top=10))
 
 
 def main() -> None:

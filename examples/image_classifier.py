@@ -76,21 +76,12 @@ class Classifier(pl.LightningModule):
 
 
 def show(plan: mp.Plan, model: Classifier, data: Digits, precision: str) -> None:
-    """The plan, and the layers that take the most."""
-    data.setup("fit")
-    estimate = mp.estimate(model, next(iter(data.train_dataloader())), precision=precision, method="formula")
-    largest = sorted(estimate.layers, key=lambda row: row.feature_bytes, reverse=True)[:8]
-    print(f"\n{'the largest outputs':<32}{'type':<13}{'parameters':>10}   {'of one image':<18}{'MB':>6}")
-    for row in largest:
-        shape = " x ".join(map(str, row.shape))
-        print(f"{row.path:<32}{row.type:<13}{row.parameters:>10,}   {shape:<18}{row.feature_bytes / 1e6:>6.2f}")
-    print(
-        f"\n{plan.device.name}, {plan.device.total / GiB:.1f} GiB, at {precision}: batch size {plan.batch_size} "
-        f"(limited by {plan.limited_by})"
-        f"\n  predicted peak   {plan.predicted_peak / GiB:.2f} GiB reserved, {plan.predicted_allocated / GiB:.2f} GiB "
-        f"allocated, of a budget of {plan.budget / GiB:.2f} GiB"
-        f"\n  the formula      {plan.formula_peak / GiB:.2f} GiB"
-    )
+    """The plan, and what the formula says of each layer."""
+    estimate = mp.estimate(model, data, precision=precision, method="formula")
+    print(mp.plan_table(plan))
+    print()
+    formula = estimate.formula
+    print(mp.layers_table(formula.layers, input_bytes=formula.input_bytes, batch_size=plan.batch_size, top=10))
 
 
 def main() -> None:

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lightning_memplan._allocator import AllocatorSettings
 from lightning_memplan._device import cpu_device, detect_devices, gpu
 from lightning_memplan._errors import DoesNotFitError, TraceError
 from lightning_memplan._estimate import Estimate
 from lightning_memplan._lightning import is_datamodule, is_lightning_module, is_overridden, trainer_settings
+from lightning_memplan._order import MakeOptimizer
 from lightning_memplan._planner import largest_fitting
+from lightning_memplan._probe import probe_steps
 from lightning_memplan._report import does_not_fit_message
 from lightning_memplan._sample import dataset_size, sample_batches
 from lightning_memplan._scaling import scale
-from lightning_memplan._step import MakeOptimizer, prepared, run_formula, trace_steps
+from lightning_memplan._step import prepared, run_formula, trace_steps
 from lightning_memplan._types import Device, Plan, StepSettings, parse_precision
 
-Method = Literal["auto", "trace", "formula"]
-_METHODS = ("auto", "trace", "formula")
+Method = Literal["auto", "trace", "formula", "probe"]
+_METHODS = ("auto", "trace", "formula", "probe")
 
 #: The part of what the card can give that a plan leaves free by default: for cuDNN's workspaces, which no one knows
 #: before they are asked for, and for what the driver rounds up.
@@ -55,7 +58,8 @@ def estimate(
             module, whose forward is run on the batch and whose outputs' sum (or the ``loss`` it returns) is the loss.
         batch: what the user's dataloader yields, its first dimension the batch; or a DataLoader, a collection of them,
             or a LightningDataModule.
-        method: ``"trace"``, ``"formula"``, or ``"auto"``: the trace, and the formula where the step cannot be traced.
+        method: ``"trace"`` runs the step on fake tensors, ``"probe"`` runs it on the GPU with a few samples,
+            ``"formula"`` adds up feature maps, ``"auto"`` is the trace, and the formula where it cannot be traced.
         precision: a Trainer's ``precision``; ``"32-true"`` where nothing is said.
         optimizer: for a module that is no LightningModule: makes its optimizer from its parameters.
         trainer: a Trainer, from which precision, clipping and accumulation are taken.
@@ -67,8 +71,7 @@ def estimate(
         TraceError: ``method="trace"`` and the step cannot be traced; says what it needs, and at which line.
         ValueError: an argument that is wrong in itself.
     """
-    if method not in _METHODS:
-        raise ValueError(f"method is one of {', '.join(map(repr, _METHODS))}, not {method!r}")
+    check_method(method)
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a LightningModule or another nn.Module, not {module!r}")
     if optimizer is not None and is_lightning_module(module) and is_overridden("configure_optimizers", module):
@@ -85,10 +88,16 @@ def estimate(
     card = named_device(device)
     if card is not None and card.capability is not None:
         settings = replace(settings, capability=card.capability)
-    datamodule = batch if is_datamodule(batch) else getattr(trainer, "datamodule", None)
-    source = _train_loader(batch) if is_datamodule(batch) else batch
+    source, datamodule = _source(batch, trainer)
     return estimate_step(
-        module, source, settings, method=method, trainer=trainer, datamodule=datamodule, optimizer=optimizer
+        module,
+        source,
+        settings,
+        method=method,
+        device=card,
+        trainer=trainer,
+        datamodule=datamodule,
+        optimizer=optimizer,
     )
 
 
@@ -98,6 +107,7 @@ def estimate_step(
     settings: StepSettings,
     *,
     method: Method = "auto",
+    device: Device | None = None,
     trainer: Any = None,
     datamodule: Any = None,
     optimizer: MakeOptimizer | None = None,
@@ -105,11 +115,15 @@ def estimate_step(
 ) -> Estimate:
     """``estimate`` with every setting in hand; ``stage`` names what ``setup`` is called with, on a copy."""
     samples = sample_batches(source)
-    module = prepared(module, settings, trainer=trainer, stage=stage)
     common: dict[str, Any] = {"trainer": trainer, "datamodule": datamodule, "optimizer": optimizer}
     program = None
     notes: tuple[str, ...] = ()
-    if method != "formula":
+    if method == "probe":
+        index = _probed_index(device)
+        traces = probe_steps(module, partial(sample_batches, source), settings, index, stage=stage, **common)
+        program = scale(traces)
+    module = prepared(module, settings, trainer=trainer, stage=stage)
+    if method in ("auto", "trace"):
         try:
             traces = trace_steps(module, samples, settings, **common)
             program = scale(traces)
@@ -120,7 +134,7 @@ def estimate_step(
             notes = (f"planned by the formula, since the step cannot be traced: {error}",)
     formula, more = run_formula(module, samples[0], settings, **common)
     return Estimate(
-        "formula" if program is None else "trace",
+        "formula" if program is None else "probe" if method == "probe" else "trace",
         formula,
         program,
         AllocatorSettings.from_environment(os.environ),
@@ -165,6 +179,7 @@ def plan(
         DoesNotFitError: not even the smallest batch size fits; ``needed`` and ``available`` are its bytes.
     """
     card = named_device(device) or default_device()
+    source, _ = _source(batch, trainer)
     found = estimate(
         module,
         batch,
@@ -176,7 +191,6 @@ def plan(
         gradient_clip_val=gradient_clip_val,
         accumulate_grad_batches=accumulate_grad_batches,
     )
-    loader = _train_loader(batch) if is_datamodule(batch) else batch
     return plan_estimate(
         found,
         card,
@@ -184,7 +198,7 @@ def plan(
         min_batch_size=min_batch_size,
         max_batch_size=max_batch_size,
         multiple_of=multiple_of,
-        samples=dataset_size(loader),
+        samples=dataset_size(source),
         accumulate_grad_batches=accumulate_grad_batches,
         model=type(module).__name__,
     )
@@ -243,6 +257,19 @@ def plan_estimate(
     )
 
 
+def _probed_index(device: Device | None) -> int:
+    device = device or default_device()
+    if device.kind != "cuda" or device.index is None:
+        raise ValueError(f"a probe runs on a CUDA device of this machine, not on {device.name!r}: use method='trace'")
+    return device.index
+
+
+def check_method(method: object) -> None:
+    """Raise ValueError unless ``method`` is one that there is."""
+    if method not in _METHODS:
+        raise ValueError(f"method is one of {', '.join(map(repr, _METHODS))}, not {method!r}")
+
+
 def check_margin(margin: object) -> None:
     """Raise ValueError unless ``margin`` is a part of the whole."""
     if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < 1:
@@ -266,5 +293,14 @@ def default_device() -> Device:
     return devices[0] if devices else cpu_device()
 
 
-def _train_loader(datamodule: Any) -> DataLoader[Any]:
-    return datamodule.train_dataloader()  # type: ignore[no-any-return]
+def _source(batch: Any, trainer: Any) -> tuple[Any, Any]:
+    """Where samples come from, and the datamodule whose hooks a batch passes.
+
+    A datamodule is prepared and set up on a shallow copy, so that the user's own stays as it is.
+    """
+    if not is_datamodule(batch):
+        return batch, getattr(trainer, "datamodule", None)
+    datamodule = copy.copy(batch)
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    return datamodule.train_dataloader(), datamodule

@@ -51,6 +51,22 @@ def read_batch_size(name: str, *owners: Any) -> int:
     return value
 
 
+def check_settable(name: str, *owners: Any, loaders_are_made: bool) -> None:
+    """Raise unless ``write_batch_size`` can set the batch size, and loaders will be made with it.
+
+    Raises:
+        ApplyError: the loaders are there already, or nothing has an attribute or hyperparameter of that name.
+        TypeError: it is not an int.
+    """
+    if not loaders_are_made:
+        raise ApplyError(
+            "the loaders were passed to fit, and keep the batch size that they were made with: make them in "
+            f"train_dataloader() of a module or datamodule that keeps it as self.{name}, or pass apply=False and make "
+            "them with planner.plan.batch_size, or mp.plan(module, loader).batch_size, yourself"
+        )
+    read_batch_size(name, *owners)
+
+
 def write_batch_size(name: str, batch_size: int, *owners: Any) -> None:
     """Set the batch size on everything that holds it.
 

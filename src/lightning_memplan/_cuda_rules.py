@@ -13,8 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -379,6 +378,13 @@ def workspaces(capability: tuple[int, int] = (8, 6)) -> Mapping[Any, tuple[str, 
     return {} if WORKSPACE_PER_CALL else dict.fromkeys(_CUBLAS, ("cublas", _cublas_workspace(capability)))
 
 
+class Card(NamedTuple):
+    """What of a card its kernels' launches depend on."""
+
+    multiprocessors: int = 82
+    threads: int = 1536  #: on each of them
+
+
 Rule = Callable[[Sequence[Any], Mapping[str, Any], Any], Sequence[Any]]
 
 
@@ -391,39 +397,40 @@ def temporaries(
         size = _cublas_workspace(capability)
         rules.update(dict.fromkeys(_CUBLAS, lambda args, kwargs, out: (size,)))
         rules[aten.addmm.default] = lambda args, kwargs, out: (_CUBLASLT_WORKSPACE if _adds_bias(*args[:3]) else size,)
-    rules[aten.sum.dim_IntList] = _reduction(multiprocessors, threads)
-    rules[aten.sum.default] = rules[aten.sum.dim_IntList]
-    rules[aten.mean.dim] = rules[aten.sum.dim_IntList]
-    rules[aten.mean.default] = rules[aten.sum.dim_IntList]
+    card = Card(multiprocessors, threads)
+    sums = _reduction(card, _accumulator, _sum_vector)
+    rules.update(dict.fromkeys([aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default], sums))
     return rules
 
 
-def _reduction(multiprocessors: int, threads: int) -> Rule:
-    """A reduction cut into blocks passes partial results and semaphores through the device's memory."""
+def _reduction(card: Card, width: Callable[[torch.Tensor], int], vector: Callable[[torch.Tensor], int]) -> Rule:
+    """A reduction cut into blocks passes partial results, and counts its blocks, through the device's memory."""
 
     def rule(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
         source = args[0]
-        dims = args[1] if len(args) > 1 else kwargs.get("dim")
-        dims = range(source.dim()) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
-        reduced = {d % max(1, source.dim()) for d in dims}
-        order = sorted((d for d in range(source.dim()) if source.size(d) > 1), key=source.stride)
-        outputs = max(1, out.numel())
-        inputs = source.numel() // outputs if source.numel() else 0
-        if not order or not inputs:
-            return ()
-        fastest = order[0] in reduced
-        width = max(4, source.element_size()) if source.is_floating_point() else 8
-        # the dimensions that are left when neighbours of the same kind are joined
-        joined = 1 + sum((a in reduced) != (b in reduced) for a, b in pairwise(order))
-        contiguous = source.stride(order[0]) == 1
-        vector = 1
-        if contiguous and fastest and joined == 1 and inputs > 128:
-            vector = 4
-        elif contiguous and not fastest:
-            vector = next(v for v in (4, 2, 1) if source.size(order[0]) % v == 0)
-        return (("reduction", outputs, inputs, width, int(fastest), vector, multiprocessors, threads),)
+        dims = args[1] if len(args) > 1 and not isinstance(args[1], (bool, float)) else kwargs.get("dim")
+        return reduction_blocks(source, dims, width(source), vector(source), card)
 
     return rule
+
+
+def reduction_blocks(source: torch.Tensor, dims: Any, width: int, vector: int, card: Card) -> Sequence[Any]:
+    """What a reduction of ``source`` over ``dims`` (all of them where it is None) takes."""
+    rank = source.dim()
+    dims = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    reduced = [d % max(1, rank) for d in dims] if rank else []
+    order = reduced + [d for d in range(rank) if d not in reduced]
+    layout = (*(source.size(d) for d in order), *(source.stride(d) for d in order))
+    arguments = (width, source.element_size(), vector, card.multiprocessors, card.threads, len(reduced), *layout)
+    return ("reduction", 0, *arguments), ("reduction", 1, *arguments)
+
+
+def _accumulator(source: torch.Tensor) -> int:
+    return max(4, source.element_size()) if source.is_floating_point() else 8
+
+
+def _sum_vector(source: torch.Tensor) -> int:
+    return 8 if source.element_size() == 2 else 4  # ReduceSumProdKernel.cu: 16-bit inputs, eight at a time
 
 
 def _adds_bias(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:

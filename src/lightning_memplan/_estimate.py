@@ -27,7 +27,7 @@ class Estimate:
     True
     """
 
-    method: Literal["trace", "formula"]
+    method: Literal["trace", "formula", "probe"]
     formula: Formula
     program: ScaledProgram | None = None
     settings: AllocatorSettings = field(default_factory=AllocatorSettings)

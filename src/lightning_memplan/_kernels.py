@@ -8,6 +8,7 @@ batch size, and the function is asked again there.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 
 
 def _last_power_of_two(n: int) -> int:
@@ -19,57 +20,85 @@ def _up(a: int, b: int) -> int:
 
 
 def reduction(
-    outputs: int, inputs: int, width: int, fastest: int, vector: int, multiprocessors: int, threads: int
+    part: int, width: int, element: int, vector: int, multiprocessors: int, threads: int, reduced: int, *layout: int
 ) -> int:
-    """Bytes of the buffer through which the blocks of one reduction pass their partial results.
+    """Bytes through which the blocks of one reduction pass their partial results: ``part`` 0, or their counters: 1.
 
-    ``outputs`` results of ``inputs`` values each, ``width`` bytes an accumulator; ``fastest``: whether the fastest
-    moving dimension is reduced; ``vector``: values that one thread reads at a time. ``multiprocessors`` and ``threads``
-    (on each of them) are the card's. 0 where one block does an output alone.
+    ``width`` bytes an accumulator, ``element`` bytes a value, ``vector`` values that one thread reads at a time.
+    ``multiprocessors`` and ``threads`` (on each of them) are the card's. ``layout`` has the dimensions' sizes, then the
+    strides of the input (in elements): the first ``reduced`` dimensions are reduced, each part in the order of strides.
+    0 where one block does an output alone.
 
-    Source: ``setReduceConfig`` and ``ReduceConfig::global_memory_size`` in aten/src/ATen/native/cuda/Reduce.cuh (2.15).
+    Source: ``setReduceConfig``, ``ReduceConfig::global_memory_size`` and ``semaphore_size`` in
+    aten/src/ATen/native/cuda/Reduce.cuh (2.15); an input of 2 GiB or more is cut in halves first.
 
     The gradient of a bias, 2,048 rows of 1,000 columns, on an RTX 3090 (82 multiprocessors of 1,536 threads): 32 blocks
     share an output, each passes 32 · 4 threads' float32 values for 1,000 columns: 4 · 1000 · 32 · 128.
 
-    >>> reduction(outputs=1000, inputs=2048, width=4, fastest=0, vector=4, multiprocessors=82, threads=1536)
+    >>> reduction(0, 4, 4, 4, 82, 1536, 1, 2048, 1000, 1000, 1)
     16384000
+    >>> reduction(1, 4, 4, 4, 82, 1536, 1, 2048, 1000, 1000, 1)  # a counter for each of 8 blocks of columns
+    32
     """
-    if outputs <= 0 or inputs <= 0:
+    shape, strides = list(layout[: len(layout) // 2]), list(layout[len(layout) // 2 :])
+    if min(shape, default=1) <= 0:
         return 0
-    output_vector = 1 if fastest else vector
-    if fastest:
-        dim0, dim1 = inputs // vector, outputs
-    else:
-        dim0, dim1 = outputs // output_vector, inputs
+    while prod(shape) >= 2**31 or 1 + sum((n - 1) * s * element for n, s in zip(shape, strides, strict=True)) >= 2**31:
+        largest = max(range(len(shape)), key=lambda d: (shape[d] - 1) * strides[d])
+        shape[largest] = _up(shape[largest], 2)
+    shape, strides, reduced = _joined(shape, strides, reduced)
+    inputs, outputs = prod(shape[:reduced]), prod(shape[reduced:])
+    fastest = reduced == len(shape) or (reduced > 0 and strides[0] < strides[reduced])
+    dim0, dim1 = (inputs, outputs) if fastest else (outputs, inputs)
+    output_vector = 1
+    if not shape or strides[0 if fastest else reduced] == 1:
+        if fastest and dim0 >= 128 and reduced == 1:
+            dim0 //= vector
+        elif not fastest:
+            others = [s for d, s in enumerate(strides) if d != reduced]
+            output_vector = next(v for v in (4, 2, 1) if all(n % v == 0 for n in (shape[reduced], *others)))
+            dim0 //= output_vector
     most = 512 // output_vector  # MAX_NUM_THREADS
     wide = _last_power_of_two(dim0) if dim0 < most else most
     high = _last_power_of_two(dim1) if dim1 < most else most
     block_width = min(wide, 32)
     block_height = min(high, most // block_width)
     block_width = min(wide, most // block_height)
-    block_threads = block_width * block_height
-    step_input = step_output = 1
-    reduces_x = bool(fastest)
-    if fastest:
-        step_input *= block_width
-    else:
-        step_output *= block_width
+    step_input, step_output = (block_width, 1) if fastest else (1, block_width)
     reduces_y = _up(inputs, step_input) >= min(block_height * 16, 256)
     if reduces_y:
         step_input *= block_height
     else:
         step_output *= block_height
     grid = _up(outputs // output_vector, step_output)
-    target = multiprocessors * (threads // block_threads)
+    target = multiprocessors * (threads // (block_width * block_height))
     per_thread = _up(inputs, step_input)
     if not (reduces_y and per_thread >= 256 and grid <= target):
         return 0
     shared = max(min(_up(target, grid), _up(per_thread, 16)), _up(per_thread, 256))
     if shared <= 1:
         return 0
+    if part:
+        return 4 * grid
     size = width * outputs * shared
-    return size if reduces_x else size * block_width * output_vector
+    return size if fastest else size * block_width * output_vector
+
+
+def _joined(shape: list[int], strides: list[int], reduced: int) -> tuple[list[int], list[int], int]:
+    """Neighbouring dimensions of the same kind made one, where one stride goes through both (TensorIterator)."""
+    parts = []
+    for begin, end in ((0, reduced), (reduced, len(shape))):
+        part: list[tuple[int, int]] = []
+        for size, stride in sorted(zip(shape[begin:end], strides[begin:end], strict=True), key=lambda pair: pair[1]):
+            if size == 1:
+                continue
+            if part and part[-1][0] * part[-1][1] == stride:
+                part[-1] = (part[-1][0] * size, part[-1][1])
+            else:
+                part.append((size, stride))
+        parts.append(part)
+    pairs = parts[0] + parts[1]
+    return [size for size, _ in pairs], [stride for _, stride in pairs], len(parts[0])
 
 
 def rounded_rows(count: int, rows: int, multiple: int, width: int) -> int:

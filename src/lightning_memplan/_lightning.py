@@ -8,8 +8,9 @@ Checked on 2.6.6 of both; a test fails loudly where one of these moves.
 
 from __future__ import annotations
 
+import copy
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -87,12 +88,13 @@ def move_to_device(batch: Any, device: torch.device) -> Any:
     return utilities.move_data_to_device(batch, device)
 
 
-def configured_optimizers(module: LightningModule) -> list[torch.optim.Optimizer]:
-    """The optimizers that ``configure_optimizers`` returns, in any of the forms that Lightning accepts."""
+def configured_optimizers(module: LightningModule) -> tuple[list[torch.optim.Optimizer], list[Any]]:
+    """Optimizers and schedulers that ``configure_optimizers`` returns, in any of the forms that Lightning accepts."""
     name = next(f.__name__ for f in _FLAVOURS if isinstance(module, f.LightningModule))
     parse = importlib.import_module(f"{name}.core.optimizer")._configure_optimizers
     configured = module.configure_optimizers()
-    return [] if configured is None else list(parse(configured)[0])
+    optimizers, schedulers, _ = ([], [], None) if configured is None else parse(configured)
+    return list(optimizers), [s["scheduler"] if isinstance(s, dict) else s for s in schedulers]
 
 
 def trainer_settings(trainer: Any, capability: tuple[int, int] | None = None) -> StepSettings:
@@ -110,12 +112,23 @@ def trainer_settings(trainer: Any, capability: tuple[int, int] | None = None) ->
     )
 
 
-def train_source(trainer: Any, module: Any) -> Any:
-    """What the Trainer trains on: the loaders that were passed, or those that its module or datamodule makes."""
+def train_source(trainer: Any, module: Callable[[], Any], datamodule: Any) -> Any:
+    """What the Trainer trains on: the loaders that were passed, or those that its module or datamodule makes.
+
+    ``module`` gives the module as it is when its ``setup`` has run. Either is asked on a shallow copy.
+    """
     source = trainer.fit_loop._data_source.instance
-    if is_lightning_module(source) or is_datamodule(source):
-        return source.train_dataloader()
-    return source
+    if not loaders_are_made(trainer):
+        return source
+    with isolated_random_state():
+        owner = copy.copy(datamodule if is_datamodule(source) else module())
+        return owner.train_dataloader()
+
+
+def loaders_are_made(trainer: Any) -> bool:
+    """Whether the train loader is made by a hook of the module's or datamodule's, so that its batch size can be set."""
+    source = trainer.fit_loop._data_source.instance
+    return is_lightning_module(source) or is_datamodule(source)
 
 
 def cuda_index(trainer: Any) -> int | None:

@@ -12,7 +12,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -199,8 +199,14 @@ def _sole_owner(tensor: torch.Tensor) -> bool:
 _ENGINE = torch.autograd.graph._engine_run_backward.__code__
 
 
+class HasPath(Protocol):
+    """What is told which submodule is running."""
+
+    path: str
+
+
 @contextmanager
-def module_paths(module: torch.nn.Module, recorder: Recorder) -> Iterator[None]:
+def module_paths(module: torch.nn.Module, recorder: HasPath) -> Iterator[None]:
     """Stamp events with the dotted name of the submodule whose forward is running."""
     stack: list[str] = []
     handles = []

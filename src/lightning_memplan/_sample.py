@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_memplan._lightning import apply_to_collection
+from lightning_memplan._lightning import apply_to_collection, isolated_random_state
 
 SIZES = (2, 3, 5)  #: batch sizes that are traced: two determine a line, three a parabola, and the last checks
 
@@ -19,7 +21,8 @@ def sample_batches(source: Any, sizes: Sequence[int] = SIZES) -> list[tuple[int,
     """``(size, batch)`` for each size, from a DataLoader, a collection of them, an iterable of batches, or a batch.
 
     A DataLoader's samples come from its own dataset through its own ``collate_fn``; a dataset of fewer samples repeats
-    them. A batch is cut or repeated along its first dimension.
+    them. A batch is cut or repeated along its first dimension. Random states are left as they were, and the dataset is
+    read through a copy (see ``borrowed``).
 
     >>> loader = DataLoader([torch.zeros(3)] * 10, batch_size=4)
     >>> [(size, tuple(batch.shape)) for size, batch in sample_batches(loader)]
@@ -28,14 +31,25 @@ def sample_batches(source: Any, sizes: Sequence[int] = SIZES) -> list[tuple[int,
     [(2, 8), (3, 8), (5, 8)]
 
     Raises:
-        ValueError: the dataset has length 0, or no tensor's first dimension can be the batch.
+        ValueError: the dataset has length 0, no tensor's first dimension can be the batch, or the source is an
+            iterator, which would lose the batch that is read.
     """
+    with isolated_random_state():
+        return _sample_batches(source, sizes)
+
+
+def _sample_batches(source: Any, sizes: Sequence[int]) -> list[tuple[int, Any]]:
     if isinstance(source, DataLoader):
         return _from_loader(source, sizes)
     loaders = _loaders(source)
     if loaders is not None:
         return _from_collection(*loaders, sizes)
     if not _is_batch(source) and hasattr(source, "__iter__"):
+        if hasattr(source, "__next__"):
+            raise ValueError(
+                f"{_kind(source)} can be read only once, and the batch that a plan reads would be lost: pass what can "
+                "be begun anew, such as a DataLoader, or a batch"
+            )
         source = _first(iter(source), "the loader yields no batch")
     size = batch_size_of(source)
     return [(k, resized(source, size, k)) for k in sizes]
@@ -88,8 +102,51 @@ def resized(batch: Any, size: int, wanted: int) -> Any:
     return apply_to_collection(batch, torch.Tensor, one)
 
 
+def borrowed(dataset: Any) -> Any:
+    """A shallow copy of a dataset, to be read in its place: what reading it sets, opens or draws stays the copy's own.
+
+    Datasets in it (``Subset``, ``ConcatDataset``) and random generators are copied too, lists and dictionaries by their
+    outermost level; samples are shared. What cannot be copied is read itself.
+
+    >>> class Counts(Dataset):
+    ...     read = 0
+    ...     def __getitem__(self, index):
+    ...         self.read += 1
+    >>> counts = Counts()
+    >>> copied = borrowed(counts)
+    >>> copied[0]
+    >>> copied.read, counts.read
+    (1, 0)
+    """
+    return _borrowed(dataset, {})
+
+
+def _borrowed(thing: Any, memo: dict[int, Any]) -> Any:
+    if id(thing) in memo:
+        return memo[id(thing)]
+    try:
+        own = memo[id(thing)] = copy.copy(thing)
+    except Exception:  # noqa: BLE001 - whatever a class of the user's raises
+        return thing
+    for name, value in list(getattr(own, "__dict__", {}).items()):
+        own.__dict__[name] = _part(value, memo)
+    return own
+
+
+def _part(value: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(value, Dataset):
+        return _borrowed(value, memo)
+    if isinstance(value, (random.Random, torch.Generator)) or type(value).__module__.startswith("numpy.random"):
+        return memo.setdefault(id(value), copy.deepcopy(value))
+    if type(value) in (list, tuple):
+        return type(value)(_borrowed(v, memo) if isinstance(v, Dataset) else v for v in value)
+    if type(value) is dict:
+        return {k: _borrowed(v, memo) if isinstance(v, Dataset) else v for k, v in value.items()}
+    return copy.copy(value) if type(value) is set else value
+
+
 def _from_loader(loader: DataLoader[Any], sizes: Sequence[int]) -> list[tuple[int, Any]]:
-    dataset = loader.dataset
+    dataset = borrowed(loader.dataset)
     if loader.batch_size is None and loader.batch_sampler is None:  # the dataset makes the batches itself
         batch = _first(
             iter(dataset) if isinstance(dataset, IterableDataset) else (dataset[i] for i in range(1)), _EMPTY
@@ -142,7 +199,7 @@ def _the_first(batches: Mapping[Any, Any]) -> Any:
 
 
 def _from_collection(named: Mapping[Any, Any], shape: Any, sizes: Sequence[int]) -> list[tuple[int, Any]]:
-    sampled = {name: sample_batches(loader, sizes) for name, loader in named.items()}
+    sampled = {name: _sample_batches(loader, sizes) for name, loader in named.items()}
     return [(k, shape({name: batches[i][1] for name, batches in sampled.items()})) for i, k in enumerate(sizes)]
 
 

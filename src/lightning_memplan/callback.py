@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
+
+import torch
+from torch import nn
 
 from lightning_memplan._api import (
     MARGIN,
     check_margin,
+    check_method,
     estimate_step,
     named_device,
     plan_estimate,
 )
-from lightning_memplan._apply import read_batch_size, write_batch_size
+from lightning_memplan._apply import check_settable, write_batch_size
 from lightning_memplan._device import cpu_device, detect_devices, read_peaks, reset_peaks
 from lightning_memplan._estimate import Estimate
 from lightning_memplan._lightning import (
     CallbackBase,
     agree_on_smallest,
     cuda_index,
+    loaders_are_made,
     logged_step,
     misconfiguration,
     say,
     train_source,
     trainer_settings,
 )
+from lightning_memplan._order import traced_step
 from lightning_memplan._report import measurement_summary, plan_hparams, plan_table, step_metrics
 from lightning_memplan._sample import dataset_size
-from lightning_memplan._step import traced_step
+from lightning_memplan._step import prepared
 from lightning_memplan._types import Device, Measurement, Plan, StepSettings
 
 
@@ -41,9 +49,9 @@ class MemoryPlanner(CallbackBase):
     (True, [])
 
     Args:
-        method: ``"trace"`` runs the training step on fake tensors, ``"formula"`` adds up
-            ``params + grads + bs * (I1 + 2 * sum(Ii))``, ``"auto"`` traces and falls back to the formula, with a
-            warning that says why.
+        method: ``"trace"`` runs the training step on fake tensors, ``"probe"`` runs it on the GPU with a few samples,
+            ``"formula"`` adds up ``params + grads + bs * (I1 + 2 * sum(Ii))``, ``"auto"`` traces and falls back to the
+            formula, with a warning that says why.
         device: The card to plan for: a name such as ``"RTX 3090"``, or a ``Device``. Where nothing is said, the one
             on which the Trainer runs, and on the CPU the host's memory.
         margin: The part of the card's memory to leave free, at least 0 and below 1.
@@ -67,7 +75,7 @@ class MemoryPlanner(CallbackBase):
 
     def __init__(
         self,
-        method: Literal["auto", "trace", "formula"] = "auto",
+        method: Literal["auto", "trace", "formula", "probe"] = "auto",
         device: str | Device | None = None,
         margin: float = MARGIN,
         min_batch_size: int = 1,
@@ -79,14 +87,13 @@ class MemoryPlanner(CallbackBase):
     ) -> None:
         super().__init__()
         check_margin(margin)
-        if method not in ("auto", "trace", "formula"):
-            raise ValueError(f"method is one of 'auto', 'trace' and 'formula', not {method!r}")
+        check_method(method)
         for name, value in (("min_batch_size", min_batch_size), ("multiple_of", multiple_of)):
             _check_count(name, value)
         _check_count("every_n_steps", every_n_steps)
         if max_batch_size is not None:
             _check_count("max_batch_size", max_batch_size)
-        self.method: Literal["auto", "trace", "formula"] = method
+        self.method = method
         self.device = named_device(device)
         self.margin = margin
         self.min_batch_size = min_batch_size
@@ -101,6 +108,7 @@ class MemoryPlanner(CallbackBase):
         self._predicted: list[tuple[int, int]] = []
         self._settings = StepSettings()
         self._index: int | None = None
+        self._held = 0
 
     # -- plan, at setup: before any loader is built
 
@@ -115,18 +123,23 @@ class MemoryPlanner(CallbackBase):
         self._apply_plan(trainer, pl_module)
 
     def _make_plan(self, trainer: Any, module: Any) -> None:
-        if self.apply:
-            read_batch_size(self.batch_arg_name, module, trainer.datamodule)  # fails before the work, not after it
+        if self.apply:  # fails before the work, not after it
+            check_settable(self.batch_arg_name, module, trainer.datamodule, loaders_are_made=loaders_are_made(trainer))
+        self._held = held_bytes(self._index, module)
         device = self._device_of(trainer)
+        device = replace(device, context=device.context + self._held)
         self._settings = trainer_settings(trainer, device.capability)
-        source = train_source(trainer, module)
+        datamodule = copy.copy(trainer.datamodule)
+        begun = partial(prepared, module, self._settings, trainer=trainer, stage="fit")
+        source = train_source(trainer, begun, datamodule)
         self.estimate = estimate_step(
             module,
             source,
             self._settings,
             method=self.method,
+            device=device,
             trainer=trainer,
-            datamodule=trainer.datamodule,
+            datamodule=datamodule,
             stage="fit",
         )
         if self.method == "auto" and self.estimate.method == "formula":
@@ -138,7 +151,7 @@ class MemoryPlanner(CallbackBase):
             min_batch_size=self.min_batch_size,
             max_batch_size=self.max_batch_size,
             multiple_of=self.multiple_of,
-            samples=dataset_size(source),
+            samples=samples_of_a_rank(dataset_size(source), trainer.world_size),
             accumulate_grad_batches=self._settings.accumulate_grad_batches,
             model=type(module).__name__,
         )
@@ -151,7 +164,8 @@ class MemoryPlanner(CallbackBase):
             self.plan = plan_at(self.plan, self.estimate, size)
         if self.apply:
             write_batch_size(self.batch_arg_name, size, module, trainer.datamodule)
-        self._predicted = list(self.estimate.steps(size, self.plan.device.capacity))
+        steps = self.estimate.steps(size, self.plan.device.capacity)
+        self._predicted = [(allocated + self._held, reserved + self._held) for allocated, reserved in steps]
         say(plan_table(self.plan))
 
     def _device_of(self, trainer: Any) -> Device:
@@ -216,6 +230,25 @@ def plan_at(plan: Plan, estimate: Estimate, batch_size: int) -> Plan:
         phase=estimate.phase(batch_size),
         breakdown=estimate.breakdown(batch_size),
     )
+
+
+def held_bytes(index: int | None, module: nn.Module) -> int:
+    """Bytes of a CUDA device that this process holds already and the module does not: no plan can have them."""
+    if index is None or not torch.cuda.is_initialized():
+        return 0
+    tensors = [*module.parameters(), *module.buffers()]
+    tensors += [p.grad for p in module.parameters() if p.grad is not None]
+    own = {t.data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device == torch.device("cuda", index)}
+    return max(0, torch.cuda.memory_allocated(index) - sum(own.values()))
+
+
+def samples_of_a_rank(samples: int | None, ranks: int) -> int | None:
+    """How many samples each of the ranks is given of a dataset, rounded up as DistributedSampler does.
+
+    >>> samples_of_a_rank(21, 2), samples_of_a_rank(None, 2)
+    (11, None)
+    """
+    return None if samples is None else -(-samples // ranks)
 
 
 def _check_count(name: str, value: object) -> None:

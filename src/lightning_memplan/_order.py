@@ -1,0 +1,340 @@
+"""The order in which Lightning runs a training step, without Lightning's loops: for a copy of the user's module.
+
+Source: pytorch_lightning 2.6, ``loops/optimization/automatic.py``, ``plugins/precision/precision.py`` and ``amp.py``:
+forward, zero_grad, backward, clipping, optimizer. Gradients of the last step live until zero_grad, so the forward pass
+coexists with them and with the optimizer's state from the second step on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_memplan._errors import TraceError
+from lightning_memplan._lightning import (
+    apply_to_collection,
+    configured_optimizers,
+    is_lightning_module,
+    is_overridden,
+    move_to_device,
+)
+from lightning_memplan._types import Category, Phase, StepSettings
+
+TRUE_DTYPE = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
+AUTOCAST_DTYPE = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+
+MakeOptimizer = Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]
+
+STEPS = (
+    3  #: optimizer steps that a trace holds: the first, the second (with optimizer state and old gradients), a third
+)
+
+
+def accumulated(settings: StepSettings) -> int:
+    """Batches that a traced optimizer's step holds: with more than three, those in the middle are alike."""
+    return min(settings.accumulate_grad_batches, 3)
+
+
+def traced_step(settings: StepSettings, batch: int) -> int:
+    """Which of a trace's steps the ``batch``-th batch of training (from 0) is like.
+
+    >>> [traced_step(StepSettings(), batch) for batch in range(5)]
+    [0, 1, 2, 2, 2]
+    >>> [traced_step(StepSettings(accumulate_grad_batches=4), batch) for batch in range(9)]
+    [0, 1, 1, 2, 3, 4, 4, 5, 6]
+    """
+    whole, parts = settings.accumulate_grad_batches, accumulated(settings)
+    cycle, part = divmod(batch, whole)
+    place = part if part == 0 else parts - 1 if part == whole - 1 else 1
+    return min(cycle, STEPS - 1) * parts + place
+
+
+class Mark(Protocol):
+    """Where a step is: stamped on what is recorded."""
+
+    phase: Phase
+    category: Category
+    path: str
+    step: int
+
+
+class StepRunner:
+    """Runs training steps of ``twin``, a copy of the user's module, on ``device``, and marks where it is."""
+
+    def __init__(
+        self,
+        twin: nn.Module,
+        mark: Mark,
+        device: torch.device,
+        settings: StepSettings,
+        *,
+        datamodule: Any = None,
+        optimizer: MakeOptimizer | None = None,
+    ) -> None:
+        self.twin: Any = twin
+        self.mark = mark
+        self.device = device
+        self.settings = settings
+        self.datamodule = datamodule
+        self.dtype = TRUE_DTYPE.get(settings.precision)
+        self.lightning = is_lightning_module(twin)
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self._make_optimizer = optimizer
+        self._scale: torch.Tensor | None = None
+
+    def run_steps(self, batch: Any, steps: int) -> None:
+        """Optimizers are made, then ``steps`` optimizer steps run, each of as many batches as are accumulated."""
+        self.mark.category, self.mark.path = "optimizer", ""
+        self.optimizers = self.configure()
+        parts = accumulated(self.settings)
+        for index in range(steps * parts):
+            self.mark.step = index + 1
+            self.run(batch, index, first=index % parts == 0, last=index % parts == parts - 1)
+
+    def forward(self, batch: Any) -> None:
+        """The forward pass alone; with manual optimization, the step as it is written."""
+        if self.lightning and not self.twin.automatic_optimization:
+            self.optimizers = self.configure()
+        with torch.enable_grad(), self._precision():
+            self._training_step(self._to_device(batch), 0)
+
+    def configure(self) -> list[torch.optim.Optimizer]:
+        if self.lightning:
+            optimizers, schedulers = configured_optimizers(self.twin)
+            self.twin._trainer.optimizers = optimizers
+            if not self.twin.automatic_optimization:
+                self._manual(optimizers, schedulers)
+        elif self._make_optimizer is not None:
+            optimizers = [self._make_optimizer(p for p in self.twin.parameters() if p.requires_grad)]
+        else:
+            optimizers = []
+        return optimizers
+
+    # -- one batch, in Lightning's order
+
+    def run(self, batch: Any, index: int, *, first: bool, last: bool) -> None:
+        mark = self.mark
+        mark.phase, mark.category = "batch", "batch"
+        moved = self._to_device(batch)
+        mark.phase, mark.category = "forward", "activations"
+        if not self.lightning or self.twin.automatic_optimization:
+            outputs = self._automatic(moved, index, first=first, last=last)
+        else:
+            self._hook("on_train_batch_start", moved, index)
+            with self._precision():
+                outputs = self._training_step(moved, index)
+        self._hook("on_train_batch_end", outputs, moved, index)
+
+    def _automatic(self, moved: Any, index: int, *, first: bool, last: bool) -> Any:
+        mark = self.mark
+        self._hook("on_train_batch_start", moved, index)
+        result: list[Any] = []
+
+        def closure() -> Any:
+            mark.phase, mark.category = "forward", "activations"
+            with torch.enable_grad():
+                with self._precision():
+                    outputs = self._training_step(moved, index)
+                loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+                if loss is None:
+                    return None
+                loss = loss / self.settings.accumulate_grad_batches
+                result.append(loss.detach().clone())
+                if first:
+                    for optimizer in self.optimizers:
+                        self._hook("on_before_zero_grad", optimizer)
+                        self._zero_grad(index, optimizer)
+                mark.phase, mark.category, mark.path = "backward", "temporaries", ""
+                if self.settings.precision == "16-mixed":
+                    loss = self._scaled(loss)
+                self._backward(loss)
+                self._hook("on_after_backward")
+            mark.phase, mark.category = "optimizer", "temporaries"
+            return result[0]
+
+        if not last or not self.optimizers:
+            closure()
+        else:
+            self._optimizer_step(index, closure)
+        return {"loss": result[0]} if result else {}
+
+    def _optimizer_step(self, index: int, closure: Callable[[], Any]) -> None:
+        optimizer = self.optimizers[0]
+
+        def after() -> None:
+            self._hook("on_before_optimizer_step", optimizer)
+            self._clip(optimizer)
+            self.mark.category = "optimizer"
+
+        if self.settings.precision == "16-mixed":
+            closure()
+            self._unscaled_step(optimizer, after)
+            return
+
+        def whole() -> Any:
+            value = closure()
+            after()
+            return value
+
+        step = getattr(self.twin, "optimizer_step", None) if self.lightning else None
+        if step is not None and is_overridden("optimizer_step", self.twin):
+            step(0, index, optimizer, whole)
+        else:
+            optimizer.step(whole)
+
+    def _clip(self, optimizer: torch.optim.Optimizer) -> None:
+        value, algorithm = self.settings.gradient_clip_val, self.settings.gradient_clip_algorithm
+        if self.lightning and is_overridden("configure_gradient_clipping", self.twin):
+            self.twin.configure_gradient_clipping(optimizer, value, algorithm)
+        elif value:
+            _clip_gradients(optimizer, value, algorithm)
+
+    def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        if self._scale is None:  # GradScaler's two scalars, made when they are first needed
+            self.mark.category = "other"
+            self._scale = torch.zeros((1,), device=self.device)
+            self._growth = torch.zeros((1,), dtype=torch.int32, device=self.device)
+            self.mark.category = "temporaries"
+        return loss * self._scale
+
+    def _unscaled_step(self, optimizer: torch.optim.Optimizer, after: Callable[[], None]) -> None:
+        """What GradScaler allocates between the closure and the end of the optimizer's step."""
+        inverse = self._scale.double().reciprocal().float()  # type: ignore[union-attr]
+        found = torch.zeros((), device=self.device)
+        after()
+        del inverse
+        optimizer.step()
+        del found
+
+    # -- the user's code
+
+    def _to_device(self, batch: Any) -> Any:
+        if self.dtype is not None:
+            batch = _convert(batch, self.dtype)
+        batch = self._data_hook("on_before_batch_transfer", batch, 0)
+        if self._overrides("transfer_batch_to_device"):
+            batch = self._data_hook("transfer_batch_to_device", batch, self.device, 0)
+        else:
+            batch = move_to_device(batch, self.device)
+        return self._data_hook("on_after_batch_transfer", batch, 0)
+
+    def _overrides(self, name: str) -> bool:
+        return is_overridden(name, self.datamodule) or is_overridden(name, self.twin)
+
+    def _data_hook(self, name: str, batch: Any, *args: Any) -> Any:
+        """A hook of the datamodule's, if it has it, else of the module's, else nothing: as Lightning chooses."""
+        for owner in (self.datamodule, self.twin):
+            if is_overridden(name, owner):
+                return getattr(owner, name)(batch, *args)
+        return batch
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        autocast = AUTOCAST_DTYPE.get(self.settings.precision)
+        if autocast is not None:
+            return torch.autocast(self.device.type, dtype=autocast, cache_enabled=False)
+        return _default_dtype(self.dtype) if self.dtype is not None else nullcontext()
+
+    def _training_step(self, moved: Any, index: int) -> Any:
+        if not self.lightning:
+            return _plain_loss(self.twin, moved)
+        takes_index = self.twin.training_step.__code__.co_argcount > 2 if _plain(self.twin.training_step) else True
+        return self.twin.training_step(moved, index) if takes_index else self.twin.training_step(moved)
+
+    def _zero_grad(self, index: int, optimizer: torch.optim.Optimizer) -> None:
+        if self.lightning:
+            self.twin.optimizer_zero_grad(0, index, optimizer)
+        else:
+            optimizer.zero_grad()
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        if self.lightning and is_overridden("backward", self.twin):
+            self.twin.backward(loss)
+        else:
+            loss.backward()
+
+    def _hook(self, name: str, *args: Any) -> None:
+        if self.lightning and is_overridden(name, self.twin):
+            getattr(self.twin, name)(*args)
+
+    def _manual(self, optimizers: list[torch.optim.Optimizer], schedulers: list[Any]) -> None:
+        """Manual optimization: the step calls these itself."""
+        mark, twin = self.mark, self.twin
+
+        def backward(loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+            mark.phase, mark.category = "backward", "temporaries"
+            if self.settings.precision == "16-mixed":
+                loss = self._scaled(loss)
+            loss.backward(*args, **kwargs)
+            mark.phase, mark.category = "forward", "activations"
+
+        for optimizer in optimizers:
+            step = optimizer.step
+
+            @wraps(step)
+            def stepped(*args: Any, step: Callable[..., Any] = step, **kwargs: Any) -> Any:
+                mark.phase, mark.category = "optimizer", "optimizer"
+                try:
+                    return step(*args, **kwargs)
+                finally:
+                    mark.phase, mark.category = "forward", "activations"
+
+            optimizer.step = stepped  # type: ignore[method-assign]
+            optimizer.toggle_model = lambda sync_grad=True: nullcontext()  # type: ignore[attr-defined]
+        own: dict[str, Any] = {
+            "optimizers": lambda use_pl_optimizer=True: optimizers[0] if len(optimizers) == 1 else optimizers,
+            "manual_backward": backward,
+            "lr_schedulers": lambda: schedulers if len(schedulers) > 1 else schedulers[0] if schedulers else None,
+            "clip_gradients": lambda optimizer, gradient_clip_val=None, gradient_clip_algorithm="norm": (
+                _clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm or "norm")
+                if gradient_clip_val
+                else None
+            ),
+        }
+        twin.__dict__.update(own)
+
+
+def _plain(method: Any) -> bool:
+    return hasattr(method, "__code__") and not method.__code__.co_flags & 0x0C  # neither *args nor **kwargs
+
+
+def _plain_loss(module: nn.Module, batch: Any) -> torch.Tensor:
+    """The loss of a module without a training step: the ``loss`` it returns, or its outputs' sum."""
+    if isinstance(batch, dict) or hasattr(batch, "keys"):
+        out = module(**batch)
+    else:
+        out = module(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    loss = out.get("loss") if isinstance(out, dict) else getattr(out, "loss", None)
+    if isinstance(loss, torch.Tensor):
+        return loss
+    leaves = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
+    if not leaves:
+        raise TraceError(f"{type(module).__name__} returned no tensor with a gradient: there is nothing to train")
+    return torch.stack([leaf.float().sum() for leaf in leaves]).sum() if len(leaves) > 1 else leaves[0].sum()
+
+
+def _clip_gradients(optimizer: torch.optim.Optimizer, value: float, algorithm: str) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if algorithm == "value":
+        torch.nn.utils.clip_grad_value_(parameters, value, foreach=True)
+    else:
+        torch.nn.utils.clip_grad_norm_(parameters, value, foreach=True)
+
+
+def _convert(batch: Any, dtype: torch.dtype) -> Any:
+    return apply_to_collection(batch, torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,172 @@
+"""A copy of the user's module that can be trained a few steps, and what it sees as its trainer.
+
+Nothing of the user's is changed: the copy logs nothing, writes nothing, and reads the real Trainer's settings only.
+"""
+
+from __future__ import annotations
+
+import copy
+import traceback
+import warnings
+from collections.abc import Iterator
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_memplan._errors import TraceError
+from lightning_memplan._lightning import is_datamodule, is_lightning_module
+
+
+class StandInTrainer:
+    """What a copied module sees as its trainer: the real one's settings to read, none of its effects.
+
+    ``real`` may be None: then only what every step can ask for is there.
+    """
+
+    def __init__(self, real: Any = None) -> None:
+        self.__dict__["_real"] = real
+        self.__dict__["_own"] = {
+            "estimated_stepping_batches": 1000,  # asking the real one would build the user's loaders
+            "num_training_batches": 1000,
+            "logger": None,
+            "loggers": [],
+            "callbacks": [],
+            "training": True,
+            "barebones": False,
+            "global_step": 0,
+            "current_epoch": 0,
+            "world_size": getattr(real, "world_size", 1),
+            "strategy": None,
+            "lr_scheduler_configs": [],
+            "callback_metrics": {},
+            "logged_metrics": {},
+            "progress_bar_metrics": {},
+            "sanity_checking": False,
+            "is_global_zero": True,
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        own = self.__dict__["_own"]
+        if name in own:
+            return own[name]
+        if name.startswith("__") or self.__dict__["_real"] is None:
+            raise AttributeError(f"the trainer has no {name!r} before training has begun")
+        return getattr(self.__dict__["_real"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__["_own"][name] = value
+
+    def __deepcopy__(self, memo: Any) -> StandInTrainer:
+        return self
+
+
+def twin_of(module: nn.Module, memo: dict[int, Any], *, trainer: Any, device: torch.device) -> nn.Module:
+    """A deep copy for ``device``; ``memo`` names what stands in for which of the module's objects.
+
+    Datasets and loaders are shared, since they are only read.
+
+    Raises:
+        TraceError: a part of the module cannot be copied.
+    """
+    stand_in = StandInTrainer(trainer)
+    for child in module.modules():
+        for value in child.__dict__.values():
+            if isinstance(value, (Dataset, DataLoader)) or is_datamodule(value):
+                memo[id(value)] = value  # data is read, never written: no copy
+        real = child.__dict__.get("_trainer")
+        if real is not None:
+            memo[id(real)] = stand_in
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            twin = copy.deepcopy(module, memo)
+    except Exception as error:
+        raise TraceError(
+            f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}): "
+            "what cannot be copied should be made in setup() or training_step(), not kept on the module"
+        ) from error
+    for child in twin.modules():
+        for holder in (child.__dict__, *(child.__dict__[name] for name in _HOOKS if name in child.__dict__)):
+            for key, value in holder.items():
+                if type(value) is FunctionType:
+                    holder[key] = _rebound(value, memo)
+        if is_lightning_module(child):
+            child.__dict__["_trainer"] = stand_in
+            _quiet(child)
+        if "_device" in child.__dict__:
+            child.__dict__["_device"] = device
+        if getattr(child, "validate_args", None) is True and _is_metric(child):
+            child.__dict__["validate_args"] = False  # torchmetrics: checks of values, which fake tensors do not have
+    return twin
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    """A function that closes over what was copied (a hook that names ``self``), closing over the copies instead."""
+    cells = function.__closure__ or ()
+    changed = tuple(_copied_cell(cell, memo) for cell in cells)
+    if all(a is b for a, b in zip(cells, changed, strict=True)):
+        return function
+    own = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, changed)
+    own.__kwdefaults__ = function.__kwdefaults__
+    own.__dict__.update(function.__dict__)
+    return own
+
+
+def _copied_cell(cell: CellType, memo: dict[int, Any]) -> CellType:
+    try:
+        return CellType(memo[id(cell.cell_contents)])
+    except (KeyError, ValueError):  # not copied, or nothing in it yet
+        return cell
+
+
+def _is_metric(module: nn.Module) -> bool:
+    return hasattr(module, "_defaults") and hasattr(module, "_computed")  # torchmetrics.Metric
+
+
+def metric_states(module: nn.Module) -> Iterator[torch.Tensor]:
+    """The tensors that torchmetrics' metrics keep in plain attributes, which ``Module.to`` moves as well."""
+    for metric in filter(_is_metric, module.modules()):
+        for name in metric._defaults:  # type: ignore[union-attr]
+            state = getattr(metric, name)
+            for tensor in state if isinstance(state, list) else [state]:
+                if isinstance(tensor, torch.Tensor):
+                    yield tensor
+
+
+def _quiet(module: Any) -> None:
+    """A copied LightningModule logs nothing."""
+
+    def nothing(self: Any, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    for name in ("log", "log_dict", "print"):
+        module.__dict__[name] = MethodType(nothing, module)
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+_OURS = ("/torch/", "/lightning_memplan/", "/pytorch_lightning/", "/lightning/", "/torchmetrics/", "/lightning_fabric/")
+
+
+def explain(error: BaseException) -> str:
+    """What the step needs, and the line of the user's code that needs it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [frame for frame in frames if not any(part in frame.filename for part in _OURS)]
+    where = (
+        f"{users[-1].filename}:{users[-1].lineno}: {users[-1].line}" if users else "no line of the module's own code"
+    )
+    kind = type(error).__name__
+    if kind in ("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode"):
+        what = (
+            f"the step needs the value of a tensor ({kind} in {getattr(error, 'func', error)}), which a trace has not"
+        )
+    else:
+        text = str(error).strip().splitlines()
+        what = f"the step failed in a trace ({kind}: {text[0] if text else 'no message'})"
+    return f"{what}; at {where}"

@@ -1,0 +1,48 @@
+"""The README's code is run, and what it shows is what comes out."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def block(after: str) -> str:
+    """The code block that follows a text."""
+    found = re.search(r"```\w*\n(.*?)```", README[README.index(after) + len(after) :], flags=re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def test_the_ten_lines_are_the_example():
+    assert block("## Ten lines") == (ROOT / "examples/ten_lines.py").read_text()
+
+
+def test_the_ten_lines_print_what_the_readme_shows(nullgpu, tmp_path):
+    pytest.importorskip("torchvision")
+    pytest.importorskip("sklearn")
+    code = (ROOT / "examples/ten_lines.py").read_text()
+    code = code.replace("callbacks=", f"default_root_dir={str(tmp_path)!r}, callbacks=")
+    done = nullgpu([sys.executable, "-W", "ignore", "-c", code], PYTHONPATH=str(ROOT / "examples"))
+    printed = (done.stdout + done.stderr).splitlines()
+    shown = block('measured")\n```').splitlines()
+    assert shown[0].startswith("memory plan for")
+    assert [line for line in shown if line not in printed] == []
+
+
+@pytest.mark.parametrize("example", ["brain_mri", "image_classifier"])
+def test_an_example_plans_for_a_card_that_is_not_here(example, tmp_path):
+    for package in ("torchvision", "sklearn", "nibabel", "scipy"):
+        pytest.importorskip(package)
+    command = [sys.executable, str(ROOT / f"examples/{example}.py"), "--gpu", "RTX 3090"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("memory plan for RTX 3090\n")
+    assert "params + grads + bs x (I1 + 2 x sum Ii)" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
