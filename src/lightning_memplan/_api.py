@@ -178,6 +178,7 @@ def plan(
     Raises:
         DoesNotFitError: not even the smallest batch size fits; ``needed`` and ``available`` are its bytes.
     """
+    check_margin(margin)
     card = named_device(device) or default_device()
     source, _ = _source(batch, trainer)
     found = estimate(

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -151,6 +152,7 @@ def _autocast_kernels(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
     kernels.update({name: _set_opt_dtype(_operator(name)) for name in FP32_SET_OPT_DTYPE if _exists(name)})
     kernels.update({name: _append_dtype(name) for name in FP32_APPEND_DTYPE if _exists(name)})
     kernels.update({name: _promote(_operator(name), dtype) for name in PROMOTE if _exists(name)})
+    kernels["_cudnn_rnn"] = _to(aten._cudnn_rnn.default, dtype)  # aten/src/ATen/cudnn/AutocastRNN.cpp
     return {name: kernel for name, kernel in kernels.items() if name not in _SHARED}
 
 
@@ -210,9 +212,7 @@ def _attention(capability: tuple[int, int]) -> Callable[..., torch.Tensor]:
             return aten._scaled_dot_product_efficient_attention.default(
                 query, key, value, bias, grad, dropout_p, is_causal, scale=scale
             )[0]
-        mask = attn_mask
-        if mask is not None and mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+        mask = _float_mask(attn_mask, query)
         if query.dtype in (torch.float16, torch.bfloat16) and not torch._C._get_math_sdp_allow_fp16_bf16_reduction():
             wide = [t.float() for t in (query, key, value)]
             mask = mask.float() if mask is not None else None
@@ -277,14 +277,18 @@ def _pad_width(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
     return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
 
 
+def _float_mask(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+    # aten/src/ATen/native/transformers/attention.cpp, convert_boolean_attn_mask: one where() with two scalars
+    return torch.zeros_like(mask, dtype=query.dtype) if mask is not None and mask.dtype == torch.bool else mask
+
+
 def _attention_bias(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    mask = _float_mask(mask, query)
     if mask is None:
         return None
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
-    if mask.size(-1) % 16:  # sdp_utils: pad_bias<16>
+    if mask.size(-1) % 8:  # aten/src/ATen/native/transformers/attention.cpp: pad_bias<8>
         width = mask.size(-1)
-        mask = torch.nn.functional.pad(mask, (0, -width % 16))[..., :width]
+        mask = torch.nn.functional.pad(mask, (0, -width % 8))[..., :width]
     return mask.expand(query.size(0), query.size(1), query.size(2), key.size(2))
 
 
@@ -327,11 +331,67 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return torch.matmul(input, weight.t()).add_(bias)
 
 
+class _RMSNorm(torch.autograd.Function):
+    """aten/src/ATen/native/cuda/layer_norm_kernel.cu, ``_fused_rms_norm``: its result and each row's factor."""
+
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor | None, rank: int) -> torch.Tensor:
+        kept = input if input.is_contiguous() else input.contiguous()
+        out = torch.empty_like(kept)
+        factors = torch.empty(
+            (*input.shape[: input.dim() - rank], *(1,) * rank), dtype=torch.float32, device=out.device
+        )
+        ctx.save_for_backward(kept, weight, factors)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        kept, weight, _ = ctx.saved_tensors
+        return torch.empty_like(kept), None if weight is None else torch.empty_like(weight), None
+
+
+def _rms_norm(
+    input: torch.Tensor, normalized_shape: Sequence[int], weight: torch.Tensor | None = None, eps: float | None = None
+) -> torch.Tensor:
+    # aten/src/ATen/native/layer_norm.cpp, rms_norm_symint: one kernel on CUDA
+    return _RMSNorm.apply(input, weight, len(normalized_shape))
+
+
+def _recurrent(mode: int) -> Callable[..., Any]:
+    """aten/src/ATen/native/RNN.cpp: cuDNN's kernel, which keeps a reserve; 0 and 1 are plain, 2 is LSTM and 3 GRU."""
+
+    def kernel(
+        input: torch.Tensor,
+        hx: Any,
+        params: Sequence[torch.Tensor],
+        has_biases: bool,
+        num_layers: int,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+        batch_first: bool,
+    ) -> Any:
+        hidden, cell = (hx[0], hx[1]) if mode == 2 else (hx, None)
+        size = (cell if cell is not None else hidden).size(2)
+        projected = hidden.size(2) if hidden.size(2) != size else 0
+        per_layer = (4 if has_biases else 2) + bool(projected)
+        shape: tuple[Any, ...] = (mode, size, projected, num_layers, batch_first, dropout, train, bidirectional)
+        out = aten._cudnn_rnn.default(input, params, per_layer, None, hidden, cell, *shape, [], None)
+        return out[:3] if mode == 2 else out[:2]
+
+    return kernel
+
+
 def _composites(capability: tuple[int, int]) -> dict[str, Callable[..., Any]]:
     return {
         "batch_norm": _batch_norm,
         "dropout": _dropout,
+        "gru.input": _recurrent(3),
         "linear": _linear,
+        "lstm.input": _recurrent(2),
+        "rms_norm": _rms_norm,
+        "rnn_relu.input": _recurrent(0),
+        "rnn_tanh.input": _recurrent(1),
         "softmax.int": _half_softmax(aten._softmax.default, None),
         "log_softmax.int": _half_softmax(aten._log_softmax.default, None),
         "scaled_dot_product_attention": _attention(capability),
@@ -399,6 +459,16 @@ def temporaries(
         rules[aten.addmm.default] = lambda args, kwargs, out: (_CUBLASLT_WORKSPACE if _adds_bias(*args[:3]) else size,)
     card = Card(multiprocessors, threads)
     sums = _reduction(card, _accumulator, _sum_vector)
+    rules.update(_reductions(card))
+    rules.update(_NORMS)
+    rules.update({_operator(name): _copied(0) for name in _COPIED_GRADIENTS if _exists(name)})
+    rules[aten.convolution_backward.default] = _convolution_backward
+    rules.update(dict.fromkeys(_LOSSES, _loss))
+    rules[aten.embedding_dense_backward.default] = _embedding_backward
+    rules[aten.index_put.default] = rules[aten.index_put_.default] = _index_put
+    rules[aten._scaled_dot_product_flash_attention.default] = _flash
+    rules[aten._scaled_dot_product_flash_attention_backward.default] = _flash_backward
+    rules[aten._scaled_dot_product_efficient_attention_backward.default] = _efficient_backward
     rules.update(dict.fromkeys([aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default], sums))
     return rules
 
@@ -433,6 +503,256 @@ def _sum_vector(source: torch.Tensor) -> int:
     return 8 if source.element_size() == 2 else 4  # ReduceSumProdKernel.cu: 16-bit inputs, eight at a time
 
 
+def _itself(source: torch.Tensor) -> int:
+    return source.element_size()
+
+
+def _reductions(card: Card) -> dict[Any, Rule]:
+    """aten/src/ATen/native/cuda: ReduceNormKernel, ReduceMomentKernel, ReduceMin/MaxValuesKernel, ReduceLogicKernel,
+    ReduceArgMaxKernel (2.15). The width is an accumulator's: Welford's has four numbers, a maximum's place two."""
+    norm = _reduction(card, _accumulator, lambda source: 4)
+    extreme = _reduction(card, _itself, lambda source: 4)
+    logical = _reduction(card, lambda source: 1, lambda source: 4)
+    place = _reduction(card, lambda source: 16, lambda source: 4)
+    moments = _reduction(card, lambda source: 16 if source.element_size() <= 4 else 24, lambda source: 2)
+
+    def vector_norm(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+        dims = args[2] if len(args) > 2 else kwargs.get("dim")
+        return norm((args[0], dims), {}, out)
+
+    rules: dict[Any, Rule] = {aten.linalg_vector_norm.default: vector_norm}
+    rules.update(dict.fromkeys([aten.amax.default, aten.amin.default, aten.max.default, aten.min.default], extreme))
+    rules.update(dict.fromkeys([aten.any.default, aten.any.dim, aten.all.default, aten.all.dim], logical))
+    rules.update(dict.fromkeys([aten.max.dim, aten.min.dim, aten.argmax.default, aten.argmin.default], place))
+    rules.update(dict.fromkeys([aten.var.correction, aten.var_mean.correction, aten.std.correction], moments))
+    return rules
+
+
+def _group_norm(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    """aten/src/ATen/native/cuda/group_norm_kernel.cu: a scale and a shift for each channel of each sample."""
+    _, weight, bias, samples, channels, inner = args[:6]
+    if inner == 1 or (weight is None and bias is None):
+        return ()
+    return (4 * samples * channels,) * 2
+
+
+def _group_norm_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    _, _, _, _, weight, samples, channels, _, groups, mask = args[:10]
+    sums = (4 * samples * channels,) * 2
+    of_groups = 4 * samples * groups
+    return (*sums, of_groups if weight is None else sums[0], of_groups, of_groups) if mask[0] else sums
+
+
+_NORMS: dict[Any, Rule] = {
+    aten.native_group_norm.default: _group_norm,
+    aten.native_group_norm_backward.default: _group_norm_backward,
+}
+
+_LOSSES = [aten.mse_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default]
+
+
+def _loss(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    """aten/src/ATen/native/Loss.cpp: every value's loss, then their mean or sum."""
+    if out.dim() or not args[0].dim():
+        return ()
+    full = torch.broadcast_shapes(args[0].shape, args[1].shape)
+    return (math.prod(full) * out.element_size(),)
+
+
+def _embedding_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    """aten/src/ATen/native/cuda/Embedding.cu: indices are sorted, unless there are few of them."""
+    grad, indices, rows = args[:3]
+    n = indices.numel()
+    each = ("above", 3072, n, 8 * n)
+    dense = () if grad.is_contiguous() else (grad.numel() * grad.element_size(),)
+    sorting = [each, ("sort_pairs", 3072, n, 8, 8)]
+    row = 4 * out.size(1)
+    segments = tuple(("embedding_segments", part, n, rows, row) for part in (0, 0, 1, 2))
+    return (*dense, each, each, sorting, each, [each], *segments)
+
+
+def _index_put(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    """aten/src/ATen/native/cuda/Indexing.cu, index_put_with_sort_kernel: to add values up, indices are sorted."""
+    accumulate = args[3] if len(args) > 3 else kwargs.get("accumulate", False)
+    indices = [index for index in args[1] if index is not None and index.dtype == torch.int64]
+    if not accumulate or not indices:
+        return ()
+    n = math.prod(torch.broadcast_shapes(*(index.shape for index in indices)))
+    values = () if args[2].is_contiguous() else (args[2].numel() * args[2].element_size(),)
+    return (8 * n, *values, 8 * n, 8 * n, [8 * n, ("sort_pairs", 0, n, 8, 8)])
+
+
+# aten/src/ATen/native/transformers/cuda: flash_attn/flash_api.cpp and mem_eff_attention/kernel_backward.h (2.15)
+
+
+def _copied(*places: int) -> Rule:
+    """A kernel that reads these arguments only if they are contiguous, and copies them if not."""
+
+    def rule(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+        return tuple(_bytes(args[place]) for place in places if not _is_dense(args[place]))
+
+    return rule
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    formats = [torch.contiguous_format]
+    formats += [torch.channels_last] if tensor.dim() == 4 else [torch.channels_last_3d] if tensor.dim() == 5 else []
+    return any(tensor.is_contiguous(memory_format=layout) for layout in formats)
+
+
+#: aten/src/ATen/native/cuda: AveragePool*, DilatedMaxPool*, Adaptive*Pooling*, UpSample*, ReflectionPad, Col2Im (2.15)
+_COPIED_GRADIENTS = """
+adaptive_max_pool2d_backward adaptive_max_pool3d_backward avg_pool2d_backward avg_pool3d_backward col2im im2col
+max_pool2d_with_indices_backward max_pool3d_with_indices_backward reflection_pad1d_backward reflection_pad2d_backward
+upsample_bicubic2d_backward upsample_bilinear2d_backward upsample_nearest1d_backward upsample_nearest2d_backward
+upsample_nearest3d_backward upsample_linear1d_backward upsample_trilinear3d_backward _adaptive_avg_pool2d_backward
+_adaptive_avg_pool3d_backward _upsample_bilinear2d_aa_backward _upsample_nearest_exact2d_backward
+_upsample_nearest_exact1d_backward _upsample_nearest_exact3d_backward
+""".split()
+
+
+def _convolution_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    """aten/src/ATen/native/cudnn/ConvShared.cpp: the gradient is laid out for each of its two products."""
+    grad, source, mask = args[0], args[1], args[10]
+    copies = [[_bytes(grad)] for wanted in mask[:2] if wanted and not _is_dense(grad)]
+    return (*copies, [_bytes(source)]) if mask[1] and not _is_dense(source) else copies
+
+
+def _flash(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    return (16,) if len(args) > 3 and args[3] else ()  # the generator's state, kept on the card while dropout runs
+
+
+def _flash_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    """Sums of the output times its gradient, and the query's gradient in float32, both in tiles."""
+    grad, query, key = args[:3]
+    batch, heads, length, width = query.shape
+    wide = -(-width // 32) * 32 if width <= 128 else -(-width // 64) * 64
+    rows = batch * heads * (-(-length // 128) * 128)
+    dense = () if grad.stride(-1) == 1 else (grad.numel() * grad.element_size(),)
+    fewer = () if key.size(1) == heads else (2 * batch * heads * key.size(2) * width * key.element_size(),)
+    return (*dense, 4 * rows, 4 * rows * wide, *fewer)
+
+
+def _efficient_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    """Sums of the output times its gradient, and the query's gradient in float32, in tiles of 64 with 16 bytes each."""
+    grad, query = args[:2]
+    batch, heads, length, width = query.shape
+    tiles = -(-length // 64) * (-(-width // 64))
+    full = grad.numel() * grad.element_size()
+    dense = () if grad.transpose(1, 2).is_contiguous() else (full,)
+    rows = 4 * batch * heads * length
+    summing = [full, rows] if query.element_size() == 4 else []
+    return (*dense, summing, rows, batch * heads * tiles * (64 * 64 * 4 + 16))
+
+
+def _logsumexp(input: torch.Tensor, dim: Sequence[int], keepdim: bool = False) -> torch.Tensor:
+    # aten/src/ATen/native/ReduceOps.cpp, logsumexp_out_impl
+    largest = aten.amax.default(input, dim, True)
+    kept = [n for d, n in enumerate(input.shape) if d not in _axes(input, dim)]
+    result = largest.new_empty(largest.shape if keepdim else kept)
+    aten.eq.Scalar(result, float("inf"))
+    total = aten.sum.dim_IntList(aten.exp_.default(aten.sub.Tensor(input, largest)), dim, keepdim)
+    del total
+    return result
+
+
+def _axes(input: torch.Tensor, dim: Sequence[int]) -> set[int]:
+    return {d % max(1, input.dim()) for d in (dim or range(input.dim()))}
+
+
+def _cudnn_rnn(
+    input: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    weight_stride0: int,
+    weight_buf: torch.Tensor | None,
+    hx: torch.Tensor,
+    cx: torch.Tensor | None,
+    mode: int,
+    hidden: int,
+    projected: int,
+    layers: int,
+    batch_first: bool,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    *_: Any,
+) -> Any:
+    """aten/src/ATen/native/cudnn/RNN.cpp. Its workspace and reserve are cuDNN's own: a model of their size here, the
+    gates and two states of every step, as of the null GPU's."""
+    input = aten.transpose.int(input, 0, 1) if batch_first else input
+    x = input if input.is_contiguous() else aten.clone.default(input, memory_format=torch.contiguous_format)
+    steps, batch = x.shape[:2]
+    directions = 2 if bidirectional else 1
+    out = x.new_empty((steps, batch, (projected or hidden) * directions))
+    last = x.new_empty(hx.shape)
+    last_cell = x.new_empty(cx.shape if cx is not None else (0,))
+    values = steps * batch * layers * directions * hidden * x.element_size()
+    gates = {2: 4, 3: 3}.get(mode, 1)
+    work = x.new_empty((values,), dtype=torch.uint8)
+    reserve = x.new_empty(((gates + 2) * values if train else 0,), dtype=torch.uint8)
+    del work
+    out = aten.transpose.int(out, 0, 1) if batch_first else out
+    return out, last, last_cell, reserve, x.new_empty((0,))
+
+
+def _cudnn_rnn_backward(
+    input: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    weight_stride0: int,
+    weight_buf: torch.Tensor | None,
+    hx: torch.Tensor,
+    cx: torch.Tensor | None,
+    output: torch.Tensor,
+    grad_output: torch.Tensor | None,
+    grad_hy: torch.Tensor | None,
+    grad_cy: torch.Tensor | None,
+    mode: int,
+    hidden: int,
+    projected: int,
+    layers: int,
+    batch_first: bool,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    *_: Any,
+) -> Any:
+    def laid(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = aten.transpose.int(tensor, 0, 1) if batch_first else tensor
+        return tensor if tensor.is_contiguous() else aten.clone.default(tensor, memory_format=torch.contiguous_format)
+
+    x = laid(input)
+    gradient = laid(grad_output) if grad_output is not None else x.new_empty(laid(output).shape)
+    dx, dhx = x.new_empty(x.shape), x.new_empty(hx.shape)
+    dcx = x.new_empty(cx.shape) if cx is not None else x.new_empty((0,))
+    values = x.size(0) * x.size(1) * layers * (2 if bidirectional else 1) * hidden * x.element_size()
+    work = x.new_empty((values,), dtype=torch.uint8)
+    del work, gradient
+    flat = x.new_empty((sum(w.numel() for w in weight),))
+    work = x.new_empty((values,), dtype=torch.uint8)
+    del work
+    gradients, place = [], 0
+    for w in weight:
+        gradients.append(aten.as_strided.default(flat, w.shape, _dense_strides(w.shape), place))
+        place += w.numel()
+    return aten.transpose.int(dx, 0, 1) if batch_first else dx, dhx, dcx, gradients
+
+
+def _dense_strides(shape: Sequence[int]) -> list[int]:
+    return [math.prod(shape[k + 1 :]) for k in range(len(shape))]
+
+
+#: Kernels that are told by other operators: what these allocate and free is what CUDA's kernel does
+KERNELS: Mapping[Any, Callable[..., Any]] = {
+    aten._cudnn_rnn.default: _cudnn_rnn,
+    aten._cudnn_rnn_backward.default: _cudnn_rnn_backward,
+    aten.logsumexp.default: _logsumexp,
+}
+
+
 def _adds_bias(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
     # aten/src/ATen/native/cuda/Blas.cpp, isInputCompliesAddmmCudaLt
     return bias.dim() == 1 and bias.is_contiguous() and bias.size(0) == b.size(1) and b.size(0) > 1 and b.size(1) > 1
@@ -441,9 +761,14 @@ def _adds_bias(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
 #: Statistics that CUDA keeps in float32 where the input is half (aten/src/ATen/native/cudnn/BatchNorm.cpp)
 WIDTHS: Mapping[Any, Mapping[int, int]] = {aten.cudnn_batch_norm.default: {1: 4, 2: 4}}
 WIDTHS = {**WIDTHS, aten.native_batch_norm.default: {1: 4, 2: 4}}
+#: ... and what only the CPU keeps (aten/src/ATen/native/Activation.cpp, log_sigmoid_forward's buffer)
+WIDTHS = {**WIDTHS, aten.log_sigmoid_forward.default: {1: 0}}
 #: Outputs that CUDA allocates in another order than they are returned in: the mask first
 #: (aten/src/ATen/native/cuda/Dropout.cu)
-ORDER: Mapping[Any, Sequence[int]] = {aten.native_dropout.default: (1, 0)}
+ORDER: Mapping[Any, Sequence[int]] = {
+    aten.native_dropout.default: (1, 0),
+    aten._scaled_dot_product_efficient_attention.default: (2, 3, 0, 1),
+}
 
 
 # ----------------------------------------------------------------------------------------------------------- optimizers

@@ -78,8 +78,8 @@ class Estimate:
 
     def phase(self, batch_size: int) -> str:
         """The phase in which the peak of the allocated bytes falls: "forward", "backward" or "optimizer"."""
+        _check_batch_size(batch_size)
         if self.program is None:
-            _check_batch_size(batch_size)
             return "backward"
         return self.program.events[self.replay(batch_size).peak_at].phase
 
@@ -88,8 +88,8 @@ class Estimate:
 
         What the allocator rounds up is under ``"rounding"``, so that the parts add up to ``peak_allocated``.
         """
+        _check_batch_size(batch_size)
         if self.program is None:
-            _check_batch_size(batch_size)
             parts = {
                 "parameters": self.formula.parameter_bytes,
                 "gradients": self.formula.gradient_bytes,

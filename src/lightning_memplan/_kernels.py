@@ -110,9 +110,49 @@ def rounded_rows(count: int, rows: int, multiple: int, width: int) -> int:
     return count * _up(rows, multiple) * multiple * width
 
 
+def above(limit: int, value: int, size: int) -> int:
+    """``size`` bytes where ``value`` is above ``limit``, else none: a kernel that is chosen by size.
+
+    >>> above(3072, 4000, 512), above(3072, 3000, 512)
+    (512, 0)
+    """
+    return size if value > limit else 0
+
+
+def embedding_segments(part: int, indices: int, rows: int, row_bytes: int) -> int:
+    """Bytes of a part of the gradient of a table of embeddings, summed over equal indices, then over their segments.
+
+    ``rows`` of the table; ``row_bytes`` of one row in float32. 0 up to 3,072 indices: another kernel.
+    Source: aten/src/ATen/native/cuda/Embedding.cu and EmbeddingBackwardKernel.cu (2.15), NROWS_PER_THREAD = 10.
+
+    >>> embedding_segments(0, 6144, 1000, 1024), embedding_segments(2, 6144, 1000, 1024)
+    (8000, 1652736)
+    """
+    if indices <= 3072:
+        return 0
+    segments = min(indices, rows)
+    partial = indices // 10 + segments
+    return (8 * segments, 8 * partial, row_bytes * partial)[part]
+
+
+def sort_pairs(limit: int, count: int, key: int, value: int) -> int:
+    """Bytes that cub's radix sort takes for ``count`` pairs, if more than ``limit``: a second set of the pairs,
+    and counters; no second set where one block sorts them (measured on torch 2.15).
+
+    >>> sort_pairs(0, 6144, 8, 8), sort_pairs(0, 2401, 8, 8)
+    (104448, 3584)
+    """
+    if count <= limit:
+        return 0
+    return count * (key + value) + 6144 if count > 4096 else 3584
+
+
 KERNELS: Mapping[str, Callable[..., int]] = {
+    "above": above,
+    "embedding_segments": embedding_segments,
     "reduction": reduction,
     "rounded_rows": rounded_rows,
+    "sort_pairs": sort_pairs,
 }
 
 

@@ -106,7 +106,7 @@ def trainer_settings(trainer: Any, capability: tuple[int, int] | None = None) ->
     return StepSettings(
         precision=parse_precision(trainer.precision),
         gradient_clip_val=trainer.gradient_clip_val,
-        gradient_clip_algorithm="value" if str(trainer.gradient_clip_algorithm).endswith("value") else "norm",
+        gradient_clip_algorithm="value" if "value" in str(trainer.gradient_clip_algorithm).lower() else "norm",
         accumulate_grad_batches=trainer.accumulate_grad_batches,
         capability=capability or (8, 6),
     )
@@ -129,6 +129,15 @@ def loaders_are_made(trainer: Any) -> bool:
     """Whether the train loader is made by a hook of the module's or datamodule's, so that its batch size can be set."""
     source = trainer.fit_loop._data_source.instance
     return is_lightning_module(source) or is_datamodule(source)
+
+
+def bucket_bytes(trainer: Any, gradient_bytes: int) -> int:
+    """What DistributedDataParallel holds beside the gradients: buckets of their size, unless those are the gradients.
+
+    Source: ``gradient_as_bucket_view`` of torch.nn.parallel.DistributedDataParallel.
+    """
+    settings = getattr(trainer.strategy, "_ddp_kwargs", None)
+    return 0 if settings is None or settings.get("gradient_as_bucket_view") else gradient_bytes
 
 
 def cuda_index(trainer: Any) -> int | None:

@@ -257,10 +257,12 @@ def aligned(traces: Sequence[Trace]) -> list[Trace]:
     lines = {place: _line_above(points, [found.get(place, 0) for _, found in split]) for place in places}
     result = []
     for k, trace in enumerate(traces):
-        events = []
-        for place, event in enumerate(split[k][0]):
-            events += _workspace(place, lines, k, event)
-            events.append(event)
+        left = split[k][0]
+        events: list[Event] = []
+        for place in range(len(left) + 1):
+            if place in lines:
+                events += _workspace(-1 - place, lines[place][k], left[min(place, len(left) - 1)])
+            events += left[place : place + 1]
         result.append(Trace(trace.batch_size, _renumbered(events), trace.notes))
     return result
 
@@ -290,11 +292,8 @@ def _without_workspaces(events: Sequence[Event]) -> tuple[tuple[Event, ...], dic
     return _renumbered(left), found
 
 
-def _workspace(place: int, lines: Mapping[int, Sequence[int]], k: int, event: Event) -> list[Event]:
-    if place not in lines:
-        return []
-    block = -1 - place  # renumbered with all others afterwards
-    taken = event._replace(block=block, size=lines[place][k], category="workspaces", op="", path=event.path)
+def _workspace(block: int, size: int, beside: Event) -> list[Event]:
+    taken = beside._replace(block=block, size=size, category="workspaces", op="")
     return [taken, taken._replace(size=-1)]
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -28,18 +29,21 @@ DEVICE = torch.device("cpu", 0)  #: where traced tensors lie: the stand-in for t
 class Rules(NamedTuple):
     """What the GPU's kernels allocate that a fake tensor's do not show. Each is keyed by the operator."""
 
-    #: bytes that the kernel allocates beside its outputs, and frees when it returns
-    temporaries: Mapping[Any, Callable[[Sequence[Any], Mapping[str, Any], Any], Sequence[int | tuple[Any, ...]]]] = {}
+    #: bytes that the kernel allocates beside its outputs, and frees when it returns; a list is a scope of its own
+    temporaries: Mapping[Any, Callable[[Sequence[Any], Mapping[str, Any], Any], Sequence[Any]]] = {}
     #: name and bytes of a workspace that the first call in a thread allocates, and that stays
     workspaces: Mapping[Any, tuple[str, int]] = {}
     #: output -> bytes of one of its elements, where that differs from the fake tensor's
     widths: Mapping[Any, Mapping[int, int]] = {}
     #: the order in which the outputs are allocated, where it is not theirs
     order: Mapping[Any, Sequence[int]] = {}
+    #: what a kernel does, told by other operators: what these allocate is what it allocates
+    kernels: Mapping[Any, Callable[..., Any]] = {}
 
 
 _DEVICE_OF = torch.ops.prim.device.default
 _ADD = torch.ops.aten.add.Tensor
+_TO_COPY = torch.ops.aten._to_copy.default
 _READ_VALUE = torch.ops.aten._local_scalar_dense.default
 
 
@@ -62,6 +66,9 @@ class Recorder(TorchDispatchMode):
         self._workspaces = rules.workspaces
         self._widths = rules.widths
         self._order = rules.order
+        self._kernels = rules.kernels
+        self._running: set[Any] = set()  # the kernels that are being told
+        self._constructors = _Constructors()
         self._made: set[tuple[str, bool]] = set()
         self._blocks: dict[int, int] = {}  # a live storage's address -> its block
         self._owners: dict[int, int] = {}  # a block -> the number of storages that stand for it
@@ -80,12 +87,23 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if FakeTensor not in types and kwargs.get("device") != DEVICE:
             return func(*args, **kwargs)  # on the host: real tensors, real values
-        if func is _READ_VALUE and args[0].is_floating_point():
+        if func is _READ_VALUE and (args[0].is_floating_point() or args[0].dtype is torch.bool):
             self.values_read += 1
-            return 0.0
-        out: Any = self._mode.__torch_dispatch__(func, types, args, kwargs)
-        if func is _ADD and self._adds_in_place(args):
+            return False if args[0].dtype is torch.bool else 0.0
+        if func in self._kernels and func not in self._running:
+            return self._tell(func, args, kwargs)
+        in_place = _IN_PLACE.get(func)
+        if in_place is None:
+            in_place = _IN_PLACE[func] = _is_in_place(func)
+        if in_place:  # nothing is made, and there are no values to change
+            out: Any = args[0] if func._schema.returns else None
+        else:
+            out = self._mode.__torch_dispatch__(func, types, args, kwargs)
+            if func is _TO_COPY and kwargs.get("device") == DEVICE and out.device != DEVICE:
+                out = self._moved(out)  # of a constant, whose value the fake tensor would keep, on the host
+        if (func is _ADD and self._adds_in_place(args)) or (func in _INTO_ZEROS and self._writes_into(args[0])):
             self._take_over(out, args[0])
+            self._beside(func, args, kwargs, out)
             return out
         if type(out) is torch.Tensor or isinstance(out, torch.Tensor):
             self._see(out, func)
@@ -100,13 +118,19 @@ class Recorder(TorchDispatchMode):
                     for inner in leaf:
                         if isinstance(inner, torch.Tensor):
                             self._see(inner, func)
-        rule = self._temporaries.get(func)
-        if rule is not None:
-            self._pass(rule(args, kwargs, out), func)
-        workspace = self._workspaces.get(func)
-        if workspace is not None:
-            self._stay(workspace, func)
+        self._beside(func, args, kwargs, out)
         return out
+
+    def __enter__(self) -> Recorder:
+        if not self._running:
+            self._constructors.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        if not self._running:
+            self._constructors.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def adopt(self, tensor: torch.Tensor) -> None:
         """Record a tensor that was made outside: a parameter, a buffer, a batch."""
@@ -135,6 +159,26 @@ class Recorder(TorchDispatchMode):
         self._write(block, size, self.category, func)
         self._own(storage, block)
 
+    def _beside(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        rule = self._temporaries.get(func)
+        if rule is not None:
+            self._pass(rule(args, kwargs, out), func)
+        workspace = self._workspaces.get(func)
+        if workspace is not None:
+            self._stay(workspace, func)
+
+    def _moved(self, constant: torch.Tensor) -> FakeTensor:
+        meta = torch.empty_strided(constant.size(), constant.stride(), dtype=constant.dtype, device="meta")
+        return FakeTensor(self._mode, meta, DEVICE)
+
+    def _tell(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        self._running.add(func)
+        try:
+            with self:
+                return self._kernels[func](*args, **kwargs)
+        finally:
+            self._running.discard(func)
+
     def _own(self, storage: torch.UntypedStorage, block: int) -> None:
         key = storage._cdata
         self._blocks[key] = block
@@ -149,15 +193,22 @@ class Recorder(TorchDispatchMode):
 
         self._deaths[key] = weakref.ref(storage, died)
 
-    def _pass(self, sizes: Sequence[int | tuple[Any, ...]], func: Any) -> None:
-        first = self._next
-        self._next += len(sizes)
-        for k, size in enumerate(sizes):
+    def _pass(self, sizes: Sequence[Any], func: Any) -> None:
+        """Allocate all of these, then free them; a list among them is a scope of its own."""
+        blocks = []
+        for size in sizes:
+            if isinstance(size, list):
+                self._pass(size, func)
+                continue
             rule = size if isinstance(size, tuple) else ()
             size = kernel_bytes(size) if isinstance(size, tuple) else size
-            self.events.append(Event(first + k, size, self.phase, self.step, "temporaries", self.path, func, rule=rule))
-        for k in range(len(sizes)):
-            self._write(first + k, -1, "other", func)
+            blocks.append(self._next)
+            self.events.append(
+                Event(self._next, size, self.phase, self.step, "temporaries", self.path, func, rule=rule)
+            )
+            self._next += 1
+        for block in blocks:
+            self._write(block, -1, "other", func)
 
     def _stay(self, workspace: tuple[str, int], func: Any) -> None:
         name, size = workspace
@@ -182,10 +233,36 @@ class Recorder(TorchDispatchMode):
         first = args[0]
         return bool(first.is_contiguous() or _dense(first)) and _sole_owner(first)
 
+    def _writes_into(self, zeros: torch.Tensor) -> bool:
+        """Whether a gradient is written into new zeros: in place on a GPU, out of place for tensor subclasses.
+
+        torch/csrc/autograd/FunctionsManual.cpp (2.15), ``areAnyTensorSubclassLike``: the backward formulas of indexing,
+        gather, max, sort and topk.
+        """
+        return self.phase == "backward" and _sole_owner(zeros)
+
     def _take_over(self, out: torch.Tensor, first: torch.Tensor) -> None:
         block = self._blocks.get(first.untyped_storage()._cdata)
         if block is not None:
             self._own(out.untyped_storage(), block)
+
+
+_IN_PLACE: dict[Any, bool] = {}
+
+
+def _is_in_place(func: Any) -> bool:
+    """Whether an operator only changes the values of its first argument: neither its shape, nor its memory."""
+    schema = func._schema
+    name = schema.name.removeprefix("aten::")
+    if not name.endswith("_") or not schema.arguments or torch.Tag.inplace_view in func.tags:
+        return False
+    written = schema.arguments[0].alias_info
+    return (
+        name not in ("resize_", "resize_as_", "resize_as_sparse_", "set_", "rename_")
+        and written is not None
+        and written.is_write
+        and len(schema.returns) <= 1
+    )
 
 
 def _dense(tensor: torch.Tensor) -> bool:
@@ -197,6 +274,36 @@ def _sole_owner(tensor: torch.Tensor) -> bool:
 
 
 _ENGINE = torch.autograd.graph._engine_run_backward.__code__
+_INTO_ZEROS = frozenset(
+    {
+        torch.ops.aten.index_put.default,
+        torch.ops.aten.index_add.default,
+        torch.ops.aten.scatter.src,
+        torch.ops.aten.scatter.value,
+        torch.ops.aten.scatter_add.default,
+        torch.ops.aten.masked_scatter.default,
+    }
+)
+
+
+class _Constructors(TorchFunctionMode):
+    """Tensors that are made of Python's numbers: torch makes them on the host, and forgets ``DEVICE``'s index there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _FROM_NUMBERS:
+            return func(*args, **kwargs)
+        of_tensor = func is torch.Tensor.new_tensor
+        device = kwargs.get("device", args[0].device if of_tensor else None)
+        data = args[1 if of_tensor else 0] if len(args) > of_tensor else kwargs.get("data")
+        if device is None or torch.device(device) != DEVICE or isinstance(data, torch.Tensor):
+            return func(*args, **kwargs)
+        grad = kwargs.pop("requires_grad", False)
+        made = func(*args, **{**kwargs, "device": "cpu"}).to(DEVICE)
+        return made.requires_grad_() if grad else made
+
+
+_FROM_NUMBERS = frozenset({torch.tensor, torch.as_tensor, torch.Tensor.new_tensor})
 
 
 class HasPath(Protocol):

@@ -18,7 +18,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_memplan._cuda_rules import ORDER, WIDTHS, cuda_semantics, foreach_by_default, temporaries, workspaces
+from lightning_memplan._cuda_rules import (
+    KERNELS,
+    ORDER,
+    WIDTHS,
+    cuda_semantics,
+    foreach_by_default,
+    temporaries,
+    workspaces,
+)
 from lightning_memplan._errors import TraceError
 from lightning_memplan._formula import Formula, make_formula, record_layers, sample_bytes
 from lightning_memplan._lightning import (
@@ -248,7 +256,7 @@ class _Run(StepRunner):
         datamodule: Any,
         optimizer: MakeOptimizer | None,
     ) -> None:
-        rules = Rules(temporaries(settings.capability), workspaces(settings.capability), WIDTHS, ORDER)
+        rules = Rules(temporaries(settings.capability), workspaces(settings.capability), WIDTHS, ORDER, KERNELS)
         self.recorder = Recorder(mode, rules)
         twin = detached_copy(module, mode, dtype=TRUE_DTYPE.get(settings.precision), trainer=trainer)
         super().__init__(twin, self.recorder, DEVICE, settings, datamodule=datamodule, optimizer=optimizer)
@@ -269,6 +277,8 @@ class _Run(StepRunner):
             recorder.stop()
         notes: tuple[str, ...] = ()
         if recorder.values_read:
+            if not any(event.phase == "backward" for event in recorder.events):
+                raise TraceError("the step returns no loss, since it read values of tensors, which a trace has not")
             notes = (f"the step reads values of tensors ({recorder.values_read} times in {steps} steps): taken as 0",)
         return Trace(size, labelled(recorder.events), notes)
 

@@ -6,6 +6,8 @@ Nothing of the user's is changed: the copy logs nothing, writes nothing, and rea
 from __future__ import annotations
 
 import copy
+import os
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -151,13 +153,19 @@ def _quiet(module: Any) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- errors
 
-_OURS = ("/torch/", "/lightning_memplan/", "/pytorch_lightning/", "/lightning/", "/torchmetrics/", "/lightning_fabric/")
+_LIBRARIES = ("torch", "lightning_memplan", "pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities")
+
+
+def _is_library(filename: str) -> bool:
+    modules = (sys.modules.get(name) for name in (*_LIBRARIES, "torchmetrics"))
+    roots = (os.path.dirname(module.__file__) + os.sep for module in modules if module is not None and module.__file__)
+    return filename.startswith(("<", *roots))
 
 
 def explain(error: BaseException) -> str:
     """What the step needs, and the line of the user's code that needs it."""
     frames = traceback.extract_tb(error.__traceback__)
-    users = [frame for frame in frames if not any(part in frame.filename for part in _OURS)]
+    users = [frame for frame in frames if not _is_library(frame.filename)]
     where = (
         f"{users[-1].filename}:{users[-1].lineno}: {users[-1].line}" if users else "no line of the module's own code"
     )

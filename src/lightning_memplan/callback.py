@@ -25,6 +25,7 @@ from lightning_memplan._estimate import Estimate
 from lightning_memplan._lightning import (
     CallbackBase,
     agree_on_smallest,
+    bucket_bytes,
     cuda_index,
     loaders_are_made,
     logged_step,
@@ -125,9 +126,7 @@ class MemoryPlanner(CallbackBase):
     def _make_plan(self, trainer: Any, module: Any) -> None:
         if self.apply:  # fails before the work, not after it
             check_settable(self.batch_arg_name, module, trainer.datamodule, loaders_are_made=loaders_are_made(trainer))
-        self._held = held_bytes(self._index, module)
         device = self._device_of(trainer)
-        device = replace(device, context=device.context + self._held)
         self._settings = trainer_settings(trainer, device.capability)
         datamodule = copy.copy(trainer.datamodule)
         begun = partial(prepared, module, self._settings, trainer=trainer, stage="fit")
@@ -142,6 +141,8 @@ class MemoryPlanner(CallbackBase):
             datamodule=datamodule,
             stage="fit",
         )
+        self._held = held_bytes(self._index, module) + bucket_bytes(trainer, self.estimate.formula.gradient_bytes)
+        device = replace(device, context=device.context + self._held)
         if self.method == "auto" and self.estimate.method == "formula":
             warnings.warn(f"MemoryPlanner: {self.estimate.notes[0]}", stacklevel=2)
         self.plan = plan_estimate(

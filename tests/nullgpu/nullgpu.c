@@ -272,7 +272,7 @@ static int bytes_of(int t){static const int w[]={4,8,2,1,4,4,1,1,4,2};return w[t
 static int gates(struct rnn*r){return r->cell==2?4:r->cell==3?3:1;}
 int cudnnSetRNNDescriptor_v8(struct rnn*r,int algo,int cell,int bias,int dir,int mode,int dtype,int prec,int math,int in,int hid,int proj,int layers,void*drop,unsigned aux){*r=(struct rnn){cell,bias,dir,dtype,in,hid,proj,layers};return 0;}
 int cudnnSetRNNDataDescriptor(struct rnn_data*x,int dtype,int layout,int steps,int batch,int width,const int*len,void*fill){*x=(struct rnn_data){dtype,steps,batch,width};return 0;}
-static size_t layer_weights(struct rnn*r,int pseudo,size_t*biases){int dirs=r->bi?2:1;size_t in=pseudo/dirs==0?r->in:(size_t)r->proj*dirs;*biases=(r->bias==0?0:r->bias==3?2:1)*(size_t)gates(r)*r->hid;return gates(r)*(in*r->hid+(size_t)r->proj*r->hid)+(r->proj!=r->hid?(size_t)r->proj*r->hid:0);}
+static size_t layer_weights(struct rnn*r,int pseudo,size_t*biases){int dirs=r->bi?2:1;size_t in=pseudo/dirs==0?r->in:(size_t)r->proj*dirs;*biases=(r->bias==0?0:r->bias==2?2:1)*(size_t)gates(r)*r->hid;return gates(r)*(in*r->hid+(size_t)r->proj*r->hid)+(r->proj!=r->hid?(size_t)r->proj*r->hid:0);}
 static size_t rnn_weights(struct rnn*r){size_t n=0,b;for(int p=0;p<r->layers*(r->bi?2:1);p++){n+=layer_weights(r,p,&b);n+=b;}return n;}
 int cudnnGetRNNWeightSpaceSize(void*h_,struct rnn*r,size_t*s){*s=rnn_weights(r)*bytes_of(r->dtype);return 0;}
 int cudnnGetRNNWeightParams(void*h_,struct rnn*r,int pseudo,size_t size,char*w,int lin,struct dims*m,void**ma,struct dims*b,void**ba){

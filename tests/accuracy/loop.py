@@ -1,0 +1,174 @@
+"""A training step without Lightning, recorded: the loops that published measurements were made with.
+
+The package plans for Lightning's steps. The tables in ``rows`` were measured with loops written out, on older versions
+of torch, so here the same recorder runs those loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lightning_memplan import _cuda_rules
+from lightning_memplan._cuda_rules import ORDER, WIDTHS, cuda_semantics, temporaries
+from lightning_memplan._record import Recorder, Rules, labelled, module_paths
+from lightning_memplan._scaling import Polynomial, ScaledProgram, scale
+from lightning_memplan._step import _no_collection, _setup_order, detached_copy
+from lightning_memplan._types import Event, Trace
+
+#: cuBLAS's workspace for compute capability 8.x, which each thread that multiplies matrices keeps
+CUBLAS = (2 * 4096 + 8 * 16) * 1024
+_ATEN = torch.ops.aten
+_MATRIX_PRODUCTS = [_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm, _ATEN.addbmm, _ATEN.addmv, _ATEN.mv]
+
+
+#: a batch size at which one trace tells all sizes: what is divisible by this prime grows with the batch
+PRIME = 7919
+
+
+class Loop(NamedTuple):
+    """What a loop does in each step.
+
+    ``loss`` gets the model and a batch. ``autocast`` is the type in which CUDA's autocast computes, its cache of cast
+    weights on; the backward pass is run inside it where ``backward_inside`` says so.
+    """
+
+    batch: Callable[[int], Any]
+    loss: Callable[[nn.Module, Any], torch.Tensor]
+    optimizer: Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]
+    autocast: torch.dtype | None = None
+    backward_inside: bool = False
+    keep_gradients: bool = False  #: ``zero_grad(set_to_none=False)``
+    new_batches: bool = False  #: each step moves a batch of its own to the GPU; else the first serves all
+    old: bool = False  #: torch 1.12's autograd and autocast
+
+
+def trace_loop(
+    model: nn.Module,
+    loop: Loop,
+    *,
+    sizes: tuple[int, ...] = (PRIME,),
+    steps: int = 2,
+    rules: Any = None,
+    capability: tuple[int, int] = (8, 6),
+) -> ScaledProgram:
+    """The loop's events at any batch size. ``rules`` are more temporaries, by operator.
+
+    By default from one trace at a prime batch size, for speed; several sizes are scaled as the package does it.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with _no_collection(), _isolated(), _old_torch(loop.old), cuda_semantics(loop.autocast, capability):
+        traces = [_record(model, loop, mode, size, steps, rules or {}, capability) for size in sizes]
+    return scale(traces) if len(traces) > 1 else _scale_prime(traces[0])
+
+
+def _scale_prime(trace: Trace) -> ScaledProgram:
+    entries: dict[object, int] = {}
+    table: list[Polynomial | tuple[str, tuple[Polynomial, ...]]] = []
+    sizes = []
+    for event in trace.events:
+        key = -1 if event.is_free else event.rule or event.size
+        if key != -1 and key not in entries:
+            rule = event.rule
+            table.append((str(rule[0]), tuple(map(_grown, rule[1:]))) if rule else _grown(event.size))
+            entries[key] = len(table)
+        sizes.append(entries.get(key, 0))
+    return ScaledProgram(trace.events, tuple(sizes), tuple(table), (trace.batch_size,))
+
+
+def _grown(value: Any) -> Polynomial:
+    degree = 0
+    while value and value % PRIME == 0:
+        value, degree = value // PRIME, degree + 1
+    return Polynomial((0,) * degree + (value,))
+
+
+@contextmanager
+def _old_torch(old: bool) -> Iterator[None]:
+    """torch 1.12: autograd adds gradients up out of place (torch/csrc/autograd/input_buffer.cpp), and CUDA's autocast
+    leaves interpolation in half precision (aten/src/ATen/autocast_mode.cpp)."""
+    if not old:
+        yield
+        return
+    lists, adds = _cuda_rules.FP32, Recorder._adds_in_place
+    _cuda_rules.FP32 = [name for name in lists if "upsample" not in name]
+    Recorder._adds_in_place = lambda self, args: False  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        _cuda_rules.FP32, Recorder._adds_in_place = lists, adds  # type: ignore[method-assign]
+
+
+def _record(
+    model: nn.Module, loop: Loop, mode: FakeTensorMode, size: int, steps: int, more: Any, capability: tuple[int, int]
+) -> Trace:
+    products = [getattr(packet, name) for packet in _MATRIX_PRODUCTS for name in packet.overloads()]
+    own = {op: rule for op, rule in temporaries(capability).items() if op not in products}
+    workspaces = dict.fromkeys(products, ("cublas", CUBLAS))
+    recorder = Recorder(mode, Rules({**own, **more}, workspaces, WIDTHS, ORDER))
+    twin = detached_copy(model, mode)
+    with recorder, module_paths(twin, recorder):
+        for tensor, kind, path in _setup_order(twin):
+            recorder.category, recorder.path = kind, path  # type: ignore[assignment]
+            recorder.adopt(tensor)
+        recorder.category, recorder.path = "optimizer", ""
+        optimizer = loop.optimizer(twin.parameters())
+        batch = None
+        for index in range(steps):
+            recorder.step = index + 1
+            recorder.phase, recorder.category = "batch", "batch"
+            if batch is None or loop.new_batches:
+                batch = loop.batch(size)
+            recorder.phase, recorder.category = "forward", "activations"
+            optimizer.zero_grad(set_to_none=not loop.keep_gradients)
+            inside = torch.autocast("cpu", dtype=loop.autocast) if loop.autocast else nullcontext()
+            with inside:
+                loss = loop.loss(twin, batch)
+                if loop.backward_inside:
+                    recorder.phase, recorder.category, recorder.path = "backward", "temporaries", ""
+                    loss.backward()
+            if not loop.backward_inside:
+                recorder.phase, recorder.category, recorder.path = "backward", "temporaries", ""
+                loss.backward()
+            del loss
+            recorder.phase, recorder.category = "optimizer", "optimizer"
+            optimizer.step()
+        recorder.stop()
+    return Trace(size, labelled(_frees_sorted(_one_at_a_time(recorder.events))))
+
+
+def _one_at_a_time(events: list[Event]) -> list[Event]:
+    """A convolution's workspaces follow one another: each is freed before the next is taken."""
+    result = []
+    passed = set()
+    for event in events:
+        if event.rule[:1] == ("cudnn",):
+            passed.add(event.block)
+            result += [event, event._replace(size=-1, rule=())]
+        elif not (event.is_free and event.block in passed):
+            result.append(event)
+    return result
+
+
+def _frees_sorted(events: list[Event]) -> list[Event]:
+    """Autocast's cache is a hash table, emptied in any order: let frees in a row be in the blocks' order."""
+    result: list[Event] = []
+    for free, group in groupby(events, lambda e: e.is_free):
+        run = list(group)
+        result += sorted(run, key=lambda e: e.block) if free else run
+    return result
+
+
+@contextmanager
+def _isolated() -> Iterator[None]:
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

@@ -1,0 +1,220 @@
+"""``estimate`` and ``plan``: what they take, what they refuse, and that they agree with one another."""
+
+from __future__ import annotations
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import lightning_memplan as mp
+
+MiB = 2**20
+CARD = mp.Device("a card", total=256 * MiB, context=56 * MiB)
+
+
+def net():
+    return nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
+
+
+class Module(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+
+class Data(pl.LightningDataModule):
+    def __init__(self):
+        super().__init__()
+        self.batch_size, self.calls = 4, ()
+
+    def prepare_data(self):
+        self.calls += ("prepare_data",)
+
+    def setup(self, stage):
+        self.calls += (stage,)
+        self.dataset = torch.zeros(300, 1024)
+
+    def train_dataloader(self):
+        return DataLoader(self.dataset, batch_size=self.batch_size)
+
+
+@pytest.fixture(scope="module")
+def estimate():
+    return mp.estimate(Module(), torch.zeros(4, 1024))
+
+
+# ------------------------------------------------------------------------------------------------------------ estimate
+
+
+def test_every_source_of_a_batch_gives_the_same():
+    loader = DataLoader(torch.zeros(300, 1024), batch_size=4)
+    peaks = {mp.estimate(Module(), source).peak_allocated(64) for source in (torch.zeros(4, 1024), loader, Data())}
+    assert len(peaks) == 1
+
+
+def test_it_grows_with_the_batch(estimate):
+    # Adam: 4 times 1024 · 1024 weights of 4 bytes are 16 MiB, whatever the batch
+    assert estimate.peak_allocated(1) > 16 * MiB
+    # a sample is 4 KiB of input, 4 KiB each after the layer and the activation, and the like on the way back
+    assert 8 * 1024 <= (estimate.peak_allocated(20000) - estimate.peak_allocated(10000)) / 10000 <= 24 * 1024
+
+
+def test_settings_of_a_trainer():
+    trainer = pl.Trainer(accelerator="cpu", precision="bf16-true", logger=False, enable_checkpointing=False)
+    by_trainer = mp.estimate(Module(), torch.zeros(4, 1024), trainer=trainer)
+    assert by_trainer.peak(64) == mp.estimate(Module(), torch.zeros(4, 1024), precision="bf16-true").peak(64)
+    over = mp.estimate(Module(), torch.zeros(4, 1024), trainer=trainer, precision="32-true")
+    assert over.peak(64) > by_trainer.peak(64)
+
+
+def test_accumulation_takes_memory(estimate):
+    accumulated = mp.estimate(Module(), torch.zeros(4, 1024), accumulate_grad_batches=2)
+    # the second batch's backward pass runs beside the gradients of the first: at most 4 MiB more, and less where the
+    # optimizer's step is what takes the most
+    more = accumulated.peak_allocated(64) - estimate.peak_allocated(64)
+    assert 0 < more <= 4 * MiB + MiB // 8
+
+
+def test_clipping_is_traced(estimate):
+    clipped = mp.estimate(Module(), torch.zeros(4, 1024), gradient_clip_val=1.0)
+    assert len(clipped.program.events) > len(estimate.program.events)
+    assert clipped.peak_allocated(64) >= estimate.peak_allocated(64)
+
+
+def test_a_module_without_layers_is_traced():
+    class Bare(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1024, 10))
+
+        def training_step(self, batch, batch_idx):
+            return (batch @ self.weight).square().sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    found = mp.estimate(Bare(), torch.zeros(4, 1024), method="trace")
+    assert found.method == "trace"
+    assert found.peak_allocated(64) > 2 * 4 * 1024 * 10 + 64 * 4096  # weights, gradients, batch
+
+
+def test_the_plain_modules_optimizer(estimate):
+    plain = mp.estimate(net(), torch.zeros(4, 1024), optimizer=lambda p: torch.optim.Adam(p))
+    assert plain.peak_allocated(64) == pytest.approx(estimate.peak_allocated(64), rel=0.01)
+    without = mp.estimate(net(), torch.zeros(4, 1024))
+    assert "optimizer" not in without.breakdown(64)
+    assert plain.breakdown(64)["optimizer"] >= 8 * MiB  # the moments: twice 4 MiB
+
+
+def test_the_users_objects_are_left_alone():
+    module, data = Module(), Data()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    state = torch.get_rng_state()
+    mp.plan(module, data, device=CARD)
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (data.batch_size, data.calls, hasattr(data, "dataset")) == (4, (), False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "text"),
+    [
+        ({"method": "guess"}, ValueError, "method is one of 'auto', 'trace', 'formula'.*, not 'guess'"),
+        ({"precision": "8-bit"}, ValueError, "precision '8-bit' cannot be planned for: use one of 32-true, 64-true"),
+        ({"device": "RTX 3091"}, ValueError, "'RTX 3091' is not in the catalogue of GPUs: near are"),
+        ({"device": 3}, TypeError, "device is the name of a card or a Device, not 3"),
+        ({"accumulate_grad_batches": 0}, ValueError, "accumulate_grad_batches is an int of at least 1, not 0"),
+        ({"optimizer": torch.optim.Adam}, ValueError, "a LightningModule makes its optimizers in configure_optimizers"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_arguments_that_are_wrong(arguments, kind, text):
+    with pytest.raises(kind, match=text):
+        mp.estimate(Module(), torch.zeros(4, 1024), **arguments)
+
+
+def test_what_is_no_module():
+    with pytest.raises(TypeError, match=r"module is a LightningModule or another nn\.Module, not 'resnet50'"):
+        mp.estimate("resnet50", torch.zeros(4, 1024))
+
+
+def test_a_step_that_needs_values():
+    class Reads(Module):
+        def training_step(self, batch, batch_idx):
+            out = self.net(batch)
+            return out[out > 0].sum()
+
+    with pytest.raises(
+        mp.TraceError, match=r"Reads cannot be traced: the step needs the value of a tensor .*test_api.py:"
+    ):
+        mp.estimate(Reads(), torch.zeros(4, 1024), method="trace")
+    found = mp.estimate(Reads(), torch.zeros(4, 1024))
+    assert found.method == "formula"
+    assert found.notes[0].startswith("planned by the formula, since the step cannot be traced: ")
+
+
+# ---------------------------------------------------------------------------------------------------------------- plan
+
+
+def test_a_plan_fits_and_the_next_size_does_not(estimate):
+    plan = mp.plan(Module(), torch.zeros(4, 1024), device=CARD)
+    assert plan.budget == int(200 * MiB * (1 - plan.margin))
+    assert estimate.fits(plan.batch_size, plan.budget)
+    assert not estimate.fits(plan.batch_size + 1, plan.budget)
+    assert plan.limited_by == "memory"
+    assert plan.predicted_peak <= CARD.capacity
+    assert plan.predicted_allocated == estimate.peak_allocated(plan.batch_size) == sum(plan.breakdown.values())
+    assert plan.formula_peak == estimate.formula.memory(plan.batch_size)
+    assert plan.phase == estimate.phase(plan.batch_size)
+
+
+def test_limits_of_a_plan():
+    loader = DataLoader(torch.zeros(300, 1024), batch_size=4)
+    by_dataset = mp.plan(Module(), loader, device=CARD)
+    assert (by_dataset.batch_size, by_dataset.limited_by) == (300, "dataset")
+    by_limit = mp.plan(Module(), loader, device=CARD, max_batch_size=100, multiple_of=8)
+    assert (by_limit.batch_size, by_limit.limited_by) == (96, "max_batch_size")
+
+
+def test_a_larger_margin_is_a_smaller_batch():
+    batch = torch.zeros(4, 1024)
+    sizes = [mp.plan(Module(), batch, device=CARD, margin=margin).batch_size for margin in (0, 0.3, 0.6)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 3
+
+
+@pytest.mark.parametrize("margin", [-0.01, 1, 2, "0.1", None, False])
+def test_a_margin_that_is_no_part(margin):
+    with pytest.raises(
+        ValueError, match="margin is the part of the device's memory to leave free, at least 0 and below 1"
+    ):
+        mp.plan(Module(), torch.zeros(4, 1024), device=CARD, margin=margin)
+
+
+def test_it_does_not_fit():
+    # Adam needs 16 MiB for the weights alone, and two more of gradients and the optimizer's temporaries
+    small = mp.Device("a small card", total=16 * MiB)
+    with pytest.raises(
+        mp.DoesNotFitError, match="Module does not fit on a small card at batch size 1: it lacks"
+    ) as caught:
+        mp.plan(Module(), torch.zeros(4, 1024), device=small, margin=0)
+    assert caught.value.available == 16 * MiB < caught.value.needed
+    with pytest.raises(mp.DoesNotFitError, match="at batch size 4096: it lacks"):
+        mp.plan(Module(), torch.zeros(4, 1024), device=mp.Device("card", total=48 * MiB), min_batch_size=4096)
+
+
+def test_by_the_formula():
+    plan = mp.plan(net(), torch.zeros(4, 1024), device=CARD, method="formula")
+    # params = grads = 4 · (1024 · 1024 + 1024 + 1024 · 10 + 10); I1 = 4096; Ii = 4096 (linear), 4096 (ReLU), 40
+    fixed, sample = 2 * 4 * (1024 * 1024 + 1024 + 10240 + 10), 4096 + 2 * (4096 + 4096 + 40)
+    assert plan.batch_size == (plan.budget - fixed) // sample
+    assert plan.predicted_peak == plan.formula_peak == fixed + plan.batch_size * sample
+    assert plan.method == "formula"

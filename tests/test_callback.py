@@ -1,0 +1,953 @@
+"""The callback in whole fits: on the CPU what it reads, writes and leaves alone; on the null GPU its figures."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import dataclasses
+import gc
+import json
+import multiprocessing
+import random
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.combined_loader import CombinedLoader
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+import lightning_memplan as mp
+
+GiB = 2**30
+CARD = mp.Device("a card", total=8 * GiB)
+CPU_MEASURES_NOTHING = "MemoryPlanner measures nothing: the Trainer runs on cpu"
+
+
+def trainer(*callbacks: Any, flavour: Any = pl, **kwargs: Any) -> Any:
+    settings = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return flavour.Trainer(callbacks=list(callbacks), **{**settings, **kwargs})
+
+
+def fit(module: Any, data: Any = None, planner: mp.MemoryPlanner | None = None, *others: Any, **kwargs: Any) -> Any:
+    """Fit on the CPU, with a plan for at most 7 samples a batch if nothing else is said; the Trainer."""
+    planner = planner or planner_of()
+    whole = trainer(planner, *others, **kwargs)
+    made = isinstance(data, pl.LightningDataModule)
+    with pytest.warns(UserWarning, match=CPU_MEASURES_NOTHING):
+        whole.fit(module, **{"datamodule" if made else "train_dataloaders": data})
+    assert planner.plan is not None
+    return whole
+
+
+def planner_of(**kwargs: Any) -> mp.MemoryPlanner:
+    return mp.MemoryPlanner(**{"device": CARD, "max_batch_size": 7, "method": "trace", **kwargs})
+
+
+def samples(count: int = 21) -> TensorDataset:
+    return TensorDataset(torch.randn(count, 8), torch.randint(0, 3, (count,)))
+
+
+class Net(pl.LightningModule):
+    """The least that trains; ``seen`` are the sizes of the batches that real steps were given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 3)
+        self.seen: list[int] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        self.seen.append(len(x))
+        return F.cross_entropy(self.layer(x), y)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Data(pl.LightningDataModule):
+    def __init__(self, dataset: Any = None, batch_size: Any = 2) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.dataset = samples() if dataset is None else dataset
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.dataset, batch_size=self.batch_size)
+
+
+# ---------------------------------------------------------------------------------------- what must stay as it was
+
+
+class Generated(Dataset[Any]):
+    """A dataset that remembers what was asked of it, and draws from its own random states and the global ones."""
+
+    def __init__(self) -> None:
+        self.served = 0
+        self.cache: dict[int, float] = {}
+        self.order: list[int] = []
+        self.own = random.Random(1)
+        self.drawn = np.random.default_rng(1)
+
+    def __len__(self) -> int:
+        return 21
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.served += 1
+        self.order.append(index)
+        self.cache[index] = self.own.random() + self.drawn.random() + random.random() + np.random.rand()
+        return torch.randn(3, 8, 8) * self.cache[index], index % 3
+
+
+class Everything(pl.LightningModule):
+    """One of each: what a step reads, changes, counts and keeps."""
+
+    def __init__(self, lr: float = 0.1, width: int = 4) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Dropout(0.5), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3)
+        )
+        self.net(torch.zeros(2, 3, 8, 8))
+        self.frozen = nn.BatchNorm2d(3).eval().requires_grad_(False)
+        self.average = copy.deepcopy(self.net).requires_grad_(False)
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("scratch", torch.arange(3.0), persistent=False)
+        self.accuracy = MulticlassAccuracy(num_classes=3)
+        self.table = torch.randn(3, 3)
+        self.tables = {"a": [torch.randn(2)], "b": np.arange(4)}
+        self.net[0].weight.grad = torch.ones_like(self.net[0].weight)
+        self.count, self.kept, self.own = 0, [], random.Random(3)
+        self.calls: list[str] = []
+        self.handle = self.net[1].register_forward_hook(lambda module, args, out: self.calls.append("hook"))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        out = self.net(self.frozen(x)) + self.table.to(x.device).sum()
+        loss = F.cross_entropy(out, y)
+        self.accuracy(out, y)
+        self.log("accuracy", self.accuracy)
+        self.seen += 1
+        self.count += 1
+        self.table = self.table + 1
+        self.kept.append(self.own.random())
+        with torch.no_grad():
+            for mean, parameter in zip(self.average.parameters(), self.net.parameters(), strict=True):
+                mean.lerp_(parameter, 0.1)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.count += 10
+
+    def configure_optimizers(self) -> Any:
+        self.count += 100
+        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=self.hparams["lr"])
+
+
+class GeneratedData(pl.LightningDataModule):
+    def __init__(self, batch_size: int = 2) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.batch_size, self.loaders_made = batch_size, 0
+        self.kept: list[int] = []
+
+    def setup(self, stage: str) -> None:
+        self.dataset = Generated()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        self.loaders_made += 1
+        torch.rand(1)  # a random split, say
+        return DataLoader(self.dataset, batch_size=self.batch_size, shuffle=True, num_workers=0)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.moved = getattr(self, "moved", 0) + 1
+        return batch
+
+
+def frozen_state(module: pl.LightningModule, data: Any) -> dict[str, Any]:
+    """Everything that planning must leave as it is, by value and, where it is an object of the user's, by identity."""
+    return {
+        "parameters": {n: (id(p), p.detach().clone(), p.requires_grad) for n, p in module.named_parameters()},
+        "gradients": {n: None if p.grad is None else p.grad.clone() for n, p in module.named_parameters()},
+        "buffers": {n: (id(b), b.clone()) for n, b in module.named_buffers()},
+        "modes": {n: m.training for n, m in module.named_modules()},
+        "hooks": {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in module.named_modules()},
+        "random": (random.getstate(), np.random.get_state(), torch.get_rng_state().clone()),
+        "own": {n: copy.deepcopy(getattr(module, n)) for n in ("table", "tables", "count", "kept", "calls")},
+        "generator": module.own.getstate(),
+        "metric": {n: getattr(module.accuracy, n).clone() for n in module.accuracy._defaults},
+        "updates": module.accuracy.update_count,
+        "hparams": dict(module.hparams),
+        "attributes": sorted(module.__dict__),
+        "data": {n: copy.deepcopy(v) for n, v in data.__dict__.items() if n in ("kept", "loaders_made", "moved")},
+        "dataset": {n: copy.deepcopy(v) for n, v in data.dataset.__dict__.items() if n not in ("own", "drawn")},
+        "dataset's states": (data.dataset.own.getstate(), data.dataset.drawn.bit_generator.state),
+        "torch": (torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")),
+        "collects": gc.isenabled(),
+    }
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a, b), where
+    elif isinstance(a, np.ndarray):
+        assert np.array_equal(a, b), where
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for k, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{k}]")
+    else:
+        assert a == b, where
+
+
+class Watched(mp.MemoryPlanner):
+    """Keeps the state of everything just before and just after it plans."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.before = frozen_state(pl_module, trainer.datamodule)
+        children, folder = multiprocessing.active_children(), sorted(Path.cwd().rglob("*"))
+        super().setup(trainer, pl_module, stage)
+        self.after = frozen_state(pl_module, trainer.datamodule)
+        assert multiprocessing.active_children() == children
+        assert sorted(Path.cwd().rglob("*")) == folder
+
+
+@pytest.mark.filterwarnings("ignore:Found . module.s. in eval mode")  # it is meant
+@pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}], ids=str)
+@pytest.mark.parametrize("method", ["trace", "formula"])
+def test_planning_changes_nothing_but_the_batch_size(method, settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(1)
+    module, data = Everything(), GeneratedData()
+    module.net[2].eval()
+    planner = Watched(device=CARD, method=method)
+    fit(module, data, planner, limit_train_batches=1, **settings)
+    assert planner.plan.method == method
+    assert_same(planner.before, planner.after)
+    assert (data.batch_size, data.hparams["batch_size"]) == (21, 21)  # the dataset's length
+
+
+def test_training_runs_as_it_would_have_without_the_callback():
+    """The same weights, bit for bit, after an epoch at the same batch size."""
+
+    def trained(*callbacks: Any) -> dict[str, torch.Tensor]:
+        pl.seed_everything(7, verbose=False)
+        module, data = Everything(), GeneratedData(batch_size=7)
+        whole = trainer(*callbacks)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", CPU_MEASURES_NOTHING)
+            warnings.filterwarnings("ignore", "Found . module.s. in eval mode")
+            whole.fit(module, data)
+        assert whole.global_step == 3  # 21 samples, 7 at a time
+        return dict(module.state_dict())
+
+    assert_same(trained(planner_of()), trained())
+
+
+def test_nothing_is_left_of_a_plan_that_fails():
+    class Reads(Everything):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            return batch[0][batch[1] > 0].sum()
+
+    module, data = Reads(), GeneratedData()
+    data.setup("fit")
+    before = frozen_state(module, data)
+    data.setup = lambda stage: None
+    whole = trainer(planner_of())
+    with pytest.raises(mp.TraceError):
+        whole.fit(module, data)
+    after = frozen_state(module, data)
+    assert_same({**before, "attributes": 0}, {**after, "attributes": 0})  # Lightning's own are not ours
+    assert data.batch_size == 2
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_nothing_holds_a_batch_size():
+    class Bare(pl.LightningDataModule):
+        def train_dataloader(self):
+            raise AssertionError("the loader is not made before the attribute is looked for")
+
+    with pytest.raises(mp.ApplyError, match=r"Net or Bare has no attribute or hyperparameter 'batch_size' to set: .*"):
+        trainer(planner_of()).fit(Net(), datamodule=Bare())
+
+
+def test_the_attribute_has_another_name():
+    class Named(Data):
+        def __init__(self):
+            super().__init__()
+            del self.batch_size
+            self.per_gpu = 2
+
+        def train_dataloader(self):
+            return DataLoader(self.dataset, batch_size=self.per_gpu)
+
+    module = Net()
+    fit(module, Named(), planner_of(batch_arg_name="per_gpu"))
+    assert module.seen == [7, 7, 7]
+
+
+def test_a_batch_size_that_is_no_int():
+    with pytest.raises(TypeError, match=r"Data\.batch_size should be an int, the batch size, and is '32'"):
+        trainer(planner_of()).fit(Net(), datamodule=Data(batch_size="32"))
+
+
+def test_an_empty_dataset():
+    with pytest.raises(ValueError, match="the dataset has length 0: there is nothing to plan a batch size for"):
+        trainer(planner_of()).fit(Net(), datamodule=Data(samples(0)))
+
+
+@pytest.mark.parametrize("margin", [-0.1, 1, 1.5, "0.1", True, float("nan")])
+def test_a_margin_that_is_no_part(margin):
+    with pytest.raises(
+        ValueError, match=r"margin is the part of the device's memory to leave free, at least 0 and below"
+    ):
+        mp.MemoryPlanner(margin=margin)
+
+
+@pytest.mark.parametrize("name", ["min_batch_size", "max_batch_size", "multiple_of", "every_n_steps"])
+@pytest.mark.parametrize("value", [0, -1, 2.0, "4", True])
+def test_counts_that_are_none(name, value):
+    with pytest.raises(ValueError, match=f"{name} is an int of at least 1, not {value!r}"):
+        mp.MemoryPlanner(**{name: value})
+
+
+def test_an_unknown_method():
+    with pytest.raises(ValueError, match=r"method is one of 'auto', 'trace', 'formula', .*not 'guess'"):
+        mp.MemoryPlanner(method="guess")
+
+
+def test_an_unknown_card_names_the_near_ones():
+    with pytest.raises(ValueError, match=r"'RTX 3091' is not in the catalogue of GPUs: near are .*'RTX 3090'"):
+        mp.MemoryPlanner(device="RTX 3091")
+    with pytest.raises(TypeError, match=r"device is the name of a card or a Device, not 3090"):
+        mp.MemoryPlanner(device=3090)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"min_batch_size": 8, "max_batch_size": 4}, r"no batch size is at least 8, at most 4 \(max_batch_size\)"),
+        ({"min_batch_size": 22}, r"no batch size is at least 22, at most 21 \(dataset\) and a multiple of 1"),
+        ({"multiple_of": 8, "max_batch_size": 7}, r"at most 7 \(max_batch_size\) and a multiple of 8"),
+    ],
+)
+def test_limits_that_leave_no_size(limits, message):
+    data = Data()
+    with pytest.raises(ValueError, match=message):
+        trainer(mp.MemoryPlanner(device=CARD, **limits)).fit(Net(), datamodule=data)
+    assert data.batch_size == 2
+
+
+def test_it_does_not_fit():
+    # a weight of 4 · 1024 · 262144 bytes = 1 GiB, its gradient, and AdamW's two moments: 4 GiB, on a card of 2 GiB
+    class Wide(Net):
+        def __init__(self):
+            super().__init__()
+            self.wide = nn.Linear(1024, 1, bias=False)
+            self.wide.weight = nn.Parameter(torch.empty(2**18, 1024))  # never written to, so it takes no memory
+
+        def training_step(self, batch, batch_idx):
+            return self.wide(batch[0].repeat(1, 128)).sum() + super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters())
+
+    data = Data()
+    small = mp.Device("a small card", total=2 * GiB)
+    with pytest.raises(
+        mp.DoesNotFitError, match="Wide does not fit on a small card at batch size 1: it lacks "
+    ) as caught:
+        trainer(mp.MemoryPlanner(device=small, margin=0)).fit(Wide(), datamodule=data)
+    assert caught.value.available == 2 * GiB
+    assert 4 * GiB <= caught.value.needed < 6 * GiB
+    assert data.batch_size == 2
+
+
+class ReadsAnInt(Net):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss if batch[1].sum().item() > 0 else 2 * loss  # reads an int
+
+
+class Selects(Net):
+    def training_step(self, batch, batch_idx):
+        out = self.layer(batch[0])
+        return out[batch[1] > 0].sum()  # a boolean mask
+
+
+class Finds(Net):
+    def training_step(self, batch, batch_idx):
+        out = self.layer(batch[0])
+        return out[torch.nonzero(batch[1])].sum()  # nonzero
+
+
+NEEDS_VALUES = [
+    (ReadsAnInt, "reads an int"),
+    (Selects, "a boolean mask"),
+    (Finds, "nonzero"),
+]
+
+
+@pytest.mark.parametrize(("kind", "comment"), NEEDS_VALUES)
+def test_a_step_that_needs_values_is_named_by_its_line(kind, comment):
+    lines = Path(__file__).read_text().splitlines()
+    line = next(k for k, text in enumerate(lines, 1) if text.endswith(f"  # {comment}"))
+    with pytest.raises(
+        mp.TraceError, match=rf"{kind.__name__} cannot be traced: the step needs the value of a tensor"
+    ) as e:
+        trainer(planner_of()).fit(kind(), datamodule=Data())
+    assert f"{__file__}:{line}: " in str(e.value)
+
+
+@pytest.mark.parametrize(("kind", "comment"), NEEDS_VALUES)
+def test_such_a_step_is_planned_by_the_formula_with_one_warning(kind, comment):
+    module, planner = kind(), planner_of(method="auto")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(planner).fit(module, datamodule=Data())
+    ours = [str(w.message) for w in caught if "MemoryPlanner" in str(w.message)]
+    assert len(ours) == 2, ours  # this one, and that nothing is measured
+    assert ours[0].startswith("MemoryPlanner: planned by the formula, since the step cannot be traced: ")
+    assert comment in ours[0]  # the line itself is quoted
+    assert planner.plan.method == "formula"
+    assert planner.plan.batch_size == 7
+
+
+@pytest.mark.parametrize("read", [lambda loss: loss.item() > 0, lambda loss: bool(torch.isnan(loss).any())])
+def test_reading_a_float_or_a_bool_is_no_obstacle_and_noted(read):
+    class Reads(Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return 2 * loss if read(loss) else loss
+
+    planner = planner_of()
+    fit(Reads(), Data(), planner)
+    assert planner.plan.method == "trace"
+    assert any("the step reads values of tensors" in note for note in planner.plan.notes)
+
+
+def test_a_trainer_without_cuda_measures_nothing():
+    planner = planner_of()
+    fit(Net(), Data(), planner)
+    assert planner.measurements == []
+
+
+def test_fast_dev_run_plans_nothing_and_says_so(capsys, caplog):
+    module, data, planner = Net(), Data(), planner_of()
+    with caplog.at_level("INFO", logger="pytorch_lightning.utilities.rank_zero"):
+        trainer(planner, fast_dev_run=True).fit(module, datamodule=data)
+    assert planner.plan is None
+    assert (data.batch_size, module.seen) == (2, [2])
+    assert "MemoryPlanner plans nothing: fast_dev_run" in caplog.text + capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_other_verbs_plan_nothing(verb):
+    class Evaluates(Net):
+        def validation_step(self, batch, batch_idx):
+            return self.layer(batch[0]).sum()
+
+        test_step = predict_step = validation_step
+
+    planner = planner_of()
+    getattr(trainer(planner), verb)(Evaluates(), DataLoader(samples(), batch_size=2))
+    assert planner.plan is None
+
+
+def test_loaders_passed_to_fit_cannot_be_set():
+    class Sized(Net):
+        batch_size = 2
+
+    loader = DataLoader(samples(), batch_size=2)
+    with pytest.raises(mp.ApplyError, match=r"the loaders were passed to fit.*apply=False"):
+        trainer(planner_of()).fit(Sized(), loader)
+    assert loader.batch_size == 2
+
+
+# ------------------------------------------------------------------------------------------------ Lightning's variety
+
+
+def test_a_module_with_its_own_loader():
+    class Own(Net):
+        def __init__(self):
+            super().__init__()
+            self.batch_size = 2
+
+        def train_dataloader(self):
+            return DataLoader(samples(), batch_size=self.batch_size)
+
+    module = Own()
+    fit(module)
+    assert (module.batch_size, module.seen) == (7, [7, 7, 7])
+
+
+def test_a_module_that_makes_its_dataset_in_setup():
+    class Own(Net):
+        def __init__(self, batch_size=2):
+            super().__init__()
+            self.save_hyperparameters()
+
+        def setup(self, stage):
+            self.dataset = samples()
+
+        def train_dataloader(self):
+            return DataLoader(self.dataset, batch_size=self.hparams.batch_size)
+
+    module = Own()
+    fit(module)
+    assert (module.hparams.batch_size, module.seen) == (7, [7, 7, 7])
+
+
+def test_hyperparameters_alone_hold_it():
+    class Data2(pl.LightningDataModule):
+        def __init__(self, batch_size=2, workers=0):
+            super().__init__()
+            self.save_hyperparameters()
+
+        def train_dataloader(self):
+            return DataLoader(samples(), self.hparams.batch_size, num_workers=self.hparams.workers)
+
+    module, data = Net(), Data2()
+    fit(module, data)
+    assert (dict(data.hparams), module.seen) == ({"batch_size": 7, "workers": 0}, [7, 7, 7])
+
+
+def test_loaders_passed_to_fit_are_planned_for_but_not_changed():
+    module, planner = Net(), planner_of(apply=False)
+    loader = DataLoader(samples(), batch_size=3)
+    fit(module, loader, planner)
+    assert (planner.plan.batch_size, loader.batch_size, module.seen) == (7, 3, [3] * 7)
+
+
+class Combined(Net):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch["a"], batch_idx) + self.layer(batch["b"]).sum()
+
+
+@pytest.mark.parametrize("kind", [dict, CombinedLoader])
+def test_two_loaders_at_once(kind):
+    loaders = {"a": DataLoader(samples(), batch_size=2), "b": DataLoader(torch.zeros(12, 8), batch_size=2)}
+    module, planner = Combined(), planner_of(apply=False, max_batch_size=None)
+    fit(module, kind(loaders), planner)
+    assert (planner.plan.batch_size, planner.plan.limited_by) == (12, "dataset")  # the smaller of 21 and 12
+
+
+def scheduler(optimizer):
+    return torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+
+def sgd(module):
+    return torch.optim.SGD(module.parameters(), lr=0.1)
+
+
+FORMS = {
+    "optimizer": sgd,
+    "list": lambda m: [sgd(m)],
+    "tuple of lists": lambda m: ((o := sgd(m)), ([o], [scheduler(o)]))[1],
+    "dict": lambda m: {"optimizer": (o := sgd(m)), "lr_scheduler": scheduler(o)},
+    "dict with a config": lambda m: {
+        "optimizer": (o := sgd(m)),
+        "lr_scheduler": {"scheduler": scheduler(o), "interval": "step"},
+    },
+    "None": lambda m: None,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_of_configure_optimizers(form):
+    class Formed(Net):
+        def configure_optimizers(self):
+            return FORMS[form](self)
+
+    module, planner = Formed(), planner_of()
+    if form == "None":
+        with pytest.warns(UserWarning, match="returned `None`, this fit will run with no optimizer"):
+            fit(module, Data(), planner)
+    else:
+        fit(module, Data(), planner)
+    assert module.seen == [7, 7, 7]
+
+
+def test_a_scheduler_over_all_steps_is_made_for_the_planned_size():
+    class OneCycle(Net):
+        def configure_optimizers(self):
+            optimizer = sgd(self)
+            total = self.trainer.estimated_stepping_batches
+            self.cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1, total_steps=total)
+            return [optimizer], [{"scheduler": self.cycle, "interval": "step"}]
+
+    module = OneCycle()
+    whole = fit(module, Data(), max_epochs=2)
+    # 21 samples, 7 at a time, twice: 6 steps; at the size of before there would have been 22
+    assert (whole.global_step, module.cycle.total_steps, module.cycle.last_epoch) == (6, 6, 6)
+
+
+class Gan(Net):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.judge = nn.Linear(8, 1)
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(len(batch[0]))
+        for optimizer, layer in zip(self.optimizers(), (self.layer, self.judge), strict=True):
+            self.toggle_optimizer(optimizer)
+            loss = layer(batch[0]).square().mean()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            self.clip_gradients(optimizer, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+        for schedule in self.lr_schedulers():
+            schedule.step()
+
+    def configure_optimizers(self):
+        both = [torch.optim.Adam(self.layer.parameters()), torch.optim.Adam(self.judge.parameters())]
+        return both, [scheduler(optimizer) for optimizer in both]
+
+
+def test_two_optimizers_by_hand():
+    module, planner = Gan(), planner_of()
+    fit(module, Data(), planner)
+    assert module.seen == [7, 7, 7]
+    # the optimizers' state, from the second step on: two moments of 4 bytes for 27 + 9 weights, 512 to a block
+    assert planner.plan.breakdown["optimizer"] >= 2 * 4 * (27 + 9)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"accumulate_grad_batches": 3},
+        {"gradient_clip_val": 0.5},
+        {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"},
+        {"precision": "bf16-mixed"},
+        {"precision": "bf16-true"},
+        {"precision": "64-true"},
+    ],
+    ids=str,
+)
+def test_settings_of_the_trainer(settings):
+    module, planner = Net(), planner_of()
+    fit(module, Data(), planner, **settings)
+    assert module.seen == [7, 7, 7]
+    assert planner.plan.accumulate_grad_batches == settings.get("accumulate_grad_batches", 1)
+
+
+def test_a_step_without_batch_idx():
+    class Short(Net):
+        def training_step(self, batch):
+            return super().training_step(batch, 0)
+
+    module = Short()
+    fit(module, Data())
+    assert module.seen == [7, 7, 7]
+
+
+@dataclasses.dataclass
+class Pair:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+def as_pair(rows):
+    return Pair(torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows]))
+
+
+def as_dict(rows):
+    return {"x": torch.stack([x for x, _ in rows]), "y": torch.stack([y for _, y in rows]), "name": ["a"] * len(rows)}
+
+
+@pytest.mark.parametrize("collate", [as_pair, as_dict])
+def test_batches_of_other_shapes(collate):
+    class Takes(Net):
+        def training_step(self, batch, batch_idx):
+            batch = vars(batch) if isinstance(batch, Pair) else batch
+            return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+    class Collated(Data):
+        def train_dataloader(self):
+            return DataLoader(self.dataset, batch_size=self.batch_size, collate_fn=collate)
+
+    module = Takes()
+    fit(module, Collated())
+    assert module.seen == [7, 7, 7]
+
+
+def test_an_iterable_dataset():
+    class Stream(IterableDataset[Any]):
+        begun = 0
+
+        def __iter__(self):
+            self.begun += 1
+            return iter([samples(1)[0]] * 14)
+
+    stream, module = Stream(), Net()
+    fit(module, Data(stream))
+    assert (module.seen, stream.begun) == ([7, 7], 1)
+
+
+def test_layers_made_in_configure_model_and_setup():
+    class Later(Net):
+        def __init__(self):
+            super().__init__()
+            self.before, self.after = None, None
+
+        def setup(self, stage):
+            self.before = nn.Linear(8, 8)
+
+        def configure_model(self):
+            self.after = self.after or nn.Linear(8, 8)
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step((self.after(self.before(batch[0])), batch[1]), batch_idx)
+
+    module, planner = Later(), planner_of()
+    fit(module, Data(), planner)
+    assert module.seen == [7, 7, 7]
+    # three layers: 8·3 + 3 and twice 8·8 + 8 weights, of 4 bytes
+    assert planner.plan.breakdown["parameters"] == 4 * (27 + 2 * 72)
+
+
+def test_what_a_step_can_ask_of_its_module_and_trainer(tmp_path):
+    class Asks(Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss, prog_bar=True, on_epoch=True)
+            self.log_dict({"a": loss, "b": loss})
+            if self.logger is not None:
+                self.logger.experiment.log_metrics({"c": 1.0}, step=self.global_step)
+            assert self.trainer.current_epoch == self.current_epoch == 0
+            assert self.trainer.max_epochs == 1
+            if batch_idx % self.trainer.accumulate_grad_batches == 0 and self.trainer.is_global_zero:
+                self.print("a step")
+            return {"loss": loss, "out": loss.detach()}
+
+    module = Asks()
+    fit(module, Data(), logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    assert module.seen == [7, 7, 7]
+
+
+@pytest.mark.parametrize("name", ["pytorch_lightning", "lightning.pytorch"])
+@pytest.mark.parametrize("alone", [True, False], ids=["callbacks=cb", "callbacks=[cb]"])
+def test_both_names_of_lightning(name, alone):
+    flavour = pytest.importorskip(name)
+
+    class Flavoured(flavour.LightningModule):
+        training_step, configure_optimizers = Net.training_step, Net.configure_optimizers
+
+        def __init__(self):
+            super().__init__()
+            self.layer, self.seen, self.batch_size = nn.Linear(8, 3), [], 2
+
+        def train_dataloader(self):
+            return DataLoader(samples(), batch_size=self.batch_size)
+
+    module, planner = Flavoured(), planner_of()
+    whole = flavour.Trainer(
+        callbacks=planner if alone else [planner],
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.warns(UserWarning, match=CPU_MEASURES_NOTHING):
+        whole.fit(module)
+    assert module.seen == [7, 7, 7]
+
+
+def test_two_fits_with_one_callback():
+    planner, first, second = planner_of(max_batch_size=None), Net(), Net()
+    fit(first, Data(), planner)
+    one = planner.plan
+    fit(second, Data(samples(10)), planner)
+    assert (first.seen, second.seen) == ([21], [10])
+    assert planner.plan.batch_size == 10
+    assert one.batch_size == 21
+
+
+def test_the_plan_is_among_the_hyperparameters(tmp_path):
+    planner, data = planner_of(), Data()
+    data.save_hyperparameters({"batch_size": 2, "folder": "images"})
+    fit(Net(), data, planner, logger=CSVLogger(tmp_path, name="", version=""), log_every_n_steps=1)
+    written = dict(line.split(": ", 1) for line in (tmp_path / "hparams.yaml").read_text().splitlines())
+    assert written["batch_size"] == "7"  # what was trained with, not what was there at the beginning
+    assert written["folder"] == "images"
+    assert (written["memplan/batch_size"], written["memplan/limited_by"]) == ("7", "max_batch_size")
+    assert written["memplan/device"] == "a card"
+    assert float(written["memplan/predicted_reserved_gib"]) == planner.plan.predicted_peak / GiB
+
+
+def test_lightning_cli_makes_it_from_yaml(tmp_path):
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--trainer.callbacks", type=list[pl.Callback])
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "trainer:\n  callbacks:\n  - class_path: lightning_memplan.MemoryPlanner\n    init_args:\n"
+        "      device: RTX 3090\n      margin: 0.1\n      max_batch_size: 512\n"
+    )
+    parser.add_argument("--config", action="config")
+    made = parser.instantiate_classes(parser.parse_args([f"--config={file}"])).trainer.callbacks[0]
+    assert (made.device, made.margin, made.max_batch_size) == (mp.gpu("RTX 3090"), 0.1, 512)
+
+
+# ------------------------------------------------------------------------------------------------- on the null GPU
+
+
+@pytest.fixture(scope="module")
+def fits(nullgpu, tmp_path_factory):
+    """The results of every scenario of ``fits.py``, by its name, and the folder with their logs."""
+    folder = tmp_path_factory.mktemp("fits")
+    source = str(Path(mp.__file__).parents[1])
+    done = nullgpu([sys.executable, str(Path(__file__).with_name("fits.py")), str(folder)], PYTHONPATH=source)
+    rows = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return folder, {row["name"]: row for row in rows}
+
+
+ASKED_FOR = ["resnet50_16_mixed", "resnet50_32_true", "cnn3d_32_true", "cnn3d_16_mixed"]
+KEYS = {
+    f"memplan/{key}"
+    for key in (
+        "predicted_reserved_gib",
+        "actual_reserved_gib",
+        "predicted_allocated_gib",
+        "actual_allocated_gib",
+        "error_percent",
+        "formula_gib",
+    )
+}
+
+
+def logged_in_csv(folder: Path) -> list[dict[str, float]]:
+    with open(folder / "csv" / "metrics.csv", newline="") as file:
+        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    return [row for row in rows if "memplan/error_percent" in row]
+
+
+def logged_in_tensorboard(folder: Path) -> list[dict[str, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    steps: dict[int, dict[str, float]] = {}
+    for key in events.Tags()["scalars"]:
+        if key.startswith("memplan/"):
+            for event in events.Scalars(key):
+                steps.setdefault(event.step, {})[key] = event.value
+    return [steps[k] for k in sorted(steps)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("read", [logged_in_csv, logged_in_tensorboard])
+@pytest.mark.parametrize("name", ASKED_FOR)
+def test_it_fills_the_card_as_predicted(fits, name, read):
+    folder, results = fits
+    result = results[name]
+    assert "failed" not in result, result["failed"]
+    assert (result["method"], result["limited_by"], result["steps"]) == ("trace", "memory", 6)
+    assert result["data_batch_size"] == result["batch_size"] > 2
+    rows = read(folder / name)
+    assert len(rows) == 6
+    for row in rows:
+        assert row.keys() >= KEYS
+        for kind in ("reserved", "allocated"):
+            actual = row[f"memplan/actual_{kind}_gib"]
+            assert row[f"memplan/predicted_{kind}_gib"] == pytest.approx(actual, rel=0.03)
+        assert abs(row["memplan/error_percent"]) < 3
+    peak = max(row["memplan/actual_reserved_gib"] for row in rows)
+    assert 0.9 * result["total"] <= peak * GiB <= result["total"]
+
+
+KINDS = [
+    "accumulated_and_clipped",
+    "clipped_in_16_mixed",
+    "bf16_true",
+    "channels_last",
+    "frozen_backbone",
+    "tied_weights",
+    "manual_optimization",
+    "twice_with_one_callback",
+    "without_a_logger",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_each_step_is_predicted(fits, name):
+    result = fits[1][name]
+    assert "failed" not in result, result["failed"]
+    assert result["method"] == "trace"
+    assert result["warnings"] == []
+    for found in (result, result.get("first", result)):
+        assert len(found["measured"]) >= 6
+        for predicted_allocated, allocated, predicted_reserved, reserved in found["measured"]:
+            assert predicted_allocated == pytest.approx(allocated, rel=0.03)
+            assert predicted_reserved == pytest.approx(reserved, rel=0.05)
+
+
+@pytest.mark.slow
+def test_memory_that_the_process_holds_already_is_not_planned_with(fits):
+    result = fits[1]["does_not_fit"]
+    assert "failed" not in result, result["failed"]
+    assert "Classifier does not fit on NVIDIA GeForce RTX 3090 at batch size 1" in result["text"]
+    assert result["available"] < 4 * GiB  # 23.7 GiB, less the 20 that are held
+
+
+DISTRIBUTED = """
+import json
+import sys
+import pytorch_lightning as pl
+import torch
+sys.path.insert(0, sys.argv[1])
+from fits import Classifier, Data, mlp
+from pytorch_lightning.strategies import DDPStrategy
+import lightning_memplan as mp
+
+planner = mp.MemoryPlanner(max_batch_size=512)
+strategy = DDPStrategy(process_group_backend="gloo", gradient_as_bucket_view=sys.argv[2] == "True")
+trainer = pl.Trainer(accelerator="gpu", devices=2, strategy=strategy, max_steps=4, logger=False, callbacks=planner,
+                     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+trainer.fit(Classifier(mlp()), Data(torch.zeros(2048), 4000))
+with open(f"{sys.argv[3]}/{trainer.global_rank}.json", "w") as file:
+    json.dump([[m.predicted_allocated, m.allocated] for m in planner.measurements], file)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("view", [False, True])
+def test_two_ranks_are_predicted(nullgpu, tmp_path, view):
+    """A card each; DistributedDataParallel's buckets are as large as the gradients, or are the gradients."""
+    script = tmp_path / "distributed.py"
+    script.write_text(DISTRIBUTED)
+    source = str(Path(mp.__file__).parents[1])
+    arguments = [sys.executable, str(script), str(Path(__file__).parent), str(view), str(tmp_path)]
+    nullgpu(arguments, PYTHONPATH=source, NULLGPU_COUNT=2)
+    for rank in range(2):
+        measured = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert len(measured) == 4
+        for predicted, allocated in measured:
+            assert predicted == pytest.approx(allocated, rel=0.03)

@@ -1,0 +1,158 @@
+"""An estimate made by hand, from events whose sum can be done in one's head."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_memplan._estimate import Estimate
+from lightning_memplan._formula import Formula
+from lightning_memplan._scaling import scale
+from lightning_memplan._types import Event, Layer, Trace
+
+MiB = 2**20
+POINTS = (2, 3, 5)
+ROWS = (Layer("conv", "Conv2d", 10, 10, 40, 40, (4, 4), 45),)
+FORMULA = Formula(ROWS, parameter_bytes=1000, gradient_bytes=900, input_bytes=10, feature_bytes=45)
+
+
+def steps_of(x: int) -> tuple[Event, ...]:
+    """Two steps of a network with 4 MiB of weights, a map of x MiB, a gradient and, from the first step on, a state."""
+
+    def event(block: int, size: int, phase: str, step: int, category: str = "other") -> Event:
+        return Event(block, size, phase, step, category)
+
+    return (
+        event(0, 4 * MiB, "setup", 0, "parameters"),
+        event(1, x * MiB, "forward", 1, "activations"),  # 4 + x
+        event(2, 4 * MiB, "backward", 1, "gradients"),  # 8 + x
+        event(1, -1, "backward", 1),
+        event(3, 8 * MiB, "optimizer", 1, "optimizer"),  # 16
+        event(4, x * MiB, "forward", 2, "activations"),  # 16 + x: the peak
+        event(2, -1, "forward", 2),
+        event(5, 4 * MiB, "backward", 2, "gradients"),  # 16 + x again
+        event(4, -1, "backward", 2),
+    )
+
+
+@pytest.fixture(scope="module")
+def traced() -> Estimate:
+    return Estimate("trace", FORMULA, scale([Trace(x, steps_of(x)) for x in POINTS]))
+
+
+@pytest.fixture
+def by_formula() -> Estimate:
+    return Estimate("formula", FORMULA, notes=("planned by the formula",))
+
+
+# ------------------------------------------------------------------------------------------------------------ a trace
+
+
+@pytest.mark.parametrize("batch_size", [1, 12, 100])
+def test_the_peak_of_what_is_allocated(traced, batch_size):
+    assert traced.peak_allocated(batch_size) == (16 + batch_size) * MiB
+
+
+def test_what_is_reserved_is_in_segments(traced):
+    # at 12: requests of 1 to 10 MiB are cut out of segments of 20 MiB. The first step's 4 + 12 + 4 fill one, where the
+    # optimizer's 8 take the map's place; the second step's map needs a segment of its own: 20 + 12
+    assert traced.peak(12) == 32 * MiB
+    assert traced.peak(12) >= traced.peak_allocated(12) == 28 * MiB
+
+
+def test_each_step_has_its_own_peak(traced):
+    first, second = traced.steps(12)
+    assert (first[0], second[0]) == (max(8 + 12, 16) * MiB, (16 + 12) * MiB)
+    assert (first[1], second[1]) == (20 * MiB, 32 * MiB)
+
+
+@given(batch_size=st.integers(1, 2000))
+def test_the_parts_add_up_to_the_peak(traced, batch_size):
+    parts = traced.breakdown(batch_size)
+    assert sum(parts.values()) == traced.peak_allocated(batch_size)
+    assert list(parts.values()) == sorted(parts.values(), reverse=True)
+    assert parts["activations"] == batch_size * MiB
+    assert (parts["parameters"], parts["gradients"], parts["optimizer"]) == (4 * MiB, 4 * MiB, 8 * MiB)
+
+
+def test_what_the_allocator_rounds_up_is_a_part():
+    # 600 bytes are given 1024, twice
+    events = (Event(0, 600, "setup", 0, "parameters"), Event(1, 600, "forward", 1, "activations"))
+    estimate = Estimate("trace", FORMULA, scale([Trace(2, events)]))
+    assert estimate.breakdown(2) == {"rounding": 848, "parameters": 600, "activations": 600}
+
+
+def test_the_phase_of_the_peak(traced):
+    assert traced.phase(12) == "forward"  # of the second step, beside old gradients and the optimizer's state
+    late = Event(9, 10**9, "optimizer", 2)
+    estimate = Estimate("trace", FORMULA, scale([Trace(x, (*steps_of(x), late)) for x in POINTS]))
+    assert estimate.phase(12) == "optimizer"
+
+
+@given(batch_size=st.integers(1, 300))
+def test_it_fits_in_what_it_reserves_and_not_in_less_than_it_holds(traced, batch_size):
+    assert traced.fits(batch_size, traced.peak(batch_size))
+    assert not traced.fits(batch_size, traced.peak_allocated(batch_size) - 1)
+
+
+def test_a_limit_of_the_process(traced):
+    assert traced.fits(12, 100 * MiB)
+    assert not traced.fits(12, 100 * MiB, limit=20 * MiB)
+
+
+def test_a_peak_under_a_capacity_is_within_it(traced):
+    for batch_size in range(1, 60):
+        capacity = traced.peak_allocated(batch_size) + 8 * MiB
+        if traced.fits(batch_size, capacity):
+            assert traced.peak(batch_size, capacity) <= capacity
+
+
+def test_a_replay_is_made_once(traced):
+    assert traced.replay(17, 10**9) is traced.replay(17, 10**9)
+    assert traced.replay(17, 10**9) is not traced.replay(17)
+
+
+# --------------------------------------------------------------------------------------------------------- the formula
+
+
+def test_the_formula_alone(by_formula):
+    # 1000 + 900 + 8 · (10 + 2 · 45)
+    assert by_formula.peak(8) == by_formula.peak(8, 10**9) == by_formula.peak_allocated(8) == 2700
+    assert by_formula.steps(8) == ((2700, 2700),)
+    assert by_formula.phase(8) == "backward"
+    assert by_formula.breakdown(8) == {"parameters": 1000, "gradients": 900, "activations": 720, "batch": 80}
+    assert sum(by_formula.breakdown(8).values()) == 2700
+
+
+def test_what_fits_by_the_formula(by_formula):
+    assert by_formula.fits(8, 2700)
+    assert not by_formula.fits(8, 2699)
+    assert not by_formula.fits(8, 10**9, limit=2699)
+
+
+def test_the_formula_has_nothing_to_replay(by_formula):
+    with pytest.raises(ValueError, match="the formula has no events to replay: ask for method='trace'"):
+        by_formula.replay(8)
+
+
+# ---------------------------------------------------------------------------------------------------------------- both
+
+
+@pytest.mark.parametrize("kind", ["traced", "by_formula"])
+@pytest.mark.parametrize("ask", ["peak", "peak_allocated", "phase", "breakdown", "steps"])
+@pytest.mark.parametrize("batch_size", [0, -1, 1.0, "2", True, None])
+def test_a_batch_size_that_is_none(request, kind, ask, batch_size):
+    with pytest.raises(ValueError, match=f"a batch size is an int of at least 1, not {batch_size!r}"):
+        getattr(request.getfixturevalue(kind), ask)(batch_size)
+
+
+def test_the_rows_are_the_formulas(traced, by_formula):
+    assert traced.layers == by_formula.layers == ROWS
+
+
+def test_it_cannot_be_changed(traced):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        traced.method = "formula"

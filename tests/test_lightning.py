@@ -1,0 +1,286 @@
+"""The parts of Lightning's inside that are leaned on, a test each that fails where one moves; and two ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import random
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import lightning_memplan as mp
+from lightning_memplan import _lightning
+
+NAMES = [name for name in ("pytorch_lightning", "lightning.pytorch") if importlib.util.find_spec(name.split(".")[0])]
+FLAVOURS = pytest.mark.parametrize("flavour", [importlib.import_module(name) for name in NAMES], ids=NAMES)
+
+
+def quiet(flavour=pl, **kwargs):
+    settings = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_epochs": 1,
+    }
+    return flavour.Trainer(**{**settings, **kwargs})
+
+
+def module_of(flavour=pl, **overrides):
+    class Module(flavour.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    for name, value in overrides.items():
+        setattr(Module, name, value)
+    return Module()
+
+
+def loader():
+    return DataLoader(torch.zeros(8, 4), batch_size=2)
+
+
+# ------------------------------------------------------------------------------------------------- under both its names
+
+
+@FLAVOURS
+def test_what_is_whose(flavour):
+    module, data = module_of(flavour), flavour.LightningDataModule()
+    assert _lightning.is_lightning_module(module)
+    assert not _lightning.is_lightning_module(data)
+    assert _lightning.is_datamodule(data)
+    assert not _lightning.is_datamodule(module)
+    assert isinstance(mp.MemoryPlanner(), flavour.Callback)
+
+
+@FLAVOURS
+def test_what_is_overridden(flavour):
+    module = module_of(flavour, on_train_batch_start=lambda self, batch, batch_idx: None)
+    assert _lightning.is_overridden("on_train_batch_start", module)
+    assert not _lightning.is_overridden("on_train_batch_end", module)
+    assert _lightning.is_overridden("configure_optimizers", module)
+    assert not _lightning.is_overridden("train_dataloader", flavour.LightningDataModule())
+    assert not _lightning.is_overridden("training_step", nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("absent", ["pytorch_lightning", "lightning", "pytorch_lightning lightning"])
+def test_one_of_the_two_is_enough(absent):
+    if len(NAMES) < 2 and " " not in absent:
+        pytest.skip("only one of the two is installed")
+    code = """
+        import sys
+        for name in sys.argv[1].split():
+            sys.modules[name] = None
+        import lightning_memplan as mp
+        print([base.__module__.split(".")[0] for base in mp.MemoryPlanner.__mro__ if base.__name__ == "Callback"])
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), absent],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(mp.__file__).parents[1])},
+    )
+    if " " in absent:
+        assert "lightning-memplan needs Lightning: pip install pytorch-lightning (or lightning)" in done.stderr
+    else:
+        left = {"pytorch_lightning": "lightning", "lightning": "pytorch_lightning"}[absent]
+        assert done.stdout.strip() == f"['{left}']", done.stderr[-3000:]
+
+
+# ------------------------------------------------------------------------------------------------- its inside
+
+
+@FLAVOURS
+def test_how_optimizers_are_parsed(flavour):
+    parse = importlib.import_module(f"{flavour.__name__}.core.optimizer")._configure_optimizers
+    module = module_of(flavour)
+    optimizer = module.configure_optimizers()
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert parse(optimizer) == ([optimizer], [], None)
+    assert parse(([optimizer], [schedule]))[:2] == ([optimizer], [schedule])
+    module.configure_optimizers = lambda: {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule}}
+    assert _lightning.configured_optimizers(module) == ([optimizer], [schedule])
+    module.configure_optimizers = lambda: None
+    assert _lightning.configured_optimizers(module) == ([], [])
+
+
+@FLAVOURS
+def test_where_the_trainers_loaders_are(flavour):
+    """``trainer.fit_loop._data_source.instance`` is what was passed, or whose hook makes them."""
+    own, passed = loader(), loader()
+
+    class Data(flavour.LightningDataModule):
+        def train_dataloader(self):
+            return own
+
+    found = {}
+
+    class Looks(flavour.Callback):
+        def setup(self, trainer, pl_module, stage):
+            found["made"] = _lightning.loaders_are_made(trainer)
+            found["source"] = _lightning.train_source(trainer, lambda: pl_module, trainer.datamodule)
+
+    def after(*args, **kwargs):
+        quiet(flavour, callbacks=[Looks()]).fit(*args, **kwargs)
+        return found["made"], found["source"]
+
+    assert after(module_of(flavour), passed) == (False, passed)
+    assert after(module_of(flavour), datamodule=Data()) == (True, own)
+    assert after(module_of(flavour, train_dataloader=lambda self: own)) == (True, own)
+
+
+@FLAVOURS
+def test_the_step_of_a_batch_is_lightnings_own(flavour, tmp_path):
+    """``fit_loop.epoch_loop._batches_that_stepped`` is under what Lightning logs a batch's metrics."""
+    logged = []
+
+    class Keeps(flavour.loggers.CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            logged.append((step, metrics.get("loss")))
+
+    steps = []
+
+    class Asks(flavour.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            steps.append(_lightning.logged_step(trainer))
+
+    def training_step(self, batch, batch_idx):
+        self.log("loss", float(batch_idx))
+        return self.layer(batch).sum()
+
+    module = module_of(flavour, training_step=training_step)
+    quiet(flavour, callbacks=[Asks()], logger=Keeps(tmp_path), log_every_n_steps=1).fit(module, loader())
+    assert steps == [0, 1, 2, 3]
+    assert [(step, float(step)) for step in steps] == [row for row in logged if row[1] is not None]
+
+
+def test_random_states():
+    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    with contextlib.suppress(KeyError), _lightning.isolated_random_state():
+        random.random()
+        np.random.rand()
+        torch.rand(1)
+        raise KeyError
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+
+def test_how_a_batch_is_moved():
+    class Movable:
+        def to(self, device, **kwargs):
+            return f"moved to {device}"
+
+    assert _lightning.move_to_device({"a": [Movable()], "b": 1}, torch.device("cpu")) == {"a": ["moved to cpu"], "b": 1}
+
+
+def test_what_a_misconfiguration_is():
+    assert isinstance(_lightning.misconfiguration("text"), pl.utilities.exceptions.MisconfigurationException)
+
+
+@FLAVOURS
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
+def test_the_trainers_settings(flavour, precision):
+    whole = quiet(
+        flavour, precision=precision, gradient_clip_val=0.5, gradient_clip_algorithm="value", accumulate_grad_batches=3
+    )
+    settings = _lightning.trainer_settings(whole, (8, 0))
+    assert (settings.precision, settings.gradient_clip_val, settings.gradient_clip_algorithm) == (
+        precision,
+        0.5,
+        "value",
+    )
+    assert (settings.accumulate_grad_batches, settings.capability) == (3, (8, 0))
+    assert _lightning.cuda_index(whole) is None
+
+
+@FLAVOURS
+def test_every_hook_of_the_callback_is_one_of_lightnings(flavour):
+    for name in ("setup", "on_train_start", "on_train_batch_start", "on_train_batch_end", "on_train_end"):
+        ours = inspect.signature(getattr(mp.MemoryPlanner, name))
+        theirs = inspect.signature(getattr(flavour.Callback, name))
+        assert list(ours.parameters) == list(theirs.parameters)
+
+
+# ------------------------------------------------------------------------------------------------- two ranks
+
+RANKS = """
+import json, os, sys, warnings
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+import lightning_memplan as mp
+
+warnings.filterwarnings("ignore")
+RANK = int(os.environ.get("LOCAL_RANK", "0"))
+
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(256, 4096), nn.ReLU(), nn.Linear(4096, 1))
+        self.seen = []
+    def training_step(self, batch, batch_idx):
+        self.seen.append(len(batch))
+        return self.layers(batch).sum()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+class Data(pl.LightningDataModule):
+    batch_size = 2
+    def train_dataloader(self):
+        return DataLoader(torch.zeros(1, 256).expand(100000, 256), batch_size=self.batch_size)
+
+# two cards: 256 and 128 MiB; the second rank's is the smaller one
+planner = mp.MemoryPlanner(device=mp.Device("card", total=[2**28, 2**27][RANK]), method="trace")
+trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_steps=1, logger=False, callbacks=planner,
+                     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+data, module = Data(), Net()
+trainer.fit(module, data)
+from lightning_memplan._api import plan_estimate
+own = plan_estimate(planner.estimate, planner.plan.device).batch_size
+open(os.path.join(sys.argv[1], f"{RANK}.json"), "w").write(json.dumps({
+    "own": own, "agreed": planner.plan.batch_size, "set": data.batch_size, "seen": module.seen,
+    "peak": planner.plan.predicted_peak, "total": planner.plan.device.total}))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_the_smallest(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(mp.__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["own"] > second["own"] > 2  # each by itself
+    for rank in (first, second):
+        assert rank["agreed"] == rank["set"] == second["own"]
+        assert rank["seen"] == [second["own"]]
+        assert rank["peak"] <= rank["total"]

@@ -1,0 +1,102 @@
+"""The search: what it returns was asked, the next larger was refused, and it asks few times."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_memplan._planner import Found, largest_fitting
+
+positive = st.integers(1, 10**6)
+optional = st.none() | positive
+
+
+@given(
+    limit=st.integers(0, 10**7), low=st.integers(1, 5000), multiple=st.integers(1, 300), high=optional, samples=optional
+)
+def test_the_largest_is_found_and_the_reason_named(limit, low, multiple, high, samples):
+    asked: dict[int, bool] = {}
+
+    def fits(batch_size: int) -> bool:
+        assert batch_size not in asked, "asked twice"
+        asked[batch_size] = batch_size <= limit
+        return asked[batch_size]
+
+    limits = [x for x in (high, samples) if x is not None]
+    smallest = -(-low // multiple) * multiple
+    largest = min(limits, default=10**12) // multiple * multiple
+    if largest < smallest:
+        with pytest.raises(ValueError, match="no batch size is at least"):
+            largest_fitting(fits, min_batch_size=low, max_batch_size=high, dataset_size=samples, multiple_of=multiple)
+        return
+    found = largest_fitting(fits, min_batch_size=low, max_batch_size=high, dataset_size=samples, multiple_of=multiple)
+    assert found.tried == len(asked)
+    if limit < smallest:
+        assert found == Found(0, "memory", 1)
+        return
+    assert asked[found.batch_size]  # what is returned was itself asked
+    assert found.batch_size % multiple == 0
+    assert found.batch_size == min(limit // multiple * multiple, largest)
+    if found.limited_by == "memory":
+        assert asked[found.batch_size + multiple] is False  # and so was the next
+    else:
+        assert found.limited_by == (
+            "dataset" if samples is not None and samples <= (high or samples) else "max_batch_size"
+        )
+        assert found.batch_size == largest
+    # doubling from the smallest, then halving what lies between: at most twice the logarithm, and a few
+    assert found.tried <= 2 * math.log2(found.batch_size / multiple + 1) + 3
+
+
+def test_what_fits_need_not_be_one_interval():
+    """A replay can refuse a size and take a larger one: the returned size still was itself found to fit."""
+    asked = {}
+
+    def fits(n):
+        asked[n] = n <= 40 or n in (44, 45, 50)
+        return asked[n]
+
+    found = largest_fitting(fits)
+    assert asked[found.batch_size]
+    assert asked[found.batch_size + 1] is False
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"max_batch_size": 64}, (64, "max_batch_size")),
+        ({"dataset_size": 64}, (64, "dataset")),
+        ({"max_batch_size": 64, "dataset_size": 48}, (48, "dataset")),
+        ({"max_batch_size": 32, "dataset_size": 48}, (32, "max_batch_size")),
+        ({"max_batch_size": 60, "multiple_of": 8}, (56, "max_batch_size")),
+        ({"max_batch_size": 2000}, (1000, "memory")),
+        ({"multiple_of": 64}, (960, "memory")),
+        ({"min_batch_size": 1000}, (1000, "memory")),
+        ({"min_batch_size": 1001}, (0, "memory")),
+        ({"min_batch_size": 7, "max_batch_size": 7}, (7, "max_batch_size")),
+    ],
+    ids=str,
+)
+def test_limits(limits, expected):
+    found = largest_fitting(lambda n: n <= 1000, **limits)
+    assert (found.batch_size, found.limited_by) == expected
+
+
+@pytest.mark.parametrize("name", ["min_batch_size", "max_batch_size", "dataset_size", "multiple_of"])
+@pytest.mark.parametrize("value", [-1, 1.5, "8", True])
+def test_limits_that_are_no_numbers_of_samples(name, value):
+    with pytest.raises(ValueError, match=f"{name} is a number of samples, an int of at least 1, not {value!r}"):
+        largest_fitting(lambda n: True, **{name: value})
+
+
+def test_an_empty_dataset():
+    with pytest.raises(ValueError, match="the dataset has length 0: there is nothing to make a batch of"):
+        largest_fitting(lambda n: True, dataset_size=0)
+
+
+def test_a_prediction_that_never_refuses():
+    with pytest.raises(ValueError, match=r"every batch size fits: .*; name a max_batch_size"):
+        largest_fitting(lambda n: True)

@@ -1,0 +1,135 @@
+"""The probe: real steps of a few samples on the (null) GPU, as events."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_memplan._probe import aligned, can_probe, ran_out_of_memory
+from lightning_memplan._scaling import scale
+from lightning_memplan._types import Event, Trace
+
+
+def trace(size, *events):
+    return Trace(size, tuple(Event(block, bytes_) for block, bytes_ in events))
+
+
+def sizes(traces):
+    return [[event.size for event in t.events] for t in traces]
+
+
+def test_traces_of_the_same_events_stay_as_they_are():
+    traces = [trace(2, (0, 20), (1, 7), (1, -1), (0, -1)), trace(3, (0, 30), (1, 9), (1, -1), (0, -1))]
+    assert aligned(traces) == traces
+
+
+def test_workspaces_that_differ_lie_on_a_line_above_all():
+    # At 2 samples no workspace, at 3 one of 100 bytes, at 5 one of 40: the slope from first to last is (40 - 0) / 3,
+    # rounded up: 14; the line must reach 100 at 3, so it begins at 100 - 3 · 14 = 58: 86, 100 and 128.
+    traces = [
+        trace(2, (0, 20), (2, 8), (0, -1)),
+        trace(3, (0, 30), (1, 100), (1, -1), (2, 8), (0, -1)),
+        trace(5, (0, 50), (1, 40), (1, -1), (2, 8), (0, -1)),
+    ]
+    assert sizes(aligned(traces)) == [[20, 86, -1, 8, -1], [30, 100, -1, 8, -1], [50, 128, -1, 8, -1]]
+    assert scale(aligned(traces)).at(100)[1][1] == 58 + 14 * 100
+
+
+def test_several_workspaces_at_one_place_are_one_of_the_largest():
+    traces = [
+        trace(2, (0, 20), (1, 7), (1, -1), (2, 9), (2, -1), (0, -1)),
+        trace(3, (0, 30), (1, 8), (1, -1), (0, -1)),
+    ]
+    # 9 at 2 samples and 8 at 3 do not grow: 9 throughout.
+    assert sizes(aligned(traces)) == [[20, 9, -1, -1], [30, 9, -1, -1]]
+
+
+def test_traces_that_differ_in_more_are_left_to_whoever_scales_them():
+    traces = [trace(2, (0, 20)), trace(3, (0, 30), (1, 5), (0, -1), (1, -1))]
+    assert aligned(traces) == traces
+
+
+def test_blocks_are_numbered_anew():
+    traces = [trace(2, (7, 20), (5, 1)), trace(3, (4, 30), (9, 1), (9, -1), (3, 1))]
+    assert [[event.block for event in t.events] for t in aligned(traces)] == [[0, 1, 1, 2], [0, 1, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_errors_that_say_that_memory_ran_out(error):
+    assert ran_out_of_memory(error)
+    wrapped = ValueError("the step failed")
+    wrapped.__cause__ = error
+    assert ran_out_of_memory(wrapped)
+
+
+def test_errors_that_say_something_else():
+    assert not ran_out_of_memory(RuntimeError("shape mismatch"))
+    assert not ran_out_of_memory(None)
+
+
+def test_without_cuda_there_is_nothing_to_probe():
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert not can_probe()
+
+
+def test_the_private_names_it_needs_are_there(nullgpu):
+    code = (
+        "import torch; m = torch.cuda.memory; assert m._memory_metadata_supported()\n"
+        "m._record_memory_history('all', context=None, max_entries=9, clear_history=True)\n"
+        "m._set_memory_metadata('x')\n"
+        "a = torch.zeros(9, device='cuda'); (entry, *_) = m._snapshot(0)['device_traces'][0][-1:]\n"
+        "print(sorted(k for k in entry if k in ('action', 'addr', 'size', 'stream', 'user_metadata')))"
+    )
+    assert nullgpu([sys.executable, "-c", code]).stdout == "['action', 'addr', 'size', 'stream', 'user_metadata']\n"
+
+
+@pytest.fixture(scope="module")
+def shown(nullgpu):
+    done = nullgpu([sys.executable, str(Path(__file__).with_name("probe_cases.py"))])
+    return json.loads(done.stdout.split("SHOWN ")[1])
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_what_a_probe_predicts_is_what_training_takes(shown, precision):
+    assert len(shown[precision]) == 4
+    for predicted_allocated, allocated, predicted_reserved, reserved in shown[precision]:
+        assert abs(predicted_allocated / allocated - 1) < 0.001
+        assert abs(predicted_reserved / reserved - 1) < 0.01
+
+
+def test_nothing_of_the_users_is_changed(shown):
+    assert shown["sizes"] == [2, 3, 5]
+    assert shown["unchanged"]
+    assert shown["on_host"]
+    assert shown["random"] == [True, True, True]
+
+
+def test_the_card_is_left_as_it_was_found(shown):
+    assert shown["use"][0][0] == shown["use"][1][0] == 4 * 2**20
+    assert shown["use"][1][1] <= shown["use"][0][1]  # what was cached before has been given back
+    assert shown["use_at_the_end"] == 4 * 2**20
+    assert shown["history"] == 0
+
+
+def test_the_users_own_error_is_raised_unchanged(shown):
+    kind, text = shown["error"]
+    assert kind == "RuntimeError"
+    assert "mat1 and mat2 shapes cannot be multiplied (384x64 and 7x7)" in text
+
+
+def test_sizes_that_do_not_fit_are_replaced_by_smaller_ones(shown):
+    assert shown["smaller"] in ([1, 2, 3], [1, 2], [1])
+    assert shown["none"] == "not even a single sample's training step fits on NVIDIA GeForce RTX 3090"

@@ -1,0 +1,145 @@
+"""The dispatch mode that turns storages into events."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from lightning_memplan._record import DEVICE, Recorder, Rules, labelled, module_paths
+
+aten = torch.ops.aten
+
+
+@pytest.fixture
+def recorder() -> Iterator[Callable[..., Recorder]]:
+    gc.collect()
+    gc.disable()
+    yield lambda **rules: Recorder(FakeTensorMode(allow_non_fake_inputs=True), Rules(**rules))
+    gc.enable()
+
+
+def _sizes(recorder: Recorder) -> list[int]:
+    return [event.size for event in recorder.events]
+
+
+def test_a_block_is_allocated_and_freed(recorder):
+    with recorder() as mode:
+        x = torch.zeros(100, device=DEVICE)
+        del x
+    assert [(e.block, e.size) for e in mode.events] == [(0, 400), (0, -1)]
+
+
+def test_a_view_is_no_block_and_keeps_one(recorder):
+    with recorder() as mode:
+        x = torch.zeros(10, 10, device=DEVICE)
+        view = x.t()[2:]
+        del x
+        assert _sizes(mode) == [400]
+        del view
+    assert _sizes(mode) == [400, -1]
+
+
+def test_what_stays_on_the_host_is_real_and_unseen(recorder):
+    with recorder() as mode:
+        x = torch.ones(3) + 1
+        assert x.tolist() == [2.0, 2.0, 2.0]
+    assert mode.events == []
+
+
+@pytest.mark.parametrize("numbers", [[], [1.0, 2.0], 3.0])
+def test_a_tensor_made_of_numbers_lies_where_it_was_asked_to(recorder, numbers):
+    with recorder():
+        x = torch.tensor(numbers, device=DEVICE)
+        assert x.device == DEVICE
+        assert x.new_tensor(numbers).device == DEVICE
+        assert torch.as_tensor(numbers, device=DEVICE).device == DEVICE
+        assert torch.tensor(numbers).to(DEVICE).device == DEVICE
+        assert torch.tensor(numbers).device == torch.device("cpu")
+        assert torch.tensor([1.0], device=DEVICE, requires_grad=True).requires_grad
+
+
+def test_a_value_is_read_as_zero_and_counted(recorder):
+    with recorder() as mode:
+        x = torch.zeros(3, device=DEVICE)
+        assert x.sum().item() == 0.0
+        assert bool((x > 0).any()) is False
+        with pytest.raises(DataDependentOutputException):
+            int(torch.zeros(3, device=DEVICE, dtype=torch.long).sum())
+    assert mode.values_read == 2
+
+
+def test_temporaries_are_freed_when_the_kernel_returns_and_scopes_before(recorder):
+    rules: dict[Any, Any] = {aten.neg.default: lambda args, kwargs, out: (512, [1024, ("above", 0, 1, 2048)], 4096)}
+    with recorder(temporaries=rules) as mode:
+        x = torch.zeros(1, device=DEVICE)
+        y = x.neg()
+        mode.stop()
+        del x, y
+    assert [(e.block, e.size) for e in mode.events] == [
+        (0, 4),
+        (1, 4),
+        (2, 512),
+        (3, 1024),
+        (4, 2048),
+        (3, -1),
+        (4, -1),
+        (5, 4096),
+        (2, -1),
+        (5, -1),
+    ]
+
+
+def test_a_kernel_told_by_other_operators(recorder):
+    def double(x):
+        return aten.neg.default(aten.exp.default(x))
+
+    with recorder(kernels={aten.neg.default: double}) as mode:
+        x = torch.zeros(100, device=DEVICE)
+        y = x.neg()
+        mode.stop()
+    assert y.shape == (100,)
+    assert [(e.block, e.size, e.op) for e in mode.events[1:]] == [
+        (1, 400, aten.exp.default),
+        (2, 400, aten.neg.default),
+        (1, -1, None),
+    ]
+
+
+def test_gradients_are_added_up_in_place(recorder):
+    """As on a GPU: the first gradient's memory is reused (torch/csrc/autograd/input_buffer.cpp)."""
+    with recorder() as mode:
+        x = torch.zeros(1000, device=DEVICE, requires_grad=True)
+        y = x * 1
+        loss = (y.exp() + y.sin()).sum()
+        mode.phase = "backward"
+        start = len(mode.events)
+        loss.backward()
+        made = [e for e in mode.events[start:] if e.size > 0 and e.op is aten.add.Tensor]
+        mode.stop()
+    assert made == []
+
+
+def test_a_gradient_is_written_into_new_zeros_in_place(recorder):
+    with recorder() as mode:
+        x = torch.zeros(100, 8, device=DEVICE, requires_grad=True)
+        index = torch.zeros(5, dtype=torch.long, device=DEVICE)
+        loss = x[index].sum()
+        mode.phase = "backward"
+        loss.backward()
+        mode.stop()
+    assert [e.op for e in mode.events if e.size == 100 * 8 * 4 and e.phase == "backward"] == [aten.new_zeros.default]
+
+
+def test_paths_are_of_the_module_that_runs(recorder):
+    net = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sequential(torch.nn.Tanh()))
+    mode = recorder()
+    with mode, module_paths(net, mode):
+        net(torch.zeros(4, device=DEVICE))
+        mode.stop()
+    assert [e.path for e in labelled(mode.events) if e.size > 0] == ["", "0", "1.0"]
+    assert not net[0]._forward_hooks

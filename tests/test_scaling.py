@@ -1,0 +1,121 @@
+"""Sizes as polynomials of the batch size: exact through the traced sizes, and an error where traces disagree."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_memplan._errors import TraceError
+from lightning_memplan._kernels import kernel_bytes
+from lightning_memplan._scaling import Polynomial, scale
+from lightning_memplan._types import Event, Trace
+
+POINTS = (2, 3, 5)
+
+
+@given(st.lists(st.integers(-(10**12), 10**12), min_size=1, max_size=3), st.integers(1, 10**5))
+def test_a_polynomial_of_at_most_the_second_degree_is_found_exactly(coefficients, batch_size):
+    def value(x):
+        return sum(c * x**k for k, c in enumerate(coefficients))
+
+    found = Polynomial.through(POINTS, [value(x) for x in POINTS])
+    assert found.at(batch_size) == value(batch_size)
+    while len(coefficients) > 1 and coefficients[-1] == 0:
+        coefficients.pop()
+    assert found.degree == len(coefficients) - 1
+
+
+@given(st.tuples(*[st.integers(0, 10**15)] * 3))
+def test_it_goes_through_every_point(values):
+    found = Polynomial.through(POINTS, values)
+    assert tuple(found.at(x) for x in POINTS) == values
+
+
+def test_the_lowest_degree_is_taken():
+    assert Polynomial.through(POINTS, (7, 7, 7)) == Polynomial((7,))
+    assert Polynomial.through(POINTS, (5, 7, 11)).degree == 1  # 2x + 1
+    assert Polynomial.through(POINTS, (4, 9, 25)).degree == 2  # x²
+
+
+def test_fractions_are_exact_and_rounded_down():
+    # through (2, 1), (4, 2): x / 2, which at 5 is 2.5
+    half = Polynomial.through((2, 4), (1, 2))
+    assert (half.at(10**15), half.at(5)) == (5 * 10**14, 2)
+
+
+def test_one_point_is_a_constant():
+    assert Polynomial.through((1,), (42,)).at(1000) == 42
+
+
+def trace(batch_size, *sizes, step=1, **labels):
+    """Blocks 0, 1, ... of these sizes, then freed in order."""
+    made = [Event(k, size, step=step, **labels) for k, size in enumerate(sizes)]
+    return Trace(batch_size, (*made, *(Event(k, -1, step=step) for k in range(len(sizes)))))
+
+
+def test_events_are_scaled_one_by_one():
+    # a weight of 100 bytes, a feature map of 40 bytes a sample, a table of x² · 4
+    program = scale([trace(x, 100, 40 * x, 4 * x * x) for x in POINTS])
+    assert program.at(10) == [(0, 100, 0), (1, 400, 0), (2, 400, 0), (0, -1, 0), (1, -1, 0), (2, -1, 0)]
+    assert program.batch_sizes == POINTS
+
+
+def test_equal_columns_share_an_entry():
+    program = scale([trace(x, *[40 * x] * 50, *[8] * 50) for x in POINTS])
+    assert len(program.table) == 2
+
+
+def test_a_size_never_is_negative():
+    # 10 - 2x: 6, 4, 0, and below zero from there on
+    assert scale([trace(x, 10 - 2 * x) for x in POINTS]).at(100)[0] == (0, 0, 0)
+
+
+def test_a_kernel_is_asked_again():
+    # as many rows as samples, 1000 columns
+    def rule(x):
+        return ("reduction", 1000, 64 * x, 4, 0, 4, 82, 1536)
+
+    events = [Trace(x, (Event(0, kernel_bytes(rule(x)), rule=rule(x)), Event(0, -1))) for x in POINTS]
+    assert scale(events).at(512)[0][1] == kernel_bytes(rule(512))
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), min_size=1, max_size=20), st.integers(1, 9999))
+def test_a_program_is_what_a_trace_at_that_size_would_be(lines, batch_size):
+    program = scale([trace(x, *(a + b * x for a, b in lines)) for x in POINTS])
+    wanted = trace(batch_size, *(a + b * batch_size for a, b in lines))
+    assert program.at(batch_size) == [(e.block, e.size, e.stream) for e in wanted.events]
+
+
+def test_where_the_steps_begin():
+    events = [Event(k, 8, step=step) for k, step in enumerate([0, 0, 1, 1, 1, 2])]
+    assert scale([Trace(2, tuple(events))]).steps() == (0, 2, 5, 6)
+
+
+# --------------------------------------------------------------------------------------------------------- disagreement
+
+
+def test_another_number_of_events():
+    with pytest.raises(TraceError, match=r"the step has 6 events at batch size 5 and 4 at 2; a plan for other"):
+        scale([trace(2, 1, 2), trace(3, 1, 2), Trace(5, (*trace(5, 1, 2).events, Event(9, 8), Event(9, -1)))])
+
+
+def test_another_event_is_named():
+    usual = trace(2, 8, 8)
+    other = Trace(3, (usual.events[0], Event(0, -1, "backward", op="aten.mm", path="net.head"), *usual.events[2:]))
+    with pytest.raises(
+        TraceError,
+        match=r"something else at batch size 3 than at 2: aten\.mm in 'net\.head' in its backward phase",
+    ):
+        scale([usual, other])
+
+
+def test_another_kernel():
+    with pytest.raises(TraceError, match=r"something else at batch size 3 than at 2: aten\.sum"):
+        scale([trace(2, 8, rule=("reduction", 1), op="aten.sum"), trace(3, 8, rule=("sort", 1), op="aten.sum")])
+
+
+@pytest.mark.parametrize("sizes", [(), (2, 2), (2, 3, 2)])
+def test_traces_of_different_sizes_are_needed(sizes):
+    with pytest.raises(ValueError, match=r"traces of different batch sizes are needed, not of \["):
+        scale([trace(x, 8) for x in sizes])

@@ -1,0 +1,312 @@
+"""Training steps on fake tensors: in Lightning's order, on a copy, and by the line where they cannot be traced."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+from lightning_memplan._errors import TraceError
+from lightning_memplan._order import STEPS, accumulated, traced_step
+from lightning_memplan._record import DEVICE
+from lightning_memplan._step import detached_copy, prepared, run_formula, trace_steps
+from lightning_memplan._twin import StandInTrainer
+from lightning_memplan._types import StepSettings
+
+KiB = 2**10
+BATCHES = [(2, torch.zeros(2, 1024)), (3, torch.zeros(3, 1024))]
+
+
+class Net(pl.LightningModule):
+    """One layer of 1024 · 256 weights: 1 MiB, its gradient 1 MiB, its momentum 1 MiB."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1024, 256, bias=False)
+        self.order = []
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def traced(module, batches=BATCHES, **settings):
+    return trace_steps(module, batches, StepSettings(**settings))
+
+
+def blocks(trace, category, step=None):
+    return [e for e in trace.events if not e.is_free and e.category == category and step in (None, e.step)]
+
+
+def copied(module, trainer=None):
+    return detached_copy(module, FakeTensorMode(allow_non_fake_inputs=True), trainer=trainer)
+
+
+# ------------------------------------------------------------------------------------------------------- what is traced
+
+
+def test_a_trace_is_setup_and_three_steps():
+    (first, second) = traced(Net())
+    assert (first.batch_size, second.batch_size) == (2, 3)
+    assert sorted({e.step for e in first.events}) == [0, *range(1, STEPS + 1)]
+    assert [e.size for e in blocks(first, "parameters")] == [1024 * KiB]
+    assert [e.size for e in blocks(first, "batch")] == [2 * 4 * KiB] * STEPS  # 2 samples of 1024 floats, each step
+    assert [e.step for e in blocks(first, "optimizer")] == [1]  # the momentum comes with the first step, and stays
+    assert [(e.step, e.size) for e in blocks(first, "gradients")] == [(k, 1024 * KiB) for k in range(1, STEPS + 1)]
+
+
+def test_an_old_gradient_lives_until_the_forward_pass_is_over():
+    trace = traced(Net())[0]
+    gradient = blocks(trace, "gradients", step=1)[0]
+    freed = next(e for e in trace.events if e.is_free and e.block == gradient.block)
+    assert (freed.step, freed.phase) == (2, "forward")  # by zero_grad, which comes after the second step's forward
+
+
+def test_the_batch_has_the_width_of_the_precision():
+    assert blocks(traced(Net(), precision="bf16-true")[0], "parameters")[0].size == 512 * KiB
+    assert blocks(traced(Net(), precision="64-true")[0], "parameters")[0].size == 2048 * KiB
+    assert blocks(traced(Net(), precision="16-mixed")[0], "parameters")[0].size == 1024 * KiB
+
+
+def test_accumulated_batches_make_one_step():
+    trace = traced(Net(), accumulate_grad_batches=3)[0]
+    assert len(blocks(trace, "batch")) == 3 * STEPS
+    assert [e.step for e in blocks(trace, "optimizer")] == [3]  # the momentum comes when the third batch is through
+
+
+@pytest.mark.parametrize(("batches", "parts"), [(1, 1), (2, 2), (3, 3), (4, 3), (100, 3)])
+def test_of_many_accumulated_batches_the_middle_ones_are_alike(batches, parts):
+    settings = StepSettings(accumulate_grad_batches=batches)
+    assert accumulated(settings) == parts
+    places = [traced_step(settings, k) for k in range(6 * batches)]
+    assert places[0] == 0
+    assert max(places) == STEPS * parts - 1 == places[-1]  # a last batch steps the optimizer
+    assert places[batches] == parts  # the second cycle's first
+
+
+def test_hooks_run_in_lightnings_order():
+    names = """on_train_batch_start on_before_zero_grad on_after_backward on_before_optimizer_step
+    on_train_batch_end""".split()
+    seen = []
+    overrides = {name: lambda self, *args, name=name: seen.append(name) for name in names}
+
+    def training_step(self, batch, batch_idx):
+        seen.append("training_step")
+        return self.layer(batch).sum()
+
+    module = type("Hooked", (Net,), {**overrides, "training_step": training_step})()
+    traced(module, BATCHES[:1])
+    one = [names[0], "training_step", *names[1:]]
+    assert seen == one * STEPS
+
+    del seen[:]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(torch.zeros(2, 1024), batch_size=2))
+    assert seen == one  # Lightning itself
+
+
+def test_a_step_that_returns_nothing_is_skipped():
+    class Skips(Net):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+    assert [e.step for e in blocks(traced(Skips())[0], "gradients")] == [1, 3]
+
+
+def test_a_module_that_is_no_lightning_module():
+    trace = trace_steps(
+        nn.Linear(1024, 256, bias=False), BATCHES, StepSettings(), optimizer=lambda p: torch.optim.Adam(p)
+    )[0]
+    # Adam's two moments; its counts of steps lie on the host
+    assert [e.size for e in blocks(trace, "optimizer") if e.size > KiB] == [1024 * KiB] * 2
+
+
+def test_metrics_are_updated_in_a_step():
+    class Measured(Net):
+        def __init__(self):
+            super().__init__()
+            self.accuracy = MulticlassAccuracy(num_classes=256)
+            self.confusion = MulticlassConfusionMatrix(num_classes=256)
+
+        def training_step(self, batch, batch_idx):
+            out = self.layer(batch)
+            classes = torch.zeros(len(batch), dtype=torch.long, device=self.device)
+            self.log("accuracy", self.accuracy(out, classes))
+            self.confusion.update(out, classes)
+            return out.sum()
+
+    module = Measured()
+    traced(module)
+    assert module.confusion.confmat.sum() == 0
+    assert module.accuracy.update_count == 0
+
+
+def test_counts_below_a_number_are_so_many():
+    class Counts(Net):
+        def training_step(self, batch, batch_idx):
+            classes = torch.zeros(len(batch), dtype=torch.long, device=self.device)
+            assert torch.bincount(classes, minlength=7).shape == (7,)
+            assert torch.bincount(torch.tensor([1, 4])).tolist() == [0, 1, 0, 0, 1]  # on the host: real values
+            return super().training_step(batch, batch_idx)
+
+    traced(Counts())
+    assert torch.bincount(torch.tensor([1, 4]), minlength=2).tolist() == [0, 1, 0, 0, 1]  # as ever, afterwards
+
+
+# -------------------------------------------------------------------------------------------------------- on a copy
+
+
+def test_a_copy_takes_no_memory_and_is_on_the_device():
+    twin = copied(Net())
+    assert isinstance(twin.layer.weight, FakeTensor)
+    assert twin.layer.weight.device == twin.device == DEVICE
+    assert twin.layer.weight.requires_grad
+
+
+def test_what_a_copy_keeps():
+    module = Net()
+    module.tied = nn.Linear(1024, 256, bias=False)
+    module.tied.weight = module.layer.weight
+    module.layer.weight.own = "mine"
+    module.average = copy.deepcopy(module.layer).requires_grad_(False).eval()
+    module.layer.to(memory_format=torch.contiguous_format)
+    twin = copied(module)
+    assert twin.tied.weight is twin.layer.weight
+    assert twin.layer.weight.own == "mine"
+    assert not twin.average.weight.requires_grad
+    assert (twin.average.training, twin.layer.training) == (False, True)
+
+
+def test_a_hook_that_names_the_module_works_on_the_copy():
+    module = Net()
+    module.calls = []
+    module.layer.register_forward_hook(lambda *args: module.calls.append("a hook"))
+    module.activation = lambda x: (module.calls.append("a function"), x)[1]
+    traced(module)
+    assert module.calls == []
+
+
+def test_a_copy_logs_nothing():
+    class Logs(Net):
+        def training_step(self, batch, batch_idx):
+            self.log("loss", 1.0, prog_bar=True)
+            self.log_dict({"a": 1.0}, on_epoch=True)
+            self.print("a step")
+            return super().training_step(batch, batch_idx)
+
+    module = Logs()
+    traced(module)  # without a Trainer the real ones would raise
+    assert "log" not in module.__dict__
+
+
+def test_what_a_copy_sees_as_its_trainer():
+    real = SimpleNamespace(max_epochs=7, world_size=2, global_step=5)
+    stand_in = StandInTrainer(real)
+    assert (stand_in.max_epochs, stand_in.world_size, stand_in.global_step) == (7, 2, 0)
+    stand_in.global_step = 9
+    assert (stand_in.global_step, real.global_step) == (9, 5)
+    assert copy.deepcopy(stand_in) is stand_in
+    with pytest.raises(AttributeError, match="the trainer has no 'max_epochs' before training has begun"):
+        StandInTrainer().max_epochs  # noqa: B018
+
+
+def test_layers_made_in_setup_are_made_on_a_copy():
+    class Later(Net):
+        def setup(self, stage):
+            self.order.append(stage)
+            self.late = nn.Linear(8, 8)
+
+    module = Later()
+    twin = prepared(module, StepSettings(), stage="fit")
+    assert (module.order, twin.order) == ([], ["fit"])
+    assert isinstance(twin.late.weight, FakeTensor)
+    assert not hasattr(module, "late")
+    assert prepared(Net(), StepSettings()).__class__ is Net
+
+
+# ------------------------------------------------------------------------------------------------ what cannot be traced
+
+
+def line_of(comment):
+    lines = Path(__file__).read_text().splitlines()
+    return f"{__file__}:{next(k for k, text in enumerate(lines, 1) if text.endswith('  # ' + comment))}: "
+
+
+class Branches(Net):
+    def training_step(self, batch, batch_idx):
+        out = self.layer(batch)
+        if int(out.argmax()) > 0:  # branches on a value
+            out = out * 2
+        return out.sum()
+
+
+class Fails(Net):
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch[:, :7]).sum()  # a wrong shape
+
+
+@pytest.mark.parametrize(
+    ("module", "comment", "text"),
+    [
+        (Branches, "branches on a value", "the step needs the value of a tensor (DataDependentOutputException in "),
+        (Fails, "a wrong shape", "the step failed in a trace (RuntimeError: "),
+    ],
+)
+def test_the_line_is_named(module, comment, text):
+    with pytest.raises(TraceError) as caught:
+        traced(module())
+    assert str(caught.value).startswith(text)
+    assert f"; at {line_of(comment)}" in str(caught.value)
+    assert caught.value.__cause__ is not None
+
+
+def test_a_lazy_module_has_no_shape():
+    module = Net()
+    module.layer = nn.LazyLinear(256)
+    with pytest.raises(TraceError, match=r"'layer\.weight' has no shape yet \(a lazy module\): run the module once"):
+        traced(module)
+
+
+def test_what_cannot_be_copied_is_said():
+    module = Net()
+    module.lock = threading.Lock()
+    with pytest.raises(
+        TraceError, match=r"Net cannot be copied \(TypeError: .*lock.*\): what cannot be copied should be"
+    ):
+        traced(module)
+
+
+def test_the_formula_of_a_step_that_stops_half_way():
+    formula, notes = run_formula(Branches(), BATCHES[0], StepSettings())
+    assert formula.feature_bytes == 4 * 256  # the layer ran
+    assert notes[0].startswith(
+        "the formula counts the layers that ran before the step stopped: the step needs the value"
+    )
+
+
+def test_the_formula_of_a_step_that_stops_at_once():
+    with pytest.raises(TraceError, match="the step failed in a trace"):
+        run_formula(Fails(), BATCHES[0], StepSettings())
+
+
+def test_the_formula_knows_the_optimizers_state():
+    formula, notes = run_formula(Net(), BATCHES[0], StepSettings())
+    assert (formula.parameter_bytes, formula.gradient_bytes, formula.optimizer_bytes) == (1024 * KiB,) * 3
+    assert notes == ()
