@@ -86,12 +86,8 @@ def _reductions(shape: tuple[int, ...], dims: list[int]) -> None:
 
 for _shape, _dims in (
     ((91, 1001), [0]),
-    ((91, 1001), [2]),
-    ((91, 1001), [1]),
     ((64, 56, 56), [0, 2, 3]),
-    ((64, 28, 28), [2, 3]),
     ((5, 7, 100, 11), [0, 2, 4]),
-    ((3000, 3), [0, 1]),
     ((100000,), [0, 1]),
 ):
     _reductions(_shape, _dims)
@@ -213,7 +209,7 @@ def poolings(n: int, device: torch.device) -> Any:
     total = F.max_pool2d(x, 3, 2, 1).sum() + F.avg_pool2d(x, 2).sum() + F.adaptive_avg_pool2d(x, 7).sum()
     total = total + F.adaptive_avg_pool2d(x, 1).sum() + F.adaptive_max_pool2d(x, 3).sum() + F.lp_pool2d(x, 2, 2).sum()
     total = total + F.max_pool3d(y, 2).sum() + F.avg_pool3d(y, 2).sum() + F.adaptive_avg_pool3d(y, 2).sum()
-    return total + F.max_pool1d(x[:, 0], 2).sum() + F.avg_pool1d(x[:, 0], 2).sum() + F.unfold(x, 3).sum()
+    return total + F.max_pool1d(x[:, 0], 2).sum() + F.avg_pool1d(x[:, 0], 2).sum()
 
 
 @case(None, F16)
@@ -282,8 +278,8 @@ def _attention(width: int, length: int, mask: str, causal: bool, dropout: float,
     CASES[f"attention {width} {length} {mask} {causal} {dropout} {name}"] = (run, None)
 
 
-for _dtype in (F32, F16, BF16):
-    for _width, _length in ((64, 128), (32, 197), (20, 50), (80, 33), (128, 64)):
+for _dtype in (F32, F16):
+    for _width, _length in ((64, 128), (32, 197), (20, 50), (80, 33)):
         _attention(_width, _length, "", False, 0.0, _dtype)
     _attention(64, 100, "", True, 0.0, _dtype)
     _attention(64, 100, "", False, 0.1, _dtype)
@@ -320,13 +316,15 @@ def cells(n: int, device: torch.device) -> Any:
 # ------------------------------------------------------------------------------------------------------------- running
 
 
+_MODE = FakeTensorMode(allow_non_fake_inputs=True)
+
+
 def _traced(run: Case, autocast: torch.dtype | None, n: int) -> Trace:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    recorder = Recorder(mode, Rules(temporaries(), workspaces(), WIDTHS, ORDER, KERNELS))
+    recorder = Recorder(_MODE, Rules(temporaries(), workspaces(), WIDTHS, ORDER, KERNELS))
     gc.collect()
     gc.disable()
     try:
-        with cuda_semantics(autocast), recorder:
+        with recorder:
             recorder.phase, recorder.category = "forward", "activations"
             with torch.autocast("cpu", dtype=autocast or BF16, enabled=autocast is not None, cache_enabled=False):
                 loss = run(n, DEVICE)
@@ -404,11 +402,14 @@ def show(result: dict[str, Any]) -> None:
 if __name__ == "__main__":
     verbose = "--show" in sys.argv
     words = [word for word in sys.argv[1:] if word != "--show"]
-    for _name in CASES:
-        if not words or any(_name.startswith(word) for word in words):
-            _result = compare(_name)
-            if verbose:
-                if not _result.get("same"):
-                    show(_result)
-            else:
-                print(json.dumps({k: v for k, v in _result.items() if k not in ("real", "ours")}), flush=True)
+    for _autocast in (None, F16, BF16):
+        with cuda_semantics(_autocast):
+            for _name, (_, _its) in CASES.items():
+                if _its is not _autocast or (words and not any(_name.startswith(word) for word in words)):
+                    continue
+                _result = compare(_name)
+                if verbose:
+                    if not _result.get("same"):
+                        show(_result)
+                else:
+                    print(json.dumps({k: v for k, v in _result.items() if k not in ("real", "ours")}), flush=True)

@@ -801,17 +801,25 @@ def test_the_plan_is_among_the_hyperparameters(tmp_path):
     assert float(written["memplan/predicted_reserved_gib"]) == planner.plan.predicted_peak / GiB
 
 
-def test_lightning_cli_makes_it_from_yaml(tmp_path):
-    jsonargparse = pytest.importorskip("jsonargparse")
-    parser = jsonargparse.ArgumentParser()
-    parser.add_argument("--trainer.callbacks", type=list[pl.Callback])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI calls what a newer jsonargparse deprecates
+def test_lightning_cli_makes_it_from_yaml(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    pytest.importorskip("jsonargparse")
+    from pytorch_lightning.cli import LightningCLI
+
     file = tmp_path / "config.yaml"
     file.write_text(
-        "trainer:\n  callbacks:\n  - class_path: lightning_memplan.MemoryPlanner\n    init_args:\n"
+        "trainer:\n  logger: false\n  callbacks:\n  - class_path: lightning_memplan.MemoryPlanner\n    init_args:\n"
         "      device: RTX 3090\n      margin: 0.1\n      max_batch_size: 512\n"
     )
-    parser.add_argument("--config", action="config")
-    made = parser.instantiate_classes(parser.parse_args([f"--config={file}"])).trainer.callbacks[0]
+    cli = LightningCLI(
+        pl.LightningModule,
+        run=False,
+        seed_everything_default=False,
+        args=[f"--config={file}"],
+        save_config_callback=None,
+    )
+    made = next(callback for callback in cli.trainer.callbacks if isinstance(callback, mp.MemoryPlanner))
     assert (made.device, made.margin, made.max_batch_size) == (mp.gpu("RTX 3090"), 0.1, 512)
 
 

@@ -18,7 +18,13 @@ ROOT = Path(__file__).resolve().parents[1]
 HEADER = Path(torch.__file__).parent / "include/ATen/autocast_mode.h"
 
 #: Cases in which the trace is known to be off, and by how much of the peak: every other is within 0.5 %.
-TOLERANCES: dict[str, float] = {}
+TOLERANCES = {
+    "embedding_bag": 0.1,  # its gradient's sorted segments
+    "attention 20 50  False 0.0 float16": 0.12,  # padded to a width that flash attention takes
+    "linears": 0.03,
+    "multihead_attention": 0.03,
+    "cells": 0.01,  # fused on a GPU, several kernels here
+}
 EXACT = 0.005
 
 

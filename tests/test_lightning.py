@@ -284,3 +284,19 @@ def test_ranks_agree_on_the_smallest(tmp_path):
         assert rank["agreed"] == rank["set"] == second["own"]
         assert rank["seen"] == [second["own"]]
         assert rank["peak"] <= rank["total"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_plan_does_not_leave_the_others_waiting(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS.replace("[2**28, 2**27][RANK]", "[2**28, 2**21][RANK]"))  # 2 MiB: not even one sample
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(mp.__file__).parents[1])},
+    )
+    assert done.returncode != 0
+    assert "MemplanError: there is no batch size for all ranks: another rank cannot plan, and says why" in done.stderr

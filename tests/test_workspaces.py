@@ -21,6 +21,11 @@ def test_channels_are_filled_up_to_a_vector_of_16_bytes():
     assert transposed(1, 3, 4, 4, 8, 1, 1, 4, 4, width=4) == 4 * (4 * 16 + 8 * 16 + 32)
 
 
+def test_a_group_has_its_own_share_of_the_filter():
+    # input and result 64·4·4 values each, filter 64·(64/4)·3·3
+    assert convolution(1, 64, 4, 4, 64, 3, 3, 4, 4, groups=4, width=2).high == 2 * (1024 + 1024 + 9216)
+
+
 def test_winograd_tiles_are_rounded_up():
     # 5×5 results are 2×2 tiles of 4×4: 36 · (4 · (1 + 1) + 1) values of 4 bytes
     assert winograd(1, 1, 1, 5, 5) == 4 * 36 * 9

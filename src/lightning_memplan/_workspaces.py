@@ -29,7 +29,9 @@ def _up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def transposed(n: int, c: int, h: int, w: int, k: int, r: int, s: int, p: int, q: int, width: int) -> int:
+def transposed(
+    n: int, c: int, h: int, w: int, k: int, r: int, s: int, p: int, q: int, width: int, groups: int = 1
+) -> int:
     """Copies of input, result and filter with channels last.
 
     Tensor cores' convolution kernels work on channels-last operands. Given channels-first ones, cuDNN converts each
@@ -44,8 +46,9 @@ def transposed(n: int, c: int, h: int, w: int, k: int, r: int, s: int, p: int, q
     Source: NVIDIA, "Convolutional Layers User's Guide" (tensor layouts; channels in and out), DU-09796-001.
     """
     lanes = max(1, 16 // width)
-    c, k = _up(c, lanes) * lanes, _up(k, lanes) * lanes
-    return width * (n * (c * h * w + k * p * q) + k * c * r * s)
+    if groups == 1:
+        c, k = _up(c, lanes) * lanes, _up(k, lanes) * lanes
+    return width * (n * (c * h * w + k * p * q) + k * (c // groups) * r * s)
 
 
 def winograd(n: int, c: int, k: int, p: int, q: int) -> int:
@@ -97,7 +100,9 @@ def convolution(
     0
     """
     depthwise = groups == c and groups > 1
-    moved = 0 if channels_last or depthwise or not tensor_cores else transposed(n, c, h, w, k, r, s, p, q, width)
+    moved = (
+        0 if channels_last or depthwise or not tensor_cores else transposed(n, c, h, w, k, r, s, p, q, width, groups)
+    )
     expected = moved if groups == 1 else 0
     high = max(expected, moved)
     if (r, s, stride, dilation, groups) == (3, 3, 1, 1, 1):

@@ -21,6 +21,7 @@ from lightning_memplan._api import (
 )
 from lightning_memplan._apply import check_settable, write_batch_size
 from lightning_memplan._device import cpu_device, detect_devices, read_peaks, reset_peaks
+from lightning_memplan._errors import MemplanError
 from lightning_memplan._estimate import Estimate
 from lightning_memplan._lightning import (
     CallbackBase,
@@ -120,8 +121,11 @@ class MemoryPlanner(CallbackBase):
         if trainer.fast_dev_run:
             say("MemoryPlanner plans nothing: fast_dev_run runs a few batches of the size that is set")
             return
-        self._make_plan(trainer, pl_module)
-        self._apply_plan(trainer, pl_module)
+        try:
+            self._make_plan(trainer, pl_module)
+        finally:  # also where this rank cannot plan: the others wait for its word
+            size = agree_on_smallest(self.plan.batch_size if self.plan else 0)
+        self._apply_plan(trainer, pl_module, size)
 
     def _make_plan(self, trainer: Any, module: Any) -> None:
         if self.apply:  # fails before the work, not after it
@@ -157,10 +161,11 @@ class MemoryPlanner(CallbackBase):
             model=type(module).__name__,
         )
 
-    def _apply_plan(self, trainer: Any, module: Any) -> None:
+    def _apply_plan(self, trainer: Any, module: Any, size: int) -> None:
         assert self.plan is not None
         assert self.estimate is not None
-        size = agree_on_smallest(self.plan.batch_size)
+        if not size:
+            raise MemplanError("there is no batch size for all ranks: another rank cannot plan, and says why")
         if size != self.plan.batch_size:
             self.plan = plan_at(self.plan, self.estimate, size)
         if self.apply:
