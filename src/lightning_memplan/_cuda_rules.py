@@ -652,16 +652,8 @@ def _efficient_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
 def _logsumexp(input: torch.Tensor, dim: Sequence[int], keepdim: bool = False) -> torch.Tensor:
     # aten/src/ATen/native/ReduceOps.cpp, logsumexp_out_impl
     largest = aten.amax.default(input, dim, True)
-    kept = [n for d, n in enumerate(input.shape) if d not in _axes(input, dim)]
-    result = largest.new_empty(largest.shape if keepdim else kept)
-    aten.eq.Scalar(result, float("inf"))
-    total = aten.sum.dim_IntList(aten.exp_.default(aten.sub.Tensor(input, largest)), dim, keepdim)
-    del total
-    return result
-
-
-def _axes(input: torch.Tensor, dim: Sequence[int]) -> set[int]:
-    return {d % max(1, input.dim()) for d in (dim or range(input.dim()))}
+    aten.eq.Scalar(aten.abs.default(largest), float("inf"))
+    return aten.sum.dim_IntList(aten.exp_.default(aten.sub.Tensor(input, largest)), dim, keepdim)
 
 
 def _cudnn_rnn(

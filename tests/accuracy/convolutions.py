@@ -9,7 +9,8 @@ import torch
 
 from lightning_memplan import _kernels
 from lightning_memplan._scaling import ScaledProgram
-from lightning_memplan._workspaces import convolution
+
+from .workspaces import convolution
 
 _ATEN = torch.ops.aten
 #: the arguments of a convolution's event, after its kernel's name

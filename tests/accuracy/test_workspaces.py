@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_memplan._workspaces import convolution, transposed, winograd
+from .workspaces import convolution, transposed, winograd
 
 
 def test_half_precision_channels_first_is_transposed():
