@@ -41,11 +41,18 @@ def test_workspaces_that_differ_lie_on_a_line_above_all():
 
 def test_several_workspaces_at_one_place_are_one_of_the_largest():
     traces = [
-        trace(2, (0, 20), (1, 7), (1, -1), (2, 9), (2, -1), (0, -1)),
-        trace(3, (0, 30), (1, 8), (1, -1), (0, -1)),
+        trace(2, (0, 20), (1, 7), (1, -1), (2, 9), (2, -1), (3, 4), (0, -1)),
+        trace(3, (0, 30), (1, 8), (1, -1), (3, 4), (0, -1)),
     ]
     # 9 at 2 samples and 8 at 3 do not grow: 9 throughout.
-    assert sizes(aligned(traces)) == [[20, 9, -1, -1], [30, 9, -1, -1]]
+    assert sizes(aligned(traces)) == [[20, 9, -1, 4, -1], [30, 9, -1, 4, -1]]
+
+
+def test_workspaces_within_a_workspace_count_together():
+    # a reduction's buffer of 100 bytes and its semaphores of 8, freed in the order in which they were made
+    traces = [trace(2, (0, 20), (3, 4)), trace(3, (0, 30), (1, 100), (2, 8), (1, -1), (2, -1), (3, 4))]
+    # 0 at 2 samples and 108 at 3: a line of slope 108.
+    assert sizes(aligned(traces)) == [[20, 0, -1, 4], [30, 108, -1, 4]]
 
 
 def test_traces_that_differ_in_more_are_left_to_whoever_scales_them():

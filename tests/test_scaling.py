@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lightning_memplan._errors import TraceError
 from lightning_memplan._kernels import kernel_bytes
-from lightning_memplan._scaling import Polynomial, scale
+from lightning_memplan._scaling import Polynomial, extended, scale
 from lightning_memplan._types import Event, Trace
 
 POINTS = (2, 3, 5)
@@ -119,3 +119,40 @@ def test_another_kernel():
 def test_traces_of_different_sizes_are_needed(sizes):
     with pytest.raises(ValueError, match=r"traces of different batch sizes are needed, not of \["):
         scale([trace(x, 8) for x in sizes])
+
+
+def step_events(step, batch, weight, *, temporary=None, phase="forward"):
+    """An activation and a gradient; at the end of the step an optimizer's block, of the weight's size."""
+    at = 3 * (step - 1)
+    return (
+        Event(at, 4 * batch, phase, step, "activations", op="relu"),
+        Event(at + 1, weight if temporary is None else temporary, "backward", step, "gradients", op="mm"),
+        Event(at, -1, "backward", step),
+        Event(at + 2, weight, "optimizer", step, "temporaries", op="sqrt"),
+        Event(at + 2, -1, "optimizer", step),
+        Event(at + 1, -1, "optimizer", step),
+    )
+
+
+def test_later_steps_take_the_sizes_of_the_first():
+    whole = Trace(2, (*step_events(1, 2, 100), *step_events(2, 2, 100), *step_events(3, 2, 100)))
+    begun = Trace(5, step_events(1, 5, 100))
+    # 4 · 5 bytes of activations in every step, weights as they were.
+    assert [e.size for e in extended(whole, begun).events if e.size >= 0] == [20, 100, 100] * 3
+    assert extended(whole, begun).events[6:] == (*step_events(2, 5, 100), *step_events(3, 5, 100))
+
+
+def test_steps_that_are_not_alike_are_not_extended():
+    begun = Trace(5, step_events(1, 5, 100))
+    larger = Trace(2, (*step_events(1, 2, 100), *step_events(2, 2, 100, temporary=7)))
+    assert extended(larger, begun) is None  # the second step's gradient is another
+    other = Trace(2, (*step_events(1, 2, 100), *step_events(2, 2, 100)[1:]))
+    assert extended(other, begun) is None  # the second step has no activation
+    assert extended(Trace(2, step_events(1, 2, 100)[:3]), begun) is None  # the first step is another
+
+
+def test_what_is_made_once_has_no_counterpart():
+    scaler = Event(99, 4, "backward", 1, "other")
+    whole = Trace(2, (scaler, *step_events(1, 2, 100), *step_events(2, 2, 100)))
+    begun = Trace(3, (scaler, *step_events(1, 3, 100)))
+    assert [e.size for e in extended(whole, begun).events if e.size >= 0] == [4, 12, 100, 100, 12, 100, 100]

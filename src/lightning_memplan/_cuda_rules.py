@@ -763,6 +763,62 @@ ORDER: Mapping[Any, Sequence[int]] = {
 }
 
 
+# ----------------------------------------------------------------------------------- shapes of outputs, told directly
+
+
+Made = tuple[torch.Tensor | torch.Size, torch.dtype]
+
+
+def _dense(tensor: torch.Tensor) -> bool:
+    last = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
+    return tensor.is_contiguous() or (tensor.dim() in (4, 5) and tensor.is_contiguous(memory_format=last))
+
+
+def _like_first(tensor: torch.Tensor, *others: Any, **kwargs: Any) -> list[Made] | None:
+    """An elementwise operator of tensors of one shape and layout."""
+    tensors = [other for other in others if isinstance(other, torch.Tensor)]
+    if kwargs or not _dense(tensor) or any(t.stride() != tensor.stride() or t.size() != tensor.size() for t in tensors):
+        return None
+    return [(tensor, tensor.dtype)]
+
+
+def _like_each(tensors: Sequence[torch.Tensor]) -> list[Made] | None:
+    return (
+        [(t, t.dtype) for t in tensors] if all(t.device == tensors[0].device and _dense(t) for t in tensors) else None
+    )
+
+
+def _new_like(tensor: torch.Tensor, **kwargs: Any) -> list[Made] | None:
+    plain = kwargs.get("memory_format") in (None, torch.preserve_format) and kwargs.get("layout") is None
+    if not plain or not _dense(tensor) or kwargs.get("device") not in (None, tensor.device):
+        return None
+    return [(tensor, kwargs.get("dtype") or tensor.dtype)]
+
+
+def _batch_norm_made(input: torch.Tensor, weight: torch.Tensor, *rest: Any) -> list[Made] | None:
+    if not _dense(input):
+        return None
+    return [(input, input.dtype), (weight, weight.dtype), (weight, weight.dtype), (torch.Size([0]), torch.uint8)]
+
+
+def _batch_norm_backward_made(
+    input: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor, *_: Any
+) -> list[Made] | None:
+    return [(input, input.dtype), (weight, weight.dtype), (weight, weight.dtype)] if _dense(input) else None
+
+
+#: See ``Rules.shapes``. An output that is not told here is what torch's fake kernel says.
+SHAPES: Mapping[Any, Callable[..., list[Made] | None]] = {
+    aten.cudnn_batch_norm.default: _batch_norm_made,
+    aten.cudnn_batch_norm_backward.default: _batch_norm_backward_made,
+    aten.threshold_backward.default: _like_first,
+    aten.zeros_like.default: _new_like,
+    aten.empty_like.default: _new_like,
+    aten._to_copy.default: _new_like,
+    aten._foreach_sqrt.default: _like_each,
+}
+
+
 # ----------------------------------------------------------------------------------------------------------- optimizers
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -239,8 +240,8 @@ def aligned(traces: Sequence[Trace]) -> list[Trace]:
     """Traces with the same events, where they differ only in workspaces.
 
     A library may choose another algorithm at another batch size, and take another workspace, or none. Where traces
-    differ in such blocks (freed by the very next event), each place is given the largest workspace that was taken
-    there, as a line through or above all sizes seen.
+    differ in such blocks (freed before anything else happens), each place is given the largest workspace that was
+    taken there, as a line through or above all sizes seen.
 
     >>> a = Trace(2, (Event(0, 100), Event(1, 64), Event(1, -1)))
     >>> b = Trace(3, (Event(0, 150),))
@@ -261,7 +262,7 @@ def aligned(traces: Sequence[Trace]) -> list[Trace]:
         events: list[Event] = []
         for place in range(len(left) + 1):
             if place in lines:
-                events += _workspace(-1 - place, lines[place][k], left[min(place, len(left) - 1)])
+                events += _workspace(-1 - place, lines[place][k], (*left, trace.events[-1])[place])
             events += left[place : place + 1]
         result.append(Trace(trace.batch_size, _renumbered(events), trace.notes))
     return result
@@ -277,19 +278,28 @@ def _renumbered(events: Sequence[Event]) -> tuple[Event, ...]:
 
 
 def _without_workspaces(events: Sequence[Event]) -> tuple[tuple[Event, ...], dict[int, int]]:
-    """The events without blocks that the next event frees, and the largest of those before each place that is left."""
+    """The events without blocks that are freed before anything else happens, and what these took before each place.
+
+    Blocks that live within such a block's life go with it: what they take together counts.
+    """
     left: list[Event] = []
     found: dict[int, int] = {}
-    skip = False
-    for event, following in zip(events, (*events[1:], None), strict=True):
-        if skip:
-            skip = False
-        elif not event.is_free and following is not None and following.is_free and following.block == event.block:
-            found[len(left)] = max(found.get(len(left), 0), event.size)
-            skip = True
+    for event in _latest_freed_first(events):
+        if event.is_free and left and left[-1].block == event.block and not left[-1].is_free:
+            place = len(left) - 1
+            within = found.pop(place + 1, 0)
+            found[place] = max(found.get(place, 0), left.pop().size + within)
         else:
             left.append(event)
     return _renumbered(left), found
+
+
+def _latest_freed_first(events: Sequence[Event]) -> Iterator[Event]:
+    """The events with each run of frees in the order in which blocks on a stack are freed: no peak is changed by it."""
+    made = {event.block: number for number, event in enumerate(events) if not event.is_free}
+    for free, group in groupby(events, lambda event: event.is_free):
+        run = list(group)
+        yield from sorted(run, key=lambda event: -made.get(event.block, -1)) if free else run
 
 
 def _workspace(block: int, size: int, beside: Event) -> list[Event]:

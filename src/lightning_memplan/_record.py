@@ -39,6 +39,9 @@ class Rules(NamedTuple):
     order: Mapping[Any, Sequence[int]] = {}
     #: what a kernel does, told by other operators: what these allocate is what it allocates
     kernels: Mapping[Any, Callable[..., Any]] = {}
+    #: outputs as ``(like, dtype)``: of a tensor's shape and strides, or of a size; None where the fake kernel must be
+    #: asked. Only for speed: a fake kernel may be many operators, and is asked anew for every shape
+    shapes: Mapping[Any, Callable[..., Sequence[tuple[torch.Tensor | torch.Size, torch.dtype]] | None]] = {}
 
 
 _DEVICE_OF = torch.ops.prim.device.default
@@ -67,6 +70,7 @@ class Recorder(TorchDispatchMode):
         self._widths = rules.widths
         self._order = rules.order
         self._kernels = rules.kernels
+        self._shapes = rules.shapes
         self._running: set[Any] = set()  # the kernels that are being told
         self._constructors = _Constructors()
         self._made: set[tuple[str, bool]] = set()
@@ -97,6 +101,8 @@ class Recorder(TorchDispatchMode):
             in_place = _IN_PLACE[func] = _is_in_place(func)
         if in_place:  # nothing is made, and there are no values to change
             out: Any = args[0] if func._schema.returns else None
+        elif (made := self._made_like(func, args, kwargs)) is not None:
+            out = made
         else:
             out = self._mode.__torch_dispatch__(func, types, args, kwargs)
             if func is _TO_COPY and kwargs.get("device") == DEVICE and out.device != DEVICE:
@@ -168,8 +174,22 @@ class Recorder(TorchDispatchMode):
             self._stay(workspace, func)
 
     def _moved(self, constant: torch.Tensor) -> FakeTensor:
-        meta = torch.empty_strided(constant.size(), constant.stride(), dtype=constant.dtype, device="meta")
+        return self._like(constant, constant.dtype)
+
+    def _like(self, like: torch.Tensor | torch.Size, dtype: torch.dtype) -> FakeTensor:
+        if isinstance(like, torch.Size):
+            return FakeTensor(self._mode, torch.empty(like, dtype=dtype, device="meta"), DEVICE)
+        meta = torch.empty_strided(like.size(), like.stride(), dtype=dtype, device="meta")
         return FakeTensor(self._mode, meta, DEVICE)
+
+    def _made_like(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        shape = self._shapes.get(func)
+        outputs = None if shape is None else shape(*args, **kwargs)
+        if outputs is None:
+            return None
+        made = [self._like(tensor, dtype) for tensor, dtype in outputs]
+        several = len(func._schema.returns) > 1 or str(func._schema.returns[0].type) == "List[Tensor]"
+        return made if several else made[0]
 
     def _tell(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         self._running.add(func)

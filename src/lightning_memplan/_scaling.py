@@ -138,6 +138,51 @@ def scale(traces: Sequence[Trace]) -> ScaledProgram:
     return ScaledProgram(columns[0], tuple(sizes), tuple(table), points)
 
 
+def extended(whole: Trace, begun: Trace) -> Trace | None:
+    """All steps at another batch size, of which only the first was run there.
+
+    ``whole`` has several steps, ``begun`` the first of the same at another batch size. In a forward or backward pass a
+    later step asks for what the first did at the same place, so its sizes are the first's; what an optimizer asks for
+    does not depend on the batch. None where ``whole`` shows that its steps are not so alike.
+
+    >>> def step(number, size):
+    ...     return Event(number, size, step=number, category="batch"), Event(number, -1, step=number)
+    >>> whole = Trace(2, (*step(1, 8), *step(2, 8)))
+    >>> [event.size for event in extended(whole, Trace(5, step(1, 20))).events]
+    [20, -1, 20, -1]
+    """
+    count = len(begun.events)
+    first, later = whole.events[:count], whole.events[count:]
+    if len(first) < count or any(_key(a)[:-1] != _key(b)[:-1] for a, b in zip(first, begun.events, strict=True)):
+        return None
+    places: dict[tuple[int, str], list[int]] = {}
+    for place, event in enumerate(whole.events):
+        if event.size >= 0 and event.step and event.category not in _MADE_ONCE:
+            places.setdefault((event.step, event.phase), []).append(place)
+    like: dict[int, Event] = {}
+    for (step, phase), here in places.items():
+        there = places.get((1, phase), [])
+        if step == 1 or phase == "optimizer":
+            continue
+        if len(here) != len(there) or any(
+            _key(whole.events[a])[1:] != _key(whole.events[b])[1:] for a, b in zip(here, there, strict=True)
+        ):
+            return None
+        like.update({a: begun.events[b] for a, b in zip(here, there, strict=True)})
+    sized = (
+        event._replace(size=like[place].size, rule=like[place].rule) if place in like else event
+        for place, event in enumerate(later, count)
+    )
+    return Trace(begun.batch_size, (*begun.events, *sized), begun.notes)
+
+
+_MADE_ONCE = ("other", "workspaces")  # the gradient scaler's scalars, cuBLAS's workspaces
+
+
+def _key(event: Event) -> tuple[object, ...]:
+    return event.block, event.stream, event.op, event.path, event.size < 0, event.rule[:1], event.rule or event.size
+
+
 def _same_events(columns: Sequence[Sequence[Event]], points: Sequence[int]) -> None:
     first = columns[0]
     for events, size in zip(columns[1:], points[1:], strict=True):

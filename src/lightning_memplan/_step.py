@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_memplan._cuda_rules import (
     KERNELS,
     ORDER,
+    SHAPES,
     WIDTHS,
     cuda_semantics,
     foreach_by_default,
@@ -35,6 +36,7 @@ from lightning_memplan._lightning import (
 )
 from lightning_memplan._order import AUTOCAST_DTYPE, STEPS, TRUE_DTYPE, MakeOptimizer, StepRunner
 from lightning_memplan._record import DEVICE, Recorder, Rules, labelled, module_paths
+from lightning_memplan._scaling import extended
 from lightning_memplan._twin import explain, metric_states, twin_of
 from lightning_memplan._types import StepSettings, Trace
 
@@ -118,7 +120,6 @@ def _setup_order(module: nn.Module) -> Iterator[tuple[torch.Tensor, str, str]]:
 def _no_collection() -> Iterator[None]:
     """Garbage collection off: frees come when the last reference goes, not at random."""
     enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield
@@ -176,23 +177,29 @@ def trace_steps(
         TraceError: the step needs what a fake tensor cannot give; names the line of the user's code.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    traces = []
     with ExitStack() as stack:
         stack.enter_context(_no_collection())
         stack.enter_context(isolated_random_state())
         stack.enter_context(_no_warnings())
         stack.enter_context(_counts_as_asked())
         stack.enter_context(cuda_semantics(AUTOCAST_DTYPE.get(settings.precision), settings.capability))
-        for size, batch in batches:
+
+        def record(size: int, batch: Any, steps: int) -> Trace:
             run = _Run(module, mode, settings, trainer, datamodule, optimizer)
             try:
-                traces.append(run.record(size, batch, steps))
+                return run.record(size, batch, steps)
             except TraceError:
                 raise
             except Exception as error:
                 raise TraceError(explain(error)) from error
             finally:
                 run.recorder.stop()
+
+        whole, *others = batches
+        traces = [record(*whole, steps)]
+        for size, batch in others:
+            alike = extended(traces[0], record(size, batch, 1)) if settings.accumulate_grad_batches == 1 else None
+            traces.append(alike or record(size, batch, steps))
     return traces
 
 
@@ -256,7 +263,7 @@ class _Run(StepRunner):
         datamodule: Any,
         optimizer: MakeOptimizer | None,
     ) -> None:
-        rules = Rules(temporaries(settings.capability), workspaces(settings.capability), WIDTHS, ORDER, KERNELS)
+        rules = Rules(temporaries(settings.capability), workspaces(settings.capability), WIDTHS, ORDER, KERNELS, SHAPES)
         self.recorder = Recorder(mode, rules)
         twin = detached_copy(module, mode, dtype=TRUE_DTYPE.get(settings.precision), trainer=trainer)
         super().__init__(twin, self.recorder, DEVICE, settings, datamodule=datamodule, optimizer=optimizer)
