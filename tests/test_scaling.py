@@ -146,8 +146,8 @@ def test_steps_that_are_not_alike_are_not_extended():
     begun = Trace(5, step_events(1, 5, 100))
     larger = Trace(2, (*step_events(1, 2, 100), *step_events(2, 2, 100, temporary=7)))
     assert extended(larger, begun) is None  # the second step's gradient is another
-    other = Trace(2, (*step_events(1, 2, 100), *step_events(2, 2, 100)[1:]))
-    assert extended(other, begun) is None  # the second step has no activation
+    more = Trace(2, (*step_events(1, 2, 100), *step_events(2, 2, 100), Event(9, 8, "forward", 2, "activations")))
+    assert extended(more, begun) is None  # the second step has another activation
     assert extended(Trace(2, step_events(1, 2, 100)[:3]), begun) is None  # the first step is another
 
 
