@@ -16,11 +16,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from nibabel.nifti1 import Nifti1Image
-from nibabel.testing import data_path
 from scipy.ndimage import zoom
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import lightning_memplan as mp
 
+SCAN = Path(nibabel.__file__).parent / "tests/data/anatomical.nii"  # comes with nibabel
 SIZE = (193, 229, 193)
 GiB = 2**30
 
@@ -36,7 +37,7 @@ class MirroredScans(Dataset[tuple[Tensor, Tensor]]):
     """One scan, mirrored along no axis (0) or one of three (1, 2, 3), and cut out at random where ``crop`` is given."""
 
     def __init__(self, crop: int | None, length: int = 1024) -> None:
-        scan = Nifti1Image.from_filename(Path(data_path) / "anatomical.nii").get_fdata(dtype=np.float32)
+        scan = Nifti1Image.from_filename(SCAN).get_fdata(dtype=np.float32)
         resampled = zoom(scan, [new / old for new, old in zip(SIZE, scan.shape, strict=True)], order=1)
         self.scan = torch.from_numpy((resampled - resampled.mean()) / resampled.std())
         self.size = [min(crop, n) if crop else n for n in SIZE]
