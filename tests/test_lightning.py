@@ -265,18 +265,22 @@ open(os.path.join(sys.argv[1], f"{RANK}.json"), "w").write(json.dumps({
 """
 
 
-@pytest.mark.slow
-def test_ranks_agree_on_the_smallest(tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
+def run_ranks(folder, code):
+    script = folder / "ranks.py"
+    script.write_text(code)
+    return subprocess.run(
+        [sys.executable, str(script), str(folder)],
         capture_output=True,
         text=True,
         timeout=200,
         check=False,
         env={**os.environ, "PYTHONPATH": str(Path(mp.__file__).parents[1])},
     )
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_the_smallest(tmp_path):
+    done = run_ranks(tmp_path, RANKS)
     assert done.returncode == 0, done.stderr[-5000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["own"] > second["own"] > 2  # each by itself
@@ -288,15 +292,6 @@ def test_ranks_agree_on_the_smallest(tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_that_cannot_plan_does_not_leave_the_others_waiting(tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS.replace("[2**28, 2**27][RANK]", "[2**28, 2**21][RANK]"))  # 2 MiB: not even one sample
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(mp.__file__).parents[1])},
-    )
+    done = run_ranks(tmp_path, RANKS.replace("[2**28, 2**27][RANK]", "[2**28, 2**21][RANK]"))  # 2 MiB: not one sample
     assert done.returncode != 0
     assert "MemplanError: there is no batch size for all ranks: another rank cannot plan, and says why" in done.stderr
