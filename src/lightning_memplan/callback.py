@@ -57,12 +57,12 @@ class MemoryPlanner(CallbackBase):
         device: The card to plan for: a name such as ``"RTX 3090"``, or a ``Device``. Where nothing is said, the one
             on which the Trainer runs, and on the CPU the host's memory.
         margin: The part of the card's memory to leave free, at least 0 and below 1.
-        min_batch_size: The smallest batch size allowed.
         max_batch_size: The largest batch size allowed.
         multiple_of: What the batch size must be a multiple of.
         batch_arg_name: The attribute or hyperparameter of the module or datamodule that holds the batch size.
         apply: Whether to set the batch size; ``False`` plans for information only.
         every_n_steps: Log the measurements of every n-th step; all are kept in ``measurements``.
+        min_batch_size: The smallest batch size allowed; ``DoesNotFitError`` where it does not fit.
 
     Attributes:
         plan: The ``Plan``, from setup on.
@@ -80,12 +80,12 @@ class MemoryPlanner(CallbackBase):
         method: Literal["auto", "trace", "formula", "probe"] = "auto",
         device: str | Device | None = None,
         margin: float = MARGIN,
-        min_batch_size: int = 1,
         max_batch_size: int | None = None,
         multiple_of: int = 1,
         batch_arg_name: str = "batch_size",
         apply: bool = True,
         every_n_steps: int = 1,
+        min_batch_size: int = 1,
     ) -> None:
         super().__init__()
         check_margin(margin)
