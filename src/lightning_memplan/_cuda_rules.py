@@ -751,10 +751,12 @@ def _adds_bias(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 #: Statistics that CUDA keeps in float32 where the input is half (aten/src/ATen/native/cudnn/BatchNorm.cpp)
-WIDTHS: Mapping[Any, Mapping[int, int]] = {aten.cudnn_batch_norm.default: {1: 4, 2: 4}}
-WIDTHS = {**WIDTHS, aten.native_batch_norm.default: {1: 4, 2: 4}}
-#: ... and what only the CPU keeps (aten/src/ATen/native/Activation.cpp, log_sigmoid_forward's buffer)
-WIDTHS = {**WIDTHS, aten.log_sigmoid_forward.default: {1: 0}}
+WIDTHS: Mapping[Any, Mapping[int, int]] = {
+    aten.cudnn_batch_norm.default: {1: 4, 2: 4},
+    aten.native_batch_norm.default: {1: 4, 2: 4},
+    # what only the CPU keeps (aten/src/ATen/native/Activation.cpp, log_sigmoid_forward's buffer)
+    aten.log_sigmoid_forward.default: {1: 0},
+}
 #: Outputs that CUDA allocates in another order than they are returned in: the mask first
 #: (aten/src/ATen/native/cuda/Dropout.cu)
 ORDER: Mapping[Any, Sequence[int]] = {
