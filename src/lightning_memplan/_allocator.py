@@ -18,6 +18,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal, NamedTuple
 
 _MIB = 2**20
 _ROUND = 512
@@ -142,6 +143,21 @@ class Replay:
     segments: int
 
 
+class Move(NamedTuple):
+    """What a replay did, where it keeps a journal: ``alloc`` and ``free`` of an entry's block, of 0 bytes where it
+    takes no memory, and segments or parts of them that the card gave and was given back.
+
+    >>> journal = []
+    >>> _ = replay([(0, 600, 0), (0, -1, 0)], journal=journal)
+    >>> [tuple(move) for move in journal]
+    [('segment_alloc', 0, 2097152), ('alloc', 0, 1024), ('free', 0, 1024)]
+    """
+
+    action: Literal["alloc", "free", "segment_alloc", "segment_free", "segment_map", "segment_unmap"]
+    address: int
+    size: int
+
+
 _DEFAULT = AllocatorSettings()
 
 
@@ -152,6 +168,7 @@ def replay(
     fraction: int | None = None,
     marks: Sequence[int] = (),
     total: int | None = None,
+    journal: list[Move] | None = None,
 ) -> Replay:
     """Run a program of entries ``(block, size, stream)`` through the allocator.
 
@@ -179,14 +196,15 @@ def replay(
             ``torch.cuda.reset_peak_memory_stats``.
         total: bytes of the whole card, where the capacity is less. Only expandable segments ask: each has addresses
             for 9/8 of it, and a request for which the first has no unbroken range left opens another.
+        journal: every move is appended to it, in order.
 
     Raises:
         ValueError: an entry allocates a block that is there, or frees one that is not.
     """
-    heap = _Heap(settings, capacity, fraction, capacity if total is None else total)
+    heap = _Heap(settings, capacity, fraction, capacity if total is None else total, journal)
     sizes, starts = heap.sizes, heap.starts
     pools: tuple[dict[int, _Pool], dict[int, _Pool]] = ({}, {})  # large and small ones, by stream
-    live: dict[int, tuple[int, int, list[int]] | None] = {}  # address, size and the pool's keys
+    live: dict[int, _Place] = {} if journal is None else _Journalled(journal)
     divisions = settings.roundup_power2_divisions
     expandable = settings.expandable_segments
     max_split, rounding = heap.max_split, settings.max_non_split_rounding
@@ -278,6 +296,26 @@ def replay(
     )
 
 
+_Place = tuple[int, int, list[int]] | None  # address, size and the pool's keys; None for a block without bytes
+
+
+class _Journalled(dict[int, _Place]):
+    """The live blocks, written down as they come and go: replays without a journal have a plain dictionary instead."""
+
+    def __init__(self, journal: list[Move]) -> None:
+        super().__init__()
+        self.journal = journal
+
+    def __setitem__(self, block: int, place: _Place) -> None:
+        self.journal.append(Move("alloc", *(place or (0, 0))[:2]))
+        super().__setitem__(block, place)
+
+    def pop(self, block: int) -> _Place:  # type: ignore[override]
+        place = super().pop(block)
+        self.journal.append(Move("free", *(place or (0, 0))[:2]))
+        return place
+
+
 class _Pool:
     """The free blocks of one stream, of those that serve small or of those that serve large requests."""
 
@@ -302,9 +340,15 @@ class _Heap:
     """
 
     def __init__(
-        self, settings: AllocatorSettings, capacity: int | None, fraction: int | None, total: int | None
+        self,
+        settings: AllocatorSettings,
+        capacity: int | None,
+        fraction: int | None,
+        total: int | None,
+        journal: list[Move] | None,
     ) -> None:
         self.settings = settings
+        self.journal = [] if journal is None else journal
         self.capacity = _UNLIMITED if capacity is None else capacity
         self.span = 2**52 if total is None else total + total // 8  # addresses of an expandable segment
         self.fraction = _UNLIMITED if fraction is None else fraction
@@ -353,7 +397,10 @@ class _Heap:
         self.top += step
         return self.top - step
 
-    def reserve(self, size: int) -> None:
+    def reserve(self, address: int, size: int) -> None:
+        self.journal.append(
+            Move("segment_map" if self.settings.expandable_segments else "segment_alloc", address, size)
+        )
         self.segments += 1
         self.reserved += size
         self.peak = max(self.peak, self.reserved)
@@ -385,7 +432,7 @@ class _Heap:
         address = self.new_address(segment)
         self.segment_sizes[address] = segment
         self.add(pool, address, segment)
-        self.reserve(segment)
+        self.reserve(address, segment)
         return bisect_left(pool.keys, segment << _BITS | address)
 
     def give_back(self, pool: _Pool, key: int) -> int:
@@ -395,6 +442,7 @@ class _Heap:
             return 0
         del self.segment_sizes[address]
         self.remove(pool, address)
+        self.journal.append(Move("segment_free", address, size))
         self.reserved -= size
         return size
 
@@ -478,6 +526,7 @@ class _Heap:
         size = -(-size // pool.granule) * pool.granule
         if self.reserved + size > self.capacity:
             return False
+        self.reserve(address, size)
         end = address + size
         pool.unmapped.remove(address)
         if left := self.holes.pop(address) - size:
@@ -489,7 +538,6 @@ class _Heap:
             address = self.starts[address]
             self.remove(pool, address)
         self.add(pool, address, end - address)
-        self.reserve(size)
         return True
 
     def unmap(self, pool: _Pool, key: int) -> None:
@@ -504,6 +552,7 @@ class _Heap:
             self.add(pool, start, first - start)
         if last < end:
             self.add(pool, last, end - last)
+        self.journal.append(Move("segment_unmap", first, last - first))
         self.reserved -= last - first
         at = bisect_left(pool.unmapped, first)
         if last in self.holes:

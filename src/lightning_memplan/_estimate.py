@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_memplan._allocator import AllocatorSettings, Replay, replay
+from lightning_memplan._allocator import AllocatorSettings, Move, Replay, replay
 from lightning_memplan._scaling import ScaledProgram
+from lightning_memplan._snapshot import make_snapshot
 from lightning_memplan._types import Layer
 
 if TYPE_CHECKING:
@@ -113,15 +117,49 @@ class Estimate:
         sums["rounding"] = result.peak_allocated - sum(sums.values())
         return _largest_first(sums)
 
+    def snapshot(self, batch_size: int, capacity: int | None = None) -> dict[str, Any]:
+        """What ``torch.cuda.memory._snapshot()`` would return after the traced steps (see ``save_snapshot``).
+
+        >>> import torch, lightning_memplan as mp
+        >>> found = mp.estimate(torch.nn.Linear(1000, 1000), torch.zeros(4, 1000)).snapshot(batch_size=64)
+        >>> found["segments"][0]["blocks"][0]["frames"][-1]["name"], found["device_traces"][0][1]["size"]
+        ('parameters', 4000000)
+
+        Raises:
+            ValueError: the estimate is by the formula, which has no events.
+        """
+        _check_batch_size(batch_size)
+        program, journal = self._program().at(batch_size), list[Move]()
+        replay(program, capacity, self.settings, total=capacity or 2**40, journal=journal)
+        return make_snapshot(self._program().events, program, journal, self.settings, capacity)
+
+    def save_snapshot(self, path: str | os.PathLike[str], batch_size: int, capacity: int | None = None) -> None:
+        """Write a predicted snapshot, which https://pytorch.org/memory_viz opens like a real one.
+
+        It has every block of the traced steps at that batch size, with the operator, the modules around it, the phase
+        and the category where a real one has the stack. Under a ``capacity`` (bytes) in which the steps do not fit, it
+        ends where memory runs out.
+
+        Raises:
+            ValueError: the estimate is by the formula, which has no events.
+        """
+        snapshot = self.snapshot(batch_size, capacity)
+        with Path(path).open("wb") as file:
+            pickle.dump(snapshot, file)
+
     def replay(self, batch_size: int, capacity: int | None = None, limit: int | None = None) -> Replay:
         """The allocator's replay at that batch size (see ``_allocator.replay``); its ``peaks`` are per step."""
-        if self.program is None:
-            raise ValueError("the formula has no events to replay: ask for method='trace'")
+        program = self._program()
         key = (batch_size, capacity, limit)
         if key not in self._replays:
-            marks = self.program.steps()[1:-1]
-            self._replays[key] = replay(self.program.at(batch_size), capacity, self.settings, limit, marks)
+            marks = program.steps()[1:-1]
+            self._replays[key] = replay(program.at(batch_size), capacity, self.settings, limit, marks)
         return self._replays[key]
+
+    def _program(self) -> ScaledProgram:
+        if self.program is None:
+            raise ValueError("the formula has no events to replay: ask for method='trace'")
+        return self.program
 
 
 def _largest_first(parts: Mapping[str, int]) -> dict[str, int]:
