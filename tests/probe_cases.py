@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_memplan as mp
-from lightning_memplan._probe import probe_steps
+from lightning_memplan._probe import Tried, probe_steps, try_step
 from lightning_memplan._sample import sample_batches
 from lightning_memplan._types import StepSettings
 
@@ -72,11 +72,21 @@ def probe(net: nn.Module, side: int = 64, **kwargs: Any) -> list[int]:
     return [t.batch_size for t in probe_steps(net, lambda sizes: sample_batches(batch, sizes), settings, 0)]
 
 
+def tried(net: nn.Module, size: int = 512) -> Tried:
+    batch = (torch.zeros(size, 3, 64, 64), torch.zeros(size, dtype=torch.long))
+    return try_step(net, batch, StepSettings(gradient_clip_val=1.0), 0)
+
+
 def main() -> None:
     shown: dict[str, Any] = {}
     warnings.simplefilter("ignore")
     for precision in ("32-true", "16-mixed"):
         shown[precision] = fit(precision)
+
+    shown["tried"] = tried(Net())
+    free = torch.cuda.mem_get_info()[0]
+    shown["tried too much"] = tried(Net(width=1024))
+    shown["free"] = [free, torch.cuda.mem_get_info()[0]]
 
     # nothing of the user's is changed, and the card is left as it was found
     net = Net()

@@ -72,18 +72,45 @@ def test_blocks_are_numbered_anew():
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
     ],
 )
 def test_errors_that_say_that_memory_ran_out(error):
     assert ran_out_of_memory(error)
-    wrapped = ValueError("the step failed")
-    wrapped.__cause__ = error
-    assert ran_out_of_memory(wrapped)
+    for link in ("__cause__", "__context__"):
+        wrapped = ValueError("the step failed")
+        setattr(wrapped, link, error)
+        assert ran_out_of_memory(wrapped)
 
 
-def test_errors_that_say_something_else():
-    assert not ran_out_of_memory(RuntimeError("shape mismatch"))
-    assert not ran_out_of_memory(None)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "GET was unable to find an engine to execute this computation",
+        "FIND was unable to find an engine to execute this computation after trying 9 plans.",
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input.",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "NCCL Error 1: unhandled cuda error",
+    ],
+)
+def test_errors_that_mean_it_only_where_the_allocator_has_refused_memory(text):
+    assert not ran_out_of_memory(RuntimeError(text))
+    assert ran_out_of_memory(RuntimeError(text), refused=True)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shape mismatch"), ValueError("the buffer is out of memory slots"), MemoryError(), None]
+)
+def test_errors_that_say_something_else(error):
+    assert not ran_out_of_memory(error, refused=True)
+
+
+def test_errors_in_a_circle():
+    one, other = ValueError("one"), ValueError("other")
+    one.__cause__, other.__cause__ = other, one
+    assert not ran_out_of_memory(one)
 
 
 def test_without_cuda_there_is_nothing_to_probe():
@@ -115,6 +142,23 @@ def test_what_a_probe_predicts_is_what_training_takes(shown, precision):
     for predicted_allocated, allocated, predicted_reserved, reserved in shown[precision]:
         assert abs(predicted_allocated / allocated - 1) < 0.001
         assert abs(predicted_reserved / reserved - 1) < 0.01
+
+
+def test_a_real_step_takes_what_training_takes(shown):
+    allocated, reserved, missing = shown["tried"]
+    assert missing == 0
+    measured = shown["32-true"][:2]
+    assert allocated == max(step[1] for step in measured)
+    assert reserved == max(step[3] for step in measured)
+
+
+def test_a_real_step_that_runs_out_of_memory_says_how_much_was_missing(shown):
+    allocated, reserved, missing = shown["tried too much"]
+    # a feature map of 512 · 1024 · 62² floats of 4 bytes is 7.51 GiB: the card of 23.7 has no room for a fourth
+    lacking = 512 * 1024 * 62**2 * 4 + reserved - shown["free"][0]
+    assert abs(missing - lacking) < 0.02 * 2**30  # as the error rounds it
+    assert allocated <= reserved
+    assert shown["free"][0] == shown["free"][1]
 
 
 def test_nothing_of_the_users_is_changed(shown):

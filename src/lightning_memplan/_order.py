@@ -7,7 +7,7 @@ coexists with them and with the optimizer's state from the second step on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, Protocol
@@ -134,18 +134,20 @@ class StepRunner:
     def _automatic(self, moved: Any, index: int, *, first: bool, last: bool) -> Any:
         mark = self.mark
         self._hook("on_train_batch_start", moved, index)
-        result: list[Any] = []
+        kept: list[Any] = []  # what Lightning's ClosureResult holds until the optimizer has stepped
 
         def closure() -> Any:
             mark.phase, mark.category = "forward", "activations"
             with torch.enable_grad():
                 with self._precision():
                     outputs = self._training_step(moved, index)
-                loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+                extra = dict(outputs) if isinstance(outputs, Mapping) else {"loss": outputs}
+                loss = extra.pop("loss")
                 if loss is None:
                     return None
                 loss = loss / self.settings.accumulate_grad_batches
-                result.append(loss.detach().clone())
+                kept.extend((loss, loss.detach().clone(), extra))
+                del outputs
                 if first:
                     for optimizer in self.optimizers:
                         self._hook("on_before_zero_grad", optimizer)
@@ -156,13 +158,13 @@ class StepRunner:
                 self._backward(loss)
                 self._hook("on_after_backward")
             mark.phase, mark.category = "optimizer", "temporaries"
-            return result[0]
+            return kept[1]
 
         if not last or not self.optimizers:
             closure()
         else:
             self._optimizer_step(index, closure)
-        return {"loss": result[0]} if result else {}
+        return {"loss": kept[1], **kept[2]} if kept else {}
 
     def _optimizer_step(self, index: int, closure: Callable[[], Any]) -> None:
         optimizer = self.optimizers[0]

@@ -9,20 +9,24 @@ Source: torch/cuda/memory.py (``_record_memory_history``, ``_snapshot``, ``_set_
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from lightning_memplan._device import read_peaks, reset_peaks
 from lightning_memplan._errors import TraceError
 from lightning_memplan._lightning import is_overridden, isolated_random_state
 from lightning_memplan._order import STEPS, TRUE_DTYPE, MakeOptimizer, StepRunner
 from lightning_memplan._record import labelled, module_paths
 from lightning_memplan._twin import twin_of
 from lightning_memplan._types import Category, Event, Phase, StepSettings, Trace
+from lightning_memplan._units import parse_bytes
 
 #: Batch sizes that are run, and what is run instead where the larger ones do not fit on the card
 SIZES = ((2, 3, 5), (1, 2, 3), (1, 2), (1,))
@@ -63,94 +67,197 @@ def probe_steps(
     if not can_probe():
         raise TraceError(f"a probe needs a CUDA device and torch 2.14 or later; this is torch {torch.__version__}")
     device = torch.device("cuda", index)
+    run = _Run(module, device, settings, trainer, datamodule, optimizer, stage)
     for sizes in SIZES:
-        try:
-            with isolated_random_state(), _cuda_random_state(device):
-                traces = [
-                    _probe(module, size, batch, device, settings, trainer, datamodule, optimizer, stage, steps)
-                    for size, batch in sample(sizes)
-                ]
-        except Exception as error:
-            if not ran_out_of_memory(error):
-                raise
-            continue
-        finally:
-            gc.collect()
-            with torch.cuda.device(device):
-                torch.cuda.empty_cache()
+        refused = _refusals(device)
+        with _as_found(device):
+            try:
+                traces = [_probe(run, size, batch, steps) for size, batch in sample(sizes)]
+            except Exception as error:
+                if not ran_out_of_memory(error, refused=_refusals(device) > refused):
+                    raise
+                continue
         return aligned(traces)
     raise TraceError(f"not even a single sample's training step fits on {torch.cuda.get_device_name(device)}")
 
 
-def ran_out_of_memory(error: BaseException | None) -> bool:
+class Tried(NamedTuple):
+    """What real training steps took of the card at most (bytes, beside what was held before).
+
+    ``missing`` is 0 where they ran. Where memory ran out it is what the request that failed lacked of the card's free
+    bytes: at least 1, and 1 where a library failed that does not say what it asked for.
+    """
+
+    allocated: int
+    reserved: int
+    missing: int = 0
+
+
+def try_step(
+    module: nn.Module,
+    batch: Any,
+    settings: StepSettings,
+    index: int,
+    *,
+    trainer: Any = None,
+    datamodule: Any = None,
+    optimizer: MakeOptimizer | None = None,
+    stage: str | None = None,
+    steps: int = 2,
+) -> Tried:
+    """Run whole training steps of this very batch on a copy of the module, on ``cuda:index``.
+
+    Two steps by default: from the second on, gradients and the optimizer's state live beside the forward pass. All
+    memory is given back and random states are restored; the allocator's peaks (``max_memory_allocated``) begin anew.
+    What the step raises, other than that memory ran out, is the user's own error and is raised unchanged.
+    """
+    device = torch.device("cuda", index)
+    run = _Run(module, device, settings, trainer, datamodule, optimizer, stage)
+    with _as_found(device):
+        held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        refused = _refusals(device)
+        reset_peaks(index)
+        missing = 0
+        try:
+            run.train(run.copy(), batch, steps, _Place())
+        except Exception as error:
+            if not ran_out_of_memory(error, refused=_refusals(device) > refused):
+                raise
+            missing = _missing(error)
+        peaks = read_peaks(index)
+        return Tried(peaks[0] - held[0], peaks[1] - held[1], missing)
+
+
+def ran_out_of_memory(error: BaseException | None, *, refused: bool = False) -> bool:
     """Whether an error says that the device's memory is full, in any of the ways in which libraries say it.
+
+    An error that another one was raised from, or while handling, counts as well. ``refused`` says that the allocator
+    has refused memory since the step began (``num_ooms`` of ``torch.cuda.memory_stats``): then errors count that have
+    other causes too. cuDNN's callers pass over algorithms that get no workspace, and in the end find none; a library
+    that cannot allocate its handle says that it is not initialized.
 
     >>> ran_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     True
-    >>> ran_out_of_memory(RuntimeError("shape mismatch"))
-    False
+    >>> error = RuntimeError("GET was unable to find an engine to execute this computation")
+    >>> ran_out_of_memory(error), ran_out_of_memory(error, refused=True)
+    (False, True)
     """
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         text = str(error)
-        if isinstance(error, torch.OutOfMemoryError) or any(part in text for part in _OUT_OF_MEMORY):
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        if isinstance(error, RuntimeError) and any(part in text for part in _OUT_OF_MEMORY):
+            return True
+        if refused and any(part in text for part in _PERHAPS_OUT_OF_MEMORY):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
 _OUT_OF_MEMORY = (
-    "out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input",
-    "NCCL Error 1: unhandled cuda error",
+    "out of memory",  # cudaErrorMemoryAllocation, whoever met it: CUDA, NCCL, Triton
+    "_ALLOC_FAILED",  # CUBLAS_STATUS_, CUDNN_STATUS_, CUSOLVER_STATUS_, CUFFT_
+    "DEVICE_ALLOCATION_FAILED",  # CUDNN_STATUS_INTERNAL_ERROR_, from cuDNN 9 on
+)
+_PERHAPS_OUT_OF_MEMORY = (
+    "unable to find an engine to execute this computation",  # aten/src/ATen/native/cudnn/Conv_v8.cpp: GET or FIND
+    "Unable to find a valid cuDNN algorithm to run convolution",  # Conv_v7.cpp
+    "CUDNN_STATUS_NOT_SUPPORTED",
+    "CUDNN_STATUS_INTERNAL_ERROR",
+    "CUDNN_STATUS_NOT_INITIALIZED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUBLAS_STATUS_INTERNAL_ERROR",
+    "unhandled cuda error",  # NCCL
 )
 
 
-def _probe(
-    module: nn.Module,
-    size: int,
-    batch: Any,
-    device: torch.device,
-    settings: StepSettings,
-    trainer: Any,
-    datamodule: Any,
-    optimizer: MakeOptimizer | None,
-    stage: str | None,
-    steps: int,
-) -> Trace:
-    twin: Any = twin_of(module, {}, trainer=trainer, device=device)
-    if stage is not None and is_overridden("setup", twin):
-        twin.setup(stage)
-    if is_overridden("configure_model", twin):
-        twin.configure_model()
-    mark = _Mark()
-    with _history(device) as snapshot, module_paths(twin, mark):
+def _refusals(device: torch.device) -> int:
+    return int(torch.cuda.memory_stats(device).get("num_ooms", 0))
+
+
+def _missing(error: BaseException | None) -> int:
+    """What a failed request lacked of the card's free bytes, by the allocator's message (CUDACachingAllocator.cpp)."""
+    while error is not None:
+        found = re.search(r"Tried to allocate (\S+ \w+?)\. .*?of which (\S+ \w+) is free", str(error), re.DOTALL)
+        if found is not None:
+            return max(1, parse_bytes(found[1].replace("bytes", "B")) - parse_bytes(found[2].replace("bytes", "B")))
+        error = error.__cause__ or error.__context__
+    return 1
+
+
+@contextmanager
+def _as_found(device: torch.device) -> Iterator[None]:
+    """Whatever happens inside, random states are restored, and the card is left with what was on it, no cache more."""
+    _give_back(device)
+    try:
+        with isolated_random_state(), _cuda_random_state(device):
+            yield
+    finally:
+        _give_back(device)
+
+
+def _give_back(device: torch.device) -> None:
+    gc.collect()  # what an earlier run left in cycles
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()  # each run takes its own, as a process does that has just begun
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is run, and on which card."""
+
+    module: nn.Module
+    device: torch.device
+    settings: StepSettings
+    trainer: Any
+    datamodule: Any
+    optimizer: MakeOptimizer | None
+    stage: str | None
+
+    def copy(self) -> Any:
+        """A copy that is set up and not yet moved to the card, as the module is before a Trainer's strategy is."""
+        twin: Any = twin_of(self.module, {}, trainer=self.trainer, device=self.device)
+        if self.stage is not None and is_overridden("setup", twin):
+            twin.setup(self.stage)
+        if is_overridden("configure_model", twin):
+            twin.configure_model()
+        return twin
+
+    def train(self, twin: Any, batch: Any, steps: int, mark: _Place) -> None:
         mark.category = "parameters"
-        twin.to(device=device, dtype=TRUE_DTYPE.get(settings.precision))
-        runner = _Runner(twin, mark, device, settings, datamodule=datamodule, optimizer=optimizer)
+        twin.to(device=self.device, dtype=TRUE_DTYPE.get(self.settings.precision))
+        runner = _Runner(twin, mark, self.device, self.settings, datamodule=self.datamodule, optimizer=self.optimizer)
         runner.run_steps(batch, steps)
+
+
+def _probe(run: _Run, size: int, batch: Any, steps: int) -> Trace:
+    _give_back(run.device)
+    twin, mark = run.copy(), _Mark()
+    with _history(run.device) as snapshot, module_paths(twin, mark):
+        run.train(twin, batch, steps, mark)
         events = _events(*snapshot())
     return Trace(size, labelled(events))
 
 
-class _Mark:
+@dataclass
+class _Place:
+    """Where a step is."""
+
+    phase: Phase = "setup"
+    category: Category = "other"
+    path: str = ""
+    step: int = 0
+
+
+class _Mark(_Place):
     """Labels what the allocator records from here on with where the step is."""
-
-    phase: Phase
-    category: Category
-    path: str
-    step: int
-
-    def __init__(self) -> None:
-        self.__dict__.update(phase="setup", category="other", path="", step=0)
-        self._write()
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.__dict__[name] = value
-        self._write()
-
-    def _write(self) -> None:
         torch.cuda.memory._set_memory_metadata(f"{self.phase}\n{self.step}\n{self.category}\n{self.path}")
 
 
@@ -178,9 +285,6 @@ class _Runner(StepRunner):
 @contextmanager
 def _history(device: torch.device) -> Iterator[Callable[[], tuple[list[Any], list[Any]]]]:
     """The allocator's history from here on: gives the blocks that lived before, and what has happened since."""
-    gc.collect()  # what an earlier probe left in cycles
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
     before = [
         block
         for segment in torch.cuda.memory._snapshot(device)["segments"]
