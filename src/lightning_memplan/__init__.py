@@ -4,6 +4,7 @@ from lightning_memplan._api import estimate, plan
 from lightning_memplan._device import cpu_device, detect_devices, gpu, gpus
 from lightning_memplan._errors import ApplyError, DoesNotFitError, MemplanError, TraceError
 from lightning_memplan._estimate import Estimate
+from lightning_memplan._figures import plot_batch_sizes, plot_layers, plot_measurements, plot_timeline
 from lightning_memplan._report import layers_table, plan_table
 from lightning_memplan._types import Device, Layer, Measurement, Plan
 from lightning_memplan.callback import MemoryPlanner
@@ -27,4 +28,8 @@ __all__ = [
     "layers_table",
     "plan",
     "plan_table",
+    "plot_batch_sizes",
+    "plot_layers",
+    "plot_measurements",
+    "plot_timeline",
 ]

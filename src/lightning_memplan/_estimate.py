@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_memplan._allocator import AllocatorSettings, Move, Replay, replay
 from lightning_memplan._scaling import ScaledProgram
 from lightning_memplan._snapshot import make_snapshot
-from lightning_memplan._types import Layer
+from lightning_memplan._types import Event, Layer
 
 if TYPE_CHECKING:
     from lightning_memplan._formula import Formula
@@ -101,21 +101,29 @@ class Estimate:
                 "activations": 2 * batch_size * self.formula.feature_bytes,
             }
             return _largest_first(parts)
-        result = self.replay(batch_size)
-        live: dict[int, tuple[str, int]] = {}
-        program = self.program.at(batch_size)
-        for event, (block, size, _) in zip(
-            self.program.events[: result.peak_at + 1], program[: result.peak_at + 1], strict=True
-        ):
+        sums: dict[str, int] = {}
+        for event, size in self.alive(batch_size):
+            sums[event.category] = sums.get(event.category, 0) + size
+        sums["rounding"] = self.peak_allocated(batch_size) - sum(sums.values())
+        return _largest_first(sums)
+
+    def alive(self, batch_size: int) -> list[tuple[Event, int]]:
+        """The blocks in use at the peak of the allocated bytes: the event that made each, and the bytes asked for."""
+        program, last = self._program(), self.replay(batch_size).peak_at
+        live: dict[int, tuple[Event, int]] = {}
+        for event, (block, size, _) in zip(program.events[: last + 1], program.at(batch_size), strict=False):
             if size < 0:
                 live.pop(block, None)
             else:
-                live[block] = (event.category, size)
-        sums: dict[str, int] = {}
-        for category, size in live.values():
-            sums[category] = sums.get(category, 0) + size
-        sums["rounding"] = result.peak_allocated - sum(sums.values())
-        return _largest_first(sums)
+                live[block] = event, size
+        return list(live.values())
+
+    def journal(self, batch_size: int, capacity: int | None = None) -> list[Move]:
+        """What the allocator does at that batch size, move by move (see ``_allocator.replay``)."""
+        _check_batch_size(batch_size)
+        journal: list[Move] = []
+        replay(self._program().at(batch_size), capacity, self.settings, total=capacity or 2**40, journal=journal)
+        return journal
 
     def snapshot(self, batch_size: int, capacity: int | None = None) -> dict[str, Any]:
         """What ``torch.cuda.memory._snapshot()`` would return after the traced steps (see ``save_snapshot``).
@@ -128,10 +136,9 @@ class Estimate:
         Raises:
             ValueError: the estimate is by the formula, which has no events.
         """
-        _check_batch_size(batch_size)
-        program, journal = self._program().at(batch_size), list[Move]()
-        replay(program, capacity, self.settings, total=capacity or 2**40, journal=journal)
-        return make_snapshot(self._program().events, program, journal, self.settings, capacity)
+        journal = self.journal(batch_size, capacity)
+        program = self._program()
+        return make_snapshot(program.events, program.at(batch_size), journal, self.settings, capacity)
 
     def save_snapshot(self, path: str | os.PathLike[str], batch_size: int, capacity: int | None = None) -> None:
         """Write a predicted snapshot, which https://pytorch.org/memory_viz opens like a real one.

@@ -1,0 +1,324 @@
+"""Figures of a prediction, with matplotlib, to be read in black and white: greys, hatches, and labels in their places.
+
+Every function returns a ``matplotlib.figure.Figure`` that no window holds: ``figure.savefig("name.png")``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from lightning_memplan._estimate import Estimate
+from lightning_memplan._types import Device, Event, Measurement, Plan
+from lightning_memplan._units import format_bytes, gib
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: From the bottom of the stack, what stays throughout first: grey level and hatch
+_LOOK: Mapping[str, tuple[str, str]] = {
+    "parameters": ("0.35", ""),
+    "buffers": ("0.45", ""),
+    "optimizer": ("0.55", ""),
+    "workspaces": ("0.95", "xx"),
+    "other": ("0.95", "oo"),
+    "batch": ("0.95", ".."),
+    "gradients": ("0.75", ""),
+    "activations": ("0.88", "//"),
+    "temporaries": ("1.0", "\\\\\\\\"),
+}
+_SMALL = 0.01  # of the peak: what is never more is drawn as one with other small ones
+
+
+def plot_timeline(
+    estimate: Estimate,
+    batch_size: int,
+    *,
+    device: Device | None = None,
+    budget: int | None = None,
+) -> Figure:
+    """One training step at that batch size: bytes in use by category, and reserved, event by event.
+
+    The step is the last one traced, when gradients and the optimizer's state are there. ``device`` and ``budget``
+    (bytes) are drawn as lines.
+
+    >>> import torch
+    >>> import lightning_memplan as mp
+    >>> figure = mp.plot_timeline(mp.estimate(torch.nn.Linear(1000, 1000), torch.zeros(4, 1000)), batch_size=64)
+    >>> figure.axes[0].get_ylabel()
+    'memory (GiB)'
+
+    Raises:
+        ValueError: the estimate is by the formula, which has no events.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    figure, axes = _figure(8.5, 4.6)
+    parts, reserved, events = _last_step(estimate, batch_size, None if device is None else device.capacity)
+    totals = [sum(column) for column in zip(*parts.values(), strict=True)]
+    top = 1.12 * max(max(reserved), *([] if device is None else [device.total]), budget or 0)
+    _shade_phases(axes, events, gib(int(top)))
+    x = range(len(totals))
+    below = [0] * len(totals)
+    unlabelled: list[tuple[Any, str]] = []
+    for name, sizes in parts.items():
+        above = [a + b for a, b in zip(below, sizes, strict=True)]
+        grey, hatch = _LOOK.get(name, ("0.95", "++"))
+        style: dict[str, Any] = {"facecolor": grey, "edgecolor": "0.3", "hatch": hatch, "linewidth": 0.4}
+        area = axes.fill_between(x, _gib(below), _gib(above), step="post", **style)
+        thickest = _middle_of_thickest(sizes)
+        if sizes[thickest] > 0.07 * top:
+            _label(axes, thickest, gib(below[thickest] + sizes[thickest] // 2), name)
+        else:
+            unlabelled.append((area, f"{name}, up to {format_bytes(max(sizes))}"))
+        below = above
+    line = axes.step(x, _gib(reserved), "k-", where="post", linewidth=1.4)[0]
+    unlabelled.append((line, f"reserved, up to {format_bytes(max(reserved))}"))
+    peak = max(range(len(totals)), key=totals.__getitem__)
+    axes.plot([peak], [gib(totals[peak])], "kv", markersize=6)
+    _limits(axes, device, budget, outside=True)
+    handles, texts = zip(*reversed(unlabelled), strict=True)
+    axes.legend(handles, texts, loc="upper left", bbox_to_anchor=(1.0, 0.7), frameon=False, fontsize=8)
+    axes.set(xlim=(0, len(totals) - 1), ylim=(0, gib(int(top))), ylabel="memory (GiB)")
+    axes.set_xlabel(f"allocations and frees of one training step; in use at most {format_bytes(totals[peak])} (marked)")
+    axes.set_title(f"One step at batch size {batch_size}", loc="left", fontsize=11)
+    return figure
+
+
+def plot_batch_sizes(estimate: Estimate, plan: Plan) -> Figure:
+    """Predicted peaks against the batch size, with the one that was chosen.
+
+    Reserved is shown twice: what the allocator would take were there no limit, and, at the batch size chosen, what it
+    takes of that card.
+
+    >>> import torch
+    >>> import lightning_memplan as mp
+    >>> net, batch, card = torch.nn.Linear(100, 100), torch.zeros(4, 100), mp.Device("card", total=2**26)
+    >>> figure = mp.plot_batch_sizes(mp.estimate(net, batch), mp.plan(net, batch, device=card))
+    >>> figure.axes[0].get_xlabel()
+    'batch size'
+    """
+    figure, axes = _figure(8, 4.2)
+    chosen, last = plan.batch_size, max(plan.batch_size + 2, round(1.3 * plan.batch_size))
+    sizes = sorted({1, chosen, last, *range(1, last, -(-last // 40))})
+    curves = (
+        ([estimate.peak(n) for n in sizes], "k-", "reserved, were there no limit"),
+        ([estimate.peak_allocated(n) for n in sizes], "k--", "allocated"),
+        ([estimate.formula.memory(n) for n in sizes], "k:", "formula"),
+    )
+    for values, style, label in curves if estimate.program is not None else curves[2:]:
+        axes.plot(sizes, _gib(values), style, linewidth=1.2, label=label)
+    top = max(max(values) for values, _, _ in curves)
+    if plan.limited_by == "memory":
+        top = round(1.25 * plan.device.total)
+    if plan.budget <= top:
+        _limits(axes, plan.device, plan.budget)
+    axes.plot([chosen], [gib(plan.predicted_peak)], "ko", markersize=8)
+    axes.annotate(
+        f"batch size {chosen}\n{format_bytes(plan.predicted_peak)} reserved",
+        (chosen, gib(plan.predicted_peak)),
+        (10, -80),
+        textcoords="offset points",
+        arrowprops={"arrowstyle": "->", "color": "0.3", "shrinkB": 5},
+    )
+    axes.set(xlabel="batch size", ylabel="peak memory (GiB)", xlim=(0, last), ylim=(0, gib(top)))
+    axes.set_title(f"Predicted for {plan.device.name}", loc="left", fontsize=11)
+    axes.legend(loc="lower right", frameon=False)
+    return figure
+
+
+def plot_measurements(measurements: Sequence[Measurement]) -> Figure:
+    """Predicted against actual peaks of every measured step: ``plot_measurements(planner.measurements)``.
+
+    >>> import lightning_memplan as mp
+    >>> steps = [mp.Measurement(k, 2**31, 2**32, 2**31 + 2**k, 2**32) for k in range(5)]
+    >>> mp.plot_measurements(steps).axes[0].get_xlabel()
+    'step'
+
+    Raises:
+        ValueError: there are no measurements.
+    """
+    if not measurements:
+        raise ValueError(
+            "no step was measured: fit on a CUDA device with a MemoryPlanner, and pass planner.measurements"
+        )
+    figure, axes = _figure(8, 4.2)
+    steps = [m.step for m in measurements]
+    pairs = (
+        ("reserved", [m.predicted_reserved for m in measurements], [m.reserved for m in measurements], "s"),
+        ("allocated", [m.predicted_allocated for m in measurements], [m.allocated for m in measurements], "o"),
+    )
+    many = len(steps) > 40
+    for (name, predicted, actual, mark), va, offset in zip(pairs, ("bottom", "top"), (1, -1), strict=True):
+        error = round(100 * (max(predicted) - max(actual)) / max(actual), 2) if max(actual) else 0.0
+        axes.plot(steps, _gib(actual), color="0.6", marker="" if many else mark, markersize=8, linewidth=3)
+        axes.plot(steps, _gib(predicted), "k--", marker="" if many else "x", markersize=6, linewidth=1)
+        text = f"{name} {format_bytes(max(actual))}\npredicted {error + 0.0:+.2f} %"
+        last = steps[-1], gib(actual[-1])
+        axes.annotate(text, last, (10, offset), textcoords="offset points", va=va, fontsize=9)
+    axes.plot([], [], color="0.6", linewidth=3, label="measured")
+    axes.plot([], [], "k--", linewidth=1, label="predicted")
+    axes.set(xlabel="step", ylabel="peak memory (GiB)")
+    axes.set_ylim(0, 1.15 * gib(max(max(p + a) for _, p, a, _ in pairs)))
+    axes.locator_params(axis="x", integer=True)
+    axes.set_title("Peak memory of every step, measured and predicted", loc="left", fontsize=11)
+    axes.legend(loc="lower left", frameon=False, ncols=2)
+    return figure
+
+
+def plot_layers(estimate: Estimate, batch_size: int, *, top: int = 15) -> Figure:
+    """The modules that hold the most memory at the peak.
+
+    By a trace, these are the blocks in use at that time under the module whose forward made them (gradients and the
+    optimizer's state have none); by the formula, a layer's parameters, gradients and twice its feature map.
+
+    >>> import torch
+    >>> import lightning_memplan as mp
+    >>> net = torch.nn.Sequential(torch.nn.Linear(100, 100), torch.nn.ReLU(), torch.nn.Linear(100, 10))
+    >>> figure = mp.plot_layers(mp.estimate(net, torch.zeros(4, 100)), batch_size=64)
+    >>> sorted(label.get_text() for label in figure.axes[0].get_yticklabels())
+    ['0', '1', '2']
+
+    Raises:
+        ValueError: ``top`` is less than 1.
+    """
+    if top < 1:
+        raise ValueError(f"top is a number of layers to show, at least 1, and {top} is not")
+    rows = sorted(_by_module(estimate, batch_size).items(), key=lambda row: -sum(row[1]))
+    shown, hidden = rows[:top], rows[top:]
+    figure, axes = _figure(8, 1.2 + 0.28 * len(shown))
+    names = [path if len(path) <= 40 else f"...{path[-37:]}" for path, _ in shown]
+    weights, features = ([row[1][k] for row in shown] for k in (0, 1))
+    axes.barh(names, _gib(features), color="0.88", edgecolor="0.3", hatch="//", linewidth=0.5, label="feature maps")
+    axes.barh(
+        names, _gib(weights), left=_gib(features), color="0.4", edgecolor="0.3", linewidth=0.5, label="parameters"
+    )
+    for name, (_, sizes) in zip(names, shown, strict=True):
+        axes.annotate(
+            format_bytes(sum(sizes)),
+            (gib(sum(sizes)), name),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0, labelsize=9)
+    axes.set_xlim(0, 1.16 * gib(sum(shown[0][1])) if shown else None)
+    rest = f"; {len(hidden)} more: {format_bytes(sum(sum(row[1]) for row in hidden))}" if hidden else ""
+    axes.set_xlabel(f"memory (GiB){rest}")
+    axes.set_title(f"What holds the most at the peak, batch size {batch_size}", loc="left", fontsize=11)
+    axes.legend(loc="lower right", frameon=False)
+    return figure
+
+
+# --- what is drawn ----------------------------------------------------------------------------------------------------
+
+
+def _last_step(
+    estimate: Estimate, batch_size: int, capacity: int | None
+) -> tuple[dict[str, list[int]], list[int], Sequence[Event]]:
+    """Of the last step, after each event: bytes in use by category, bytes reserved; and the events."""
+    journal = estimate.journal(batch_size, capacity)
+    assert estimate.program is not None
+    events, begin = estimate.program.events, estimate.program.steps()[-2]
+    live = dict.fromkeys(_LOOK, 0)
+    categories: dict[int, str] = {}
+    parts: dict[str, list[int]] = {name: [] for name in _LOOK}
+    reserved: list[int] = []
+    at = held = 0
+    for move in journal:
+        if move.action.startswith("segment"):
+            held += move.size if move.action in ("segment_alloc", "segment_map") else -move.size
+            continue
+        event = events[at]
+        if move.action == "alloc":
+            categories[event.block] = event.category
+            live[event.category] += move.size
+        else:
+            live[categories.pop(event.block)] -= move.size
+        if at >= begin:
+            for name, size in live.items():
+                parts[name].append(size)
+            reserved.append(held)
+        at += 1
+    if not reserved:
+        raise ValueError(f"batch size {batch_size} does not fit in {capacity} bytes: there is no whole step to draw")
+    peak = max(sum(column) for column in zip(*parts.values(), strict=True))
+    small = [name for name, sizes in parts.items() if max(sizes) < _SMALL * peak]
+    rest = [sum(column) for column in zip(*(parts.pop(name) for name in small), strict=True)]
+    return ({"the rest": rest} if any(rest) else {}) | parts, reserved, events[begin:at]
+
+
+def _by_module(estimate: Estimate, batch_size: int) -> dict[str, tuple[int, int]]:
+    """Bytes of parameters and of feature maps by module."""
+    if estimate.program is None:
+        return {
+            row.path or "(itself)": (row.parameter_bytes + row.gradient_bytes, 2 * batch_size * row.feature_bytes)
+            for row in estimate.layers
+        }
+    sums: dict[str, tuple[int, int]] = {}
+    for event, size in estimate.alive(batch_size):
+        if event.path:
+            weights, features = sums.get(event.path, (0, 0))
+            kept = event.category in ("parameters", "buffers")
+            sums[event.path] = (weights + size, features) if kept else (weights, features + size)
+    return sums
+
+
+# --- how it is drawn --------------------------------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("figures need matplotlib: pip install 'lightning-memplan[plot]'") from error
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _shade_phases(axes: Axes, events: Sequence[Event], top: float) -> None:
+    place = 0
+    for shade, (phase, run) in enumerate(groupby(events, key=lambda event: event.phase)):
+        length = len(list(run))
+        if shade % 2:
+            axes.axvspan(place, place + length, color="0.96", linewidth=0, zorder=0)
+        if length > 0.05 * len(events):
+            axes.text(place + length / 2, 0.985 * top, phase, ha="center", va="top", fontsize=9, style="italic")
+        place += length
+
+
+def _limits(axes: Axes, device: Device | None, budget: int | None, *, outside: bool = False) -> None:
+    """The card's bytes and the budget as lines, named above and below them, left within the axes or right of them."""
+    place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "fontsize": 9}
+    if device is not None:
+        axes.axhline(gib(device.total), color="0.2", linewidth=0.9)
+        text = f"{device.name}: {format_bytes(device.total)}"
+        axes.annotate(text, (outside, gib(device.total)), (4, 1), va="bottom", **place)
+    if budget is not None:
+        axes.axhline(gib(budget), color="0.2", linewidth=0.9, linestyle="-.")
+        axes.annotate(f"budget: {format_bytes(budget)}", (outside, gib(budget)), (4, -2), va="top", **place)
+
+
+def _middle_of_thickest(sizes: Sequence[int]) -> int:
+    """The middle of where an area is nearly as thick as it gets: there its name has room."""
+    most = max(sizes)
+    runs: list[tuple[int, int]] = []
+    for thick, run in groupby(enumerate(sizes), key=lambda item: item[1] >= 0.8 * most):
+        places = [place for place, _ in run]
+        if thick:
+            runs.append((len(places), places[len(places) // 2]))
+    return max(runs)[1]
+
+
+def _label(axes: Axes, x: float, y: float, text: str) -> None:
+    box: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+    axes.text(x, y, text, ha="center", va="center", fontsize=9, bbox=box)
+
+
+def _gib(sizes: Sequence[int]) -> list[float]:
+    return [gib(size) for size in sizes]
