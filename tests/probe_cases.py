@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import lightning_memplan as mp
 from lightning_memplan._probe import Tried, probe_steps, try_step
-from lightning_memplan._sample import sample_batches
+from lightning_memplan._sample import read_samples
 from lightning_memplan._types import StepSettings
 
 
@@ -69,7 +69,7 @@ def fit(precision: Any) -> list[list[int]]:
 def probe(net: nn.Module, side: int = 64, **kwargs: Any) -> list[int]:
     batch = (torch.zeros(4, 3, side, side), torch.zeros(4, dtype=torch.long))
     settings = StepSettings(**kwargs)
-    return [t.batch_size for t in probe_steps(net, lambda sizes: sample_batches(batch, sizes), settings, 0)]
+    return [t.batch_size for t in probe_steps(net, read_samples(batch).batches, settings, 0)]
 
 
 def tried(net: nn.Module, size: int = 512) -> Tried:

@@ -152,6 +152,32 @@ def test_where_the_trainers_loaders_are(flavour):
 
 
 @FLAVOURS
+@pytest.mark.parametrize("how", ["passed", "made"])
+def test_the_trainer_trains_with_changed_loaders(flavour, how):
+    """``_data_source`` has an ``instance`` and a method ``dataloader``; ``_combined_loader`` is what came of it."""
+    own, other, found = loader(), loader(), []
+
+    class Changes(flavour.Callback):
+        def setup(self, trainer, pl_module, stage):
+            _lightning.change_train_loaders(trainer, lambda loaders: found.append(loaders) or {"a": other})
+
+        def on_train_start(self, trainer, pl_module):
+            found.append(_lightning.train_loaders(trainer))
+
+        def teardown(self, trainer, pl_module, stage):
+            _lightning.release_train_loaders(trainer)
+
+    step = {"training_step": lambda self, batch, batch_idx: self.layer(batch["a"]).sum()}
+    module = module_of(flavour, **step, **({"train_dataloader": lambda self: own} if how == "made" else {}))
+    trainer = quiet(flavour, callbacks=[Changes()])
+    trainer.fit(module, own if how == "passed" else None)
+    assert found[0] is own
+    assert _lightning.is_combined_loader(found[1])
+    assert found[1].flattened == [other]
+    assert list(vars(trainer.fit_loop._data_source)) == ["instance", "name"]
+
+
+@FLAVOURS
 def test_the_step_of_a_batch_is_lightnings_own(flavour, tmp_path):
     """``fit_loop.epoch_loop._batches_that_stepped`` is under what Lightning logs a batch's metrics."""
     logged = []

@@ -23,7 +23,12 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_memplan._sample import SIZES, batch_size_of, borrowed, dataset_size, resized, sample_batches
+from lightning_memplan._loaders import borrowed, dataset_size
+from lightning_memplan._sample import SIZES, batch_size_of, read_samples, resized
+
+
+def sample_batches(source, **how):
+    return read_samples(source, **how).batches()
 
 
 def shapes(source):

@@ -6,7 +6,6 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -16,11 +15,12 @@ from lightning_memplan._device import cpu_device, detect_devices, gpu
 from lightning_memplan._errors import DoesNotFitError, TraceError
 from lightning_memplan._estimate import Estimate
 from lightning_memplan._lightning import is_datamodule, is_lightning_module, is_overridden, trainer_settings
+from lightning_memplan._loaders import dataset_size
 from lightning_memplan._order import MakeOptimizer
 from lightning_memplan._planner import largest_fitting
 from lightning_memplan._probe import probe_steps
 from lightning_memplan._report import does_not_fit_message
-from lightning_memplan._sample import dataset_size, sample_batches
+from lightning_memplan._sample import SAMPLE_SIZE, Which, check_sample, read_samples
 from lightning_memplan._scaling import scale
 from lightning_memplan._step import prepared, run_formula, trace_steps
 from lightning_memplan._types import Device, Plan, StepSettings, parse_precision
@@ -44,6 +44,8 @@ def estimate(
     device: Device | str | None = None,
     gradient_clip_val: float | None = None,
     accumulate_grad_batches: int = 1,
+    sample: Which = "first",
+    sample_size: int = SAMPLE_SIZE,
 ) -> Estimate:
     """What training ``module`` takes, at any batch size, without running it on a GPU.
 
@@ -66,12 +68,17 @@ def estimate(
         device: the card to plan for, by which kernels are chosen (compute capability); ``"RTX 3090"``, or a ``Device``.
         gradient_clip_val: as a Trainer's.
         accumulate_grad_batches: as a Trainer's.
+        sample: which samples of a loader's dataset batches are made of: ``"first"``, its first five, or ``"largest"``,
+            copies of the largest of ``sample_size`` that are spread over it (where samples differ in size: texts,
+            graphs, boxes).
+        sample_size: how many samples ``"largest"`` looks at.
 
     Raises:
         TraceError: ``method="trace"`` and the step cannot be traced; says what it needs, and at which line.
         ValueError: an argument that is wrong in itself.
     """
     check_method(method)
+    check_sample(sample, sample_size)
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a LightningModule or another nn.Module, not {module!r}")
     if optimizer is not None and is_lightning_module(module) and is_overridden("configure_optimizers", module):
@@ -98,6 +105,8 @@ def estimate(
         trainer=trainer,
         datamodule=datamodule,
         optimizer=optimizer,
+        sample=sample,
+        sample_size=sample_size,
     )
 
 
@@ -112,33 +121,36 @@ def estimate_step(
     datamodule: Any = None,
     optimizer: MakeOptimizer | None = None,
     stage: str | None = None,
+    sample: Which = "first",
+    sample_size: int = SAMPLE_SIZE,
 ) -> Estimate:
     """``estimate`` with every setting in hand; ``stage`` names what ``setup`` is called with, on a copy."""
-    samples = sample_batches(source)
+    samples = read_samples(source, sample, sample_size)
+    batches = samples.batches()
     common: dict[str, Any] = {"trainer": trainer, "datamodule": datamodule, "optimizer": optimizer}
     program = None
     notes: tuple[str, ...] = ()
     if method == "probe":
         index = _probed_index(device)
-        traces = probe_steps(module, partial(sample_batches, source), settings, index, stage=stage, **common)
+        traces = probe_steps(module, samples.batches, settings, index, stage=stage, **common)
         program = scale(traces)
     module = prepared(module, settings, trainer=trainer, stage=stage)
     if method in ("auto", "trace"):
         try:
-            traces = trace_steps(module, samples, settings, **common)
+            traces = trace_steps(module, batches, settings, **common)
             program = scale(traces)
             notes = traces[0].notes
         except TraceError as error:
             if method == "trace":
                 raise TraceError(f"{type(module).__name__} cannot be traced: {error}") from error
             notes = (f"planned by the formula, since the step cannot be traced: {error}",)
-    formula, more = run_formula(module, samples[0], settings, **common)
+    formula, more = run_formula(module, batches[0], settings, **common)
     return Estimate(
         "formula" if program is None else "probe" if method == "probe" else "trace",
         formula,
         program,
         AllocatorSettings.from_environment(os.environ),
-        notes + more if program is None else notes,
+        (notes + more if program is None else notes) + samples.notes,
     )
 
 
@@ -157,6 +169,8 @@ def plan(
     trainer: Any = None,
     gradient_clip_val: float | None = None,
     accumulate_grad_batches: int = 1,
+    sample: Which = "first",
+    sample_size: int = SAMPLE_SIZE,
 ) -> Plan:
     """The largest batch size with which ``module`` trains on ``device``.
 
@@ -191,6 +205,8 @@ def plan(
         device=card,
         gradient_clip_val=gradient_clip_val,
         accumulate_grad_batches=accumulate_grad_batches,
+        sample=sample,
+        sample_size=sample_size,
     )
     return plan_estimate(
         found,

@@ -1,84 +1,156 @@
-"""Write the batch size where the user keeps it."""
+"""Write the batch size where the user keeps it: attributes, hyperparameters, and the loaders themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_memplan._errors import ApplyError
+from lightning_memplan._lightning import change_train_loaders, loaders_are_made, train_loaders
+from lightning_memplan._loaders import (
+    batch_size_of_loader,
+    check_resizable,
+    loaders_in,
+    planned_sizes,
+    resized_loaders,
+    unit_of,
+)
+
+DEFAULT_NAME = "batch_size"
 
 
-def holders_of(name: str, *owners: Any) -> list[tuple[Any, bool]]:
-    """Everything that holds the batch size: ``(holder, is a mapping)`` for modules, datamodules and their hparams.
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """One place that holds the batch size: an attribute of an object, or a key of a mapping.
 
     >>> class Data:
     ...     batch_size = 4
-    >>> [(type(holder).__name__, mapping) for holder, mapping in holders_of("batch_size", Data(), None)]
-    [('Data', False)]
+    >>> holder = Holder(Data(), "batch_size")
+    >>> holder.write(8)
+    >>> holder.read()
+    8
     """
-    return list(_holders(name, owners))
+
+    owner: Any
+    key: str
+
+    def read(self) -> Any:
+        return self.owner[self.key] if isinstance(self.owner, Mapping) else getattr(self.owner, self.key)
+
+    def write(self, value: int) -> None:
+        """Set it.
+
+        Raises:
+            ApplyError: it is read only, and does not follow what has been set elsewhere.
+        """
+        try:
+            if isinstance(self.owner, MutableMapping):
+                self.owner[self.key] = value
+            else:
+                setattr(self.owner, self.key, value)
+        except Exception as error:
+            if self.read() != value:  # a property that reads what was set before
+                raise ApplyError(
+                    f"{self} cannot be set to {value} ({type(error).__name__}: {error}): let it be set, or name "
+                    "another attribute with batch_arg_name=..."
+                ) from error
+
+    def __str__(self) -> str:
+        kind = type(self.owner).__name__
+        return f"{kind}[{self.key!r}]" if isinstance(self.owner, Mapping) else f"{kind}.{self.key}"
 
 
-def _holders(name: str, owners: tuple[Any, ...]) -> Iterator[tuple[Any, bool]]:
+def holders_of(name: str, *owners: Any) -> list[Holder]:
+    """Everything that holds the batch size: modules, datamodules and their hparams, which come first.
+
+    A dotted name is looked up step by step, in attributes and mappings alike.
+
+    >>> class Data:
+    ...     batch_size = 4
+    ...     hparams = {"data": {"batch_size": 4}}
+    >>> print(*holders_of("batch_size", Data(), None), *holders_of("data.batch_size", Data()))
+    Data.batch_size dict['batch_size']
+    """
+    found: dict[int, Holder] = {}
     for owner in owners:
-        if owner is None:
-            continue
-        if hasattr(owner, name):
-            yield owner, False
-        hparams = getattr(owner, "hparams", None)
-        if isinstance(hparams, MutableMapping) and name in hparams:
-            yield hparams, True
+        for root in (getattr(owner, "hparams", None), owner):  # a property may read what the hparams hold
+            for holder in _holders(root, name):
+                found.setdefault(id(holder.owner), holder)
+    return list(found.values())
 
 
-def read_batch_size(name: str, *owners: Any) -> int:
-    """The batch size as the user set it.
+def _holders(root: Any, name: str) -> Iterator[Holder]:
+    *path, key = name.split(".")
+    for step in path:
+        root = root.get(step) if isinstance(root, Mapping) else getattr(root, step, None)
+    if root is not None and (key in root if isinstance(root, Mapping) else hasattr(root, key)):
+        yield Holder(root, key)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the batch size of a fit is kept, found before planning and written after it.
+
+    ``source`` is what gives the train loaders; an attribute that differs from their batch size keeps its ratio to it
+    (``self.batch_size // 4`` in the hook of a run on four cards).
+    """
+
+    holders: tuple[Holder, ...]
+    trainer: Any
+    source: Any
+
+    def write(self, batch_size: int) -> None:
+        """Set it on all that hold it, and see to it that the Trainer's loaders have it.
+
+        Raises:
+            ApplyError: a holder or a loader cannot be set.
+        """
+        unit = unit_of(self.source)
+        for holder in self.holders:
+            old = holder.read()
+            holder.write(max(1, batch_size * old // unit) if unit else batch_size)
+        sizes = planned_sizes(self.source, batch_size)
+        change_train_loaders(self.trainer, lambda loaders: resized_loaders(loaders, sizes))
+
+    def check(self, batch_size: int) -> None:
+        """Raise ApplyError unless the Trainer's loaders, which are there now, have the size that was planned."""
+        loaders = loaders_in(train_loaders(self.trainer))
+        for loader, planned in zip(loaders, planned_sizes(self.source, batch_size), strict=False):
+            if batch_size_of_loader(loader) not in (None, planned):
+                raise ApplyError(
+                    f"{planned} samples a batch were planned, and the {type(loader).__name__} gives "
+                    f"{batch_size_of_loader(loader)}: Lightning made it anew, with its own sampler, from arguments "
+                    "that do not tell its batch size; give its __init__ an argument batch_size, or pass apply=False"
+                )
+
+
+def find_holders(name: str, *owners: Any) -> tuple[Holder, ...]:
+    """What holds the batch size; nothing may, where the name is the default.
 
     Raises:
         ApplyError: nothing has an attribute or hyperparameter of that name.
         TypeError: it is not an int.
     """
     found = holders_of(name, *owners)
-    if not found:
+    whole = tuple(holder for holder in found if type(holder.read()) is int)
+    if found and not whole:
+        raise TypeError(f"{found[-1]} should be an int, the batch size, and is {found[-1].read()!r}")
+    if not found and name != DEFAULT_NAME:
         owners_named = " or ".join(type(owner).__name__ for owner in owners if owner is not None)
         raise ApplyError(
-            f"{owners_named} has no attribute or hyperparameter {name!r} to set: keep the batch size as self.{name} "
-            "and make the dataloaders with it, name the attribute with batch_arg_name=..., or pass apply=False"
+            f"{owners_named} has no attribute or hyperparameter {name!r} to set: name the one that holds the batch "
+            "size with batch_arg_name=..., leave it out to set the loaders alone, or pass apply=False"
         )
-    holder, mapping = found[0]
-    value = holder[name] if mapping else getattr(holder, name)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{type(holder).__name__}.{name} should be an int, the batch size, and is {value!r}")
-    return value
+    return whole
 
 
-def check_settable(name: str, *owners: Any, loaders_are_made: bool) -> None:
-    """Raise unless ``write_batch_size`` can set the batch size, and loaders will be made with it.
+def find_place(trainer: Any, source: Any, holders: tuple[Holder, ...]) -> Place:
+    """Where the batch size is kept.
 
     Raises:
-        ApplyError: the loaders are there already, or nothing has an attribute or hyperparameter of that name.
-        TypeError: it is not an int.
+        ApplyError: the loaders have to be set themselves, and one of them cannot be; says what to change.
     """
-    if not loaders_are_made:
-        raise ApplyError(
-            "the loaders were passed to fit, and keep the batch size that they were made with: make them in "
-            f"train_dataloader() of a module or datamodule that keeps it as self.{name}, or pass apply=False and make "
-            "them with planner.plan.batch_size, or mp.plan(module, loader).batch_size, yourself"
-        )
-    read_batch_size(name, *owners)
-
-
-def write_batch_size(name: str, batch_size: int, *owners: Any) -> None:
-    """Set the batch size on everything that holds it.
-
-    >>> class Data:
-    ...     batch_size = 4
-    >>> data = Data()
-    >>> write_batch_size("batch_size", 64, data)
-    >>> data.batch_size
-    64
-    """
-    for holder, mapping in holders_of(name, *owners):
-        if mapping:
-            holder[name] = batch_size
-        else:
-            setattr(holder, name, batch_size)
+    if not holders or not loaders_are_made(trainer):
+        check_resizable(source)
+    return Place(holders, trainer, source)

@@ -137,7 +137,7 @@ def _recurrent_filters(module: nn.RNNBase) -> tuple[Filters, ...]:
 
 
 def tensors_of(value: object) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists, mappings and dataclasses, in order.
+    """Every tensor in nested tuples, lists, mappings, dataclasses and what else has a ``to()`` (graphs), in order.
 
     >>> [tuple(t.shape) for t in tensors_of((torch.ones(2), {"state": [torch.ones(3), None, "text"]}))]
     [(2,), (3,)]
@@ -153,6 +153,9 @@ def tensors_of(value: object) -> Iterator[Tensor]:
     elif is_dataclass(value) and not isinstance(value, type):
         for entry in fields(value):
             yield from tensors_of(getattr(value, entry.name, None))
+    elif callable(getattr(value, "to", None)) and not isinstance(value, nn.Module):  # as Lightning moves a batch
+        for item in getattr(value, "__dict__", {}).values():
+            yield from tensors_of(item)
 
 
 def sample_bytes(batch: object, batch_size: int) -> int:

@@ -131,6 +131,59 @@ def loaders_are_made(trainer: Any) -> bool:
     return is_lightning_module(source) or is_datamodule(source)
 
 
+def is_combined_loader(thing: object) -> bool:
+    """Whether ``thing`` is a CombinedLoader of either name."""
+    utilities = (importlib.import_module(f"{flavour.__name__}.utilities.combined_loader") for flavour in _FLAVOURS)
+    return any(isinstance(thing, module.CombinedLoader) for module in utilities)
+
+
+def remember_arguments(copied: Any, **changed: Any) -> None:
+    """Change what Lightning remembers of how a loader or batch sampler was made, on a copy of one.
+
+    Lightning notes the arguments of those that a hook makes, and makes them anew with these for a distributed sampler
+    (lightning_fabric/utilities/data.py, ``_wrap_init_method``).
+    """
+    noted = vars(copied)
+    if "__pl_saved_args" not in noted:
+        return
+    names, args, kwargs = noted["__pl_saved_arg_names"], noted["__pl_saved_args"], dict(noted["__pl_saved_kwargs"])
+    for name, value in changed.items():
+        if name in names:
+            place = names.index(name)
+            args = (*args[:place], value, *args[place + 1 :])
+        else:
+            kwargs[name] = value
+    noted.update(__pl_saved_args=args, __pl_saved_kwargs=kwargs)
+
+
+def change_train_loaders(trainer: Any, change: Callable[[Any], Any]) -> None:
+    """Let the Trainer train with ``change(loaders)`` in the place of those that were passed, or that a hook makes.
+
+    What was passed is changed once; what a hook makes, each time it is called in this fit. Call it at ``setup``.
+    """
+    source = trainer.fit_loop._data_source
+    owner = source.instance
+    if not loaders_are_made(trainer):
+        source.instance = change(owner)
+        return
+
+    def dataloader() -> Any:
+        loaders = type(source).dataloader(source)
+        return change(loaders) if source.instance is owner else loaders
+
+    source.dataloader = dataloader
+
+
+def release_train_loaders(trainer: Any) -> None:
+    """Undo ``change_train_loaders`` for the fits to come."""
+    vars(trainer.fit_loop._data_source).pop("dataloader", None)
+
+
+def train_loaders(trainer: Any) -> Any:
+    """What the Trainer trains with, once it has begun: a CombinedLoader."""
+    return trainer.fit_loop._combined_loader
+
+
 def bucket_bytes(trainer: Any, gradient_bytes: int) -> int:
     """What DistributedDataParallel holds beside the gradients: buckets of their size, unless those are the gradients.
 

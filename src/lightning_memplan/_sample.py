@@ -4,77 +4,115 @@ from __future__ import annotations
 
 import copy
 import itertools
-import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_memplan._lightning import apply_to_collection, isolated_random_state
+from lightning_memplan._formula import tensors_of
+from lightning_memplan._lightning import apply_to_collection, is_combined_loader, isolated_random_state
+from lightning_memplan._loaders import borrowed, common_multiple, samples_of_loader, share_of
+from lightning_memplan._units import format_bytes
 
 SIZES = (2, 3, 5)  #: batch sizes that are traced: two determine a line, three a parabola, and the last checks
 
+Which = Literal["first", "largest"]
+_WHICH = ("first", "largest")
+SAMPLE_SIZE = 64  #: samples that ``"largest"`` looks at where nothing is said
+_FIRST = max(SIZES)  #: samples that ``"first"`` looks at
 
-def sample_batches(source: Any, sizes: Sequence[int] = SIZES) -> list[tuple[int, Any]]:
-    """``(size, batch)`` for each size, from a DataLoader, a collection of them, an iterable of batches, or a batch.
+_Make = Callable[[int], Any]  # a batch of that many samples
 
-    A DataLoader's samples come from its own dataset through its own ``collate_fn``; a dataset of fewer samples repeats
-    them. A batch is cut or repeated along its first dimension. Random states are left as they were, and the dataset is
-    read through a copy (see ``borrowed``).
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What batches of any size are made of: ``notes`` says what a plan should say of it.
+
+    ``multiple`` is 1 unless loaders of a collection give different numbers of samples (see ``common_multiple``).
+    """
+
+    make: _Make
+    multiple: int = 1
+    notes: tuple[str, ...] = ()
+
+    def batches(self, sizes: Sequence[int] = SIZES) -> list[tuple[int, Any]]:
+        """``(size, batch)`` for each size, times ``multiple``."""
+        return [(size * self.multiple, self.make(size * self.multiple)) for size in sizes]
+
+
+def read_samples(source: Any, sample: Which = "first", sample_size: int = SAMPLE_SIZE) -> Samples:
+    """A few samples of a DataLoader, a collection of them, an iterable of batches, or a batch.
+
+    A DataLoader's samples are the first five of its dataset, and go through its own ``collate_fn``. Where they differ
+    in size, as texts and graphs do, batches are made of copies of the largest of them, so that all batches are alike.
+    ``"largest"`` looks at ``sample_size`` samples instead, at equal distances over the dataset (the first ones of an
+    ``IterableDataset``). A batch is cut or repeated along its first dimension. Random states are left as they were, and
+    the dataset is read through a copy (see ``borrowed``).
 
     >>> loader = DataLoader([torch.zeros(3)] * 10, batch_size=4)
-    >>> [(size, tuple(batch.shape)) for size, batch in sample_batches(loader)]
+    >>> [(size, tuple(batch.shape)) for size, batch in read_samples(loader).batches()]
     [(2, (2, 3)), (3, (3, 3)), (5, (5, 3))]
-    >>> [tuple(batch[0].shape) for _, batch in sample_batches((torch.zeros(4, 8), torch.zeros(4)))]
+    >>> [tuple(batch[0].shape) for _, batch in read_samples((torch.zeros(4, 8), torch.zeros(4))).batches()]
     [(2, 8), (3, 8), (5, 8)]
 
     Raises:
         ValueError: the dataset has length 0, no tensor's first dimension can be the batch, or the source is an
             iterator, which would lose the batch that is read.
     """
+    notes: dict[str, None] = {}
     with isolated_random_state():
-        return _sample_batches(source, sizes)
+        make = _maker(source, _Look(sample, sample_size, notes))
+    return Samples(make, common_multiple(source) if _is_collection(source) else 1, tuple(notes))
 
 
-def _sample_batches(source: Any, sizes: Sequence[int]) -> list[tuple[int, Any]]:
+def check_sample(sample: object, sample_size: object) -> None:
+    """Raise ValueError unless these are arguments of ``read_samples``."""
+    if sample not in _WHICH:
+        raise ValueError(f"sample is one of {', '.join(map(repr, _WHICH))}, not {sample!r}")
+    if not isinstance(sample_size, int) or isinstance(sample_size, bool) or sample_size < 1:
+        raise ValueError(f"sample_size is the number of samples to look at, an int of at least 1, not {sample_size!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """How samples are looked for, and what is noted on the way."""
+
+    sample: Which
+    sample_size: int
+    notes: dict[str, None]
+
+    @property
+    def count(self) -> int:
+        return _FIRST if self.sample == "first" else self.sample_size
+
+    @property
+    def said(self) -> str:
+        if self.sample == "first":
+            return f"the first {_FIRST} (sample='largest' looks at more)"
+        return f"the {self.sample_size} that were looked at"
+
+
+def _maker(source: Any, look: _Look) -> _Make:
     if isinstance(source, DataLoader):
-        return _from_loader(source, sizes)
-    loaders = _loaders(source)
-    if loaders is not None:
-        return _from_collection(*loaders, sizes)
+        return _from_loader(source, look)
+    if _is_collection(source):
+        return _from_collection(source, look)
     if not _is_batch(source) and hasattr(source, "__iter__"):
         if hasattr(source, "__next__"):
             raise ValueError(
                 f"{_kind(source)} can be read only once, and the batch that a plan reads would be lost: pass what can "
                 "be begun anew, such as a DataLoader, or a batch"
             )
-        source = _first(iter(source), "the loader yields no batch")
-    size = batch_size_of(source)
-    return [(k, resized(source, size, k)) for k in sizes]
+        source = next(iter(source), None)
+        if source is None:
+            raise ValueError("the loader yields no batch")
+    return _from_batch(source)
 
 
-def dataset_size(source: Any) -> int | None:
-    """Samples that the smallest of the datasets holds, None where it cannot be told.
-
-    >>> dataset_size(DataLoader([torch.zeros(3)] * 10, batch_size=4))
-    10
-    """
-    if isinstance(source, DataLoader):
-        sampler = source.sampler if source.batch_size is not None else None
-        for sized in (sampler, source.dataset):
-            try:
-                if sized is not None and not isinstance(source.dataset, IterableDataset):
-                    return len(sized)  # type: ignore[arg-type]
-            except (TypeError, NotImplementedError):
-                continue
-        return None
-    loaders = _loaders(source)
-    if loaders is None:
-        return None
-    sizes = [size for size in map(dataset_size, loaders[0].values()) if size is not None]
-    return min(sizes, default=None)
+# ------------------------------------------------------------------------------------------------------------- a batch
 
 
 def batch_size_of(batch: Any) -> int:
@@ -86,6 +124,11 @@ def batch_size_of(batch: Any) -> int:
     for leaf in _tensors(batch):
         if leaf.dim():
             return leaf.size(0)
+    if any(leaf.dim() for leaf in _hidden_tensors(batch)):
+        raise ValueError(
+            f"{_kind(batch)} cannot be cut into batches of other sizes: pass the DataLoader that makes it, whose "
+            "dataset and collate_fn do"
+        )
     raise ValueError(f"a batch is made of tensors whose first dimension is the batch; there is none in {_kind(batch)}")
 
 
@@ -102,121 +145,118 @@ def resized(batch: Any, size: int, wanted: int) -> Any:
     return apply_to_collection(batch, torch.Tensor, one)
 
 
-def borrowed(dataset: Any) -> Any:
-    """A shallow copy of a dataset, to be read in its place: what reading it sets, opens or draws stays the copy's own.
-
-    Datasets in it (``Subset``, ``ConcatDataset``) and random generators are copied too, lists and dictionaries by their
-    outermost level; samples are shared. What cannot be copied is read itself.
-
-    >>> class Counts(Dataset):
-    ...     read = 0
-    ...     def __getitem__(self, index):
-    ...         self.read += 1
-    >>> counts = Counts()
-    >>> copied = borrowed(counts)
-    >>> copied[0]
-    >>> copied.read, counts.read
-    (1, 0)
-    """
-    return _borrowed(dataset, {})
+def _from_batch(batch: Any) -> _Make:
+    size = batch_size_of(batch)
+    return lambda wanted: resized(batch, size, wanted)
 
 
-def _borrowed(thing: Any, memo: dict[int, Any]) -> Any:
-    if id(thing) in memo:
-        return memo[id(thing)]
-    try:
-        own = memo[id(thing)] = copy.copy(thing)
-    except Exception:  # noqa: BLE001 - whatever a class of the user's raises
-        return thing
-    for name, value in list(getattr(own, "__dict__", {}).items()):
-        own.__dict__[name] = _part(value, memo)
-    return own
+def _is_batch(thing: Any) -> bool:
+    return any(leaf.dim() for leaf in (*_tensors(thing), *_hidden_tensors(thing)))
 
 
-def _part(value: Any, memo: dict[int, Any]) -> Any:
-    if isinstance(value, Dataset):
-        return _borrowed(value, memo)
-    if isinstance(value, (random.Random, torch.Generator)) or type(value).__module__.startswith("numpy.random"):
-        return memo.setdefault(id(value), copy.deepcopy(value))
-    if type(value) in (list, tuple):
-        return type(value)(_borrowed(v, memo) if isinstance(v, Dataset) else v for v in value)
-    if type(value) is dict:
-        return {k: _borrowed(v, memo) if isinstance(v, Dataset) else v for k, v in value.items()}
-    return copy.copy(value) if type(value) is set else value
+def _tensors(batch: Any) -> list[torch.Tensor]:
+    """The tensors that ``resized`` would cut."""
+    found: list[torch.Tensor] = []
+    apply_to_collection(batch, torch.Tensor, lambda t: found.append(t))
+    return found
 
 
-def _from_loader(loader: DataLoader[Any], sizes: Sequence[int]) -> list[tuple[int, Any]]:
-    dataset = borrowed(loader.dataset)
-    if loader.batch_size is None and loader.batch_sampler is None:  # the dataset makes the batches itself
-        batch = _first(
-            iter(dataset) if isinstance(dataset, IterableDataset) else (dataset[i] for i in range(1)), _EMPTY
-        )
-        batch = loader.collate_fn(batch)
-        size = batch_size_of(batch)
-        return [(k, resized(batch, size, k)) for k in sizes]
-    most = max(sizes)
-    if isinstance(dataset, IterableDataset):
-        samples = list(itertools.islice(dataset, most))
-    else:
-        length = dataset_size(loader)
-        if length == 0:
-            raise ValueError(_EMPTY)
-        count = min(most, len(dataset)) if hasattr(dataset, "__len__") else most
-        samples = [dataset[i] for i in range(count)]
-    if not samples:
-        raise ValueError(_EMPTY)
-    samples = list(itertools.islice(itertools.cycle(samples), most))
-    return [(k, loader.collate_fn(samples[:k])) for k in sizes]
+def _hidden_tensors(batch: Any) -> list[torch.Tensor]:
+    """The tensors of a batch that is an object of its own kind, such as a batch of graphs."""
+    return [*tensors_of(batch), *(leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor))]
 
+
+# ------------------------------------------------------------------------------------------------------------ a loader
 
 _EMPTY = "the dataset has length 0: there is nothing to plan a batch size for"
 
 
-def _loaders(source: Any) -> tuple[Mapping[Any, Any], Any] | None:
-    """The loaders of a collection by name, and what puts their batches in its shape; None if it is no such thing."""
-    iterables = getattr(source, "iterables", None)  # Lightning's CombinedLoader
-    collection = source if iterables is None else iterables
-    shape: Callable[[Mapping[Any, Any]], Any]
-    if isinstance(collection, Mapping):
-        named, shape = dict(collection), dict
-    elif isinstance(collection, (list, tuple)):
-        named, shape = dict(enumerate(collection)), _as_list
+def _from_loader(loader: DataLoader[Any], look: _Look) -> _Make:
+    if loader.batch_sampler is None:  # the dataset makes the batches itself
+        count = 1 if look.sample == "first" else look.count
+        batches = [loader.collate_fn(item) for item in _items(loader, count, spread=True)]
+        return _from_batch(max(batches, key=_bytes_of))
+    items = _items(loader, look.count, spread=look.sample == "largest")
+
+    def collated(samples: Sequence[Any]) -> Any:
+        with isolated_random_state():  # a collate_fn that draws sizes draws the same for each
+            return loader.collate_fn([_own(sample) for sample in samples])
+
+    if len({_outline(item) for item in items}) > 1:
+        sizes = [_bytes_of(collated([item, item])) // 2 for item in items]
+        if min(sizes) < max(sizes):
+            items = [items[sizes.index(max(sizes))]]
+            look.notes[
+                f"samples differ in size ({format_bytes(min(sizes))} to {format_bytes(max(sizes))}): planned for "
+                f"batches of the largest of {look.said}"
+            ] = None
+    return lambda size: collated(list(itertools.islice(itertools.cycle(items), size)))
+
+
+def _items(loader: DataLoader[Any], count: int, *, spread: bool) -> list[Any]:
+    """What the loader's dataset gives: its first ones, or as many at equal distances over the whole of it."""
+    dataset = borrowed(loader.dataset)
+    if isinstance(dataset, IterableDataset):
+        items = list(itertools.islice(dataset, count))
+    elif samples_of_loader(loader) == 0:
+        items = []
     else:
-        return None
-    if not named or not all(isinstance(v, DataLoader) or _loaders(v) is not None for v in named.values()):
-        return None
-    if getattr(source, "_mode", None) == "sequential":  # one loader's batch at a time
-        return named, _the_first
-    return named, shape
+        length = len(dataset) if hasattr(dataset, "__len__") else count
+        step = max(1, length // count) if spread else 1
+        try:
+            items = [dataset[index] for index in range(0, min(length, count * step), step)]
+        except (KeyError, TypeError, IndexError):  # its indices are no numbers: a sampler has them
+            batches = loader.batch_sampler
+            indices = borrowed(loader.sampler) if batches is None else itertools.chain.from_iterable(borrowed(batches))
+            items = [dataset[index] for index in itertools.islice(indices, count)]
+    if not items:
+        raise ValueError(_EMPTY)
+    return items
 
 
-def _as_list(batches: Mapping[Any, Any]) -> list[Any]:
-    return list(batches.values())
+def _own(sample: Any) -> Any:
+    """The sample for one use, since a collate_fn may take things out of it."""
+    return copy.copy(sample) if isinstance(sample, (dict, list)) else sample
 
 
-def _the_first(batches: Mapping[Any, Any]) -> Any:
-    return next(iter(batches.values()))
+def _outline(thing: Any) -> Any:
+    """What a sample's size depends on: the shapes and lengths of its parts."""
+    if isinstance(thing, (str, bytes)):
+        return len(thing)
+    if isinstance(thing, Mapping):
+        return tuple((key, _outline(value)) for key, value in thing.items())
+    if isinstance(thing, (list, tuple)):
+        return tuple(map(_outline, thing))
+    shape = getattr(thing, "shape", getattr(thing, "size", None))  # of tensors and arrays, of PIL's images
+    if isinstance(shape, (tuple, torch.Size)):
+        return tuple(shape)
+    return tuple(tuple(tensor.shape) for tensor in tensors_of(thing))
 
 
-def _from_collection(named: Mapping[Any, Any], shape: Any, sizes: Sequence[int]) -> list[tuple[int, Any]]:
-    sampled = {name: _sample_batches(loader, sizes) for name, loader in named.items()}
-    return [(k, shape({name: batches[i][1] for name, batches in sampled.items()})) for i, k in enumerate(sizes)]
+def _bytes_of(batch: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors_of(batch))
 
 
-def _is_batch(thing: Any) -> bool:
-    return any(leaf.dim() for leaf in _tensors(thing))
+# ---------------------------------------------------------------------------------------------------- several loaders
 
 
-def _tensors(batch: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    apply_to_collection(batch, torch.Tensor, lambda t: found.append(t))
-    return found or [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+def _is_collection(source: Any) -> bool:
+    return any(isinstance(leaf, DataLoader) or is_combined_loader(leaf) for leaf in tree_leaves(source))
 
 
-def _first(iterator: Any, message: str) -> Any:
-    for item in iterator:
-        return item
-    raise ValueError(message)
+def _from_collection(source: Any, look: _Look) -> _Make:
+    """A batch of each loader, in the shape of the collection; the largest where one loader comes after the other."""
+    loaders = source.iterables if is_combined_loader(source) else source
+    makers = [(_maker(loader, look), share_of(loader, source)) for loader in tree_leaves(loaders)]
+
+    def make(size: int) -> Any:
+        batches = iter([one(max(1, int(size * share))) for one, share in makers])
+        return tree_map(lambda loader: next(batches), loaders)
+
+    if is_combined_loader(source) and source._mode == "sequential":
+        largest, share = max(makers, key=lambda maker: _bytes_of(maker[0](1)) * maker[1])
+        return lambda size: largest(max(1, int(size * share)))
+    return make
 
 
 def _kind(batch: Any) -> str:

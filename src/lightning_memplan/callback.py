@@ -19,7 +19,7 @@ from lightning_memplan._api import (
     named_device,
     plan_estimate,
 )
-from lightning_memplan._apply import check_settable, write_batch_size
+from lightning_memplan._apply import Place, find_holders, find_place
 from lightning_memplan._device import cpu_device, detect_devices, read_peaks, reset_peaks
 from lightning_memplan._errors import MemplanError
 from lightning_memplan._estimate import Estimate
@@ -28,16 +28,17 @@ from lightning_memplan._lightning import (
     agree_on_smallest,
     bucket_bytes,
     cuda_index,
-    loaders_are_made,
     logged_step,
     misconfiguration,
+    release_train_loaders,
     say,
     train_source,
     trainer_settings,
 )
+from lightning_memplan._loaders import dataset_size
 from lightning_memplan._order import traced_step
 from lightning_memplan._report import measurement_summary, plan_hparams, plan_table, step_metrics
-from lightning_memplan._sample import dataset_size
+from lightning_memplan._sample import SAMPLE_SIZE, Which, check_sample
 from lightning_memplan._step import prepared
 from lightning_memplan._types import Device, Measurement, Plan, StepSettings
 
@@ -59,10 +60,15 @@ class MemoryPlanner(CallbackBase):
         margin: The part of the card's memory to leave free, at least 0 and below 1.
         max_batch_size: The largest batch size allowed.
         multiple_of: What the batch size must be a multiple of.
-        batch_arg_name: The attribute or hyperparameter of the module or datamodule that holds the batch size.
+        batch_arg_name: The attribute or hyperparameter of the module or datamodule that holds the batch size, such as
+            ``"batch_size"`` or ``"data.batch_size"``; all that have it are set. Loaders that do not follow one, since
+            they were passed to ``fit`` or made with a number, are replaced by copies of the planned batch size.
         apply: Whether to set the batch size; ``False`` plans for information only.
         every_n_steps: Log the measurements of every n-th step; all are kept in ``measurements``.
         min_batch_size: The smallest batch size allowed; ``DoesNotFitError`` where it does not fit.
+        sample: Which samples of the dataset are planned with: ``"first"``, its first five, or ``"largest"``, copies of
+            the largest of ``sample_size`` that are spread over it, where samples differ in size (texts, graphs, boxes).
+        sample_size: How many samples ``"largest"`` looks at.
 
     Attributes:
         plan: The ``Plan``, from setup on.
@@ -70,7 +76,7 @@ class MemoryPlanner(CallbackBase):
         measurements: One ``Measurement`` for each CUDA step.
 
     Raises:
-        ApplyError: At setup: nothing holds a batch size of that name.
+        ApplyError: At setup: nothing holds a batch size of that name, or a loader's cannot be set; says what to change.
         DoesNotFitError: At setup: the smallest batch size does not fit; says what it needs and what the card has.
         ValueError: An argument that is wrong in itself.
     """
@@ -86,9 +92,12 @@ class MemoryPlanner(CallbackBase):
         apply: bool = True,
         every_n_steps: int = 1,
         min_batch_size: int = 1,
+        sample: Which = "first",
+        sample_size: int = SAMPLE_SIZE,
     ) -> None:
         super().__init__()
         check_margin(margin)
+        check_sample(sample, sample_size)
         check_method(method)
         for name, value in (("min_batch_size", min_batch_size), ("multiple_of", multiple_of)):
             _check_count(name, value)
@@ -104,6 +113,8 @@ class MemoryPlanner(CallbackBase):
         self.batch_arg_name = batch_arg_name
         self.apply = apply
         self.every_n_steps = every_n_steps
+        self.sample: Which = sample
+        self.sample_size = sample_size
         self.plan: Plan | None = None
         self.estimate: Estimate | None = None
         self.measurements: list[Measurement] = []
@@ -111,6 +122,7 @@ class MemoryPlanner(CallbackBase):
         self._settings = StepSettings()
         self._index: int | None = None
         self._held = 0
+        self._place: Place | None = None
 
     # -- plan, at setup: before any loader is built
 
@@ -128,13 +140,13 @@ class MemoryPlanner(CallbackBase):
         self._apply_plan(trainer, pl_module, size)
 
     def _make_plan(self, trainer: Any, module: Any) -> None:
-        if self.apply:  # fails before the work, not after it
-            check_settable(self.batch_arg_name, module, trainer.datamodule, loaders_are_made=loaders_are_made(trainer))
+        holders = find_holders(self.batch_arg_name, module, trainer.datamodule) if self.apply else ()
         device = self._device_of(trainer)
         self._settings = trainer_settings(trainer, device.capability)
         datamodule = copy.copy(trainer.datamodule)
         begun = partial(prepared, module, self._settings, trainer=trainer, stage="fit")
         source = train_source(trainer, begun, datamodule)
+        self._place = find_place(trainer, source, holders) if self.apply else None
         self.estimate = estimate_step(
             module,
             source,
@@ -144,6 +156,8 @@ class MemoryPlanner(CallbackBase):
             trainer=trainer,
             datamodule=datamodule,
             stage="fit",
+            sample=self.sample,
+            sample_size=self.sample_size,
         )
         self._held = held_bytes(self._index, module) + bucket_bytes(trainer, self.estimate.formula.gradient_bytes)
         device = replace(device, context=device.context + self._held)
@@ -168,8 +182,8 @@ class MemoryPlanner(CallbackBase):
             raise MemplanError("there is no batch size for all ranks: another rank cannot plan, and says why")
         if size != self.plan.batch_size:
             self.plan = plan_at(self.plan, self.estimate, size)
-        if self.apply:
-            write_batch_size(self.batch_arg_name, size, module, trainer.datamodule)
+        if self._place is not None:
+            self._place.write(size)
         steps = self.estimate.steps(size, self.plan.device.capacity)
         self._predicted = [(allocated + self._held, reserved + self._held) for allocated, reserved in steps]
         say(plan_table(self.plan))
@@ -191,6 +205,8 @@ class MemoryPlanner(CallbackBase):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self.plan is None:
             return
+        if self._place is not None:
+            self._place.check(self.plan.batch_size)
         for logger in trainer.loggers:
             logger.log_hyperparams(plan_hparams(self.plan) | self._applied())
         if self._index is None:
@@ -219,6 +235,11 @@ class MemoryPlanner(CallbackBase):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self.measurements:
             say(measurement_summary(self.measurements))
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self._place is not None:
+            release_train_loaders(trainer)
+            self._place = None
 
     def _applied(self) -> dict[str, int]:
         assert self.plan is not None

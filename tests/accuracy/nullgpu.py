@@ -159,7 +159,7 @@ def difference(row: Row, most: int) -> None:
 
     import torch
 
-    from lightning_memplan._sample import sample_batches
+    from lightning_memplan._sample import read_samples
     from lightning_memplan._step import trace_steps
     from lightning_memplan._types import StepSettings, parse_precision
     from tests.accuracy import networks
@@ -188,7 +188,7 @@ def difference(row: Row, most: int) -> None:
     settings = StepSettings(
         precision=parse_precision(row.precision), gradient_clip_val=row.clip, accumulate_grad_batches=row.accumulate
     )
-    batches = sample_batches(networks.loader(sample, row.batch_size, 1), (row.batch_size,))
+    batches = read_samples(networks.loader(sample, row.batch_size, 1)).batches((row.batch_size,))
     events = list(trace_steps(module, batches, settings, steps=STEPS)[0].events)
     blocks = {e.block: -(-e.size // 512) * 512 for e in events if e.size > 0}
     events = [e for e in events if e.block in blocks]

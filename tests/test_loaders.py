@@ -1,0 +1,421 @@
+"""The batch size of every kind of loader, wherever it comes from: set, each sample seen once, in the same order."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections import Counter
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.data import _replace_dunder_methods
+from pytorch_lightning.utilities.combined_loader import CombinedLoader
+from pytorch_lightning.utilities.data import _update_dataloader
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+import lightning_memplan as mp
+from lightning_memplan._loaders import (
+    batch_size_of_loader,
+    check_resizable,
+    dataset_size,
+    loaders_in,
+    resized_loaders,
+)
+
+CARD = mp.Device("a card", total=2**30)
+numbers = list(torch.arange(1.0, 22.0))  # 21 samples: 3 batches of 7
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(numbers)
+
+
+class Reversed(BatchSampler):
+    """A BatchSampler of the user's: the last samples first."""
+
+    def __iter__(self):
+        order = list(reversed(list(self.sampler)))
+        return iter([order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)])
+
+
+class Evens:
+    """A batch sampler that is none of torch's: even samples and odd ones in batches of their own."""
+
+    def __init__(self, count, batch_size):
+        self.count, self.batch_size = count, batch_size
+
+    def __len__(self):
+        return len(list(iter(self)))
+
+    def __iter__(self):
+        for first in (0, 1):
+            order = range(first, self.count, 2)
+            yield from (list(order[at : at + self.batch_size]) for at in range(0, len(order), self.batch_size))
+
+
+class Named(DataLoader):
+    """A subclass that asks for one more argument, and keeps it."""
+
+    def __init__(self, name, dataset, batch_size):
+        self.name = name
+        super().__init__(dataset, batch_size=batch_size, shuffle=True)
+
+
+class Doubled(DataLoader):
+    """A subclass whose arguments are not told, with an __iter__ of its own."""
+
+    def __init__(self, size, *rest):
+        super().__init__(numbers, *rest, batch_size=size, collate_fn=torch.stack)
+
+    def __iter__(self):
+        return (2 * batch for batch in super().__iter__())
+
+
+def plain(size, **kwargs):
+    return DataLoader(numbers, batch_size=size, **kwargs)
+
+
+KINDS = {
+    "plain": plain,
+    "shuffled": functools.partial(plain, shuffle=True),
+    "with a generator": lambda size: plain(size, shuffle=True, generator=torch.Generator().manual_seed(3)),
+    "dropping the last": functools.partial(plain, shuffle=True, drop_last=True),
+    "collated": functools.partial(plain, collate_fn=lambda rows: {"x": torch.stack(rows), "n": len(rows)}),
+    "a weighted sampler": lambda size: plain(size, sampler=WeightedRandomSampler([1.0] * 21, 21, replacement=False)),
+    "a batch sampler": lambda size: DataLoader(
+        numbers, batch_sampler=BatchSampler(RandomSampler(numbers), size, False)
+    ),
+    "a batch sampler's subclass": lambda size: DataLoader(
+        numbers, batch_sampler=Reversed(SequentialSampler(numbers), size, False)
+    ),
+    "a batch sampler of one's own": lambda size: DataLoader(numbers, batch_sampler=Evens(21, size)),
+    "a stream": lambda size: DataLoader(Stream(), batch_size=size),
+    "a subclass": lambda size: Named("own", numbers, size),
+    "a subclass that hides its arguments": Doubled,
+    "positional": lambda size: DataLoader(numbers, size, True),
+    "workers": functools.partial(plain, shuffle=True, num_workers=1, persistent_workers=True),
+    "a dict": lambda size: {"a": plain(size, shuffle=True), "b": plain(size)},
+    "nested": lambda size: [plain(size), {"b": (plain(size, shuffle=True),)}],
+    "a CombinedLoader": lambda size: CombinedLoader({"a": plain(size), "b": [plain(size)]}, "min_size"),
+}
+ONCE = [kind for kind in KINDS if kind not in ("a dict", "nested", "a CombinedLoader")]
+
+
+class Net(pl.LightningModule):
+    """``seen`` are the batches of real steps, each as a flat list."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        parts = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+        self.seen.append([part.tolist() for part in parts])
+        return sum(part.sum() for part in parts) * self.weight
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def attribute_of_the_module(make):
+    class Own(Net):
+        batch_size = 2
+
+        def train_dataloader(self):
+            return make(self.batch_size)
+
+    return Own(), {}
+
+
+def number_in_the_module(make):
+    class Own(Net):
+        def train_dataloader(self):
+            return make(2)
+
+    return Own(), {}
+
+
+def attribute_of_the_datamodule(make):
+    class Data(pl.LightningDataModule):
+        def __init__(self):
+            super().__init__()
+            self.batch_size = 2
+
+        def train_dataloader(self):
+            return make(self.batch_size)
+
+    return Net(), {"datamodule": Data()}
+
+
+def number_in_the_datamodule(make):
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self):
+            return make(2)
+
+    return Net(), {"datamodule": Data()}
+
+
+def passed(make, size=2):
+    return Net(), {"train_dataloaders": make(size)}
+
+
+WAYS = [
+    attribute_of_the_module,
+    number_in_the_module,
+    attribute_of_the_datamodule,
+    number_in_the_datamodule,
+    passed,
+]
+
+
+def fit(module, arguments, *callbacks, **settings):
+    """One epoch under a seed."""
+    common = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = pl.Trainer(
+        **{"max_epochs": 1, "enable_model_summary": False, **common, **settings}, callbacks=list(callbacks)
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "MemoryPlanner measures nothing")
+        pl.seed_everything(5, verbose=False)
+        trainer.fit(module, **arguments)
+    return trainer
+
+
+def planner_of(**kwargs):
+    return mp.MemoryPlanner(**{"device": CARD, "method": "formula", "max_batch_size": 7, **kwargs})
+
+
+@functools.cache
+def without_a_planner(kind):
+    module, arguments = passed(KINDS[kind], 7)
+    fit(module, arguments)
+    return module.seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_it_is_set_as_if_it_had_been_so_from_the_start(way, kind):
+    module, arguments = way(KINDS[kind])
+    planner = planner_of()
+    given = arguments.get("train_dataloaders")
+    trainer = fit(module, arguments, planner)
+    assert planner.plan.batch_size == 7
+    assert module.seen == without_a_planner(kind)
+    assert module.seen
+    assert {batch_size_of_loader(loader) for loader in loaders_in(trainer.train_dataloader)} == {7}
+    if kind in ONCE:
+        factor = 2 if kind == "a subclass that hides its arguments" else 1
+        seen = Counter(number for (batch,) in module.seen for number in batch)
+        assert seen == Counter(factor * float(number) for number in numbers)
+    if given is not None:  # the user's own loaders are as they were
+        assert {batch_size_of_loader(loader) for loader in loaders_in(given)} == {2}
+        assert all(loader._iterator is None for loader in loaders_in(given))
+
+
+def test_what_a_copy_keeps():
+    loader = plain(2, shuffle=True, num_workers=2, prefetch_factor=3, persistent_workers=True, timeout=9)
+    loader.worker_init_fn, loader.mine = print, "kept"
+    context = loader.multiprocessing_context
+    own = resized_loaders(loader, [5])
+    assert own is not loader
+    assert (own.batch_size, own.batch_sampler.batch_size, len(own)) == (5, 5, 5)  # 21 = 4 · 5 + 1
+    assert (loader.batch_size, loader.batch_sampler.batch_size, len(loader)) == (2, 2, 11)
+    for name in ("dataset", "sampler", "collate_fn", "worker_init_fn", "mine", "prefetch_factor", "timeout"):
+        assert getattr(own, name) is getattr(loader, name)
+    assert (own.num_workers, own.persistent_workers, own.multiprocessing_context) == (2, True, context)
+
+
+def test_a_loader_of_the_right_size_stays_itself():
+    loader = plain(5)
+    assert resized_loaders({"a": loader}, [5])["a"] is loader
+
+
+def test_loaders_keep_their_ratio():
+    few, many = plain(2), DataLoader(numbers * 10, batch_size=6)
+    module, planner = Net(), planner_of()
+    fit(module, {"train_dataloaders": {"labelled": few, "unlabelled": many}}, planner)
+    assert [[len(part) for part in batch] for batch in module.seen[:3]] == [[7, 21]] * 3
+    assert dataset_size({"a": few, "b": many}) == 21  # of 21 and 210 / 3 = 70
+    assert dataset_size([plain(4), plain(6)]) == 14  # 21 / 1.5
+
+
+def test_an_attribute_keeps_its_ratio_to_the_loader():
+    class Halves(pl.LightningDataModule):
+        batch_size = 4
+
+        def train_dataloader(self):
+            return plain(self.batch_size // 2)
+
+    module, data = Net(), Halves()
+    fit(module, {"datamodule": data}, planner_of())
+    assert (data.batch_size, [len(batch[0]) for batch in module.seen]) == (14, [7, 7, 7])
+
+
+def test_a_passed_loader_and_an_attribute_are_both_set():
+    module, arguments = passed(KINDS["plain"])
+    module.save_hyperparameters({"batch_size": 2})
+    fit(module, arguments, planner_of())
+    assert (module.hparams["batch_size"], [len(batch[0]) for batch in module.seen]) == (7, [7, 7, 7])
+
+
+def test_loaders_that_are_made_every_epoch():
+    module, arguments = number_in_the_module(KINDS["plain"])
+    fit(module, arguments, planner_of(), max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    assert [len(batch[0]) for batch in module.seen] == [7] * 9
+
+
+def test_the_trainer_is_left_as_it_was():
+    module, arguments = number_in_the_module(KINDS["plain"])
+    trainer = fit(module, arguments, planner_of())
+    assert "dataloader" not in vars(trainer.fit_loop._data_source)
+
+
+def test_a_loader_that_lightning_makes_anew_keeps_the_size():
+    """As it does for a distributed sampler: ``overfit_batches`` takes the same way in one process."""
+    for way in (number_in_the_module, passed):
+        module, arguments = way(KINDS["shuffled"])
+        with pytest.warns(UserWarning, match="You requested to overfit but enabled train dataloader shuffling"):
+            fit(module, arguments, planner_of(), overfit_batches=2)
+        assert [batch[0] for batch in module.seen] == [list(range(1, 8)), list(range(8, 15))]
+
+
+@pytest.mark.parametrize("noted", [True, False], ids=["made in a hook", "passed"])
+@pytest.mark.parametrize("kind", ["positional", "a batch sampler's subclass"])
+def test_what_lightning_makes_anew_for_a_rank_has_the_size(kind, noted):
+    """Lightning notes the arguments of what a hook makes, and reads the attributes of what is passed."""
+    with contextlib.ExitStack() as stack:
+        if noted:
+            stack.enter_context(_replace_dunder_methods(DataLoader, "dataset"))
+            stack.enter_context(_replace_dunder_methods(BatchSampler))
+        loader = DataLoader(numbers, 2) if kind == "positional" else KINDS[kind](2)
+    own = _update_dataloader(resized_loaders(loader, [7]), DistributedSampler(numbers, 2, 1, shuffle=False))
+    assert batch_size_of_loader(own) == 7
+    assert [len(batch) for batch in own] == [7, 4]  # 11 samples of 22
+    assert batch_size_of_loader(loader) == 2
+
+
+def test_validation_loaders_are_left():
+    class Validated(Net):
+        sizes = ()
+
+        def validation_step(self, batch, batch_idx):
+            self.sizes += (len(batch),)
+
+    module = Validated()
+    fit(module, {"train_dataloaders": plain(2), "val_dataloaders": plain(3)}, planner_of(), num_sanity_val_steps=0)
+    assert set(module.sizes) == {3}
+
+
+# -------------------------------------------------------------------------------------------------- what cannot be set
+
+
+class Batches(torch.utils.data.Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return torch.ones(4)
+
+
+class Iterated:
+    def __iter__(self):
+        return iter([torch.ones(4)])
+
+
+class Keeps(DataLoader):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.ahead = iter([])
+
+
+class Counts(DataLoader):
+    def __init__(self, dataset, size):
+        super().__init__(dataset, batch_size=size)
+        self.size = size
+
+    def __len__(self):
+        return len(self.dataset) // self.size
+
+
+class Fixed(Sampler):
+    batch_size = 4
+
+    def __iter__(self):
+        return iter([[0, 1, 2, 3]])
+
+
+CANNOT = {
+    "a list of batches": ([torch.ones(4)], "of a Tensor cannot be set, since it is no torch.utils.data.DataLoader: "),
+    "an iterable": (Iterated(), "of a Iterated cannot be set, since it is no torch.utils.data.DataLoader: "),
+    "no batch size": (
+        DataLoader(Batches(), batch_size=None),
+        r"with batch_size=None cannot be set, since its dataset makes the batches \(Batches\): make it in train_datal",
+    ),
+    "an iterator": (
+        Keeps(numbers, batch_size=4),
+        r"keeps an iterator over batches that are made already \(self\.ahead",
+    ),
+    "a second record": (
+        Counts(numbers, 4),
+        r"__len__ of its own and keeps 4 as self\.size beside batch_size: use self",
+    ),
+    "a list of indices": (
+        DataLoader(numbers, batch_sampler=[[0, 1], [2]]),
+        r"since its batch sampler list does not follow its attribute batch_size \(AttributeError: .*\): read self",
+    ),
+    "a fixed sampler": (
+        DataLoader(numbers, batch_sampler=Fixed()),
+        r"Fixed does not follow its attribute batch_size \(set to 1, it makes a batch of 4\): read self\.batch_size in",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CANNOT)
+def test_what_to_change_where_it_cannot_be_set(kind):
+    source, message = CANNOT[kind]
+    with pytest.raises(mp.ApplyError, match=f"^the batch size .*{message}.*(or pass apply=False|$)"):
+        check_resizable({"a": source})
+
+
+def test_nothing_is_run_where_it_cannot_be_set():
+    module, arguments = number_in_the_module(lambda size: DataLoader(Batches(), batch_size=None))
+    with pytest.raises(mp.ApplyError, match="with batch_size=None cannot be set"):
+        fit(module, arguments, planner_of())
+    assert module.seen == []
+
+
+def test_a_batch_sampler_is_not_advanced_to_check_it():
+    class Remembers(BatchSampler):
+        begun = 0
+
+        def __iter__(self):
+            self.begun += 1
+            return super().__iter__()
+
+    generator = torch.Generator().manual_seed(1)
+    batches = Remembers(RandomSampler(numbers, generator=generator), 4, False)
+    state = generator.get_state()
+    check_resizable(DataLoader(numbers, batch_sampler=batches))
+    assert batches.begun == 0
+    assert torch.equal(generator.get_state(), state)
+
+
+def test_samples_of_a_tensor_dataset_are_counted_by_the_sampler():
+    short = RandomSampler(numbers, num_samples=9)
+    assert dataset_size(DataLoader(TensorDataset(torch.ones(21)), batch_sampler=BatchSampler(short, 2, False))) == 9
