@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -182,6 +183,44 @@ def test_limits_of_a_plan():
     assert (by_dataset.batch_size, by_dataset.limited_by) == (300, "dataset")
     by_limit = mp.plan(Module(), loader, device=CARD, max_batch_size=100, multiple_of=8)
     assert (by_limit.batch_size, by_limit.limited_by) == (96, "max_batch_size")
+
+
+def test_an_effective_batch_size_is_accumulated(estimate):
+    free = mp.plan(Module(), torch.zeros(4, 1024), device=CARD).batch_size  # without accumulation, over 8000
+    accumulated = mp.estimate(Module(), torch.zeros(4, 1024), accumulate_grad_batches=3)
+    plan = mp.plan(Module(), torch.zeros(4, 1024), device=CARD, effective_batch_size=2**14)
+    assert 2**12 < free < 2**14
+    assert (plan.batch_size * plan.accumulate_grad_batches, plan.limited_by) == (2**14, "memory")
+    assert accumulated.fits(plan.batch_size, plan.budget)
+    assert not accumulated.fits(2 * plan.batch_size, plan.budget)  # the next larger divisor
+    assert plan.predicted_allocated == accumulated.peak_allocated(plan.batch_size)
+    whole = mp.plan(Module(), torch.zeros(4, 1024), device=CARD, effective_batch_size=free)  # fits at once
+    assert (whole.batch_size, whole.accumulate_grad_batches) == (free, 1)
+    assert whole.limited_by == "effective_batch_size"
+    assert whole.predicted_peak == estimate.peak(free, CARD.capacity)
+
+
+def test_an_effective_batch_size_with_a_trainer():
+    two = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
+    plan = mp.plan(
+        Module(), torch.zeros(4, 1024), device=CARD, trainer=two, effective_batch_size=600, max_batch_size=99
+    )
+    assert (plan.batch_size, plan.accumulate_grad_batches) == (75, 4)  # 75 · 4 · 2 = 600, and 300 / 3 = 100 is over 99
+    with pytest.raises(MisconfigurationException, match="effective_batch_size=601 has no equal share for each of 2"):
+        mp.plan(Module(), torch.zeros(4, 1024), device=CARD, trainer=two, effective_batch_size=601)
+    with pytest.raises(MisconfigurationException, match="and it is 4 already: leave one out"):
+        mp.plan(Module(), torch.zeros(4, 1024), device=CARD, effective_batch_size=600, accumulate_grad_batches=4)
+    with pytest.raises(ValueError, match="effective_batch_size is an int of at least 1, not 0"):
+        mp.plan(Module(), torch.zeros(4, 1024), device=CARD, effective_batch_size=0)
+    with pytest.raises(ValueError, match=r"effective_batch_size=600 is 600 samples a step .* has 300 for each"):
+        mp.plan(Module(), DataLoader(torch.zeros(300, 1024)), device=CARD, effective_batch_size=600)
+
+
+def test_a_trainers_accumulation_is_in_the_plan(estimate):
+    trainer = pl.Trainer(accelerator="cpu", accumulate_grad_batches=4, logger=False, enable_checkpointing=False)
+    plan = mp.plan(Module(), torch.zeros(4, 1024), device=CARD, trainer=trainer)
+    assert plan.accumulate_grad_batches == 4
+    assert plan.batch_size < mp.plan(Module(), torch.zeros(4, 1024), device=CARD).batch_size
 
 
 def test_a_larger_margin_is_a_smaller_batch():

@@ -12,6 +12,7 @@ import random
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,13 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_memplan as mp
+from lightning_memplan._lightning import check_accumulation
 
 GiB = 2**30
 CARD = mp.Device("a card", total=8 * GiB)
@@ -326,7 +329,9 @@ def test_a_margin_that_is_no_part(margin):
         mp.MemoryPlanner(margin=margin)
 
 
-@pytest.mark.parametrize("name", ["min_batch_size", "max_batch_size", "multiple_of", "every_n_steps"])
+@pytest.mark.parametrize(
+    "name", ["min_batch_size", "max_batch_size", "multiple_of", "every_n_steps", "effective_batch_size"]
+)
 @pytest.mark.parametrize("value", [0, -1, 2.0, "4", True])
 def test_counts_that_are_none(name, value):
     with pytest.raises(ValueError, match=f"{name} is an int of at least 1, not {value!r}"):
@@ -643,6 +648,114 @@ def test_settings_of_the_trainer(settings):
     fit(module, Data(), planner, **settings)
     assert module.seen == [7, 7, 7]
     assert planner.plan.accumulate_grad_batches == settings.get("accumulate_grad_batches", 1)
+
+
+# ---------------------------------------------------------------------------------------- an effective batch size
+
+
+class Steps(Net):
+    """Remembers which batches the optimizer stepped after."""
+
+    def __init__(self):
+        super().__init__()
+        self.stepped: list[int] = []
+
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        self.stepped.append(sum(self.seen))
+
+
+def test_an_effective_batch_size_is_accumulated(tmp_path, caplog):
+    module, planner = Steps(), planner_of(effective_batch_size=15)
+    with caplog.at_level("INFO", logger="pytorch_lightning.utilities.rank_zero"):
+        whole = fit(module, Data(samples(31)), planner, logger=CSVLogger(tmp_path, name="", version=""), max_epochs=2)
+    # the divisors of 15 up to 7 are 1, 3 and 5: three batches of 5 make a step, and the 31st sample one of its own
+    assert (planner.plan.batch_size, planner.plan.accumulate_grad_batches) == (5, 3)
+    assert (planner.plan.limited_by, whole.accumulate_grad_batches) == ("max_batch_size", 3)
+    assert module.seen == [5, 5, 5, 5, 5, 5, 1] * 2
+    assert module.stepped == [15, 30, 31, 46, 61, 62]
+    written = dict(line.split(": ", 1) for line in (tmp_path / "hparams.yaml").read_text().splitlines())
+    assert {k: written[k] for k in ("batch_size", "accumulate_grad_batches", "effective_batch_size")} == {
+        "batch_size": "5",
+        "accumulate_grad_batches": "3",
+        "effective_batch_size": "15",
+    }
+    assert "samples a step          15   3 batches of 5" in caplog.text
+
+
+def test_an_effective_batch_size_that_fits_is_one_batch():
+    module, planner, data = Steps(), planner_of(effective_batch_size=7, max_batch_size=None), Data()
+    whole = fit(module, data, planner)
+    assert (data.batch_size, whole.accumulate_grad_batches, planner.plan.limited_by) == (7, 1, "effective_batch_size")
+    assert module.stepped == [7, 14, 21]
+
+
+def test_it_is_traced_with_accumulation_only_where_it_has_to_be(monkeypatch):
+    traced = []
+
+    def trace_steps(module, batches, settings, **kwargs):
+        traced.append(settings.accumulate_grad_batches)
+        return original(module, batches, settings, **kwargs)
+
+    original = mp._api.trace_steps
+    monkeypatch.setattr(mp._api, "trace_steps", trace_steps)
+    for effective, expected in ((7, [1]), (14, [1, 3]), (21, [1, 3])):
+        traced.clear()
+        fit(Net(), Data(), planner_of(effective_batch_size=effective))
+        assert traced == expected
+
+
+def test_an_effective_batch_size_again_with_the_same_trainer():
+    planner = planner_of(effective_batch_size=14)
+    whole = fit(Steps(), Data(), planner)
+    assert whole.accumulate_grad_batches == 2
+    planner.max_batch_size = 3
+    again = Steps()
+    whole.fit_loop.epoch_progress.reset()
+    with pytest.warns(UserWarning, match=CPU_MEASURES_NOTHING):
+        whole.fit(again, Data())
+    assert (planner.plan.batch_size, whole.accumulate_grad_batches) == (2, 7)
+    assert again.stepped == [14, 21]
+
+
+@pytest.mark.parametrize("world_size", [2, 7])
+def test_an_effective_batch_size_is_shared_among_processes(world_size, monkeypatch):
+    monkeypatch.setattr(pl.Trainer, "world_size", world_size)
+    planner = planner_of(effective_batch_size=28, max_batch_size=None, apply=False)
+    fit(Net(), Data(samples(100)), planner)
+    plan = planner.plan
+    assert (plan.batch_size, plan.accumulate_grad_batches) == (28 // world_size, 1)
+
+
+def refused(module=None, *others, **kwargs):
+    data, whole = Data(), trainer(planner_of(effective_batch_size=14), *others, **kwargs)
+    before = whole.accumulate_grad_batches
+    with pytest.raises(MisconfigurationException, match="effective_batch_size=14 ") as caught:
+        whole.fit(module or Net(), data)
+    assert (data.batch_size, whole.accumulate_grad_batches) == (2, before)
+    return str(caught.value)
+
+
+def test_what_accumulates_already_is_refused(monkeypatch):
+    assert "manual optimization it is training_step that decides when the optimizer steps" in refused(Gan())
+    assert "and it is 3 already: leave one out" in refused(accumulate_grad_batches=3)
+    scheduler = pl.callbacks.GradientAccumulationScheduler({2: 4})
+    assert "so does the callback GradientAccumulationScheduler" in refused(None, scheduler)
+    monkeypatch.setattr(pl.Trainer, "world_size", 3)
+    assert "has no equal share for each of 3 processes: make it a multiple of 3" in refused()
+    deepspeed = object.__new__(pl.strategies.DeepSpeedStrategy)  # no deepspeed is installed to make one
+    with pytest.raises(MisconfigurationException, match="DeepSpeed counts batches by its own configuration"):
+        check_accumulation(14, Net(), SimpleNamespace(strategy=deepspeed), 1, 2)
+
+
+def test_more_samples_a_step_than_there_are():
+    with pytest.raises(ValueError, match=r"effective_batch_size=22 is 22 samples a step .* has 21 for each: no step"):
+        trainer(planner_of(effective_batch_size=22)).fit(Net(), datamodule=Data())
+
+
+def test_limits_that_leave_no_divisor():
+    with pytest.raises(ValueError, match=r"no batch size divides 7, is at least 2, at most 5 \(max_batch_size\)"):
+        trainer(planner_of(effective_batch_size=7, max_batch_size=5, min_batch_size=2)).fit(Net(), datamodule=Data())
 
 
 def test_a_step_without_batch_idx():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_memplan._planner import Found, largest_fitting
+from lightning_memplan._planner import Found, largest_dividing, largest_fitting
 
 positive = st.integers(1, 10**6)
 optional = st.none() | positive
@@ -100,3 +100,42 @@ def test_an_empty_dataset():
 def test_a_prediction_that_never_refuses():
     with pytest.raises(ValueError, match=r"every batch size fits: .*; name a max_batch_size"):
         largest_fitting(lambda n: True)
+
+
+@given(
+    limit=st.integers(0, 5000),
+    whole=st.integers(1, 4000),
+    low=st.integers(1, 50),
+    multiple=st.integers(1, 6),
+    high=optional,
+    samples=optional,
+)
+def test_the_largest_divisor_is_found(limit, whole, low, multiple, high, samples):
+    asked: dict[int, bool] = {}
+
+    def fits(batch_size: int) -> bool:
+        assert batch_size not in asked, "asked twice"
+        asked[batch_size] = batch_size <= limit
+        return asked[batch_size]
+
+    limits = {"min_batch_size": low, "max_batch_size": high, "dataset_size": samples, "multiple_of": multiple}
+    most = min(whole, high or whole, samples or whole)
+    allowed = [n for n in range(low, most + 1) if whole % n == 0 and n % multiple == 0]
+    if not allowed:
+        with pytest.raises(ValueError, match=f"no batch size divides {whole}, is at least {low}, at most {most}"):
+            largest_dividing(fits, whole, **limits)
+        return
+    found = largest_dividing(fits, whole, **limits)
+    assert found.tried == len(asked) <= math.log2(len(allowed)) + 2
+    assert found.batch_size == max((n for n in allowed if n <= limit), default=0)
+    if found.limited_by == "memory":  # the next larger divisor was asked
+        assert asked[min(n for n in allowed if n > found.batch_size)] is False
+    else:
+        assert found.batch_size == allowed[-1]
+        assert (found.limited_by == "effective_batch_size") == (most == whole)
+
+
+def test_the_whole_is_asked_first():
+    """With accumulation a step takes more memory: a batch of 8 may fit where twice 4 do not."""
+    assert largest_dividing(lambda n: n == 8, 8) == Found(8, "effective_batch_size", 1)
+    assert largest_dividing(lambda n: False, 7) == Found(0, "memory", 2)  # 7, then 1

@@ -103,6 +103,24 @@ def test_a_table_with_rows_and_notes_stays_short() -> None:
     assert lines[-1] == "        stand-in, and branches may differ."
 
 
+@pytest.mark.parametrize(
+    ("whole", "parts", "text"),
+    [
+        (512, 1, "  samples a step         512   1 batch of 512"),
+        (2048, 4, "  samples a step        2048   4 batches of 512"),
+        (4096, 4, "  samples a step        4096   4 batches of 512 on each of 2 devices"),
+    ],
+)
+def test_an_effective_batch_size_is_written_out(whole: int, parts: int, text: str) -> None:
+    plan = make_plan(
+        batch_size=512, accumulate_grad_batches=parts, effective_batch_size=whole, limited_by="effective_batch_size"
+    )
+    lines = check_width(plan_table(plan))
+    assert lines[3] == text
+    assert lines[2].endswith("512   all of the effective batch size")
+    assert plan_hparams(plan)["memplan/effective_batch_size"] == whole
+
+
 def test_one_part_is_never_called_the_rest() -> None:
     six = dict(list(BREAKDOWN.items())[:6])
     assert "buffers" in plan_table(make_plan(breakdown=six))

@@ -88,7 +88,7 @@ def test_accumulated_batches_make_one_step():
 def test_of_many_accumulated_batches_the_middle_ones_are_alike(batches, parts):
     settings = StepSettings(accumulate_grad_batches=batches)
     assert accumulated(settings) == parts
-    places = [traced_step(settings, k) for k in range(6 * batches)]
+    places = [traced_step(k, batches, parts) for k in range(6 * batches)]
     assert places[0] == 0
     assert max(places) == STEPS * parts - 1 == places[-1]  # a last batch steps the optimizer
     assert places[batches] == parts  # the second cycle's first

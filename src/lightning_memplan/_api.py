@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, Literal
 
 from torch import nn
@@ -14,10 +15,16 @@ from lightning_memplan._allocator import AllocatorSettings
 from lightning_memplan._device import cpu_device, detect_devices, gpu
 from lightning_memplan._errors import DoesNotFitError, TraceError
 from lightning_memplan._estimate import Estimate
-from lightning_memplan._lightning import is_datamodule, is_lightning_module, is_overridden, trainer_settings
+from lightning_memplan._lightning import (
+    check_accumulation,
+    is_datamodule,
+    is_lightning_module,
+    is_overridden,
+    trainer_settings,
+)
 from lightning_memplan._loaders import dataset_size
-from lightning_memplan._order import MakeOptimizer
-from lightning_memplan._planner import largest_fitting
+from lightning_memplan._order import PARTS, MakeOptimizer
+from lightning_memplan._planner import largest_dividing, largest_fitting
 from lightning_memplan._probe import probe_steps
 from lightning_memplan._report import does_not_fit_message
 from lightning_memplan._sample import SAMPLE_SIZE, Which, check_sample, read_samples
@@ -89,8 +96,7 @@ def estimate(
     if gradient_clip_val is not None:
         settings = replace(settings, gradient_clip_val=gradient_clip_val)
     if accumulate_grad_batches != 1:
-        if not isinstance(accumulate_grad_batches, int) or accumulate_grad_batches < 1:
-            raise ValueError(f"accumulate_grad_batches is an int of at least 1, not {accumulate_grad_batches!r}")
+        check_count("accumulate_grad_batches", accumulate_grad_batches)
         settings = replace(settings, accumulate_grad_batches=accumulate_grad_batches)
     card = named_device(device)
     if card is not None and card.capability is not None:
@@ -171,14 +177,18 @@ def plan(
     accumulate_grad_batches: int = 1,
     sample: Which = "first",
     sample_size: int = SAMPLE_SIZE,
+    effective_batch_size: int | None = None,
 ) -> Plan:
     """The largest batch size with which ``module`` trains on ``device``.
 
     >>> import torch
-    >>> card = Device("a small card", total=2**30)
-    >>> found = plan(torch.nn.Linear(1000, 1000), torch.zeros(4, 1000), device=card, max_batch_size=256)
+    >>> card, net = Device("a small card", total=2**30), torch.nn.Linear(1000, 1000)
+    >>> found = plan(net, torch.zeros(4, 1000), device=card, max_batch_size=256)
     >>> found.batch_size, found.limited_by
     (256, 'max_batch_size')
+    >>> found = plan(net, torch.zeros(4, 1000), device=card, max_batch_size=256, effective_batch_size=768)
+    >>> found.batch_size, found.accumulate_grad_batches
+    (256, 3)
 
     Args:
         module: as for ``estimate``, and so are ``batch``, ``method`` and what follows it.
@@ -188,41 +198,72 @@ def plan(
         min_batch_size: the smallest batch size allowed.
         max_batch_size: the largest allowed; a dataset's length is a limit too, where ``batch`` is a loader.
         multiple_of: what the batch size must be a multiple of.
+        effective_batch_size: samples that the optimizer is to see a step, on all of the Trainer's devices together:
+            finds the largest batch size that divides them and fits, and the number of batches to accumulate.
 
     Raises:
         DoesNotFitError: not even the smallest batch size fits; ``needed`` and ``available`` are its bytes.
+        MisconfigurationException: ``effective_batch_size``, where something else decides how much is accumulated.
     """
     check_margin(margin)
     card = named_device(device) or default_device()
     source, _ = _source(batch, trainer)
-    found = estimate(
-        module,
-        batch,
-        method=method,
-        precision=precision,
-        optimizer=optimizer,
-        trainer=trainer,
-        device=card,
-        gradient_clip_val=gradient_clip_val,
-        accumulate_grad_batches=accumulate_grad_batches,
-        sample=sample,
-        sample_size=sample_size,
-    )
+    parts, ranks = accumulate_grad_batches, getattr(trainer, "world_size", 1)
+    if trainer is not None and parts == 1:
+        parts = trainer.accumulate_grad_batches
+    if effective_batch_size is not None:
+        check_count("effective_batch_size", effective_batch_size)
+        check_accumulation(effective_batch_size, module, trainer, parts, ranks)
+
+    def estimated(parts: int) -> Estimate:
+        return estimate(
+            module,
+            batch,
+            method=method,
+            precision=precision,
+            optimizer=optimizer,
+            trainer=trainer,
+            device=card,
+            gradient_clip_val=gradient_clip_val,
+            accumulate_grad_batches=parts,
+            sample=sample,
+            sample_size=sample_size,
+        )
+
     return plan_estimate(
-        found,
+        estimates(estimated, parts, effective_batch_size, ranks),
         card,
         margin=margin,
         min_batch_size=min_batch_size,
         max_batch_size=max_batch_size,
         multiple_of=multiple_of,
-        samples=dataset_size(source),
-        accumulate_grad_batches=accumulate_grad_batches,
+        samples=samples_of_a_rank(dataset_size(source), ranks),
+        accumulate_grad_batches=parts,
+        effective_batch_size=effective_batch_size,
+        ranks=ranks,
         model=type(module).__name__,
     )
 
 
+EstimateAt = Callable[[int], Estimate]
+
+
+def estimates(
+    estimated: Callable[[int], Estimate], parts: int, effective_batch_size: int | None = None, ranks: int = 1
+) -> EstimateAt:
+    """The estimate that holds at a batch size, made when it is first asked for.
+
+    ``estimated`` makes one for a number of accumulated batches: ``parts``, or what makes up the effective batch size.
+    There are two then, since all batches in the middle of an accumulation are alike: without, and with three batches.
+    """
+    made = cache(estimated)
+    if effective_batch_size is None:
+        return lambda batch_size: made(parts)
+    return lambda batch_size: made(1 if batch_size * ranks == effective_batch_size else PARTS)
+
+
 def plan_estimate(
-    found: Estimate,
+    estimate_at: EstimateAt,
     device: Device,
     *,
     margin: float = MARGIN,
@@ -231,20 +272,38 @@ def plan_estimate(
     multiple_of: int = 1,
     samples: int | None = None,
     accumulate_grad_batches: int = 1,
+    effective_batch_size: int | None = None,
+    ranks: int = 1,
     model: str = "the model",
 ) -> Plan:
-    """The plan that follows from an estimate."""
+    """The plan that follows from the estimate at each batch size."""
     check_margin(margin)
     budget = int(device.capacity * (1 - margin))
-    search = largest_fitting(
-        lambda batch_size: found.fits(batch_size, budget),
-        min_batch_size=min_batch_size,
-        max_batch_size=max_batch_size,
-        dataset_size=samples,
-        multiple_of=multiple_of,
-    )
+    asked: list[int] = []
+
+    def fits(batch_size: int) -> bool:
+        asked.append(batch_size)
+        return estimate_at(batch_size).fits(batch_size, budget)
+
+    limits: dict[str, Any] = {
+        "min_batch_size": min_batch_size,
+        "max_batch_size": max_batch_size,
+        "dataset_size": samples,
+        "multiple_of": multiple_of,
+    }
+    if effective_batch_size is None:
+        search = largest_fitting(fits, **limits)
+    else:
+        share = effective_batch_size // ranks
+        if samples is not None and samples < share:
+            raise ValueError(
+                f"effective_batch_size={effective_batch_size} is {share} samples a step on each device, and the "
+                f"dataset has {samples} for each: no step of the optimizer would see that many"
+            )
+        search = largest_dividing(fits, share, **limits)
     if not search.batch_size:
-        smallest = -(-min_batch_size // multiple_of) * multiple_of
+        smallest = min(asked)
+        found = estimate_at(smallest)
         needed = found.peak(smallest)
         message = does_not_fit_message(
             needed=needed,
@@ -257,6 +316,8 @@ def plan_estimate(
         )
         raise DoesNotFitError(message, needed=needed, available=budget)
     size = search.batch_size
+    found = estimate_at(size)
+    parts = accumulate_grad_batches if effective_batch_size is None else effective_batch_size // (size * ranks)
     return Plan(
         batch_size=size,
         device=device,
@@ -269,9 +330,19 @@ def plan_estimate(
         formula_peak=found.formula.memory(size),
         phase=found.phase(size),
         breakdown=found.breakdown(size),
-        accumulate_grad_batches=accumulate_grad_batches,
+        accumulate_grad_batches=parts,
         notes=found.notes,
+        effective_batch_size=effective_batch_size,
     )
+
+
+def samples_of_a_rank(samples: int | None, ranks: int) -> int | None:
+    """How many samples each of the ranks is given of a dataset, rounded up as DistributedSampler does.
+
+    >>> samples_of_a_rank(21, 2), samples_of_a_rank(None, 2)
+    (11, None)
+    """
+    return None if samples is None else -(-samples // ranks)
 
 
 def _probed_index(device: Device | None) -> int:
@@ -285,6 +356,12 @@ def check_method(method: object) -> None:
     """Raise ValueError unless ``method`` is one that there is."""
     if method not in _METHODS:
         raise ValueError(f"method is one of {', '.join(map(repr, _METHODS))}, not {method!r}")
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is a number of things."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is an int of at least 1, not {value!r}")
 
 
 def check_margin(margin: object) -> None:

@@ -112,6 +112,34 @@ def trainer_settings(trainer: Any, capability: tuple[int, int] | None = None) ->
     )
 
 
+def check_accumulation(effective_batch_size: int, module: Any, trainer: Any, parts: int, ranks: int) -> None:
+    """Raise unless a plan can decide how many batches are accumulated, and each rank can have the same share.
+
+    ``parts`` is the number that was asked for otherwise.
+
+    Raises:
+        MisconfigurationException: something else decides it, or there is no equal share.
+    """
+    asked = f"effective_batch_size={effective_batch_size} sets accumulate_grad_batches"
+    if not getattr(module, "automatic_optimization", True):
+        raise misconfiguration(
+            f"{asked}, and with manual optimization it is training_step that decides when the optimizer steps: "
+            "accumulate there, and pass max_batch_size in its place"
+        )
+    if parts != 1:
+        raise misconfiguration(f"{asked}, and it is {parts} already: leave one out")
+    schedulers = tuple(flavour.callbacks.GradientAccumulationScheduler for flavour in _FLAVOURS)
+    if any(isinstance(callback, schedulers) for callback in getattr(trainer, "callbacks", ())):
+        raise misconfiguration(f"{asked}, and so does the callback GradientAccumulationScheduler: leave one out")
+    if isinstance(getattr(trainer, "strategy", None), tuple(f.strategies.DeepSpeedStrategy for f in _FLAVOURS)):
+        raise misconfiguration(f"{asked}, and DeepSpeed counts batches by its own configuration: leave it out")
+    if effective_batch_size % ranks:
+        raise misconfiguration(
+            f"effective_batch_size={effective_batch_size} has no equal share for each of {ranks} processes: make it a "
+            f"multiple of {ranks}"
+        )
+
+
 def train_source(trainer: Any, module: Callable[[], Any], datamodule: Any) -> Any:
     """What the Trainer trains on: the loaders that were passed, or those that its module or datamodule makes.
 

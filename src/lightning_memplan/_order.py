@@ -36,20 +36,24 @@ STEPS = (
 )
 
 
+PARTS = 3  #: batches of an optimizer's step that a trace holds at most: the first, one in the middle, the last
+
+
 def accumulated(settings: StepSettings) -> int:
     """Batches that a traced optimizer's step holds: with more than three, those in the middle are alike."""
-    return min(settings.accumulate_grad_batches, 3)
+    return min(settings.accumulate_grad_batches, PARTS)
 
 
-def traced_step(settings: StepSettings, batch: int) -> int:
+def traced_step(batch: int, whole: int, parts: int) -> int:
     """Which of a trace's steps the ``batch``-th batch of training (from 0) is like.
 
-    >>> [traced_step(StepSettings(), batch) for batch in range(5)]
+    ``whole`` batches are accumulated in training, ``parts`` in the trace.
+
+    >>> [traced_step(batch, 1, 1) for batch in range(5)]
     [0, 1, 2, 2, 2]
-    >>> [traced_step(StepSettings(accumulate_grad_batches=4), batch) for batch in range(9)]
+    >>> [traced_step(batch, 4, 3) for batch in range(9)]
     [0, 1, 1, 2, 3, 4, 4, 5, 6]
     """
-    whole, parts = settings.accumulate_grad_batches, accumulated(settings)
     cycle, part = divmod(batch, whole)
     place = part if part == 0 else parts - 1 if part == whole - 1 else 1
     return min(cycle, STEPS - 1) * parts + place

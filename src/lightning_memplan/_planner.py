@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isqrt
 from typing import Literal
 
-LimitedBy = Literal["memory", "max_batch_size", "dataset"]
+LimitedBy = Literal["memory", "max_batch_size", "dataset", "effective_batch_size"]
 
 
 _MEMORY: LimitedBy = "memory"
@@ -41,19 +42,8 @@ def largest_fitting(
     Raises:
         ValueError: a limit that is no positive number, or limits that leave no batch size.
     """
-    for name, value in (("min_batch_size", min_batch_size), ("multiple_of", multiple_of)):
-        _check_positive(name, value)
-    limits: list[tuple[int, LimitedBy]] = []
-    if dataset_size is not None:
-        if dataset_size == 0:
-            raise ValueError("the dataset has length 0: there is nothing to make a batch of")
-        _check_positive("dataset_size", dataset_size)
-        limits.append((dataset_size, "dataset"))
-    if max_batch_size is not None:
-        _check_positive("max_batch_size", max_batch_size)
-        limits.append((max_batch_size, "max_batch_size"))
+    largest, limited_by = _limit(min_batch_size, max_batch_size, dataset_size, multiple_of)
     low = -(-min_batch_size // multiple_of)  # in units of multiple_of from here
-    largest, limited_by = min(limits, key=lambda limit: limit[0]) if limits else (None, _MEMORY)
     top = None if largest is None else largest // multiple_of
     if top is not None and top < low:
         raise ValueError(
@@ -90,6 +80,70 @@ def largest_fitting(
         else:
             bad = middle
     return Found(good * multiple_of, "memory", tried)
+
+
+def largest_dividing(
+    fits: Callable[[int], bool],
+    whole: int,
+    *,
+    min_batch_size: int = 1,
+    max_batch_size: int | None = None,
+    dataset_size: int | None = None,
+    multiple_of: int = 1,
+) -> Found:
+    """The largest allowed batch size for which ``fits`` is true and that divides ``whole``.
+
+    The largest allowed is asked first. Where it does not fit, the size that is returned was itself asked, and so was
+    the next larger divisor.
+
+    >>> largest_dividing(lambda n: n <= 100, 512)
+    Found(batch_size=64, limited_by='memory', tried=4)
+    >>> largest_dividing(lambda n: n <= 1000, 512)
+    Found(batch_size=512, limited_by='effective_batch_size', tried=1)
+
+    Raises:
+        ValueError: a limit that is no positive number, or limits that leave no batch size.
+    """
+    _check_positive("whole", whole)
+    largest, limited_by = _limit(min_batch_size, max_batch_size, dataset_size, multiple_of)
+    if largest is None or largest >= whole:
+        largest, limited_by = whole, "effective_batch_size"
+    divisors = {n for k in range(1, isqrt(whole) + 1) if whole % k == 0 for n in (k, whole // k)}
+    sizes = [n for n in sorted(divisors) if min_batch_size <= n <= largest and n % multiple_of == 0]
+    if not sizes:
+        raise ValueError(
+            f"no batch size divides {whole}, is at least {min_batch_size}, at most {largest} ({limited_by}) and a "
+            f"multiple of {multiple_of}"
+        )
+    if fits(sizes[-1]):
+        return Found(sizes[-1], limited_by, 1)
+    good, bad, tried = -1, len(sizes) - 1, 1
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        tried += 1
+        if fits(sizes[middle]):
+            good = middle
+        else:
+            bad = middle
+    return Found(sizes[good] if good >= 0 else 0, "memory", tried)
+
+
+def _limit(
+    min_batch_size: int, max_batch_size: int | None, dataset_size: int | None, multiple_of: int
+) -> tuple[int | None, LimitedBy]:
+    """The largest batch size that is allowed, and by what; all are checked."""
+    for name, value in (("min_batch_size", min_batch_size), ("multiple_of", multiple_of)):
+        _check_positive(name, value)
+    limits: list[tuple[int, LimitedBy]] = []
+    if dataset_size is not None:
+        if dataset_size == 0:
+            raise ValueError("the dataset has length 0: there is nothing to make a batch of")
+        _check_positive("dataset_size", dataset_size)
+        limits.append((dataset_size, "dataset"))
+    if max_batch_size is not None:
+        _check_positive("max_batch_size", max_batch_size)
+        limits.append((max_batch_size, "max_batch_size"))
+    return min(limits, key=lambda limit: limit[0]) if limits else (None, _MEMORY)
 
 
 def _check_positive(name: str, value: object) -> None:

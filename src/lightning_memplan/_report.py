@@ -19,6 +19,7 @@ _LIMITS = {
     "memory": "limited by memory",
     "max_batch_size": "limited by max_batch_size",
     "dataset": "limited by the dataset",
+    "effective_batch_size": "all of the effective batch size",
 }
 
 
@@ -44,7 +45,7 @@ def plan_table(plan: Plan, rows: Iterable[tuple[str, str]] = ()) -> str:
     """
     total = plan.device.total
     accumulated = ""
-    if plan.accumulate_grad_batches > 1:
+    if plan.accumulate_grad_batches > 1 and plan.effective_batch_size is None:
         accumulated = f"; {plan.accumulate_grad_batches} batches a step"
     phase = f", in the {plan.phase} phase" if plan.phase else ""
     where = _where(plan.device)
@@ -56,6 +57,7 @@ def plan_table(plan: Plan, rows: Iterable[tuple[str, str]] = ()) -> str:
             f"{format_bytes(plan.device.capacity)} for training, budget {format_bytes(plan.budget)}",
         ),
         _row("batch size", str(plan.batch_size), _LIMITS[plan.limited_by] + accumulated),
+        *_effective(plan),
         _row(
             "peak reserved",
             format_bytes(plan.predicted_peak),
@@ -78,6 +80,17 @@ def plan_table(plan: Plan, rows: Iterable[tuple[str, str]] = ()) -> str:
     return "\n".join(lines)
 
 
+def _effective(plan: Plan) -> list[str]:
+    """How the samples of an optimizer's step come together, where a number of them was asked for."""
+    if plan.effective_batch_size is None:
+        return []
+    parts = plan.accumulate_grad_batches
+    devices = plan.effective_batch_size // (plan.batch_size * parts)
+    each = f" on each of {devices} devices" if devices > 1 else ""
+    text = f"{parts} {'batches' if parts > 1 else 'batch'} of {plan.batch_size}{each}"
+    return [_row("samples a step", str(plan.effective_batch_size), text)]
+
+
 def plan_hparams(plan: Plan) -> dict[str, int | float | str]:
     """A plan as flat hyperparameters, for any logger; sizes in GiB.
 
@@ -91,6 +104,7 @@ def plan_hparams(plan: Plan) -> dict[str, int | float | str]:
     return {
         "memplan/batch_size": plan.batch_size,
         "memplan/accumulate_grad_batches": plan.accumulate_grad_batches,
+        **({"memplan/effective_batch_size": plan.effective_batch_size} if plan.effective_batch_size else {}),
         "memplan/device": plan.device.name,
         "memplan/device_gib": gib(plan.device.total),
         "memplan/budget_gib": gib(plan.budget),

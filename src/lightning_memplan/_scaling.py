@@ -141,9 +141,10 @@ def scale(traces: Sequence[Trace]) -> ScaledProgram:
 def extended(whole: Trace, begun: Trace) -> Trace | None:
     """All steps at another batch size, of which only the first was run there.
 
-    ``whole`` has several steps, ``begun`` the first of the same at another batch size. In a forward or backward pass a
-    later step asks for what the first did at the same place, so its sizes are the first's; what an optimizer asks for
-    does not depend on the batch. None where ``whole`` shows that its steps are not so alike.
+    ``whole`` has several steps, ``begun`` the first of the same at another batch size (or the first few, as many as
+    are accumulated). In a forward or backward pass a later step asks for what the first did at the same place, so its
+    sizes are the first's; what an optimizer asks for does not depend on the batch. None where ``whole`` shows that its
+    steps are not so alike.
 
     >>> def step(number, size):
     ...     return Event(number, size, step=number, category="batch"), Event(number, -1, step=number)
@@ -155,15 +156,16 @@ def extended(whole: Trace, begun: Trace) -> Trace | None:
     first, later = whole.events[:count], whole.events[count:]
     if len(first) < count or any(_key(a)[:-1] != _key(b)[:-1] for a, b in zip(first, begun.events, strict=True)):
         return None
+    parts = max(event.step for event in begun.events)
     places: dict[tuple[int, str], list[int]] = {}
     for place, event in enumerate(whole.events):
         if event.size >= 0 and event.step and event.category not in _MADE_ONCE:
             places.setdefault((event.step, event.phase), []).append(place)
     like: dict[int, Event] = {}
     for (step, phase), here in places.items():
-        there = places.get((1, phase), [])
-        if step == 1 or phase == "optimizer":
+        if step <= parts or phase == "optimizer":
             continue
+        there = places.get(((step - 1) % parts + 1, phase), [])
         if len(here) != len(there) or any(
             _key(whole.events[a])[1:] != _key(whole.events[b])[1:] for a, b in zip(here, there, strict=True)
         ):

@@ -198,8 +198,7 @@ def trace_steps(
         whole, *others = batches
         traces = [record(*whole, steps)]
         for size, batch in others:
-            alike = extended(traces[0], record(size, batch, 1)) if settings.accumulate_grad_batches == 1 else None
-            traces.append(alike or record(size, batch, steps))
+            traces.append(extended(traces[0], record(size, batch, 1)) or record(size, batch, steps))
     return traces
 
 

@@ -13,11 +13,15 @@ from torch import nn
 
 from lightning_memplan._api import (
     MARGIN,
+    EstimateAt,
+    check_count,
     check_margin,
     check_method,
     estimate_step,
+    estimates,
     named_device,
     plan_estimate,
+    samples_of_a_rank,
 )
 from lightning_memplan._apply import Place, find_holders, find_place
 from lightning_memplan._device import cpu_device, detect_devices, read_peaks, reset_peaks
@@ -27,6 +31,7 @@ from lightning_memplan._lightning import (
     CallbackBase,
     agree_on_smallest,
     bucket_bytes,
+    check_accumulation,
     cuda_index,
     logged_step,
     misconfiguration,
@@ -36,11 +41,11 @@ from lightning_memplan._lightning import (
     trainer_settings,
 )
 from lightning_memplan._loaders import dataset_size
-from lightning_memplan._order import traced_step
+from lightning_memplan._order import STEPS, traced_step
 from lightning_memplan._report import measurement_summary, plan_hparams, plan_table, step_metrics
 from lightning_memplan._sample import SAMPLE_SIZE, Which, check_sample
 from lightning_memplan._step import prepared
-from lightning_memplan._types import Device, Measurement, Plan, StepSettings
+from lightning_memplan._types import Device, Measurement, Plan
 
 
 class MemoryPlanner(CallbackBase):
@@ -69,6 +74,8 @@ class MemoryPlanner(CallbackBase):
         sample: Which samples of the dataset are planned with: ``"first"``, its first five, or ``"largest"``, copies of
             the largest of ``sample_size`` that are spread over it, where samples differ in size (texts, graphs, boxes).
         sample_size: How many samples ``"largest"`` looks at.
+        effective_batch_size: Samples that the optimizer is to see a step, on all devices together: the largest batch
+            size that divides them and fits is set, and ``trainer.accumulate_grad_batches`` with it.
 
     Attributes:
         plan: The ``Plan``, from setup on.
@@ -77,6 +84,8 @@ class MemoryPlanner(CallbackBase):
 
     Raises:
         ApplyError: At setup: nothing holds a batch size of that name, or a loader's cannot be set; says what to change.
+        MisconfigurationException: At setup: ``effective_batch_size``, where something else decides how much is
+            accumulated (manual optimization, the Trainer, a scheduler, DeepSpeed).
         DoesNotFitError: At setup: the smallest batch size does not fit; says what it needs and what the card has.
         ValueError: An argument that is wrong in itself.
     """
@@ -94,16 +103,18 @@ class MemoryPlanner(CallbackBase):
         min_batch_size: int = 1,
         sample: Which = "first",
         sample_size: int = SAMPLE_SIZE,
+        effective_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         check_margin(margin)
         check_sample(sample, sample_size)
         check_method(method)
         for name, value in (("min_batch_size", min_batch_size), ("multiple_of", multiple_of)):
-            _check_count(name, value)
-        _check_count("every_n_steps", every_n_steps)
-        if max_batch_size is not None:
-            _check_count("max_batch_size", max_batch_size)
+            check_count(name, value)
+        check_count("every_n_steps", every_n_steps)
+        for name, limit in (("max_batch_size", max_batch_size), ("effective_batch_size", effective_batch_size)):
+            if limit is not None:
+                check_count(name, limit)
         self.method = method
         self.device = named_device(device)
         self.margin = margin
@@ -115,14 +126,15 @@ class MemoryPlanner(CallbackBase):
         self.every_n_steps = every_n_steps
         self.sample: Which = sample
         self.sample_size = sample_size
+        self.effective_batch_size = effective_batch_size
         self.plan: Plan | None = None
         self.estimate: Estimate | None = None
         self.measurements: list[Measurement] = []
         self._predicted: list[tuple[int, int]] = []
-        self._settings = StepSettings()
         self._index: int | None = None
         self._held = 0
         self._place: Place | None = None
+        self._accumulates = 1
 
     # -- plan, at setup: before any loader is built
 
@@ -134,56 +146,69 @@ class MemoryPlanner(CallbackBase):
             say("MemoryPlanner plans nothing: fast_dev_run runs a few batches of the size that is set")
             return
         try:
-            self._make_plan(trainer, pl_module)
+            estimate_at = self._make_plan(trainer, pl_module)
         finally:  # also where this rank cannot plan: the others wait for its word
             size = agree_on_smallest(self.plan.batch_size if self.plan else 0)
-        self._apply_plan(trainer, pl_module, size)
+        self._apply_plan(trainer, pl_module, size, estimate_at)
 
-    def _make_plan(self, trainer: Any, module: Any) -> None:
+    def _make_plan(self, trainer: Any, module: Any) -> EstimateAt:
         holders = find_holders(self.batch_arg_name, module, trainer.datamodule) if self.apply else ()
         device = self._device_of(trainer)
-        self._settings = trainer_settings(trainer, device.capability)
+        settings = trainer_settings(trainer, device.capability)
+        parts, ranks = settings.accumulate_grad_batches, trainer.world_size
+        if self.effective_batch_size is not None:
+            parts = 1 if parts == self._accumulates else parts  # what an earlier plan set is no obstacle
+            check_accumulation(self.effective_batch_size, module, trainer, parts, ranks)
         datamodule = copy.copy(trainer.datamodule)
-        begun = partial(prepared, module, self._settings, trainer=trainer, stage="fit")
+        begun = partial(prepared, module, settings, trainer=trainer, stage="fit")
         source = train_source(trainer, begun, datamodule)
         self._place = find_place(trainer, source, holders) if self.apply else None
-        self.estimate = estimate_step(
-            module,
-            source,
-            self._settings,
-            method=self.method,
-            device=device,
-            trainer=trainer,
-            datamodule=datamodule,
-            stage="fit",
-            sample=self.sample,
-            sample_size=self.sample_size,
-        )
-        self._held = held_bytes(self._index, module) + bucket_bytes(trainer, self.estimate.formula.gradient_bytes)
-        device = replace(device, context=device.context + self._held)
-        if self.method == "auto" and self.estimate.method == "formula":
-            warnings.warn(f"MemoryPlanner: {self.estimate.notes[0]}", stacklevel=2)
+
+        def estimated(parts: int) -> Estimate:
+            return estimate_step(
+                module,
+                source,
+                replace(settings, accumulate_grad_batches=parts),
+                method=self.method,
+                device=device,
+                trainer=trainer,
+                datamodule=datamodule,
+                stage="fit",
+                sample=self.sample,
+                sample_size=self.sample_size,
+            )
+
+        estimate_at = estimates(estimated, parts, self.effective_batch_size, ranks)
+        first = estimate_at((self.effective_batch_size or ranks) // ranks)
+        self._held = held_bytes(self._index, module) + bucket_bytes(trainer, first.formula.gradient_bytes)
+        if self.method == "auto" and first.method == "formula":
+            warnings.warn(f"MemoryPlanner: {first.notes[0]}", stacklevel=2)
         self.plan = plan_estimate(
-            self.estimate,
-            device,
+            estimate_at,
+            replace(device, context=device.context + self._held),
             margin=self.margin,
             min_batch_size=self.min_batch_size,
             max_batch_size=self.max_batch_size,
             multiple_of=self.multiple_of,
-            samples=samples_of_a_rank(dataset_size(source), trainer.world_size),
-            accumulate_grad_batches=self._settings.accumulate_grad_batches,
+            samples=samples_of_a_rank(dataset_size(source), ranks),
+            accumulate_grad_batches=parts,
+            effective_batch_size=self.effective_batch_size,
+            ranks=ranks,
             model=type(module).__name__,
         )
+        return estimate_at
 
-    def _apply_plan(self, trainer: Any, module: Any, size: int) -> None:
+    def _apply_plan(self, trainer: Any, module: Any, size: int, estimate_at: EstimateAt) -> None:
         assert self.plan is not None
-        assert self.estimate is not None
         if not size:
             raise MemplanError("there is no batch size for all ranks: another rank cannot plan, and says why")
+        self.estimate = estimate_at(size)
         if size != self.plan.batch_size:
-            self.plan = plan_at(self.plan, self.estimate, size)
+            self.plan = plan_at(self.plan, self.estimate, size, trainer.world_size)
         if self._place is not None:
             self._place.write(size)
+            if self.effective_batch_size is not None:
+                trainer.accumulate_grad_batches = self._accumulates = self.plan.accumulate_grad_batches
         steps = self.estimate.steps(size, self.plan.device.capacity)
         self._predicted = [(allocated + self._held, reserved + self._held) for allocated, reserved in steps]
         say(plan_table(self.plan))
@@ -225,7 +250,9 @@ class MemoryPlanner(CallbackBase):
             return
         allocated, reserved = read_peaks(self._index)
         step = len(self.measurements)
-        predicted = self._predicted[min(traced_step(self._settings, step), len(self._predicted) - 1)]
+        parts = max(1, len(self._predicted) // STEPS)  # the formula has but one step
+        like = traced_step(step, self.plan.accumulate_grad_batches, parts)
+        predicted = self._predicted[min(like, len(self._predicted) - 1)]
         self.measurements.append(Measurement(step, *predicted, allocated, reserved))
         if step % self.every_n_steps == 0:
             metrics = step_metrics(self.measurements[-1], self.plan.formula_peak)
@@ -243,14 +270,22 @@ class MemoryPlanner(CallbackBase):
 
     def _applied(self) -> dict[str, int]:
         assert self.plan is not None
-        return {self.batch_arg_name: self.plan.batch_size} if self.apply else {}
+        if not self.apply:
+            return {}
+        applied = {self.batch_arg_name: self.plan.batch_size}
+        if self.plan.effective_batch_size is not None:
+            applied["accumulate_grad_batches"] = self.plan.accumulate_grad_batches
+            applied["effective_batch_size"] = self.plan.effective_batch_size
+        return applied
 
 
-def plan_at(plan: Plan, estimate: Estimate, batch_size: int) -> Plan:
+def plan_at(plan: Plan, estimate: Estimate, batch_size: int, ranks: int) -> Plan:
     """The same plan at another batch size: the one on which all ranks agreed."""
+    whole = plan.effective_batch_size
     return replace(
         plan,
         batch_size=batch_size,
+        accumulate_grad_batches=plan.accumulate_grad_batches if whole is None else whole // (batch_size * ranks),
         predicted_peak=estimate.peak(batch_size, plan.device.capacity),
         predicted_allocated=estimate.peak_allocated(batch_size),
         formula_peak=estimate.formula.memory(batch_size),
@@ -267,17 +302,3 @@ def held_bytes(index: int | None, module: nn.Module) -> int:
     tensors += [p.grad for p in module.parameters() if p.grad is not None]
     own = {t.data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device == torch.device("cuda", index)}
     return max(0, torch.cuda.memory_allocated(index) - sum(own.values()))
-
-
-def samples_of_a_rank(samples: int | None, ranks: int) -> int | None:
-    """How many samples each of the ranks is given of a dataset, rounded up as DistributedSampler does.
-
-    >>> samples_of_a_rank(21, 2), samples_of_a_rank(None, 2)
-    (11, None)
-    """
-    return None if samples is None else -(-samples // ranks)
-
-
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is an int of at least 1, not {value!r}")
