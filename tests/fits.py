@@ -164,6 +164,11 @@ def accumulated_and_clipped(folder: Path) -> Result:
     )
 
 
+def effective_batch_size(folder: Path) -> Result:
+    planner = mp.MemoryPlanner(max_batch_size=1000, effective_batch_size=2000)
+    return fit(folder, Classifier(mlp()), Data(torch.zeros(2048), 40000), planner, steps=4)
+
+
 def clipped_in_16_mixed(folder: Path) -> Result:
     planner = mp.MemoryPlanner(max_batch_size=1024)
     return fit(

@@ -995,6 +995,7 @@ def test_it_fills_the_card_as_predicted(fits, name, read):
 
 KINDS = [
     "accumulated_and_clipped",
+    "effective_batch_size",
     "clipped_in_16_mixed",
     "bf16_true",
     "channels_last",
