@@ -210,7 +210,7 @@ def test_a_build_without_cuda_has_no_devices(machine, monkeypatch):
 def test_peaks_are_zero_before_cuda_is_initialised(machine):
     machine([])
     _device.reset_peaks(0)
-    assert _device.read_peaks(0) == (0, 0)
+    assert _device.read_stats(0) == (0,) * 5
 
 
 # --- NVML and CUDA together, on the null GPU

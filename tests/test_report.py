@@ -319,6 +319,9 @@ def test_a_steps_metrics() -> None:
         "memplan/actual_allocated_gib": 8.0,
         "memplan/error_percent": 25.0,
         "memplan/formula_gib": 6.0,
+        "memplan/floor_gib": 0.0,
+        "memplan/retries": 0,
+        "memplan/device_allocations": 0,
     }
 
 

@@ -87,9 +87,12 @@ def test_a_program_is_what_a_trace_at_that_size_would_be(lines, batch_size):
     assert program.at(batch_size) == [(e.block, e.size, e.stream) for e in wanted.events]
 
 
-def test_where_the_steps_begin():
-    events = [Event(k, 8, step=step) for k, step in enumerate([0, 0, 1, 1, 1, 2])]
-    assert scale([Trace(2, tuple(events))]).steps() == (0, 2, 5, 6)
+def test_where_the_steps_and_their_phases_begin():
+    steps, phases = (0, 0, 1, 1, 1, 2), ("setup", "setup", "forward", "forward", "backward", "backward")
+    events = [Event(k, 8, phase, step) for k, (step, phase) in enumerate(zip(steps, phases, strict=True))]
+    program = scale([Trace(2, tuple(events))])
+    assert program.steps() == (0, 2, 5, 6)
+    assert program.stretches() == (0, 2, 4, 5, 6)
 
 
 # --------------------------------------------------------------------------------------------------------- disagreement

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_memplan._allocator import AllocatorSettings, Move, Replay, replay
 from lightning_memplan._scaling import ScaledProgram
 from lightning_memplan._snapshot import make_snapshot
-from lightning_memplan._types import Event, Layer
+from lightning_memplan._types import Event, Layer, Peaks
 
 if TYPE_CHECKING:
     from lightning_memplan._formula import Formula
@@ -78,7 +78,35 @@ class Estimate:
         _check_batch_size(batch_size)
         if self.program is None:
             return ((self.formula.memory(batch_size),) * 2,)
-        return self.replay(batch_size, capacity).peaks[1:]
+        return tuple((peaks.allocated, peaks.reserved) for peaks in self.step_peaks(batch_size, capacity))
+
+    def phases(self, batch_size: int) -> Mapping[str, int]:
+        """Bytes that are allocated at most in each phase, over all steps, in a step's order.
+
+        >>> import torch, lightning_memplan as mp
+        >>> phases = mp.estimate(torch.nn.Linear(1000, 1000), torch.zeros(4, 1000)).phases(batch_size=64)
+        >>> list(phases)
+        ['batch', 'forward', 'backward', 'optimizer']
+        """
+        steps = self.step_peaks(batch_size)
+        names = dict.fromkeys(name for step in steps for name in step.phases)
+        return {name: max(step.phases.get(name, 0) for step in steps) for name in names}
+
+    def step_peaks(self, batch_size: int, capacity: int | None = None) -> tuple[Peaks, ...]:
+        """Peak bytes of each step, and of its phases: the first, the second, and those that follow."""
+        _check_batch_size(batch_size)
+        if self.program is None:
+            return (Peaks(self.formula.memory(batch_size), self.formula.memory(batch_size)),)
+        steps: dict[int, Peaks] = {}
+        stretches = zip(self.program.stretches(), self.replay(batch_size, capacity).peaks, strict=False)
+        for begin, (allocated, reserved) in stretches:
+            event = self.program.events[begin]
+            if event.step:
+                before = steps.get(event.step, Peaks(0, 0))
+                phases = {**before.phases, event.phase: max(allocated, before.phases.get(event.phase, 0))}
+                peaks = Peaks(max(allocated, before.allocated), max(reserved, before.reserved), phases)
+                steps[event.step] = peaks
+        return tuple(steps.values())
 
     def phase(self, batch_size: int) -> str:
         """The phase in which the peak of the allocated bytes falls: "forward", "backward" or "optimizer"."""
@@ -155,11 +183,11 @@ class Estimate:
             pickle.dump(snapshot, file)
 
     def replay(self, batch_size: int, capacity: int | None = None, limit: int | None = None) -> Replay:
-        """The allocator's replay at that batch size (see ``_allocator.replay``); its ``peaks`` are per step."""
+        """The allocator's replay at that batch size (see ``_allocator.replay``); ``peaks`` are by step and phase."""
         program = self._program()
         key = (batch_size, capacity, limit)
         if key not in self._replays:
-            marks = program.steps()[1:-1]
+            marks = program.stretches()[1:-1]
             self._replays[key] = replay(program.at(batch_size), capacity, self.settings, limit, marks)
         return self._replays[key]
 

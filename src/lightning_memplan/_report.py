@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 
-from lightning_memplan._types import Device, Layer, Measurement, Plan
+from lightning_memplan._types import Device, Layer, Measurement, Peaks, Plan
 from lightning_memplan._units import format_bytes, gib
 
 WIDTH = 80
@@ -237,9 +237,14 @@ def layers_table(
 def step_metrics(measurement: Measurement, formula_bytes: int) -> dict[str, float]:
     """One step's metrics: predicted and actual peaks in GiB, and the error of the allocated in percent of the actual.
 
+    Phases and NVML's bytes are among them where they were measured.
+
     >>> step_metrics(Measurement(1, 2**30, 2**31, 2**30, 2**31), formula_bytes=2**29)["memplan/formula_gib"]
     0.5
     """
+    phases = {f"memplan/predicted_{name}_gib": gib(size) for name, size in measurement.predicted_phases.items()}
+    phases |= {f"memplan/actual_{name}_gib": gib(size) for name, size in measurement.phases.items()}
+    booked = {"memplan/process_gib": measurement.process, "memplan/card_gib": measurement.card}
     return {
         "memplan/predicted_reserved_gib": gib(measurement.predicted_reserved),
         "memplan/actual_reserved_gib": gib(measurement.reserved),
@@ -247,6 +252,23 @@ def step_metrics(measurement: Measurement, formula_bytes: int) -> dict[str, floa
         "memplan/actual_allocated_gib": gib(measurement.allocated),
         "memplan/error_percent": measurement.error_percent,
         "memplan/formula_gib": gib(formula_bytes),
+        **phases,
+        "memplan/floor_gib": gib(measurement.floor),
+        "memplan/retries": measurement.retries,
+        "memplan/device_allocations": measurement.device_allocations,
+        **{name: gib(size) for name, size in booked.items() if size is not None},
+    }
+
+
+def validation_metrics(peaks: Peaks) -> dict[str, float]:
+    """The peaks of a validation, in GiB.
+
+    >>> validation_metrics(Peaks(allocated=2**30, reserved=2**31))
+    {'memplan/validation_reserved_gib': 2.0, 'memplan/validation_allocated_gib': 1.0}
+    """
+    return {
+        "memplan/validation_reserved_gib": gib(peaks.reserved),
+        "memplan/validation_allocated_gib": gib(peaks.allocated),
     }
 
 

@@ -103,6 +103,11 @@ class ScaledProgram:
         starts = [i for i, e in enumerate(self.events) if i == 0 or e.step != self.events[i - 1].step]
         return (*starts, len(self.events))
 
+    def stretches(self) -> tuple[int, ...]:
+        """The index at which each step's phases begin, one after another, and one past the end."""
+        keys = [(e.step, e.phase) for e in self.events]
+        return (*(i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]), len(keys))
+
 
 def scale(traces: Sequence[Trace]) -> ScaledProgram:
     """One program out of traces of the same step at different batch sizes.

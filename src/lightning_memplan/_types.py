@@ -146,6 +146,23 @@ class Plan:
     effective_batch_size: int | None = None  #: samples that the optimizer sees a step, over all devices, if asked for
 
 
+class Peaks(NamedTuple):
+    """Peak bytes of a stretch of time: in tensors, held by the allocator, and in tensors in each phase of it.
+
+    >>> Peaks(allocated=100, reserved=120, phases={"forward": 80, "backward": 100}).phase
+    'backward'
+    """
+
+    allocated: int
+    reserved: int
+    phases: Mapping[str, int] = {}
+
+    @property
+    def phase(self) -> str:
+        """The phase with the highest peak; empty where phases are not known."""
+        return max(self.phases, key=self.phases.__getitem__, default="")
+
+
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """One training step: what was predicted, and what the card's allocator reported (bytes).
@@ -159,6 +176,13 @@ class Measurement:
     predicted_reserved: int
     allocated: int
     reserved: int
+    predicted_phases: Mapping[str, int] = field(default_factory=dict)  #: peak allocated in each phase
+    phases: Mapping[str, int] = field(default_factory=dict)  #: likewise measured; empty where phases were not
+    floor: int = 0  #: allocated when the step had ended: what it leaves
+    retries: int = 0  #: times that the allocator gave back its cache to serve a request, since the step before
+    device_allocations: int = 0  #: times that it asked the card for memory (cudaMalloc), since the step before
+    process: int | None = None  #: bytes that NVML books on this process, at the end of the step
+    card: int | None = None  #: bytes in use on the card by NVML, of all processes
 
     @property
     def error_percent(self) -> float:

@@ -24,7 +24,7 @@ from lightning_memplan._api import (
     samples_of_a_rank,
 )
 from lightning_memplan._apply import Place, find_holders, find_place
-from lightning_memplan._device import cpu_device, detect_devices, read_peaks, reset_peaks
+from lightning_memplan._device import cpu_device, detect_devices
 from lightning_memplan._errors import MemplanError
 from lightning_memplan._estimate import Estimate
 from lightning_memplan._lightning import (
@@ -41,11 +41,12 @@ from lightning_memplan._lightning import (
     trainer_settings,
 )
 from lightning_memplan._loaders import dataset_size
+from lightning_memplan._measure import Meter
 from lightning_memplan._order import STEPS, traced_step
-from lightning_memplan._report import measurement_summary, plan_hparams, plan_table, step_metrics
+from lightning_memplan._report import measurement_summary, plan_hparams, plan_table, step_metrics, validation_metrics
 from lightning_memplan._sample import SAMPLE_SIZE, Which, check_sample
 from lightning_memplan._step import prepared
-from lightning_memplan._types import Device, Measurement, Plan
+from lightning_memplan._types import Device, Measurement, Peaks, Plan
 
 
 class MemoryPlanner(CallbackBase):
@@ -76,11 +77,15 @@ class MemoryPlanner(CallbackBase):
         sample_size: How many samples ``"largest"`` looks at.
         effective_batch_size: Samples that the optimizer is to see a step, on all devices together: the largest batch
             size that divides them and fits is set, and ``trainer.accumulate_grad_batches`` with it.
+        reset_peaks: Whether the allocator's peaks are reset in every step, which others who read them see
+            (``DeviceStatsMonitor``, ``torch.cuda.max_memory_allocated``); ``False`` measures the highest peak so far.
+        nvml: Whether NVML is asked, in the steps that are logged, for the bytes of this process and of the card.
 
     Attributes:
         plan: The ``Plan``, from setup on.
         estimate: The ``Estimate`` behind it.
         measurements: One ``Measurement`` for each CUDA step.
+        validations: The ``Peaks`` of each validation on a CUDA device.
 
     Raises:
         ApplyError: At setup: nothing holds a batch size of that name, or a loader's cannot be set; says what to change.
@@ -104,6 +109,8 @@ class MemoryPlanner(CallbackBase):
         sample: Which = "first",
         sample_size: int = SAMPLE_SIZE,
         effective_batch_size: int | None = None,
+        reset_peaks: bool = True,
+        nvml: bool = False,
     ) -> None:
         super().__init__()
         check_margin(margin)
@@ -127,10 +134,12 @@ class MemoryPlanner(CallbackBase):
         self.sample: Which = sample
         self.sample_size = sample_size
         self.effective_batch_size = effective_batch_size
+        self.reset_peaks = reset_peaks
+        self.nvml = nvml
         self.plan: Plan | None = None
         self.estimate: Estimate | None = None
-        self.measurements: list[Measurement] = []
-        self._predicted: list[tuple[int, int]] = []
+        self._meter: Meter | None = None
+        self._predicted: list[Peaks] = []
         self._index: int | None = None
         self._held = 0
         self._place: Place | None = None
@@ -141,7 +150,7 @@ class MemoryPlanner(CallbackBase):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit":
             return
-        self.plan, self.measurements, self._index = None, [], cuda_index(trainer)
+        self.plan, self._meter, self._index = None, None, cuda_index(trainer)
         if trainer.fast_dev_run:
             say("MemoryPlanner plans nothing: fast_dev_run runs a few batches of the size that is set")
             return
@@ -209,8 +218,14 @@ class MemoryPlanner(CallbackBase):
             self._place.write(size)
             if self.effective_batch_size is not None:
                 trainer.accumulate_grad_batches = self._accumulates = self.plan.accumulate_grad_batches
-        steps = self.estimate.steps(size, self.plan.device.capacity)
-        self._predicted = [(allocated + self._held, reserved + self._held) for allocated, reserved in steps]
+        self._predicted = [
+            Peaks(
+                step.allocated + self._held,
+                step.reserved + self._held,
+                {name: peak + self._held for name, peak in step.phases.items()},
+            )
+            for step in self.estimate.step_peaks(size, self.plan.device.capacity)
+        ]
         say(plan_table(self.plan))
 
     def _device_of(self, trainer: Any) -> Device:
@@ -240,24 +255,59 @@ class MemoryPlanner(CallbackBase):
                 "devices tell their peak memory; use Trainer(accelerator='gpu') on a machine that has one",
                 stacklevel=2,
             )
+            return
+        self._meter = Meter(
+            self._index,
+            self._predict,
+            every_n_steps=self.every_n_steps,
+            phases=pl_module.automatic_optimization,
+            resets=self.reset_peaks,
+            nvml=self.nvml,
+            margin=None if self.plan.method == "formula" else self.plan.margin,
+        )
+
+    def _predict(self, batch: int) -> Peaks:
+        assert self.plan is not None
+        parts = max(1, len(self._predicted) // STEPS)  # the formula has but one step
+        like = traced_step(batch, self.plan.accumulate_grad_batches, parts)
+        return self._predicted[min(like, len(self._predicted) - 1)]
+
+    @property
+    def measurements(self) -> list[Measurement]:
+        return [] if self._meter is None else self._meter.measurements
+
+    @property
+    def validations(self) -> list[Peaks]:
+        return [] if self._meter is None else self._meter.validations
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self._index is not None:
-            reset_peaks(self._index)
+        if self._meter is not None:
+            self._meter.begin()
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        if self._meter is not None:
+            self._meter.enter("backward")
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        if self._meter is not None:
+            self._meter.enter("optimizer")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._index is None or self.plan is None:
+        if self._meter is None or self.plan is None:
             return
-        allocated, reserved = read_peaks(self._index)
-        step = len(self.measurements)
-        parts = max(1, len(self._predicted) // STEPS)  # the formula has but one step
-        like = traced_step(step, self.plan.accumulate_grad_batches, parts)
-        predicted = self._predicted[min(like, len(self._predicted) - 1)]
-        self.measurements.append(Measurement(step, *predicted, allocated, reserved))
-        if step % self.every_n_steps == 0:
-            metrics = step_metrics(self.measurements[-1], self.plan.formula_peak)
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=logged_step(trainer))
+        measured = self._meter.end()
+        if remark := self._meter.remark():
+            warnings.warn(f"MemoryPlanner: {remark}", stacklevel=2)
+        if self._meter.logs(measured.step):
+            self._log(trainer, step_metrics(measured, self.plan.formula_peak))
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._meter is not None:
+            self._meter.begin_validation()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._meter is not None:
+            self._log(trainer, validation_metrics(self._meter.end_validation()))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self.measurements:
@@ -267,6 +317,13 @@ class MemoryPlanner(CallbackBase):
         if self._place is not None:
             release_train_loaders(trainer)
             self._place = None
+        if self._meter is not None:
+            self._meter.close()
+
+    @staticmethod
+    def _log(trainer: Any, metrics: dict[str, float]) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=logged_step(trainer))
 
     def _applied(self) -> dict[str, int]:
         assert self.plan is not None

@@ -1,0 +1,223 @@
+"""What a training run takes of a CUDA device, step by step: a meter that the callback's hooks call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lightning_memplan._device import AllocatorStats, CardMeter, read_stats, reset_peaks
+from lightning_memplan._types import Measurement, Peaks
+from lightning_memplan._units import MiB, format_bytes
+
+#: Steps of a run whose phases are measured whatever ``every_n_steps`` is: what the first two allocate stays.
+FIRST = 3
+_PHASES = ("forward", "backward", "optimizer")
+
+
+class Meter:
+    """Measures each step of one run on the device ``index``.
+
+    ``begin``, ``enter`` and ``end`` are called as a step proceeds. The step's peaks are read in every step; those of
+    its phases, which take two readings more, in the first three steps and in those that are logged.
+
+    >>> meter = Meter(0, lambda step: Peaks(100, 110))
+    >>> meter.begin()
+    >>> meter.enter("backward")
+    >>> meter.enter("optimizer")
+    >>> meter.end().predicted_allocated
+    100
+
+    Args:
+        index: the CUDA device.
+        predict: the peaks predicted for the n-th batch of training, from 0.
+        every_n_steps: which steps are logged.
+        phases: whether hooks tell where phases begin; not so with manual optimization.
+        resets: whether the allocator's peaks are reset; else a measurement is the highest peak so far, and so is what
+            it is compared with.
+        nvml: whether NVML is asked in the steps that are logged.
+        margin: by which part a step may exceed its prediction before ``remark`` says so; ``None`` for any.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        predict: Callable[[int], Peaks],
+        *,
+        every_n_steps: int = 1,
+        phases: bool = True,
+        resets: bool = True,
+        nvml: bool = False,
+        margin: float | None = None,
+    ) -> None:
+        self.index = index
+        self.measurements: list[Measurement] = []
+        self.validations: list[Peaks] = []
+        self._predict = predict
+        self._every_n_steps = every_n_steps
+        self._phased = phases and resets
+        self._resets = resets
+        self._card = CardMeter(index) if nvml else None
+        self._margin = margin
+        self._floor = Floor()
+        self._highest = Peaks(0, 0)  # predicted so far
+        self._phase = ""  # the one that is measured now; empty where none is
+        self._peaks: dict[str, int] = {}
+        self._reserved = 0
+        self._before = AllocatorStats()
+
+    @property
+    def step(self) -> int:
+        """The step that runs, or comes next, from 0."""
+        return len(self.measurements)
+
+    def logs(self, step: int) -> bool:
+        """Whether a step is one of those to log."""
+        return step % self._every_n_steps == 0
+
+    def begin(self) -> None:
+        """A step begins, its batch on the device."""
+        if not self.step:
+            self._before = read_stats(self.index)
+        if self._resets:
+            reset_peaks(self.index)
+        self._peaks, self._reserved = {}, 0
+        if self._phased and (self.step < FIRST or self.logs(self.step)):
+            self._phase = _PHASES[0]
+
+    def enter(self, phase: str) -> None:
+        """A phase begins, and the one before it ends."""
+        if self._phase:
+            self._read()
+            reset_peaks(self.index)
+            self._phase = phase
+
+    def end(self) -> Measurement:
+        """The step has ended: what it took."""
+        stats = self._read()
+        step, predicted = self.step, self._predict(self.step)
+        if not self._resets:
+            self._highest = _higher(self._highest, predicted)
+            predicted = self._highest
+        process, card = self._card.read() if self._card is not None and self.logs(step) else (None, None)
+        phases = {name: peak for name, peak in self._peaks.items() if name}
+        measured = Measurement(
+            step,
+            predicted.allocated,
+            predicted.reserved,
+            max(self._peaks.values()),
+            self._reserved,
+            {name: predicted.phases[name] for name in phases if name in predicted.phases},
+            phases,
+            floor=stats.allocated,
+            retries=stats.retries - self._before.retries,
+            device_allocations=stats.device_allocations - self._before.device_allocations,
+            process=process,
+            card=card,
+        )
+        self._phase, self._before = "", stats
+        self.measurements.append(measured)
+        return measured
+
+    def remark(self) -> str | None:
+        """What is wrong with the last step, in a sentence; each kind of thing is said once."""
+        last = self.measurements[-1]
+        if self._margin is not None and (text := drift(last, self._margin)):
+            self._margin = None
+            return text
+        return self._floor.add(last.floor)
+
+    def begin_validation(self) -> None:
+        """A validation begins."""
+        if self._resets:
+            reset_peaks(self.index)
+
+    def end_validation(self) -> Peaks:
+        """A validation has ended: what it took at most."""
+        stats = read_stats(self.index)
+        self.validations.append(Peaks(stats.peak_allocated, stats.peak_reserved))
+        return self.validations[-1]
+
+    def close(self) -> None:
+        """Let NVML go."""
+        if self._card is not None:
+            self._card.close()
+
+    def _read(self) -> AllocatorStats:
+        stats = read_stats(self.index)
+        self._peaks[self._phase] = max(stats.peak_allocated, self._peaks.get(self._phase, 0))
+        self._reserved = max(stats.peak_reserved, self._reserved)
+        return stats
+
+
+def drift(measurement: Measurement, margin: float) -> str | None:
+    """By how much a step took more than was predicted, where that is more than a part ``margin`` of it, and 64 MiB.
+
+    >>> print(drift(Measurement(7, 2**30, 2**31, 2**31, 2**31, {"forward": 2**30}, {"forward": 2**31}), margin=0.05))
+    step 7 allocated 2.00 GiB where 1.00 GiB were predicted (+100.0 %), most of it more in the forward phase ...
+
+    Less is no drift: the last batch of an epoch is often smaller.
+    """
+    predicted, actual = measurement.predicted_allocated, measurement.allocated
+    if actual - predicted <= max(margin * predicted, 64 * MiB):
+        return None
+    more = {name: peak - measurement.predicted_phases.get(name, 0) for name, peak in measurement.phases.items()}
+    name = max(more, key=more.__getitem__, default="")
+    phase = (
+        f", most of it more in the {name} phase ({format_bytes(measurement.phases[name] - more[name])} predicted, "
+        f"{format_bytes(measurement.phases[name])} measured)"
+        if name
+        else ""
+    )
+    return (
+        f"step {measurement.step} allocated {format_bytes(actual)} where {format_bytes(predicted)} were predicted "
+        f"({100 * (actual - predicted) / predicted:+.1f} %){phase}: its batch is larger than those that were planned "
+        "with, or it keeps what a planned step frees"
+    )
+
+
+class Floor:
+    """Tells when what steps leave allocated rises steadily: something keeps memory from step to step.
+
+    The lowest floor of every ``WINDOW`` steps counts, so that batches of varying size are no alarm: it must rise from
+    each of ``WINDOWS`` windows to the next, in all by at least 1 MiB and by more than it varies within the first.
+
+    >>> floor = Floor()
+    >>> said = [floor.add(2**30 + step * 2**20) for step in range(200)]
+    >>> [step for step, text in enumerate(said) if text], said[101]
+    ([101], 'memory allocated at the end of a step rises by 1.00 MiB a step ...
+    """
+
+    WINDOW = 16
+    WINDOWS = 6
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._lows: list[int] = []
+        self._low = self._high = self._spread = 0
+        self._said = False
+
+    def add(self, floor: int) -> str | None:
+        """One step's floor, in bytes; a sentence when the rise is certain, once."""
+        self._steps += 1
+        if self._said or self._steps <= FIRST * 2:  # the first steps' gradients and optimizer state stay
+            return None
+        place = (self._steps - FIRST * 2 - 1) % self.WINDOW
+        self._low, self._high = (floor, floor) if not place else (min(self._low, floor), max(self._high, floor))
+        if place < self.WINDOW - 1:
+            return None
+        if not self._lows or self._low <= self._lows[-1]:
+            self._lows, self._spread = [], self._high - self._low
+        self._lows.append(self._low)
+        rise = self._low - self._lows[0]
+        if len(self._lows) < self.WINDOWS or rise < max(MiB, self._spread):
+            return None
+        self._said = True
+        rate = rise / ((len(self._lows) - 1) * self.WINDOW)
+        return (
+            f"memory allocated at the end of a step rises by {format_bytes(round(rate))} a step (over the last "
+            f"{len(self._lows) * self.WINDOW}): something keeps tensors from step to step, such as a list of losses "
+            "that were not detached"
+        )
+
+
+def _higher(a: Peaks, b: Peaks) -> Peaks:
+    return Peaks(max(a.allocated, b.allocated), max(a.reserved, b.reserved))
