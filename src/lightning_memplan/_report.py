@@ -9,6 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
+from typing import Any
 
 from lightning_memplan._types import Device, Layer, Measurement, Peaks, Plan
 from lightning_memplan._units import format_bytes, gib
@@ -119,6 +120,32 @@ def plan_hparams(plan: Plan) -> dict[str, int | float | str]:
     }
 
 
+def plan_fields(plan: Plan) -> dict[str, Any]:
+    """A plan as plain values, for JSON; sizes in bytes.
+
+    >>> plan = Plan(batch_size=8, device=Device("card", total=2**34), budget=2**33, margin=0.5, limited_by="memory",
+    ...             method="trace", predicted_peak=2**32, predicted_allocated=2**31, formula_peak=2**31)
+    >>> found = plan_fields(plan)
+    >>> found["batch_size"], found["peak_reserved"], found["device"]["total"]
+    (8, 4294967296, 17179869184)
+    """
+    return {
+        "batch_size": plan.batch_size,
+        "accumulate_grad_batches": plan.accumulate_grad_batches,
+        "limited_by": plan.limited_by,
+        "method": plan.method,
+        "device": device_fields(plan.device),
+        "margin": plan.margin,
+        "budget": plan.budget,
+        "peak_reserved": plan.predicted_peak,
+        "peak_allocated": plan.predicted_allocated,
+        "formula": plan.formula_peak,
+        "phase": plan.phase,
+        "breakdown": dict(plan.breakdown),
+        "notes": list(plan.notes),
+    }
+
+
 def does_not_fit_message(
     *,
     needed: int,
@@ -155,6 +182,67 @@ def does_not_fit_message(
         lines.append("What would help, the best first:")
         for rank, text in enumerate(suggestions, 1):
             lines += _wrap(text, f"  {rank}. ")
+    return "\n".join(lines)
+
+
+# --- devices and estimates --------------------------------------------------------------------------------------------
+
+
+def device_fields(device: Device) -> dict[str, Any]:
+    """A device as plain values, for JSON; sizes in bytes.
+
+    >>> device_fields(Device("card", total=2**34, context=2**30, capability=(8, 6)))["capability"]
+    '8.6'
+    """
+    return {
+        "name": device.name,
+        "kind": device.kind,
+        "index": device.index,
+        "uuid": device.uuid,
+        "total": device.total,
+        "free": device.total if device.free is None else device.free,
+        "capacity": device.capacity,
+        "capability": _capability(device) or None,
+    }
+
+
+def devices_table(devices: Sequence[Device]) -> str:
+    """Devices, a line each: the bytes that training can have of each.
+
+    >>> print(devices_table([Device("RTX 3090", total=25446711296, context=450 * 2**20, capability=(8, 6))]))
+    card      for training  compute capability
+    RTX 3090     23.26 GiB                 8.6
+    """
+    rows = [("card", "for training", "compute capability")]
+    rows += [(device.name, format_bytes(device.capacity), _capability(device)) for device in devices]
+    return table(rows)
+
+
+def estimate_table(model: str, rows: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> str:
+    """What training takes at several batch sizes, and where it goes at the last.
+
+    >>> row = {"batch_size": 8, "peak_reserved": 2**31, "peak_allocated": 2**30, "formula": 2**30, "phase": "backward",
+    ...        "breakdown": {"activations": 2**30}}
+    >>> print(estimate_table("Net", [row]))
+    Net
+      batch size  peak reserved  peak allocated   formula
+      8                2.00 GiB        1.00 GiB  1.00 GiB
+    <BLANKLINE>
+      at batch size 8, in the backward phase
+        activations      1.00 GiB   100 %  ####################
+    """
+    names = ("peak_reserved", "peak_allocated", "formula")
+    head = ("batch size", "peak reserved", "peak allocated", "formula")
+    lines = [_shorten_end(model, WIDTH)]
+    sizes = table([head, *((str(row["batch_size"]), *(format_bytes(row[name]) for name in names)) for row in rows)])
+    lines += [f"  {line}" for line in sizes.splitlines()]
+    last = rows[-1]
+    lines += ["", f"  at batch size {last['batch_size']}, in the {last['phase']} phase"]
+    whole = sum(last["breakdown"].values())
+    for label, size in _largest(last["breakdown"], 5):
+        lines.append(_row(f"  {label}", format_bytes(size), f"{_share(size, whole)}  {_bar(size, whole)}".rstrip()))
+    for note in notes:
+        lines.extend(_wrap(note, "  note: "))
     return "\n".join(lines)
 
 
@@ -318,6 +406,26 @@ def _columns(table: Sequence[tuple[str, str, str, str, str]]) -> list[str]:
         f"  {_shorten_end(row[3], shape):<{shape}}  {row[4]:>{output}}"
         for row in table
     ]
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows in columns: the first to the left, the others to the right.
+
+    >>> print(table([("name", "size"), ("a", "1 B")]))
+    name  size
+    a      1 B
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [f"{row[0]:<{widths[0]}}", *(f"{text:>{width}}" for text, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )
+
+
+def _capability(device: Device) -> str:
+    return "" if device.capability is None else "{}.{}".format(*device.capability)
 
 
 def _where(device: Device) -> str:

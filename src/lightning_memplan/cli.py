@@ -1,0 +1,431 @@
+"""The command line: ``memplan plan script.py:make --input 3x224x224 --gpu "RTX 3090"``; see docs/command_line.md.
+
+Exit status: 0; 1 where the job does not fit; 2 where that cannot be told: wrong usage, or the job's own error.
+"""
+
+# PYTHON_ARGCOMPLETE_OK
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from lightning_memplan._api import (
+    MARGIN,
+    default_device,
+    estimate,
+    plan,
+    plan_estimate,
+)
+from lightning_memplan._device import detect_devices, gpu, gpus
+from lightning_memplan._errors import DoesNotFitError, MemplanError
+from lightning_memplan._figures import plot_timeline
+from lightning_memplan._lightning import read_cli_config
+from lightning_memplan._report import device_fields, devices_table, estimate_table, plan_fields, plan_table
+from lightning_memplan._types import Device
+from lightning_memplan._units import format_bytes, parse_bytes
+
+FITS, DOES_NOT_FIT, CANNOT_TELL = 0, 1, 2
+
+
+class UsageError(ValueError):
+    """What was typed is wrong; says what to type."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status.
+
+    >>> main(["gpus", "rtx 3090"])
+    card         for training  compute capability
+    RTX 3090        23.26 GiB                 8.6
+    RTX 3090 Ti     22.94 GiB                 8.6
+    0
+    """
+    args = _parse(argv)
+    try:
+        with warnings.catch_warnings():
+            if not args.debug:
+                warnings.simplefilter("ignore")
+            return args.run(args)  # type: ignore[no-any-return]
+    except DoesNotFitError as error:
+        if args.json:
+            _say(args, {"fits": False, "needed": error.needed, "available": error.available, "message": str(error)})
+        else:
+            _say(args, str(error))
+        return DOES_NOT_FIT
+    except Exception as error:
+        if args.debug:
+            raise
+        known = isinstance(error, (MemplanError, ValueError, TypeError, ModuleNotFoundError))
+        text = " ".join(str(error).split()) if known else _described(error)
+        print(f"memplan: error: {text}", file=sys.stderr)
+        return CANNOT_TELL
+
+
+# --- commands
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    job, device = _job(args), _device(args, default=False)
+    found = job.estimated(device)
+    if args.snapshot:
+        found.save_snapshot(args.snapshot, args.batch_size[-1])
+    if args.plot:
+        plot_timeline(found, args.batch_size[-1], device=device).savefig(args.plot)
+    rows = [
+        {
+            "batch_size": size,
+            "peak_reserved": found.peak(size),
+            "peak_allocated": found.peak_allocated(size),
+            "formula": found.formula.memory(size),
+            "phase": found.phase(size),
+            "breakdown": dict(found.breakdown(size)),
+        }
+        for size in args.batch_size
+    ]
+    if args.json:
+        _say(args, {"model": job.name, "method": found.method, "estimates": rows, "notes": list(found.notes)})
+    else:
+        _say(args, estimate_table(job.name, rows, found.notes))
+    return FITS
+
+
+def _plan(args: argparse.Namespace) -> int:
+    job, device = _job(args), _device(args)
+    found = plan(
+        job.module,
+        job.batch,
+        device=job.beside(device),
+        margin=args.margin,
+        min_batch_size=args.min_batch_size,
+        max_batch_size=args.max_batch_size,
+        multiple_of=args.multiple_of,
+        **job.settings,
+    )
+    _say(args, {"model": job.name, "fits": True, **plan_fields(found)} if args.json else plan_table(found))
+    return FITS
+
+
+def _check(args: argparse.Namespace) -> int:
+    job, size = _job(args), args.batch_size
+    device = job.beside(_device(args))
+    only = {"min_batch_size": size, "max_batch_size": size}
+    found = plan_estimate(job.estimated(device), device, margin=args.margin, model=job.name, **only)
+    if args.json:
+        _say(args, {"model": job.name, "fits": True, **plan_fields(found)})
+    else:
+        needed, budget = format_bytes(found.predicted_peak), format_bytes(found.budget)
+        _say(args, f"{job.name} fits on {device.name} at batch size {size}: {needed} of a budget of {budget}")
+    return FITS
+
+
+def _gpus(args: argparse.Namespace) -> int:
+    words = " ".join(args.words).lower().split()
+    cards = [card for card in gpus() if all(word in card.name.lower() for word in words)]
+    if not cards:
+        raise UsageError(f"no card of the catalogue has {' '.join(args.words)!r} in its name: memplan gpus lists all")
+    _say(args, [device_fields(card) for card in cards] if args.json else devices_table(cards))
+    return FITS
+
+
+def _devices(args: argparse.Namespace) -> int:
+    found = detect_devices()
+    if args.json:
+        _say(args, [device_fields(device) for device in found])
+    else:
+        _say(
+            args, devices_table(found) if found else "no CUDA device here: name one by --gpu (memplan gpus lists them)"
+        )
+    return FITS
+
+
+# --- the job: what is trained, on what, and how
+
+
+@dataclass(frozen=True)
+class _Job:
+    module: nn.Module
+    batch: Any
+    settings: dict[str, Any] = field(default_factory=dict)
+    devices: object = 1
+    buckets: int = 0  #: bytes beside the job's own that DDP keeps on each card
+
+    @property
+    def name(self) -> str:
+        return type(self.module).__name__
+
+    def estimated(self, device: Device | None) -> Any:
+        return estimate(self.module, self.batch, device=device, **self.settings)
+
+    def beside(self, device: Device) -> Device:
+        return replace(device, context=device.context + self.buckets)
+
+
+def _job(args: argparse.Namespace) -> _Job:
+    """What the arguments name, made; what the user's own code prints goes to standard error."""
+    with redirect_stdout(sys.stderr):
+        job = _from_config(args) if args.config else _from_target(args)
+    if not isinstance(job.module, nn.Module):
+        raise UsageError(
+            f"{args.target} made {job.module!r}: it must be, or make, a LightningModule or another nn.Module"
+        )
+    if job.batch is None:
+        raise UsageError(
+            "nothing says what is trained on: name it by --data package.module:DataModule or --input 3x224x224"
+        )
+    given = {
+        "method": args.method,
+        "precision": args.precision,
+        "gradient_clip_val": args.gradient_clip_val,
+        "accumulate_grad_batches": args.accumulate_grad_batches,
+        "optimizer": _optimizer(args),
+    }
+    settings = job.settings | {name: value for name, value in given.items() if value is not None}
+    devices = job.devices if args.devices is None else args.devices
+    buckets = 0
+    if isinstance(devices, int) and devices > 1:
+        buckets = sum(p.numel() * p.element_size() for p in job.module.parameters() if p.requires_grad)
+    return replace(job, settings=settings, buckets=buckets)
+
+
+def _from_target(args: argparse.Namespace) -> _Job:
+    if not args.target:
+        raise UsageError(
+            "nothing to plan: name it as package.module:Name or script.py:name, or by --config config.yaml"
+        )
+    module = _made(args.target, args.arg, "--arg")
+    batch = _made(args.data, args.data_arg, "--data-arg") if args.data else None
+    return _Job(module, _plain_batch(args.input, args.labels) if args.input is not None else batch)
+
+
+def _from_config(args: argparse.Namespace) -> _Job:
+    if not Path(args.config).is_file():
+        raise UsageError(f"there is no file {args.config!r}: --config is a LightningCLI's YAML")
+    model = _named(args.target) if args.target else None
+    data = _named(args.data) if args.data else None
+    module, datamodule, trainer = read_cli_config(args.config, model, data)
+    names = ("precision", "gradient_clip_val", "accumulate_grad_batches")
+    batch = _plain_batch(args.input, args.labels) if args.input is not None else datamodule
+    settings = {name: trainer[name] for name in names if trainer.get(name) is not None}
+    return _Job(module, batch, settings, trainer.get("devices", 1))
+
+
+def _named(path: str) -> Any:
+    """What ``package.module:Name`` or ``script.py:name`` stands for."""
+    place, _, name = path.rpartition(":")
+    if not place or not name:
+        raise UsageError(f"{path!r} names nothing in a module: write package.module:Name or script.py:name")
+    try:
+        module = _from_file(Path(place)) if place.endswith(".py") else _imported(place)
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{place!r} cannot be imported: {_described(error)}") from error
+    found = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            public = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+            raise UsageError(
+                f"{place!r} has no {name!r}: it has {', '.join(public[:8]) or 'nothing that can be called'}"
+            )
+        found = getattr(found, part)
+    return found
+
+
+def _imported(name: str) -> Any:
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as ``python -m`` does, and an installed script does not
+    return importlib.import_module(name)
+
+
+def _from_file(path: Path) -> Any:
+    if not path.is_file():
+        raise UsageError(f"there is no file {str(path)!r}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))  # as Python does for a script
+    sys.modules.setdefault(path.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _made(path: str, pairs: Sequence[str], option: str) -> Any:
+    """A class or a function called with ``name=value`` arguments; anything else is itself."""
+    found = _named(path)
+    if isinstance(found, nn.Module) or not callable(found):
+        return found
+    arguments = dict(_pair(pair, option) for pair in pairs)
+    try:
+        return found(**arguments)
+    except Exception as error:
+        raise UsageError(
+            f"{path} cannot be made: {_described(error)}; its arguments are {option} name=value"
+        ) from error
+
+
+def _pair(text: str, option: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise UsageError(f"{text!r} is no argument: write {option} name=value")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def _plain_batch(text: str, labels: str | None) -> Any:
+    """Two samples of a shape such as ``3x224x224`` or ``512:int64``, with whole-numbered labels where asked for."""
+    shape, _, kind = text.partition(":")
+    dtype = getattr(torch, kind or "float32", None)
+    if not isinstance(dtype, torch.dtype):
+        raise UsageError(f"{kind!r} is no type of tensor: write --input {shape}:int64, or another of torch's")
+    inputs = torch.zeros(2, *_shape(shape, "--input"), dtype=dtype)
+    return inputs if labels is None else (inputs, torch.zeros(2, *_shape(labels, "--labels"), dtype=torch.int64))
+
+
+def _shape(text: str, option: str) -> list[int]:
+    parts = text.split("x") if text else []
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise UsageError(f"{text!r} is no shape: write one sample's, such as {option} 3x224x224")
+    return [int(part) for part in parts]
+
+
+def _optimizer(args: argparse.Namespace) -> Callable[..., torch.optim.Optimizer] | None:
+    if args.optimizer is None:
+        return None
+    found = getattr(torch.optim, args.optimizer, None)
+    if not isinstance(found, type) or not issubclass(found, torch.optim.Optimizer):
+        raise UsageError(
+            f"torch.optim has no optimizer {args.optimizer!r}: AdamW, SGD, ... (upper and lower case matter)"
+        )
+    return partial(found, **{"lr": 1e-3, **dict(_pair(pair, "--optimizer-arg") for pair in args.optimizer_arg)})
+
+
+def _device(args: argparse.Namespace, *, default: bool = True) -> Any:
+    if args.memory:
+        return Device(f"a card of {args.memory}", total=parse_bytes(args.memory))
+    if args.gpu:
+        return gpu(args.gpu)
+    return default_device() if default else None
+
+
+# --- what is typed
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(CANNOT_TELL, f"memplan: error: {message}; see {self.prog} --help\n")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog="memplan", description="How much GPU memory a training job takes, without a GPU.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        added.add_argument("--json", action="store_true", help="print JSON; sizes are bytes")
+        added.add_argument("--debug", action="store_true", help="show warnings, and the whole traceback of an error")
+        return added
+
+    added = command("plan", _plan, "the largest batch size that fits")
+    _add_job(added)
+    _add_limits(added)
+
+    added = command("check", _check, "whether a batch size fits: exit status 0, or 1 where it does not")
+    _add_job(added)
+    added.add_argument("--batch-size", type=int, required=True, metavar="N")
+
+    added = command("estimate", _estimate, "what training takes at given batch sizes")
+    _add_job(added)
+    added.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 64], metavar="N", help="(default: 1 8 64)")
+    added.add_argument("--snapshot", metavar="FILE", help="write the last size's for pytorch.org/memory_viz")
+    added.add_argument("--plot", metavar="FILE.png", help="draw a step at the last size")
+
+    added = command("gpus", _gpus, "the cards that can be named")
+    added.add_argument("words", nargs="*", help="words of the cards' names")
+
+    command("devices", _devices, "the GPUs of this machine")
+    _complete(parser)
+    return parser.parse_args(argv)
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    job = parser.add_argument_group("the job")
+    job.add_argument("target", nargs="?", help="what makes the module: package.module:Name or script.py:name")
+    job.add_argument("--arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of it")
+    job.add_argument("--data", metavar="TARGET", help="what makes its datamodule, loader or batch")
+    job.add_argument("--data-arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of it")
+    job.add_argument("--input", metavar="SHAPE", help="in place of --data, one sample: 3x224x224, 512:int64")
+    job.add_argument("--labels", nargs="?", const="", metavar="SHAPE", help="with --input, whole-numbered labels")
+    job.add_argument("--config", metavar="YAML", help="a LightningCLI's: module, data and Trainer")
+    how = parser.add_argument_group("how it is trained")
+    how.add_argument("--precision", metavar="P", help="as a Trainer's: 32-true, 16-mixed, bf16-mixed, ...")
+    how.add_argument("--optimizer", metavar="NAME", help="torch.optim's, for what is no LightningModule")
+    how.add_argument("--optimizer-arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of it")
+    how.add_argument("--accumulate-grad-batches", type=int, metavar="N", help="as a Trainer's")
+    how.add_argument("--gradient-clip-val", type=float, metavar="X", help="as a Trainer's")
+    how.add_argument("--devices", type=int, metavar="N", help="cards that train together (default: 1)")
+    how.add_argument("--strategy", choices=("ddp",), default="ddp", help="how they do (default: ddp)")
+    how.add_argument("--method", choices=("auto", "trace", "formula", "probe"), help="how it is told (default: auto)")
+    card = parser.add_argument_group("the card; the first of this machine where none is named")
+    which = card.add_mutually_exclusive_group()
+    which.add_argument("--gpu", metavar="NAME", help="a card that need not be here, such as 'A100 80GB'")
+    which.add_argument("--memory", metavar="SIZE", help="any card of so much memory, such as 24GiB")
+    card.add_argument("--margin", type=float, default=MARGIN, help=f"the part to leave free (default: {MARGIN})")
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--min-batch-size", type=int, default=1, metavar="N", help="(default: 1)")
+    limits.add_argument("--max-batch-size", type=int, metavar="N")
+    limits.add_argument("--multiple-of", type=int, default=1, metavar="N", help="(default: 1)")
+
+
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Completion in a shell, where argcomplete is installed: ``eval "$(register-python-argcomplete memplan)"``."""
+    try:
+        import argcomplete
+    except ModuleNotFoundError:
+        return
+    argcomplete.autocomplete(parser)
+
+
+# --- what is printed
+
+
+def _say(args: argparse.Namespace, what: Any) -> None:
+    """A value as JSON, or a text; with colours where rich is installed and someone looks."""
+    if args.json:
+        print(json.dumps(what, indent=2))
+        return
+    if sys.stdout.isatty():
+        try:
+            from rich.console import Console
+        except ModuleNotFoundError:
+            pass
+        else:
+            Console(soft_wrap=True).print(what, markup=False)
+            return
+    print(what)
+
+
+def _described(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,311 @@
+"""The command line, in this process (and once as a command): what it prints, and its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import lightning_memplan as mp
+from lightning_memplan.cli import main
+
+JOB = """
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+class Net(pl.LightningModule):
+    def __init__(self, width: int = 1024):
+        super().__init__()
+        print("what the job itself prints")
+        self.net = nn.Sequential(nn.Linear(1024, width), nn.ReLU(), nn.Linear(width, 10))
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.cross_entropy(self.net(x), y)
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+class Data(pl.LightningDataModule):
+    def __init__(self, samples: int = 300):
+        super().__init__()
+        self.samples = samples
+    def train_dataloader(self):
+        data = TensorDataset(torch.zeros(self.samples, 1024), torch.zeros(self.samples, dtype=torch.long))
+        return DataLoader(data, batch_size=4)
+
+def plain(width=1024):
+    return nn.Linear(1024, width)
+
+def broken(width):
+    raise RuntimeError("no such width")
+
+def reads(batch_size=4):
+    class Reads(Net):
+        def training_step(self, batch, batch_idx):
+            raise KeyError("images")
+    return Reads()
+
+number = 7
+"""
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "cli_job.py").write_text(JOB)
+    before = list(sys.path)
+    yield str(folder / "cli_job.py")
+    sys.path[:] = before
+    sys.modules.pop("cli_job", None)
+
+
+@pytest.fixture
+def run(job, capsys):
+    def command(*args):
+        status = main([arg.replace("JOB", job) for arg in args])
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err.replace("what the job itself prints\n", "").replace(job, "JOB")
+
+    return command
+
+
+# ------------------------------------------------------------------------------------------------- without a job
+
+
+@pytest.mark.parametrize("words", [["--help"], ["plan", "--help"], ["check", "--help"], ["estimate", "--help"]])
+def test_help(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: memplan")
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_gpus(run):
+    status, text, _ = run("gpus", "a100")
+    assert (status, [line.split("  ")[0] for line in text.splitlines()]) == (0, ["card", "A100 40GB", "A100 80GB"])
+    status, text, _ = run("gpus", "--json")
+    cards = json.loads(text)
+    assert {card["name"]: card["total"] for card in cards} == {card.name: card.total for card in mp.gpus()}
+    assert run("gpus", "a101") == (
+        2,
+        "",
+        "memplan: error: no card of the catalogue has 'a101' in its name: memplan gpus lists all\n",
+    )
+
+
+def test_devices(run, monkeypatch):
+    monkeypatch.setattr("lightning_memplan.cli.detect_devices", lambda: ())
+    assert run("devices")[1] == "no CUDA device here: name one by --gpu (memplan gpus lists them)\n"
+    card = mp.Device("a card", total=2**34, free=2**33, context=2**30, index=0, capability=(8, 6))
+    monkeypatch.setattr("lightning_memplan.cli.detect_devices", lambda: (card,))
+    assert run("devices")[1].splitlines()[1].split() == ["a", "card", "7.00", "GiB", "8.6"]
+    found = json.loads(run("devices", "--json")[1])
+    assert found == [
+        {
+            "name": "a card",
+            "kind": "cuda",
+            "index": 0,
+            "uuid": None,
+            "total": 2**34,
+            "free": 2**33,
+            "capacity": 2**33 - 2**30,
+            "capability": "8.6",
+        }
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- a job
+
+
+def test_a_plan_as_text(run):
+    status, text, errors = run(
+        "plan", "JOB:Net", "--input", "1024", "--labels", "--memory", "256MiB", "--margin", "0.1"
+    )
+    assert (status, errors) == (0, "")
+    assert text.startswith("memory plan for a card of 256MiB\n")
+    assert "budget 230.40 MiB" in text  # 256 MiB less a tenth
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_plan_as_json(run):
+    arguments = ("--data", "JOB:Data", "--data-arg", "samples=50", "--arg", "width=64", "--gpu", "T4", "--json")
+    status, text, _ = run("plan", "JOB:Net", *arguments, "--precision", "16-mixed", "--multiple-of", "8")
+    found = json.loads(text)
+    assert status == 0
+    assert set(found) == {
+        *(
+            "model",
+            "fits",
+            "batch_size",
+            "accumulate_grad_batches",
+            "limited_by",
+            "method",
+            "device",
+            "margin",
+            "budget",
+        ),
+        *("peak_reserved", "peak_allocated", "formula", "phase", "breakdown", "notes"),
+    }
+    assert (found["model"], found["batch_size"], found["limited_by"], found["method"]) == (
+        "Net",
+        48,
+        "dataset",
+        "trace",
+    )
+    assert found["device"]["total"] == mp.gpu("T4").total
+    assert sum(found["breakdown"].values()) == found["peak_allocated"] <= found["peak_reserved"]
+
+
+def test_a_plain_module_takes_an_optimizer(run):
+    peaks = {}
+    for name, options in {
+        "none": (),
+        "SGD": ("--optimizer", "SGD"),
+        "momentum": ("--optimizer", "SGD", "--optimizer-arg", "momentum=0.9"),
+        "two cards": ("--optimizer", "SGD", "--devices", "2"),
+    }.items():
+        arguments = ("check", "JOB:plain", "--input", "1024:bfloat16", "--precision", "bf16-true", "--json", *options)
+        status, text, _ = run(*arguments, "--memory", "1GiB", "--batch-size", "4")
+        found = json.loads(text)
+        peaks[name] = found["breakdown"].get("optimizer", 0), found["device"]["capacity"]
+        assert status == 0
+    # one moment for each of 1024 · 1024 + 1024 parameters of two bytes; as many of gradients in DDP's buckets, which
+    # are those of the module as it is made, in four bytes
+    assert [state for state, _ in peaks.values()] == [0, 0, 2 * (1024 * 1024 + 1024), 0]
+    assert peaks["two cards"][1] == 2**30 - 4 * (1024 * 1024 + 1024)
+
+
+def test_a_check(run):
+    arguments = ("check", "JOB:Net", "--data", "JOB:Data", "--memory", "80MiB")
+    status, text, _ = run(*arguments, "--batch-size", "64")
+    assert (status, text) == (0, "Net fits on a card of 80MiB at batch size 64: 62.00 MiB of a budget of 76.00 MiB\n")
+    status, text, _ = run(*arguments, "--batch-size", "8192")  # more than the dataset has, and it does not matter
+    assert status == 1
+    assert text.startswith("Net does not fit on a card of 80MiB at batch size 8192: it lacks ")
+    status, text, _ = run(*arguments, "--batch-size", "8192", "--json")
+    found = json.loads(text)
+    assert (status, found["fits"], found["available"]) == (1, False, 76 * 2**20)
+    assert found["needed"] > found["available"]
+
+
+def test_an_estimate(run, tmp_path):
+    pictures = ("--snapshot", str(tmp_path / "step.pickle"), "--plot", str(tmp_path / "step.png"))
+    status, text, _ = run("estimate", "JOB:Net", "--data", "JOB:Data", "--batch-size", "8", "4096", *pictures)
+    assert status == 0
+    assert [line.split()[0] for line in text.splitlines()[2:4]] == ["8", "4096"]
+    assert "at batch size 4096, in the " in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step.pickle", "step.png"]
+    found = json.loads(run("estimate", "JOB:Net", "--data", "JOB:Data", "--json", "--method", "formula")[1])
+    assert (found["model"], found["method"]) == ("Net", "formula")
+    assert [row["batch_size"] for row in found["estimates"]] == [1, 8, 64]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI calls what a newer jsonargparse deprecates
+def test_a_yaml_of_lightning_cli(run, tmp_path):
+    pytest.importorskip("jsonargparse")
+    config = tmp_path / "config.yaml"
+    trainer = "trainer:\n  accelerator: gpu\n  devices: 2\n  precision: bf16-mixed\n  gradient_clip_val: 0.5\n"
+    config.write_text(f"{trainer}model:\n  width: 64\ndata:\n  samples: 50\nckpt_path: null\n")
+    arguments = ("--config", str(config), "--memory", "1GiB", "--json")
+    status, text, errors = run("plan", "JOB:Net", "--data", "JOB:Data", *arguments)
+    assert (status, errors) == (0, "")
+    found = json.loads(text)
+    assert (found["batch_size"], found["limited_by"]) == (50, "dataset")
+    # 1024 · 64 + 64 + 64 · 10 + 10 parameters of four bytes in DDP's buckets
+    assert found["device"]["capacity"] == 2**30 - 4 * (1024 * 64 + 64 + 640 + 10)
+    config.write_text("trainer:\n  precisin: 16-mixed\n")
+    status, _, errors = run("plan", "JOB:Net", "--data", "JOB:Data", *arguments)
+    assert status == 2
+    assert "does not accept option 'trainer.precisin'" in errors
+    assert errors.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------- what is wrong
+
+CASES = {
+    "an unknown GPU": (
+        ["plan", "JOB:Net", "--input", "1024", "--labels", "--gpu", "RTX 3091"],
+        "'RTX 3091' is not in the catalogue of GPUs: near are",
+    ),
+    "no target": (["plan"], "nothing to plan: name it as package.module:Name or script.py:name, or by --config"),
+    "no colon": (["plan", "JOB"], "names nothing in a module: write package.module:Name or script.py:name"),
+    "no module": (
+        ["plan", "nowhere.net:Net"],
+        "'nowhere.net' cannot be imported: ModuleNotFoundError: No module named",
+    ),
+    "no file": (["plan", "nowhere.py:Net"], "there is no file 'nowhere.py'"),
+    "no name": (["plan", "JOB:Ned"], "'JOB' has no 'Ned': it has Data, DataLoader, Net, TensorDataset, broken, plain"),
+    "no module in it": (["plan", "JOB:number"], "JOB:number made 7: it must be, or make, a LightningModule"),
+    "no data": (["plan", "JOB:Net"], "nothing says what is trained on: name it by --data package.module:DataModule or"),
+    "its own error": (["plan", "JOB:broken"], "JOB:broken cannot be made: TypeError: broken() missing 1 required"),
+    "and another": (
+        ["plan", "JOB:broken", "--arg", "width=1"],
+        "JOB:broken cannot be made: RuntimeError: no such width",
+    ),
+    "no pair": (["plan", "JOB:Net", "--arg", "width"], "'width' is no argument: write --arg name=value"),
+    "no shape": (["plan", "JOB:Net", "--input", "3,224"], "'3,224' is no shape: write one sample's, such as --input"),
+    "no dtype": (["plan", "JOB:Net", "--input", "3:int65"], "'int65' is no type of tensor: write --input 3:int64"),
+    "no optimizer": (
+        ["plan", "JOB:plain", "--input", "1024", "--optimizer", "adam"],
+        "torch.optim has no optimizer 'adam': AdamW, SGD, ...",
+    ),
+    "no precision": (
+        ["plan", "JOB:plain", "--input", "1024", "--gpu", "T4", "--precision", "8"],
+        "precision '8' cannot be planned for: use one of",
+    ),
+    "no config": (
+        ["plan", "--config", "nowhere.yaml"],
+        "there is no file 'nowhere.yaml': --config is a LightningCLI's",
+    ),
+    "a step that fails": (
+        ["plan", "JOB:reads", "--input", "1024", "--gpu", "T4", "--method", "trace"],
+        "Reads cannot be traced: the step failed in a trace (KeyError: 'images'); at JOB:",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_an_error_is_one_line_that_says_what_to_do(run, case):
+    arguments, text = CASES[case]
+    status, printed, errors = run(*arguments)
+    assert (status, printed, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith("memplan: error: ")
+    assert text in errors
+
+
+def test_wrong_usage(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["check", "job:Net"])
+    assert caught.value.code == 2
+    text = "memplan: error: the following arguments are required: --batch-size; see memplan check --help\n"
+    assert capsys.readouterr().err == text
+
+
+def test_debug_shows_where(run):
+    with pytest.raises(ValueError, match="there is no file"):
+        run("plan", "nowhere.py:Net", "--debug")
+
+
+def test_as_a_command(job, tmp_path):
+    code = "import sys; from lightning_memplan.cli import main; sys.exit(main())"
+    arguments = ["check", "cli_job:Net", "--data", "cli_job:Data", "--gpu", "T4", "--batch-size", "10000000"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=Path(job).parent,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(mp.__file__).parents[1])},
+    )
+    assert done.returncode == 1
+    assert done.stdout.startswith("Net does not fit on T4 at batch size 10000000: it lacks ")
+    assert done.stderr == "what the job itself prints\n"
