@@ -267,6 +267,18 @@ def test_an_attribute_keeps_its_ratio_to_the_loader():
     assert (data.batch_size, [len(batch[0]) for batch in module.seen]) == (14, [7, 7, 7])
 
 
+def test_a_hook_may_ask_the_trainer():
+    class Asks(Net):
+        batch_size = 2
+
+        def train_dataloader(self):
+            return plain(self.batch_size // self.trainer.world_size)
+
+    module = Asks()
+    fit(module, {}, planner_of())
+    assert [len(batch[0]) for batch in module.seen] == [7, 7, 7]
+
+
 def test_a_passed_loader_and_an_attribute_are_both_set():
     module, arguments = passed(KINDS["plain"])
     module.save_hyperparameters({"batch_size": 2})
@@ -320,6 +332,56 @@ def test_validation_loaders_are_left():
     module = Validated()
     fit(module, {"train_dataloaders": plain(2), "val_dataloaders": plain(3)}, planner_of(), num_sanity_val_steps=0)
     assert set(module.sizes) == {3}
+
+
+# ----------------------------------------------------------------------------------------------- an epoch's batches
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        # 21 samples are 3 batches of 7; 7 · 3 // 4 = 5, of which there are 5
+        (
+            {"val_check_interval": 4},
+            r"^val_check_interval=4 counts batches, and an epoch has 3 of the planned batch size 7: .*_size=5$",
+        ),
+        (
+            {"limit_train_batches": 0.3},
+            r"^limit_train_batches=0\.3 is .* an epoch has 3 of the planned batch size 7, which is not one: give",
+        ),
+    ],
+)
+def test_settings_that_ask_for_more_batches_than_an_epoch_has(settings, message):
+    module, arguments = attribute_of_the_datamodule(KINDS["plain"])
+    with pytest.raises(mp.ApplyError, match=message):
+        fit(module, arguments, planner_of(), **settings)
+    assert arguments["datamodule"].batch_size == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"val_check_interval": 3},
+        {"val_check_interval": 4, "check_val_every_n_epoch": None},
+        {"val_check_interval": 4, "limit_val_batches": 0},
+        {"val_check_interval": 4, "max_batch_size": 5},
+        {"limit_train_batches": 0.4},
+        {"limit_train_batches": 2},
+    ],
+    ids=str,
+)
+def test_settings_that_ask_for_as_many_batches_as_there_are(settings):
+    module, arguments = passed(KINDS["plain"])
+    planner = planner_of(max_batch_size=settings.pop("max_batch_size", 7))
+    assert fit(module, arguments, planner, **settings).global_step > 0
+
+
+def test_dropping_the_last_leaves_a_batch():
+    """No batch size is above the dataset's length, where an epoch would have no batch and nothing would be trained."""
+    module, arguments = passed(KINDS["dropping the last"])
+    planner = planner_of(max_batch_size=None)
+    fit(module, arguments, planner)
+    assert (planner.plan.batch_size, planner.plan.limited_by, len(module.seen)) == (21, "dataset", 1)
 
 
 # -------------------------------------------------------------------------------------------------- what cannot be set

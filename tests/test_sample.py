@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import multiprocessing
 import random
 from collections import namedtuple
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+import lightning_memplan as mp
 from lightning_memplan._loaders import borrowed, dataset_size
 from lightning_memplan._sample import SIZES, batch_size_of, read_samples, resized
 
@@ -31,8 +34,8 @@ def sample_batches(source, **how):
     return read_samples(source, **how).batches()
 
 
-def shapes(source):
-    return [tuple(batch.shape) for _, batch in sample_batches(source)]
+def shapes(source, **how):
+    return [tuple(batch.shape) for _, batch in sample_batches(source, **how)]
 
 
 THREE_SIZES = [(2, 4), (3, 4), (5, 4)]
@@ -326,3 +329,187 @@ def test_no_worker_is_started():
     sample_batches(loader)
     assert multiprocessing.active_children() == []
     assert loader._iterator is None
+
+
+# ------------------------------------------------------------------------------------------------- samples of all sizes
+
+
+def texts(*lengths):
+    return [torch.ones(length, dtype=torch.long) for length in lengths]
+
+
+def padded(samples):
+    return torch.nn.utils.rnn.pad_sequence(samples, batch_first=True)
+
+
+def test_samples_that_differ_in_size_are_planned_for_by_the_largest_of_the_first():
+    samples = read_samples(DataLoader(texts(4, 7, 2, 9, 3, 50), collate_fn=padded))
+    assert [(size, tuple(batch.shape)) for size, batch in samples.batches()] == [(2, (2, 9)), (3, (3, 9)), (5, (5, 9))]
+    # int64: 2 and 9 tokens of 8 bytes
+    (note,) = samples.notes
+    assert note.startswith(
+        "samples differ in size (16 B to 72 B): planned for batches of the largest of the first 5 (samp"
+    )
+
+
+def test_the_largest_of_more():
+    loader = DataLoader(texts(*range(1, 101)), collate_fn=padded)
+    # 100 // 8 = 12 apart: those at 0, 12, ..., 84 have 1, 13, ..., 85 tokens
+    samples = read_samples(loader, "largest", 8)
+    assert [tuple(batch.shape) for _, batch in samples.batches()] == [(2, 85), (3, 85), (5, 85)]
+    assert samples.notes == (
+        "samples differ in size (8 B to 680 B): planned for batches of the largest of the 8 that were looked at",
+    )
+
+
+def test_as_many_samples_are_read_as_is_said():
+    class Counted(Dataset):
+        read: ClassVar = []  # a copy is read
+
+        def __len__(self):
+            return 1000
+
+        def __getitem__(self, index):
+            self.read.append(index)
+            return torch.ones(index + 1)
+
+    loader = DataLoader(Counted(), collate_fn=padded)
+    for how, indices in (({}, [0, 1, 2, 3, 4]), ({"sample": "largest", "sample_size": 4}, [0, 250, 500, 750])):
+        Counted.read.clear()
+        read_samples(loader, **how).batches()
+        assert Counted.read == indices
+
+
+def test_the_largest_of_a_stream_and_of_batches():
+    class Longer(IterableDataset):
+        def __iter__(self):
+            return (torch.ones(2, length) for length in itertools.count(1))
+
+    assert shapes(DataLoader(Longer(), batch_size=None)) == [(2, 1), (3, 1), (5, 1)]
+    assert shapes(DataLoader(Longer(), batch_size=None), sample="largest", sample_size=9) == [(2, 9), (3, 9), (5, 9)]
+    first = {tuple(batch.shape[1:]) for _, batch in sample_batches(DataLoader(Longer(), collate_fn=lambda b: b[0]))}
+    assert first == {(5,)}
+
+
+def test_samples_of_one_size_are_as_they_are():
+    rows_and_names = [(row, "a" * k) for k, row in enumerate(rows)]  # names differ, and take no memory of a card
+    samples = read_samples(DataLoader(rows_and_names, batch_size=4), "largest", 3)
+    assert samples.notes == ()
+    assert torch.equal(samples.batches((3,))[0][1][0], rows[[0, 3, 6]])
+
+
+def test_texts_are_measured_when_they_are_collated():
+    def tokenized(texts):
+        return {"ids": padded([torch.tensor([ord(letter) for letter in text]) for text in texts])}
+
+    samples = read_samples(DataLoader(["ab", "abcde", "c"], collate_fn=tokenized))
+    assert [tuple(batch["ids"].shape) for _, batch in samples.batches()] == [(2, 5), (3, 5), (5, 5)]
+
+
+def test_images_and_boxes():
+    """As of detection: images of a size each, and as many boxes as there are things."""
+    scenes = [(torch.ones(3, 8, 8 + k), {"boxes": torch.ones(k, 4)}) for k in range(5)]
+    for size, (images, targets) in sample_batches(
+        DataLoader(scenes, collate_fn=lambda rows: tuple(zip(*rows, strict=True)))
+    ):
+        assert {tuple(image.shape) for image in images} == {(3, 8, 12)}
+        assert [len(target["boxes"]) for target in targets] == [4] * size
+
+
+class Graph:
+    """As torch_geometric.data.Data: tensors behind an object that can be moved, batched by a collate_fn of its own."""
+
+    def __init__(self, nodes, edges):
+        self._store = {"x": nodes, "edge_index": edges}
+
+    def to(self, device):
+        return Graph(*(tensor.to(device) for tensor in self._store.values()))
+
+
+def joined(graphs):
+    nodes = torch.cat([graph._store["x"] for graph in graphs])
+    return Graph(nodes, torch.cat([graph._store["edge_index"] for graph in graphs], 1))
+
+
+def test_graphs():
+    graphs = [Graph(torch.ones(k, 4), torch.ones(2, 3 * k, dtype=torch.long)) for k in (3, 6, 2)]
+    samples = read_samples(DataLoader(graphs, collate_fn=joined))
+    assert [tuple(batch._store["x"].shape) for _, batch in samples.batches()] == [(12, 4), (18, 4), (30, 4)]
+    # 2 and 6 nodes of 4 floats, and 6 and 18 edges of two int64: 32 + 96 and 96 + 288 bytes
+    assert samples.notes[0].startswith("samples differ in size (128 B to 384 B): ")
+    with pytest.raises(
+        ValueError, match="a Graph cannot be cut into batches of other sizes: pass the DataLoader that m"
+    ):
+        sample_batches(joined(graphs))
+
+
+def test_a_collate_that_takes_samples_apart():
+    samples = [{"x": torch.ones(4), "y": torch.ones(length)} for length in (1, 1, 2)]
+
+    def popped(rows):
+        return padded([row.pop("y") for row in rows]), torch.stack([row.pop("x") for row in rows])
+
+    assert [tuple(y.shape) for _, (y, x) in sample_batches(DataLoader(samples, collate_fn=popped))] == [
+        (2, 2),
+        (3, 2),
+        (5, 2),
+    ]
+    assert all(list(sample) == ["x", "y"] for sample in samples)
+
+
+def test_a_collate_that_draws_draws_the_same():
+    def cropped(samples):
+        return torch.stack(samples)[:, : torch.randint(1, 5, ())]
+
+    widths = {batch.shape[1] for _, batch in sample_batches(DataLoader(list(rows), collate_fn=cropped))}
+    assert len(widths) == 1
+
+
+def test_a_dataset_of_keys_is_read_as_its_sampler_does():
+    class Keyed(Dataset):
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, key):
+            return {"ab": torch.ones(4), "cd": torch.zeros(4)}[key]
+
+    keyed = DataLoader(Keyed(), sampler=["cd", "ab"] * 5, batch_size=2)
+    assert torch.equal(sample_batches(keyed)[0][1], torch.stack([torch.zeros(4), torch.ones(4)]))
+
+
+def test_loaders_of_two_sizes():
+    few, many = DataLoader(list(rows), batch_size=4), DataLoader(list(rows), batch_size=6)
+    # 1.5 for each: batches of 2 and 3, twice those of 2, 3 and 5
+    assert [(size, *map(len, batch)) for size, batch in sample_batches([few, many])] == [
+        (4, 4, 6),
+        (6, 6, 9),
+        (10, 10, 15),
+    ]
+
+
+@pytest.mark.parametrize("how", [{"sample": "all"}, {"sample_size": 0}, {"sample_size": 2.0}, {"sample_size": True}])
+def test_arguments_that_are_none(how):
+    with pytest.raises(
+        ValueError, match=r"^sample is one of 'first', 'largest', not 'all'$|^sample_size is the number "
+    ):
+        mp.MemoryPlanner(**how)
+    with pytest.raises(ValueError, match=r"^sample(_size)? is "):
+        mp.estimate(torch.nn.Linear(4, 4), rows, **how)
+
+
+def test_a_network_of_graphs_is_traced():
+    class Passes(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 4)
+
+        def forward(self, graph):
+            x, (source, target) = graph._store["x"], graph._store["edge_index"]
+            return torch.zeros_like(x).index_add(0, target, self.layer(x)[source]).relu()
+
+    graphs = [Graph(torch.ones(k, 4), torch.zeros(2, 3 * k, dtype=torch.long)) for k in (3, 64)]
+    estimate = mp.estimate(Passes(), DataLoader(graphs, collate_fn=joined))
+    assert estimate.method == "trace"
+    assert "samples differ in size" in estimate.notes[0]
+    # a graph of 64 nodes of 4 floats and 192 edges of two int64: 1 KiB and 3 KiB, of which 512 are none too many
+    assert estimate.breakdown(512)["batch"] == 512 * 4 * 1024

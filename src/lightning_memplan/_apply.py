@@ -10,6 +10,7 @@ from lightning_memplan._errors import ApplyError
 from lightning_memplan._lightning import change_train_loaders, loaders_are_made, train_loaders
 from lightning_memplan._loaders import (
     batch_size_of_loader,
+    batches_of_epoch,
     check_resizable,
     loaders_in,
     planned_sizes,
@@ -104,8 +105,9 @@ class Place:
         """Set it on all that hold it, and see to it that the Trainer's loaders have it.
 
         Raises:
-            ApplyError: a holder or a loader cannot be set.
+            ApplyError: a holder or a loader cannot be set, or an epoch has too few batches of that size.
         """
+        check_batches(self.trainer, self.source, batch_size)
         unit = unit_of(self.source)
         for holder in self.holders:
             old = holder.read()
@@ -123,6 +125,30 @@ class Place:
                     f"{batch_size_of_loader(loader)}: Lightning made it anew, with its own sampler, from arguments "
                     "that do not tell its batch size; give its __init__ an argument batch_size, or pass apply=False"
                 )
+
+
+def check_batches(trainer: Any, source: Any, batch_size: int) -> None:
+    """Raise ApplyError where Lightning would stop, since an epoch has too few batches of that size.
+
+    Source: pytorch_lightning 2.6, loops/fit_loop.py (``setup_data``) and trainer/connectors/data_connector.py.
+    """
+    count = batches_of_epoch(source, batch_size, trainer.world_size)
+    limit, interval = trainer.limit_train_batches, trainer.val_check_interval
+    if count is None or limit == 0:
+        return
+    few = f"and an epoch has {count} of the planned batch size {batch_size}"
+    if isinstance(limit, float) and int(count * limit) == 0:
+        raise ApplyError(
+            f"limit_train_batches={limit} is a part of an epoch's batches, {few}, which is not one: give a number of "
+            "batches (limit_train_batches=1), or a max_batch_size"
+        )
+    count = min(count, limit) if isinstance(limit, int) else int(count * limit)
+    validates = trainer.limit_val_batches > 0 and trainer.check_val_every_n_epoch is not None
+    if isinstance(interval, int) and count < interval and validates:
+        raise ApplyError(
+            f"val_check_interval={interval} counts batches, {few}: give a part of an epoch (val_check_interval=1.0), "
+            f"pass check_val_every_n_epoch=None, or max_batch_size={max(1, batch_size * count // interval)}"
+        )
 
 
 def find_holders(name: str, *owners: Any) -> tuple[Holder, ...]:

@@ -190,7 +190,10 @@ def train_source(trainer: Any, module: Callable[[], Any], datamodule: Any) -> An
     if not loaders_are_made(trainer):
         return source
     with isolated_random_state():
-        owner = copy.copy(datamodule if is_datamodule(source) else module())
+        made = datamodule if is_datamodule(source) else module()
+        owner = copy.copy(made)
+        if is_lightning_module(owner):  # a copied module has no trainer (LightningModule.__getstate__)
+            owner.__dict__["_trainer"] = made.__dict__["_trainer"]
         return owner.train_dataloader()
 
 

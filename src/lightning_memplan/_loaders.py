@@ -102,10 +102,11 @@ def dataset_size(source: Any) -> int | None:
 
 def samples_of_loader(loader: Any) -> int | None:
     """How many samples an epoch of the loader's has, None where it cannot be told."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    if not isinstance(loader, DataLoader):
         return None
-    batches = loader.batch_sampler
-    sampler = loader.sampler if loader.batch_size is not None else getattr(batches, "sampler", None)
+    sampler = loader.sampler if loader.batch_size is not None else getattr(loader.batch_sampler, "sampler", None)
+    if isinstance(loader.dataset, IterableDataset):
+        sampler = None  # torch's own, without an end
     for sized in (sampler, loader.dataset):
         try:
             if sized is not None:
@@ -113,6 +114,23 @@ def samples_of_loader(loader: Any) -> int | None:
         except (TypeError, NotImplementedError):
             continue
     return None
+
+
+def batches_of_epoch(source: Any, batch_size: int, ranks: int = 1) -> int | None:
+    """How many batches of a size each rank has in an epoch, None where it cannot be told.
+
+    >>> batches_of_epoch(DataLoader(range(10)), 4), batches_of_epoch(DataLoader(range(10), drop_last=True), 4)
+    (3, 2)
+    """
+    counts = []
+    for loader, size in zip(loaders_in(source), planned_sizes(source, batch_size), strict=True):
+        samples = samples_of_loader(loader)
+        if samples is None:
+            return None
+        samples = -(-samples // ranks)
+        counts.append(samples // size if getattr(loader.batch_sampler, "drop_last", False) else -(-samples // size))
+    fewest = getattr(source, "_mode", "") == "min_size"  # of a CombinedLoader; other collections cycle the shorter ones
+    return min(counts) if fewest else max(counts)
 
 
 # ------------------------------------------------------------------------------------------------ another batch size
