@@ -165,6 +165,22 @@ def test_a_plan_as_json(run):
     assert sum(found["breakdown"].values()) == found["peak_allocated"] <= found["peak_reserved"]
 
 
+def test_a_plan_that_accumulates(run):
+    arguments = (
+        "--input",
+        "1024",
+        "--labels",
+        "--gpu",
+        "T4",
+        "--max-batch-size",
+        "100",
+        "--effective-batch-size",
+        "384",
+    )
+    found = json.loads(run("plan", "JOB:Net", *arguments, "--json")[1])
+    assert (found["batch_size"], found["accumulate_grad_batches"]) == (96, 4)  # 96 is the largest part of 384 up to 100
+
+
 def test_a_plain_module_takes_an_optimizer(run):
     peaks = {}
     for name, options in {

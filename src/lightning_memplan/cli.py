@@ -114,6 +114,7 @@ def _plan(args: argparse.Namespace) -> int:
         min_batch_size=args.min_batch_size,
         max_batch_size=args.max_batch_size,
         multiple_of=args.multiple_of,
+        effective_batch_size=args.effective_batch_size,
         **job.settings,
     )
     _say(args, {"model": job.name, "fits": True, **plan_fields(found)} if args.json else plan_table(found))
@@ -124,7 +125,8 @@ def _check(args: argparse.Namespace) -> int:
     job, size = _job(args), args.batch_size
     device = job.beside(_device(args))
     only = {"min_batch_size": size, "max_batch_size": size}
-    found = plan_estimate(job.estimated(device), device, margin=args.margin, model=job.name, **only)
+    estimated = job.estimated(device)
+    found = plan_estimate(lambda _: estimated, device, margin=args.margin, model=job.name, **only)
     if args.json:
         _say(args, {"model": job.name, "fits": True, **plan_fields(found)})
     else:
@@ -193,6 +195,7 @@ def _job(args: argparse.Namespace) -> _Job:
         "gradient_clip_val": args.gradient_clip_val,
         "accumulate_grad_batches": args.accumulate_grad_batches,
         "optimizer": _optimizer(args),
+        "sample": args.sample,
     }
     settings = job.settings | {name: value for name, value in given.items() if value is not None}
     devices = job.devices if args.devices is None else args.devices
@@ -374,6 +377,7 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--data-arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of it")
     job.add_argument("--input", metavar="SHAPE", help="in place of --data, one sample: 3x224x224, 512:int64")
     job.add_argument("--labels", nargs="?", const="", metavar="SHAPE", help="with --input, whole-numbered labels")
+    job.add_argument("--sample", choices=("first", "largest"), help="which samples make the batch (default: first)")
     job.add_argument("--config", metavar="YAML", help="a LightningCLI's: module, data and Trainer")
     how = parser.add_argument_group("how it is trained")
     how.add_argument("--precision", metavar="P", help="as a Trainer's: 32-true, 16-mixed, bf16-mixed, ...")
@@ -396,6 +400,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     limits.add_argument("--min-batch-size", type=int, default=1, metavar="N", help="(default: 1)")
     limits.add_argument("--max-batch-size", type=int, metavar="N")
     limits.add_argument("--multiple-of", type=int, default=1, metavar="N", help="(default: 1)")
+    limits.add_argument("--effective-batch-size", type=int, metavar="N", help="of an optimizer's step on each card")
 
 
 def _complete(parser: argparse.ArgumentParser) -> None:
