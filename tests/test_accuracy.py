@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.accuracy import nullgpu as accuracy
+from tests.accuracy import regimes
 
 SAMPLE = """
 own.mlp 16-mixed Adam+fused 300
@@ -13,6 +14,10 @@ own.encoder bf16-mixed AdamW 16
 own.diffusion 16-mixed AdamW 32 clip=1.0
 own.unet 32-true Adam+loop 8
 own.pointnet 16-mixed RMSprop 64 accumulate=2
+regime.checkpoint 16-mixed AdamW 64
+regime.gan 32-true Adam 64
+regime.reads 16-mixed AdamW 64
+regime.users_cuda 32-true AdamW 64
 """
 
 
@@ -31,6 +36,11 @@ def test_every_row_of_the_list_is_one():
     rows = [accuracy.Row.parse(line) for line in lines if not line.startswith("#")]
     assert len({row.network.partition("@")[0] for row in rows}) >= 60
     assert len(set(rows)) == len(rows)
+
+
+def test_every_way_of_training_has_a_row():
+    lines = (accuracy.HERE / "regimes.txt").read_text().splitlines()
+    assert {accuracy.Row.parse(line).network for line in lines} == {f"regime.{name}" for name in regimes.REGIMES}
 
 
 def test_a_row_is_read_as_it_is_written():

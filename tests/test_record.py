@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from lightning_memplan._cuda_rules import LONGEST
 from lightning_memplan._record import DEVICE, Recorder, Rules, labelled, module_paths
+from lightning_memplan._types import Event
 
 aten = torch.ops.aten
 
@@ -143,3 +145,44 @@ def test_paths_are_of_the_module_that_runs(recorder):
         mode.stop()
     assert [e.path for e in labelled(mode.events) if e.size > 0] == ["", "0", "1.0"]
     assert not net[0]._forward_hooks
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda x: x.cuda(),
+        lambda x: x.to("cuda"),
+        lambda x: x.to("cuda:0", torch.float64),
+        lambda x: x.to(torch.device("cuda", 0)),
+        lambda x: x.to(0),
+        lambda x: x.to(device="cuda"),
+        lambda x: torch.zeros(3, device="cuda"),
+        lambda x: torch.full_like(x, 2.0, device="cuda:0"),
+        lambda x: torch.tensor([1.0, 2.0, 3.0], device="cuda"),
+        lambda x: x.new_tensor([1.0, 2.0, 3.0], device="cuda"),
+    ],
+)
+def test_what_the_users_code_puts_on_cuda_is_on_the_traced_device(recorder, put):
+    with recorder() as mode:
+        y = put(torch.ones(3))
+        assert y.device == DEVICE
+    assert sum(e.size for e in mode.events if e.size > 0) == y.numel() * y.element_size()
+
+
+def test_a_result_as_long_as_values_say_is_taken_at_its_longest(recorder):
+    with recorder(longest=LONGEST) as mode:
+        x = torch.zeros(4, 3, device=DEVICE)
+        mask = x > 0
+        assert mask.nonzero().shape == (12, 2)  # 2 · 12 numbers of 8 bytes
+        assert x[mask].shape == x.masked_select(mask).shape == (12,)
+        assert x[mask[:, 0]].shape == (4, 3)
+        assert [len(part) for part in torch.where(mask)] == [12, 12]
+        assert x.unique().shape == (12,)
+        assert x[[1, 2]].shape == (2, 3)  # its length is known
+    assert mode.lengths_taken == 6
+    assert any(e.size == 2 * 12 * 8 for e in mode.events)
+
+
+def test_frees_in_a_row_are_in_the_order_of_their_blocks():
+    events = [Event(0, 8), Event(1, 8), Event(1, -1), Event(0, -1), Event(2, 8)]
+    assert [(e.block, e.size) for e in labelled(events)] == [(0, 8), (1, 8), (0, -1), (1, -1), (2, 8)]

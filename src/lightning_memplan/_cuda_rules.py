@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,9 +100,10 @@ def _without_autocast(func: Callable[..., Any]) -> Callable[..., Any]:
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
 
-def _to(op: Any, dtype: torch.dtype) -> Callable[..., Any]:
+def _to(op: Any, dtype: torch.dtype | None = None) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        return op(*_cast(args, dtype), **{k: _cast(v, dtype) for k, v in kwargs.items()})
+        target = dtype or torch.get_autocast_dtype("cpu")
+        return op(*_cast(args, target), **{k: _cast(v, target) for k, v in kwargs.items()})
 
     return _without_autocast(run)
 
@@ -137,25 +139,26 @@ def _append_dtype(name: str) -> Callable[..., Any]:
     return _without_autocast(run)
 
 
-def _promote(op: Any, dtype: torch.dtype) -> Callable[..., Any]:
+def _promote(op: Any) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        widest = torch.float32 if torch.float32 in set(_floating(args)) else dtype
+        widest = torch.float32 if torch.float32 in set(_floating(args)) else torch.get_autocast_dtype("cpu")
         return op(*_cast(args, widest), **kwargs)
 
     return _without_autocast(run)
 
 
-def _autocast_kernels(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
+def _autocast_kernels() -> dict[str, Callable[..., Any]]:
     kernels: dict[str, Callable[..., Any]] = {}
-    kernels.update({name: _to(_operator(name), dtype) for name in LOWER_PRECISION if _exists(name)})
+    kernels.update({name: _to(_operator(name)) for name in LOWER_PRECISION if _exists(name)})
     kernels.update({name: _to(_operator(name), torch.float32) for name in FP32 if _exists(name)})
     kernels.update({name: _set_opt_dtype(_operator(name)) for name in FP32_SET_OPT_DTYPE if _exists(name)})
     kernels.update({name: _append_dtype(name) for name in FP32_APPEND_DTYPE if _exists(name)})
-    kernels.update({name: _promote(_operator(name), dtype) for name in PROMOTE if _exists(name)})
-    kernels["_cudnn_rnn"] = _to(aten._cudnn_rnn.default, dtype)  # aten/src/ATen/cudnn/AutocastRNN.cpp
+    kernels.update({name: _promote(_operator(name)) for name in PROMOTE if _exists(name)})
+    kernels["_cudnn_rnn"] = _to(aten._cudnn_rnn.default)  # aten/src/ATen/cudnn/AutocastRNN.cpp
     return {name: kernel for name, kernel in kernels.items() if name not in _SHARED}
 
 
+@functools.cache
 def _cpu_only() -> list[str]:
     """Operators that the CPU's autocast casts and CUDA's does not."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -399,7 +402,7 @@ def _composites(capability: tuple[int, int]) -> dict[str, Callable[..., Any]]:
 
 
 @contextmanager
-def cuda_semantics(autocast: torch.dtype | None, capability: tuple[int, int] = (8, 6)) -> Iterator[None]:
+def cuda_semantics(capability: tuple[int, int] = (8, 6)) -> Iterator[None]:
     """CUDA's choices in the place of the CPU's, for fake tensors on a CPU device; undone on the way out."""
     library = torch.library.Library("aten", "IMPL")
     try:
@@ -407,14 +410,34 @@ def cuda_semantics(autocast: torch.dtype | None, capability: tuple[int, int] = (
             warnings.simplefilter("ignore")  # "Overriding a previously registered kernel": that is the purpose
             for name, kernel in _composites(capability).items():
                 library.impl(name, kernel, "AutogradCPU")
-            if autocast is not None:
-                for name, kernel in _autocast_kernels(autocast).items():
-                    library.impl(name, kernel, "AutocastCPU", allow_override=True)
-                for name in _cpu_only():
-                    library.impl(name, torch.library.fallthrough_kernel, "AutocastCPU", allow_override=True)
-        yield
+            for name, kernel in _autocast_kernels().items():
+                library.impl(name, kernel, "AutocastCPU", allow_override=True)
+            for name in _cpu_only():
+                library.impl(name, torch.library.fallthrough_kernel, "AutocastCPU", allow_override=True)
+        with _users_autocast():
+            yield
     finally:
         library._destroy()
+
+
+@contextmanager
+def _users_autocast() -> Iterator[None]:
+    """``autocast("cuda")`` in the user's code is that of the traced device, in float16 where no type is said.
+
+    torch/amp/autocast_mode.py, 2.13 to 2.15; ``torch.cuda.amp.autocast`` is a subclass.
+    """
+    init = torch.amp.autocast.__init__
+
+    def renamed(self: Any, device_type: str, dtype: torch.dtype | None = None, *args: Any, **kwargs: Any) -> None:
+        if device_type == "cuda":
+            device_type, dtype = "cpu", dtype or torch.float16
+        init(self, device_type, dtype, *args, **kwargs)
+
+    torch.amp.autocast.__init__ = renamed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.amp.autocast.__init__ = init  # type: ignore[method-assign]
 
 
 # ---------------------------------------------------------------------------------------------- memory beside outputs
@@ -738,6 +761,45 @@ def _dense_strides(shape: Sequence[int]) -> list[int]:
 
 
 #: Kernels that are told by other operators: what these allocate and free is what CUDA's kernel does
+# ----------------------------------------------------------------------------------------- results of unknown length
+
+
+def _nonzero(mask: torch.Tensor) -> torch.Tensor:
+    # aten/src/ATen/native/cuda/Nonzero.cu: a result of one row a dimension, seen through its transpose
+    return torch.empty((mask.dim(), mask.numel()), dtype=torch.int64, device=mask.device).t()
+
+
+def _index_by_mask(tensor: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> Any:
+    # aten/src/ATen/native/IndexingUtils.h, expandTensors: a mask becomes the places where it is true
+    masks = [index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices]
+    if not any(masks):
+        return NotImplemented
+    found: list[torch.Tensor | None] = []
+    for index, is_mask in zip(indices, masks, strict=True):
+        found += _nonzero(index).unbind(1) if is_mask and index is not None else [index]
+    return aten.index.Tensor(tensor, found)
+
+
+def _masked_select(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    shape = torch.broadcast_shapes(tensor.shape, mask.shape)
+    return torch.empty(math.prod(shape), dtype=tensor.dtype, device=tensor.device)
+
+
+def _unique(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    flat = tensor.numel()
+    counts = [torch.empty(flat, dtype=torch.int64, device=tensor.device) for _ in range(2)]
+    return torch.empty(flat, dtype=tensor.dtype, device=tensor.device), counts[0].view(tensor.shape), counts[1]
+
+
+#: operators whose result is as long as the values say: at its longest
+LONGEST: Mapping[Any, Callable[..., Any]] = {
+    aten.nonzero.default: _nonzero,
+    aten.index.Tensor: _index_by_mask,
+    aten.masked_select.default: _masked_select,
+    aten._unique2.default: _unique,
+    aten._unique.default: lambda *args, **kwargs: _unique(*args)[:2],
+}
+
 KERNELS: Mapping[Any, Callable[..., Any]] = {
     aten._cudnn_rnn.default: _cudnn_rnn,
     aten._cudnn_rnn_backward.default: _cudnn_rnn_backward,

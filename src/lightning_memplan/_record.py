@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain, groupby
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -39,6 +41,8 @@ class Rules(NamedTuple):
     order: Mapping[Any, Sequence[int]] = {}
     #: what a kernel does, told by other operators: what these allocate is what it allocates
     kernels: Mapping[Any, Callable[..., Any]] = {}
+    #: the same, for operators whose result is as long as values say: at its longest, or NotImplemented where it is not
+    longest: Mapping[Any, Callable[..., Any]] = {}
     #: outputs as ``(like, dtype)``: of a tensor's shape and strides, or of a size; None where the fake kernel must be
     #: asked. Only for speed: a fake kernel may be many operators, and is asked anew for every shape
     shapes: Mapping[Any, Callable[..., Sequence[tuple[torch.Tensor | torch.Size, torch.dtype]] | None]] = {}
@@ -65,11 +69,13 @@ class Recorder(TorchDispatchMode):
         self.step = 0
         self.path = ""
         self.values_read = 0  #: how often the step read a value of a tensor, and was given 0
+        self.lengths_taken = 0  #: how often a result is as long as values say, and was taken at its longest
         self._temporaries = rules.temporaries
         self._workspaces = rules.workspaces
         self._widths = rules.widths
         self._order = rules.order
         self._kernels = rules.kernels
+        self._longest = rules.longest
         self._shapes = rules.shapes
         self._running: set[Any] = set()  # the kernels that are being told
         self._constructors = _Constructors()
@@ -95,7 +101,12 @@ class Recorder(TorchDispatchMode):
             self.values_read += 1
             return False if args[0].dtype is torch.bool else 0.0
         if func in self._kernels and func not in self._running:
-            return self._tell(func, args, kwargs)
+            return self._tell(self._kernels[func], func, args, kwargs)
+        if func in self._longest and func not in self._running:
+            longest = self._tell(self._longest[func], func, args, kwargs)
+            if longest is not NotImplemented:
+                self.lengths_taken += 1
+                return longest
         in_place = _IN_PLACE.get(func)
         if in_place is None:
             in_place = _IN_PLACE[func] = _is_in_place(func)
@@ -191,11 +202,11 @@ class Recorder(TorchDispatchMode):
         several = len(func._schema.returns) > 1 or str(func._schema.returns[0].type) == "List[Tensor]"
         return made if several else made[0]
 
-    def _tell(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _tell(self, kernel: Callable[..., Any], func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         self._running.add(func)
         try:
             with self:
-                return self._kernels[func](*args, **kwargs)
+                return kernel(*args, **kwargs)
         finally:
             self._running.discard(func)
 
@@ -307,10 +318,20 @@ _INTO_ZEROS = frozenset(
 
 
 class _Constructors(TorchFunctionMode):
-    """Tensors that are made of Python's numbers: torch makes them on the host, and forgets ``DEVICE``'s index there."""
+    """Where tensors are made and moved to, by the user's code.
+
+    What it puts on ``"cuda"`` is put on ``DEVICE``. Tensors that are made of Python's numbers are made on the host by
+    torch, which forgets ``DEVICE``'s index there.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": DEVICE}
+        if func is torch.Tensor.cuda:
+            return args[0].to(DEVICE)
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], DEVICE, *args[2:])
         if func not in _FROM_NUMBERS:
             return func(*args, **kwargs)
         of_tensor = func is torch.Tensor.new_tensor
@@ -321,6 +342,12 @@ class _Constructors(TorchFunctionMode):
         grad = kwargs.pop("requires_grad", False)
         made = func(*args, **{**kwargs, "device": "cpu"}).to(DEVICE)
         return made.requires_grad_() if grad else made
+
+
+def _is_cuda(device: object) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return type(device) is int or (isinstance(device, str) and device.partition(":")[0] == "cuda")
 
 
 _FROM_NUMBERS = frozenset({torch.tensor, torch.as_tensor, torch.Tensor.new_tensor})
@@ -356,7 +383,10 @@ def module_paths(module: torch.nn.Module, recorder: HasPath) -> Iterator[None]:
 
 
 def labelled(events: Sequence[Event]) -> tuple[Event, ...]:
-    """Events with their final categories, and operators as text.
+    """Events with their final categories, operators as text, and frees in a row in the order of their blocks.
+
+    Where many blocks die at once (autocast's cache of weights, a graph), their order means nothing to the allocator,
+    and may differ between batch sizes.
 
     What the backward pass makes and the optimizer's step still finds is a gradient; what a forward pass makes and frees
     itself is a temporary; what an optimizer's step makes and leaves is its state.
@@ -379,4 +409,12 @@ def labelled(events: Sequence[Event]) -> tuple[Event, ...]:
         if op is None:
             op = names[e.op] = "" if e.op is None else str(e.op)
         result.append(e._replace(category=category, op=op))
-    return tuple(result)
+    return tuple(chain.from_iterable(_run(free, run) for free, run in groupby(result, _is_free)))
+
+
+def _is_free(event: Event) -> bool:
+    return event.size < 0
+
+
+def _run(free: bool, events: Iterator[Event]) -> Iterable[Event]:
+    return sorted(events, key=itemgetter(0)) if free else events

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_memplan._cuda_rules import (
     KERNELS,
+    LONGEST,
     ORDER,
     SHAPES,
     WIDTHS,
@@ -34,7 +35,7 @@ from lightning_memplan._lightning import (
     is_overridden,
     isolated_random_state,
 )
-from lightning_memplan._order import AUTOCAST_DTYPE, STEPS, TRUE_DTYPE, MakeOptimizer, StepRunner
+from lightning_memplan._order import STEPS, TRUE_DTYPE, MakeOptimizer, StepRunner
 from lightning_memplan._record import DEVICE, Recorder, Rules, labelled, module_paths
 from lightning_memplan._scaling import extended
 from lightning_memplan._twin import explain, metric_states, twin_of
@@ -182,7 +183,7 @@ def trace_steps(
         stack.enter_context(isolated_random_state())
         stack.enter_context(_no_warnings())
         stack.enter_context(_counts_as_asked())
-        stack.enter_context(cuda_semantics(AUTOCAST_DTYPE.get(settings.precision), settings.capability))
+        stack.enter_context(cuda_semantics(settings.capability))
 
         def record(size: int, batch: Any, steps: int) -> Trace:
             run = _Run(module, mode, settings, trainer, datamodule, optimizer)
@@ -221,7 +222,7 @@ def run_formula(
     size, batch = sample
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     notes: tuple[str, ...] = ()
-    semantics = cuda_semantics(AUTOCAST_DTYPE.get(settings.precision), settings.capability)
+    semantics = cuda_semantics(settings.capability)
     with isolated_random_state(), _no_warnings(), _counts_as_asked(), semantics:
         run = _Run(module, mode, settings, trainer, datamodule, optimizer)
         failed: list[Exception] = []
@@ -262,7 +263,9 @@ class _Run(StepRunner):
         datamodule: Any,
         optimizer: MakeOptimizer | None,
     ) -> None:
-        rules = Rules(temporaries(settings.capability), workspaces(settings.capability), WIDTHS, ORDER, KERNELS, SHAPES)
+        rules = Rules(
+            temporaries(settings.capability), workspaces(settings.capability), WIDTHS, ORDER, KERNELS, LONGEST, SHAPES
+        )
         self.recorder = Recorder(mode, rules)
         twin = detached_copy(module, mode, dtype=TRUE_DTYPE.get(settings.precision), trainer=trainer)
         super().__init__(twin, self.recorder, DEVICE, settings, datamodule=datamodule, optimizer=optimizer)
@@ -286,6 +289,8 @@ class _Run(StepRunner):
             if not any(event.phase == "backward" for event in recorder.events):
                 raise TraceError("the step returns no loss, since it read values of tensors, which a trace has not")
             notes = (f"the step reads values of tensors ({recorder.values_read} times in {steps} steps): taken as 0",)
+        if recorder.lengths_taken:
+            notes += ("the step selects by values (a mask, nonzero, unique): planned as if all were selected",)
         return Trace(size, labelled(recorder.events), notes)
 
     def optimizer_bytes(self) -> int:

@@ -63,7 +63,7 @@ def trace_loop(
     By default from one trace at a prime batch size, for speed; several sizes are scaled as the package does it.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with _no_collection(), _isolated(), _old_torch(loop.old), cuda_semantics(loop.autocast, capability):
+    with _no_collection(), _isolated(), _old_torch(loop.old), cuda_semantics(capability):
         traces = [_record(model, loop, mode, size, steps, rules or {}, capability) for size in sizes]
     return scale(traces) if len(traces) > 1 else _scale_prime(traces[0])
 

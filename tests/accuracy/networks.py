@@ -1,6 +1,7 @@
 """Networks by name, each with a batch and a training step, for comparing predictions with what training takes.
 
-``torchvision.NAME``, ``timm.NAME``, ``monai.NAME``, ``hf.NAME`` and ``own.NAME`` (the small ones below).
+``torchvision.NAME``, ``timm.NAME``, ``monai.NAME``, ``hf.NAME``, ``own.NAME`` (the small ones below) and
+``regime.NAME`` (ways of training, ``regimes.py``).
 """
 
 from __future__ import annotations
@@ -369,7 +370,7 @@ def _hf(name: str) -> tuple[nn.Module, Sample, Any]:
 _SOURCES = {"own": _own, "torchvision": _torchvision, "timm": _timm, "monai": _monai, "hf": _hf}
 
 
-def build(name: str, optimizer: str) -> tuple[Training, Sample]:
+def build(name: str, optimizer: str) -> tuple[pl.LightningModule, Sample]:
     """The module, on the CPU, and one sample. ``name`` may end in ``@channels_last``.
 
     Raises:
@@ -377,6 +378,10 @@ def build(name: str, optimizer: str) -> tuple[Training, Sample]:
     """
     name, _, layout = name.partition("@")
     source, _, rest = name.partition(".")
+    if source == "regime":
+        from . import regimes
+
+        return regimes.build(rest, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         net, sample, loss = _SOURCES[source](rest)

@@ -1,0 +1,400 @@
+"""Ways of training, each as a LightningModule and a sample: what a step does beside forward, backward and optimizer.
+
+``regime.NAME`` in ``nullgpu.txt``. Every one is small, since it is the way that counts and not the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+from .networks import make_optimizer
+
+IMAGE = (torch.zeros(3, 64, 64), torch.tensor(0))
+TOKENS = (torch.zeros(128, dtype=torch.long), torch.tensor(0))
+WIDTH = 256
+
+
+def cnn(width: int = 32, classes: int = 10) -> nn.Sequential:
+    return nn.Sequential(
+        *(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()),
+        *(nn.Conv2d(width, 2 * width, 3, padding=1, stride=2), nn.BatchNorm2d(2 * width), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(32 * width, classes)),
+    )
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm1(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class Transformer(nn.Module):
+    """Blocks, run through ``run``: plainly, or checkpointed in one of torch's ways."""
+
+    def __init__(self, run: Callable[[nn.ModuleList, torch.Tensor], torch.Tensor] | None = None) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(1000, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(6))
+        self.head = nn.Linear(WIDTH, 10)
+        self.run = run or _plainly
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.run(self.blocks, self.embed(x)).mean(1))
+
+
+def _plainly(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
+    for block in blocks:
+        x = block(x)
+    return x
+
+
+def _checkpointed(reentrant: bool) -> Callable[[nn.ModuleList, torch.Tensor], torch.Tensor]:
+    def run(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
+        for block in blocks:
+            x = checkpoint(block, x, use_reentrant=reentrant)
+        return x
+
+    return run
+
+
+def _in_segments(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
+    return checkpoint_sequential(nn.Sequential(*blocks), 2, x, use_reentrant=False)
+
+
+def _selectively(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        saved = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy))
+    return x
+
+
+class Task(pl.LightningModule):
+    """A network, cross-entropy, one optimizer; what differs is in subclasses."""
+
+    def __init__(self, net: nn.Module, optimizer: str) -> None:
+        super().__init__()
+        self.net, self.optimizer = net, optimizer
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return make_optimizer(self.optimizer, self.trained())
+
+    def trained(self) -> Iterator[nn.Parameter]:
+        return self.parameters()
+
+
+class Gan(Task):
+    """Manual optimization, two optimizers in turn, toggled."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(cnn(classes=1), optimizer)
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(
+            *(nn.Linear(64, 64 * 8 * 8), nn.Unflatten(1, (64, 8, 8)), nn.ConvTranspose2d(64, 32, 4, 4), nn.ReLU()),
+            *(nn.ConvTranspose2d(32, 3, 2, 2), nn.Tanh()),
+        )
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        images, _ = batch
+        of_generator, of_discriminator = self.optimizers()
+        noise = torch.randn(images.size(0), 64, device=self.device)
+        self.toggle_optimizer(of_generator)
+        loss = F.softplus(-self.net(self.generator(noise))).mean()
+        of_generator.zero_grad()
+        self.manual_backward(loss)
+        of_generator.step()
+        self.untoggle_optimizer(of_generator)
+        self.toggle_optimizer(of_discriminator)
+        loss = F.softplus(-self.net(images)).mean() + F.softplus(self.net(self.generator(noise).detach())).mean()
+        of_discriminator.zero_grad()
+        self.manual_backward(loss)
+        of_discriminator.step()
+        self.untoggle_optimizer(of_discriminator)
+        self.log_dict({"loss": loss}, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        return [make_optimizer(self.optimizer, part.parameters()) for part in (self.generator, self.net)]
+
+
+class Alternating(Task):
+    """Manual optimization in which the second optimizer steps every other batch."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(cnn(), optimizer)
+        self.automatic_optimization = False
+        self.other = cnn(64)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        first, second = self.optimizers()
+        for optimizer, net in ((first, self.net), (second, self.other)) if batch_idx % 2 else ((first, self.net),):
+            loss = F.cross_entropy(net(batch[0]), batch[1])
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [make_optimizer(self.optimizer, part.parameters()) for part in (self.net, self.other)]
+
+
+class Lbfgs(Task):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters(), max_iter=3, history_size=4)
+
+
+class LineSearch(Task):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters(), max_iter=2, line_search_fn="strong_wolfe")
+
+
+class Frozen(Task):
+    """A frozen backbone in eval mode, a head that is trained."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(cnn(64), optimizer)
+        for parameter in self.net[:-1].parameters():
+            parameter.requires_grad = False
+
+    def trained(self) -> Iterator[nn.Parameter]:
+        return self.net[-1].parameters()
+
+
+class Groups(Task):
+    """Parameter groups with rates of their own."""
+
+    def configure_optimizers(self) -> Any:
+        groups = [
+            {"params": part.parameters(), "lr": rate} for part, rate in ((self.net[:3], 1e-4), (self.net[3:], 1e-3))
+        ]
+        optimizer = torch.optim.AdamW(groups)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1)}
+
+
+class LoRA(nn.Module):
+    """A linear layer that stays, and a low-rank part that is trained (arXiv 2106.09685)."""
+
+    def __init__(self, base: nn.Linear, rank: int = 8) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down, self.up = (
+            nn.Linear(base.in_features, rank, bias=False),
+            nn.Linear(rank, base.out_features, bias=False),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x)) * 2
+
+
+def lora() -> nn.Module:
+    net = Transformer().requires_grad_(False)
+    for block in net.blocks:
+        block.mlp[0], block.mlp[2] = LoRA(block.mlp[0]), LoRA(block.mlp[2])
+    return net
+
+
+class Contrastive(Task):
+    """A loss over all pairs: quadratic in the batch size."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(cnn(classes=64), optimizer)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        a = F.normalize(self.net(batch[0]), dim=1)
+        b = F.normalize(self.net(batch[0].flip(3)), dim=1)
+        logits = a @ b.T / 0.1
+        target = torch.arange(len(a), device=self.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+class MemoryBank(Task):
+    """Metric learning against a bank of features, a buffer that each step writes to."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(cnn(classes=64), optimizer)
+        self.register_buffer("bank", torch.randn(4096, 64))
+        self.place = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        features = F.normalize(self.net(batch[0]), dim=1)
+        loss = F.cross_entropy(features @ self.bank.T.clone(), batch[1])
+        with torch.no_grad():
+            self.bank[: len(features)] = features.to(self.bank.dtype)
+        return loss
+
+
+class Teacher(Task):
+    """A student and the moving average of its weights, updated after each batch."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(cnn(), optimizer)
+        self.teacher = cnn().requires_grad_(False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        with torch.no_grad():
+            target = self.teacher(batch[0]).softmax(1)
+        return F.cross_entropy(self.net(batch[0]), target)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        with torch.no_grad():
+            for slow, fast in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                slow.lerp_(fast, 0.01)
+
+    def trained(self) -> Iterator[nn.Parameter]:
+        return self.net.parameters()
+
+
+class Square(torch.autograd.Function):
+    """A function of the user's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * gradient
+
+
+class Custom(Task):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x = Square.apply(self.net[:3](batch[0]))
+        x = x.view(len(x), -1).view_as(x).mul_(0.5)
+        return F.cross_entropy(self.net[3:](x), batch[1])
+
+
+class Penalty(Task):
+    """A gradient penalty: backward through backward."""
+
+    def __init__(self, optimizer: str) -> None:
+        net = nn.Sequential(
+            nn.Conv2d(3, 32, 3), nn.Softplus(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(512, 10)
+        )
+        super().__init__(net, optimizer)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        images = batch[0].clone().requires_grad_()
+        logits = self.net(images)
+        (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+        return F.cross_entropy(logits, batch[1]) + gradient.square().sum((1, 2, 3)).mean()
+
+
+class Says(Task):
+    """Logs, prints, metrics and calls of CUDA in the user's step."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(cnn(), optimizer)
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+        self.accuracy, self.confusion = MulticlassAccuracy(10), MulticlassConfusionMatrix(10)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self.net(batch[0])
+        loss = F.cross_entropy(logits, batch[1])
+        self.accuracy(logits, batch[1])
+        self.confusion.update(logits, batch[1])
+        self.log("loss", loss)
+        self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
+        return {"loss": loss, "logits": logits.detach()}
+
+
+class UsersCuda(Task):
+    """Code that names the device itself."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        weights = torch.ones(10).cuda()
+        noise = torch.randn(batch[0].shape, device="cuda")
+        with torch.autocast("cuda", dtype=torch.float16):
+            logits = self.net(batch[0] + noise.to("cuda"))
+        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            logits = logits.to(torch.device("cuda", 0))
+        return F.cross_entropy(logits.float(), batch[1].cuda(), weights)
+
+
+class Reads(Task):
+    """Reads values that no plan can know: a mask, an item, an index."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self.net(batch[0])
+        loss = F.cross_entropy(logits, batch[1], reduction="none")
+        self.last = loss.mean().item()
+        kept = loss[batch[1] >= 0]
+        return kept.mean() if kept.numel() else loss.mean()
+
+
+class Compiled(Task):
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(torch.compile(cnn(), backend="aot_eager"), optimizer)
+
+
+class Graph(Task):
+    """Message passing over edges with index_add and scatter."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3)), optimizer)
+        self.embed, self.head = nn.Embedding(1000, WIDTH), nn.Linear(WIDTH, 10)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        nodes = batch[0].flatten()
+        x = self.embed(nodes)
+        source, target = (
+            torch.arange(len(nodes), device=self.device),
+            torch.arange(len(nodes), device=self.device).flip(0),
+        )
+        for layer in self.net:
+            messages = F.relu(layer(x[source])).to(x.dtype)
+            x = x + torch.zeros_like(x).index_add(0, target, messages)
+            x = x + torch.zeros_like(x).scatter_add(0, target[:, None].expand_as(messages), messages)
+        return F.cross_entropy(self.head(x.view(len(batch[0]), -1, WIDTH).mean(1)), batch[1])
+
+
+REGIMES: dict[str, Callable[[str], tuple[pl.LightningModule, Any]]] = {
+    "plain": lambda o: (Task(cnn(), o), IMAGE),
+    "gan": lambda o: (Gan(o), IMAGE),
+    "alternating": lambda o: (Alternating(o), IMAGE),
+    "lbfgs": lambda o: (Lbfgs(cnn(), o), IMAGE),
+    "line_search": lambda o: (LineSearch(cnn(), o), IMAGE),
+    "frozen": lambda o: (Frozen(o), IMAGE),
+    "groups": lambda o: (Groups(cnn(), o), IMAGE),
+    "lora": lambda o: (Task(lora(), o), TOKENS),
+    "checkpoint": lambda o: (Task(Transformer(_checkpointed(False)), o), TOKENS),
+    "checkpoint_reentrant": lambda o: (Task(Transformer(_checkpointed(True)), o), TOKENS),
+    "checkpoint_sequential": lambda o: (Task(Transformer(_in_segments), o), TOKENS),
+    "checkpoint_selective": lambda o: (Task(Transformer(_selectively), o), TOKENS),
+    "contrastive": lambda o: (Contrastive(o), IMAGE),
+    "memory_bank": lambda o: (MemoryBank(o), IMAGE),
+    "teacher": lambda o: (Teacher(o), IMAGE),
+    "custom": lambda o: (Custom(cnn(), o), IMAGE),
+    "penalty": lambda o: (Penalty(o), IMAGE),
+    "says": lambda o: (Says(o), IMAGE),
+    "users_cuda": lambda o: (UsersCuda(cnn(), o), IMAGE),
+    "reads": lambda o: (Reads(cnn(), o), IMAGE),
+    "compiled": lambda o: (Compiled(o), IMAGE),
+    "graph": lambda o: (Graph(o), TOKENS),
+}
+
+
+def build(name: str, optimizer: str) -> tuple[pl.LightningModule, Any]:
+    return REGIMES[name](optimizer)
