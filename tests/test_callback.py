@@ -451,6 +451,13 @@ def test_reading_a_float_or_a_bool_is_no_obstacle_and_noted(read):
     assert any("the step reads values of tensors" in note for note in planner.plan.notes)
 
 
+def test_there_is_no_card_to_confirm_on():
+    data = Data()
+    with pytest.raises(MisconfigurationException, match=r"confirm=True runs real steps on a CUDA device, .* on cpu"):
+        trainer(planner_of(confirm=True)).fit(Net(), data)
+    assert data.batch_size == 2
+
+
 def test_a_trainer_without_cuda_measures_nothing():
     planner = planner_of()
     fit(Net(), Data(), planner)

@@ -121,6 +121,12 @@ def test_an_effective_batch_size_is_written_out(whole: int, parts: int, text: st
     assert plan_hparams(plan)["memplan/effective_batch_size"] == whole
 
 
+def test_what_real_steps_reserved() -> None:
+    plan = make_plan(confirmed=21 * GiB)
+    assert "  confirmed        21.00 GiB   reserved by real steps of this batch size" in check_width(plan_table(plan))
+    assert plan_hparams(plan)["memplan/confirmed_gib"] == 21
+
+
 def test_one_part_is_never_called_the_rest() -> None:
     six = dict(list(BREAKDOWN.items())[:6])
     assert "buffers" in plan_table(make_plan(breakdown=six))

@@ -274,11 +274,12 @@ def plan_estimate(
     accumulate_grad_batches: int = 1,
     effective_batch_size: int | None = None,
     ranks: int = 1,
+    budget: int | None = None,
     model: str = "the model",
 ) -> Plan:
-    """The plan that follows from the estimate at each batch size."""
+    """The plan that follows from the estimate at each batch size; ``budget`` stands in for what the margin leaves."""
     check_margin(margin)
-    budget = int(device.capacity * (1 - margin))
+    budget = int(device.capacity * (1 - margin)) if budget is None else budget
     asked: list[int] = []
 
     def fits(batch_size: int) -> bool:

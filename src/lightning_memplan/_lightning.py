@@ -271,6 +271,11 @@ def cuda_index(trainer: Any) -> int | None:
     return (device.index or 0) if device.type == "cuda" else None
 
 
+def silent_logger() -> Any:
+    """A logger of Lightning's that takes whatever is logged, and keeps nothing."""
+    return importlib.import_module(f"{_FLAVOURS[0].__name__}.loggers.logger").DummyLogger()
+
+
 def logged_step(trainer: Any) -> int:
     """The step under which Lightning itself logs the metrics of this batch."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)

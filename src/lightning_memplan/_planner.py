@@ -128,6 +128,21 @@ def largest_dividing(
     return Found(sizes[good] if good >= 0 else 0, "memory", tried)
 
 
+def lacking(predicted: int, reserved: int, missing: int, attempt: int) -> int:
+    """Bytes less than ``predicted`` to plan with, after a real step with that prediction ran out of memory.
+
+    ``reserved`` bytes it had at most, and the request that failed lacked ``missing``: what the rest of the step would
+    have lacked is not known. So it is a 32nd of the prediction at least, twice that for each earlier ``attempt``, and
+    never more than three quarters.
+
+    >>> lacking(3200, reserved=3100, missing=50, attempt=0), lacking(3200, reserved=2000, missing=50, attempt=0)
+    (100, 1200)
+    >>> lacking(3200, reserved=3300, missing=50, attempt=1), lacking(3200, reserved=0, missing=1, attempt=0)
+    (200, 2400)
+    """
+    return min(max(missing, predicted - reserved, predicted // 32) << attempt, 3 * predicted // 4)
+
+
 def _limit(
     min_batch_size: int, max_batch_size: int | None, dataset_size: int | None, multiple_of: int
 ) -> tuple[int | None, LimitedBy]:

@@ -104,26 +104,31 @@ def try_step(
     optimizer: MakeOptimizer | None = None,
     stage: str | None = None,
     steps: int = 2,
+    beside: int = 0,
 ) -> Tried:
     """Run whole training steps of this very batch on a copy of the module, on ``cuda:index``.
 
-    Two steps by default: from the second on, gradients and the optimizer's state live beside the forward pass. All
+    Two steps by default: from the second on, gradients and the optimizer's state live beside the forward pass, and
+    ``beside`` bytes that training takes for what the copy has not (the buckets of DistributedDataParallel). All
     memory is given back and random states are restored; the allocator's peaks (``max_memory_allocated``) begin anew.
     What the step raises, other than that memory ran out, is the user's own error and is raised unchanged.
     """
     device = torch.device("cuda", index)
     run = _Run(module, device, settings, trainer, datamodule, optimizer, stage)
     with _as_found(device):
-        held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        held = torch.cuda.memory_allocated(device) + beside, torch.cuda.memory_reserved(device) + beside
         refused = _refusals(device)
         reset_peaks(index)
-        missing = 0
+        missing, others = 0, None
         try:
+            others = torch.empty(beside, dtype=torch.uint8, device=device)
             run.train(run.copy(), batch, steps, _Place())
         except Exception as error:
             if not ran_out_of_memory(error, refused=_refusals(device) > refused):
                 raise
             missing = _missing(error)
+        finally:
+            del others
         peaks = read_peaks(index)
         return Tried(peaks[0] - held[0], peaks[1] - held[1], missing)
 
@@ -190,15 +195,16 @@ def _missing(error: BaseException | None) -> int:
 @contextmanager
 def _as_found(device: torch.device) -> Iterator[None]:
     """Whatever happens inside, random states are restored, and the card is left with what was on it, no cache more."""
-    _give_back(device)
+    give_back(device)
     try:
         with isolated_random_state(), _cuda_random_state(device):
             yield
     finally:
-        _give_back(device)
+        give_back(device)
 
 
-def _give_back(device: torch.device) -> None:
+def give_back(device: torch.device) -> None:
+    """Give what no one holds of the card's memory back to it."""
     gc.collect()  # what an earlier run left in cycles
     with torch.cuda.device(device):
         torch.cuda.synchronize()
@@ -235,7 +241,7 @@ class _Run:
 
 
 def _probe(run: _Run, size: int, batch: Any, steps: int) -> Trace:
-    _give_back(run.device)
+    give_back(run.device)
     twin, mark = run.copy(), _Mark()
     with _history(run.device) as snapshot, module_paths(twin, mark):
         run.train(twin, batch, steps, mark)

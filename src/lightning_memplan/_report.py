@@ -70,6 +70,8 @@ def plan_table(plan: Plan, rows: Iterable[tuple[str, str]] = ()) -> str:
             f"{_share(plan.predicted_allocated, total)} of the {where}{phase}",
         ),
     ]
+    if plan.confirmed is not None:
+        lines.append(_row("confirmed", format_bytes(plan.confirmed), "reserved by real steps of this batch size"))
     whole = sum(plan.breakdown.values())
     for label, size in _largest(plan.breakdown, 5):
         lines.append(_row(f"  {label}", format_bytes(size), f"{_share(size, whole)}  {_bar(size, whole)}".rstrip()))
@@ -116,6 +118,7 @@ def plan_hparams(plan: Plan) -> dict[str, int | float | str]:
         "memplan/predicted_reserved_gib": gib(plan.predicted_peak),
         "memplan/predicted_allocated_gib": gib(plan.predicted_allocated),
         "memplan/formula_gib": gib(plan.formula_peak),
+        **({} if plan.confirmed is None else {"memplan/confirmed_gib": gib(plan.confirmed)}),
         **{f"memplan/{category}_gib": gib(size) for category, size in plan.breakdown.items()},
     }
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_memplan._errors import TraceError
-from lightning_memplan._lightning import is_datamodule, is_lightning_module
+from lightning_memplan._lightning import is_datamodule, is_lightning_module, silent_logger
 
 
 class StandInTrainer:
@@ -29,12 +29,13 @@ class StandInTrainer:
     """
 
     def __init__(self, real: Any = None) -> None:
+        loggers = [silent_logger() for _ in getattr(real, "loggers", ())]
         self.__dict__["_real"] = real
         self.__dict__["_own"] = {
             "estimated_stepping_batches": 1000,  # asking the real one would build the user's loaders
             "num_training_batches": 1000,
-            "logger": None,
-            "loggers": [],
+            "logger": loggers[0] if loggers else None,
+            "loggers": loggers,
             "callbacks": [],
             "training": True,
             "barebones": False,

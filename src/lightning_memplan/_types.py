@@ -144,6 +144,7 @@ class Plan:
     accumulate_grad_batches: int = 1
     notes: tuple[str, ...] = ()
     effective_batch_size: int | None = None  #: samples that the optimizer sees a step, over all devices, if asked for
+    confirmed: int | None = None  #: peak bytes reserved in real steps of that batch size, where they were run
 
 
 class Peaks(NamedTuple):

@@ -8,12 +8,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-import torch
-from torch import nn
-
 from lightning_memplan._api import (
     MARGIN,
-    EstimateAt,
     check_count,
     check_margin,
     check_method,
@@ -25,11 +21,10 @@ from lightning_memplan._api import (
 )
 from lightning_memplan._apply import Place, find_holders, find_place
 from lightning_memplan._device import cpu_device, detect_devices
-from lightning_memplan._errors import MemplanError
+from lightning_memplan._draft import Draft, confirmed, held_bytes, on_all_ranks
 from lightning_memplan._estimate import Estimate
 from lightning_memplan._lightning import (
     CallbackBase,
-    agree_on_smallest,
     bucket_bytes,
     check_accumulation,
     cuda_index,
@@ -43,8 +38,9 @@ from lightning_memplan._lightning import (
 from lightning_memplan._loaders import dataset_size
 from lightning_memplan._measure import Meter
 from lightning_memplan._order import STEPS, traced_step
+from lightning_memplan._probe import Tried, try_step
 from lightning_memplan._report import measurement_summary, plan_hparams, plan_table, step_metrics, validation_metrics
-from lightning_memplan._sample import SAMPLE_SIZE, Which, check_sample
+from lightning_memplan._sample import SAMPLE_SIZE, Which, check_sample, read_samples
 from lightning_memplan._step import prepared
 from lightning_memplan._types import Device, Measurement, Peaks, Plan
 
@@ -77,6 +73,9 @@ class MemoryPlanner(CallbackBase):
         sample_size: How many samples ``"largest"`` looks at.
         effective_batch_size: Samples that the optimizer is to see a step, on all devices together: the largest batch
             size that divides them and fits is set, and ``trainer.accumulate_grad_batches`` with it.
+        confirm: Whether two real steps of the batch size run on the card before it is set, on a copy of the module. If
+            they run out of memory, the plan shrinks, three times at most. Where nothing is said it is done on the card
+            on which the Trainer runs, and a copy that fails otherwise is noted; with ``True`` its error is raised.
         reset_peaks: Whether the allocator's peaks are reset in every step, which others who read them see
             (``DeviceStatsMonitor``, ``torch.cuda.max_memory_allocated``); ``False`` measures the highest peak so far.
         nvml: Whether NVML is asked, in the steps that are logged, for the bytes of this process and of the card.
@@ -109,6 +108,7 @@ class MemoryPlanner(CallbackBase):
         sample: Which = "first",
         sample_size: int = SAMPLE_SIZE,
         effective_batch_size: int | None = None,
+        confirm: bool | None = None,
         reset_peaks: bool = True,
         nvml: bool = False,
     ) -> None:
@@ -134,6 +134,7 @@ class MemoryPlanner(CallbackBase):
         self.sample: Which = sample
         self.sample_size = sample_size
         self.effective_batch_size = effective_batch_size
+        self.confirm = confirm
         self.reset_peaks = reset_peaks
         self.nvml = nvml
         self.plan: Plan | None = None
@@ -150,21 +151,24 @@ class MemoryPlanner(CallbackBase):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit":
             return
-        self.plan, self._meter, self._index = None, None, cuda_index(trainer)
+        self.plan, self._place, self._meter, self._index = None, None, None, cuda_index(trainer)
         if trainer.fast_dev_run:
             say("MemoryPlanner plans nothing: fast_dev_run runs a few batches of the size that is set")
             return
-        try:
-            estimate_at = self._make_plan(trainer, pl_module)
-        finally:  # also where this rank cannot plan: the others wait for its word
-            size = agree_on_smallest(self.plan.batch_size if self.plan else 0)
-        self._apply_plan(trainer, pl_module, size, estimate_at)
+        if self.confirm and self._index is None:
+            raise misconfiguration(
+                f"confirm=True runs real steps on a CUDA device, and the Trainer runs on {trainer.strategy.root_device}"
+            )
+        draft = on_all_ranks(partial(self._draft, trainer, pl_module))
+        if self.confirm or (self.confirm is None and self.device is None and self._index is not None):
+            draft = confirmed(draft, strict=self.confirm is True)
+        self._apply_plan(trainer, draft)
 
-    def _make_plan(self, trainer: Any, module: Any) -> EstimateAt:
+    def _draft(self, trainer: Any, module: Any) -> Draft:
         holders = find_holders(self.batch_arg_name, module, trainer.datamodule) if self.apply else ()
         device = self._device_of(trainer)
         settings = trainer_settings(trainer, device.capability)
-        parts, ranks = settings.accumulate_grad_batches, trainer.world_size
+        parts, ranks, index = settings.accumulate_grad_batches, trainer.world_size, self._index or 0
         if self.effective_batch_size is not None:
             parts = 1 if parts == self._accumulates else parts  # what an earlier plan set is no obstacle
             check_accumulation(self.effective_batch_size, module, trainer, parts, ranks)
@@ -187,17 +191,31 @@ class MemoryPlanner(CallbackBase):
                 sample_size=self.sample_size,
             )
 
+        def tried(plan: Plan) -> Tried:
+            return try_step(
+                module,
+                read_samples(source, self.sample, self.sample_size).make(plan.batch_size),
+                replace(settings, accumulate_grad_batches=plan.accumulate_grad_batches),
+                index,
+                trainer=trainer,
+                datamodule=datamodule,
+                stage="fit",
+                beside=beside,
+            )
+
         estimate_at = estimates(estimated, parts, self.effective_batch_size, ranks)
         first = estimate_at((self.effective_batch_size or ranks) // ranks)
-        self._held = held_bytes(self._index, module) + bucket_bytes(trainer, first.formula.gradient_bytes)
+        beside = bucket_bytes(trainer, first.formula.gradient_bytes)
+        held, own = held_bytes(self._index, module)
+        self._held = held + beside
         if self.method == "auto" and first.method == "formula":
             warnings.warn(f"MemoryPlanner: {first.notes[0]}", stacklevel=2)
-        self.plan = plan_estimate(
+        planned = partial(
+            plan_estimate,
             estimate_at,
             replace(device, context=device.context + self._held),
             margin=self.margin,
             min_batch_size=self.min_batch_size,
-            max_batch_size=self.max_batch_size,
             multiple_of=self.multiple_of,
             samples=samples_of_a_rank(dataset_size(source), ranks),
             accumulate_grad_batches=parts,
@@ -205,28 +223,24 @@ class MemoryPlanner(CallbackBase):
             ranks=ranks,
             model=type(module).__name__,
         )
-        return estimate_at
+        plan = planned(max_batch_size=self.max_batch_size)
+        return Draft(plan, estimate_at, planned, tried, ranks, index, on_the_card=own > 0)
 
-    def _apply_plan(self, trainer: Any, module: Any, size: int, estimate_at: EstimateAt) -> None:
-        assert self.plan is not None
-        if not size:
-            raise MemplanError("there is no batch size for all ranks: another rank cannot plan, and says why")
-        self.estimate = estimate_at(size)
-        if size != self.plan.batch_size:
-            self.plan = plan_at(self.plan, self.estimate, size, trainer.world_size)
+    def _apply_plan(self, trainer: Any, draft: Draft) -> None:
+        self.plan, self.estimate = plan, estimate = draft.plan, draft.estimate
         if self._place is not None:
-            self._place.write(size)
+            self._place.write(plan.batch_size)
             if self.effective_batch_size is not None:
-                trainer.accumulate_grad_batches = self._accumulates = self.plan.accumulate_grad_batches
+                trainer.accumulate_grad_batches = self._accumulates = plan.accumulate_grad_batches
         self._predicted = [
             Peaks(
                 step.allocated + self._held,
                 step.reserved + self._held,
                 {name: peak + self._held for name, peak in step.phases.items()},
             )
-            for step in self.estimate.step_peaks(size, self.plan.device.capacity)
+            for step in estimate.step_peaks(plan.batch_size, plan.device.capacity)
         ]
-        say(plan_table(self.plan))
+        say(plan_table(plan))
 
     def _device_of(self, trainer: Any) -> Device:
         if self.device is not None:
@@ -334,28 +348,3 @@ class MemoryPlanner(CallbackBase):
             applied["accumulate_grad_batches"] = self.plan.accumulate_grad_batches
             applied["effective_batch_size"] = self.plan.effective_batch_size
         return applied
-
-
-def plan_at(plan: Plan, estimate: Estimate, batch_size: int, ranks: int) -> Plan:
-    """The same plan at another batch size: the one on which all ranks agreed."""
-    whole = plan.effective_batch_size
-    return replace(
-        plan,
-        batch_size=batch_size,
-        accumulate_grad_batches=plan.accumulate_grad_batches if whole is None else whole // (batch_size * ranks),
-        predicted_peak=estimate.peak(batch_size, plan.device.capacity),
-        predicted_allocated=estimate.peak_allocated(batch_size),
-        formula_peak=estimate.formula.memory(batch_size),
-        phase=estimate.phase(batch_size),
-        breakdown=estimate.breakdown(batch_size),
-    )
-
-
-def held_bytes(index: int | None, module: nn.Module) -> int:
-    """Bytes of a CUDA device that this process holds already and the module does not: no plan can have them."""
-    if index is None or not torch.cuda.is_initialized():
-        return 0
-    tensors = [*module.parameters(), *module.buffers()]
-    tensors += [p.grad for p in module.parameters() if p.grad is not None]
-    own = {t.data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device == torch.device("cuda", index)}
-    return max(0, torch.cuda.memory_allocated(index) - sum(own.values()))

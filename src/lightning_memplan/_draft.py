@@ -1,0 +1,143 @@
+"""A plan in the making: all ranks come to the same batch size, and real steps of it are run before it is set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from lightning_memplan._api import EstimateAt
+from lightning_memplan._errors import DoesNotFitError, MemplanError
+from lightning_memplan._estimate import Estimate
+from lightning_memplan._lightning import agree_on_smallest
+from lightning_memplan._planner import lacking
+from lightning_memplan._probe import Tried, give_back
+from lightning_memplan._twin import explain
+from lightning_memplan._types import Plan
+from lightning_memplan._units import format_bytes
+
+#: How often a plan shrinks at most, when real steps of its batch size run out of memory
+SHRINKS = 3
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A plan, and what it follows from, so that it can follow again with less."""
+
+    plan: Plan
+    estimate_at: EstimateAt
+    planned: Callable[..., Plan]  #: within a ``max_batch_size`` and a ``budget``
+    tried: Callable[[Plan], Tried]  #: real steps of a plan's batch size
+    ranks: int = 1
+    index: int = 0  #: of the card on which real steps run
+    on_the_card: bool = False  #: the module's own tensors are there already
+
+    @property
+    def estimate(self) -> Estimate:
+        return self.estimate_at(self.plan.batch_size)
+
+    def at(self, batch_size: int) -> Draft:
+        """The same at another batch size: the one on which all ranks agreed."""
+        plan, whole, estimate = self.plan, self.plan.effective_batch_size, self.estimate_at(batch_size)
+        if batch_size == plan.batch_size:
+            return self
+        plan = replace(
+            plan,
+            batch_size=batch_size,
+            accumulate_grad_batches=plan.accumulate_grad_batches
+            if whole is None
+            else whole // (batch_size * self.ranks),
+            predicted_peak=estimate.peak(batch_size, plan.device.capacity),
+            predicted_allocated=estimate.peak_allocated(batch_size),
+            formula_peak=estimate.formula.memory(batch_size),
+            phase=estimate.phase(batch_size),
+            breakdown=estimate.breakdown(batch_size),
+            confirmed=None,
+        )
+        return replace(self, plan=plan)
+
+    def noted(self, text: str) -> Draft:
+        return replace(self, plan=replace(self.plan, notes=(*self.plan.notes, text)))
+
+
+def on_all_ranks(make: Callable[[], Draft]) -> Draft:
+    """What ``make`` gives, at the smallest batch size of all ranks'.
+
+    Where it raises on one rank, it raises on all: none waits for the word of one that is gone.
+    """
+    found = None
+    try:
+        found = make()
+    finally:
+        smallest = agree_on_smallest(found.plan.batch_size if found else 0)
+    if not smallest:
+        raise MemplanError("there is no batch size for all ranks: another rank cannot plan, and says why")
+    return found.at(smallest)
+
+
+def confirmed(draft: Draft, *, strict: bool) -> Draft:
+    """The draft at its batch size, or at a smaller one, of which real steps ran on the cards of all ranks.
+
+    A copy that fails, other than for want of memory, is noted, or raises the user's own error where this is ``strict``.
+
+    Raises:
+        DoesNotFitError: real steps ran out of memory at each size that was tried.
+    """
+    for attempt in range(SHRINKS + 1):
+        size = draft.plan.batch_size
+        draft = on_all_ranks(partial(_tried, draft, attempt, strict))
+        if draft.plan.batch_size == size:
+            break
+        draft = draft.noted(f"shrunk from {size} to {draft.plan.batch_size}: real steps of {size} ran out of memory")
+    return draft
+
+
+def _tried(draft: Draft, attempt: int, strict: bool) -> Draft:
+    """The draft, if real steps of its batch size run on this rank's card, else at a smaller one, to be tried."""
+    if draft.on_the_card:
+        return draft.noted("not confirmed by real steps: the module is on the card already, beside a copy of it")
+    try:
+        tried = draft.tried(draft.plan)
+    except Exception as error:
+        if strict or isinstance(error, getattr(torch, "AcceleratorError", ())):  # a card that failed stays so
+            raise
+        draft = draft.noted(f"not confirmed by real steps, which failed on a copy: {explain(error)}")
+        tried = None
+    if tried is None:  # and the error is gone, with the memory that it kept
+        give_back(torch.device("cuda", draft.index))
+        return draft
+    if tried.missing:
+        return _shrunk(draft, tried, attempt)
+    return replace(draft, plan=replace(draft.plan, confirmed=tried.reserved))
+
+
+def _shrunk(draft: Draft, tried: Tried, attempt: int) -> Draft:
+    plan = draft.plan
+    budget = plan.predicted_peak - lacking(plan.predicted_peak, tried.reserved, tried.missing, attempt)
+    most = min(plan.batch_size - 1, plan.batch_size * budget // plan.predicted_peak)
+    try:
+        if attempt == SHRINKS or most < 1:
+            raise ValueError("there is no smaller batch size to try")
+        smaller = draft.planned(max_batch_size=most, budget=budget)
+    except (ValueError, DoesNotFitError) as error:
+        needed = tried.reserved + tried.missing
+        message = (
+            f"real steps of batch size {plan.batch_size} ran out of memory on {plan.device.name}: they were predicted "
+            f"to reserve {format_bytes(plan.predicted_peak)}, and asked for {format_bytes(needed)} at least"
+        )
+        raise DoesNotFitError(message, needed=needed, available=tried.reserved) from error
+    return replace(draft, plan=replace(smaller, limited_by="memory", notes=plan.notes))
+
+
+def held_bytes(index: int | None, module: nn.Module) -> tuple[int, int]:
+    """Bytes of a CUDA device that this process holds already: those that no plan can have, and the module's own."""
+    if index is None or not torch.cuda.is_initialized():
+        return 0, 0
+    tensors = [*module.parameters(), *module.buffers()]
+    tensors += [p.grad for p in module.parameters() if p.grad is not None]
+    blocks = {t.data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device == torch.device("cuda", index)}
+    own = sum(blocks.values())
+    return max(0, torch.cuda.memory_allocated(index) - own), own
