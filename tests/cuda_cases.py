@@ -19,7 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_memplan._allocator import replay
-from lightning_memplan._cuda_rules import KERNELS, ORDER, WIDTHS, cuda_semantics, temporaries, workspaces
+from lightning_memplan._cuda_rules import KERNELS, ORDER, SHAPES, WIDTHS, cuda_semantics, temporaries
 from lightning_memplan._record import DEVICE, Recorder, Rules, labelled
 from lightning_memplan._scaling import scale
 from lightning_memplan._types import Trace
@@ -320,7 +320,7 @@ _MODE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def _traced(run: Case, autocast: torch.dtype | None, n: int) -> Trace:
-    recorder = Recorder(_MODE, Rules(temporaries(), workspaces(), WIDTHS, ORDER, KERNELS))
+    recorder = Recorder(_MODE, Rules(temporaries(), {}, WIDTHS, ORDER, KERNELS, SHAPES))
     gc.collect()
     gc.disable()
     try:

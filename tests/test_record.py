@@ -88,11 +88,11 @@ def test_temporaries_are_freed_when_the_kernel_returns_and_scopes_before(recorde
         (2, 512),
         (3, 1024),
         (4, 2048),
-        (3, -1),
         (4, -1),
+        (3, -1),
         (5, 4096),
-        (2, -1),
         (5, -1),
+        (2, -1),
     ]
 
 

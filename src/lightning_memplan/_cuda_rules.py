@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch._prims_common import suggest_memory_format
 
 aten = torch.ops.aten
 
@@ -154,7 +155,7 @@ def _autocast_kernels() -> dict[str, Callable[..., Any]]:
     kernels.update({name: _set_opt_dtype(_operator(name)) for name in FP32_SET_OPT_DTYPE if _exists(name)})
     kernels.update({name: _append_dtype(name) for name in FP32_APPEND_DTYPE if _exists(name)})
     kernels.update({name: _promote(_operator(name)) for name in PROMOTE if _exists(name)})
-    kernels["_cudnn_rnn"] = _to(aten._cudnn_rnn.default)  # aten/src/ATen/cudnn/AutocastRNN.cpp
+    kernels["_cudnn_rnn"] = _without_autocast(_reflattened_rnn)
     return {name: kernel for name, kernel in kernels.items() if name not in _SHARED}
 
 
@@ -216,17 +217,42 @@ def _attention(capability: tuple[int, int]) -> Callable[..., torch.Tensor]:
                 query, key, value, bias, grad, dropout_p, is_causal, scale=scale
             )[0]
         mask = _float_mask(attn_mask, query)
-        if query.dtype in (torch.float16, torch.bfloat16) and not torch._C._get_math_sdp_allow_fp16_bf16_reduction():
-            wide = [t.float() for t in (query, key, value)]
-            mask = mask.float() if mask is not None else None
-            return aten._scaled_dot_product_attention_math.default(
-                *wide, mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
-            )[0].to(query.dtype)
-        return aten._scaled_dot_product_attention_math.default(
-            query, key, value, mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
-        )[0]
+        return _math_attention(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)[0]
 
     return kernel
+
+
+def _math_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+    gqa: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """aten/src/ATen/native/transformers/attention.cpp, ``_scaled_dot_product_attention_math``: adds the mask in place,
+    and half types are float32 inside."""
+    q, k, v = query, key, value
+    if q.dtype in (torch.float16, torch.bfloat16) and not torch._C._get_math_sdp_allow_fp16_bf16_reduction():
+        q, k, v = (t.float() for t in (q, k, v))
+        mask = mask.float() if mask is not None else None
+    factor = math.sqrt(q.size(-1) ** -0.5 if scale is None else abs(scale))
+    scaled = q * factor
+    if causal:
+        kept = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device).tril()
+        mask = _float_mask(kept, q)
+    if gqa:
+        k, v = (t.repeat_interleave(q.size(-3) // t.size(-3), -3) for t in (k, v))
+    scores = torch.matmul(scaled, k.transpose(-2, -1) * factor)
+    if mask is not None:
+        scores.add_(mask)
+    scores = aten._safe_softmax.default(scores, -1)
+    if dropout > 0:
+        scores = torch.dropout(scores, dropout, True)
+    weights = scores.to(query.dtype)  # the second result is made first
+    return torch.matmul(scores, v).to(query.dtype), weights
 
 
 def _attention_backend(
@@ -329,7 +355,7 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         return torch.matmul(input, weight.t())
     if input.dim() == 2:
         return torch.addmm(bias, input, weight.t())
-    if input.dim() == 3 and input.is_contiguous():
+    if input.is_contiguous():
         return torch.addmm(bias, input.view(-1, input.size(-1)), weight.t()).view(*input.shape[:-1], -1)
     return torch.matmul(input, weight.t()).add_(bias)
 
@@ -360,8 +386,42 @@ def _rms_norm(
     return _RMSNorm.apply(input, weight, len(normalized_shape))
 
 
+_CUDNN_TYPES = (torch.float16, torch.float32, torch.float64)  # torch/backends/cudnn/__init__.py, is_acceptable
+
+
+class _RNN(NamedTuple):
+    """The shape of a recurrent network, as cuDNN has it: mode 0 and 1 are plain, 2 is LSTM and 3 GRU."""
+
+    mode: int
+    hidden: int
+    projected: int  #: 0 where the network does not project
+    layers: int
+    batch_first: bool
+    dropout: float
+    train: bool
+    bidirectional: bool
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def gates(self) -> int:
+        return {2: 4, 3: 3}.get(self.mode, 1)
+
+    def weights(self, width: int) -> int:
+        """Values in the one buffer of all weights; it has two biases a gate, whether the network has them or not."""
+        out = self.projected or self.hidden
+        total = 0
+        for layer in range(self.layers):
+            source = out * self.directions if layer else width
+            projection = out * self.hidden if self.projected else 0
+            total += self.directions * (self.gates * self.hidden * (source + out + 2) + projection)
+        return total
+
+
 def _recurrent(mode: int) -> Callable[..., Any]:
-    """aten/src/ATen/native/RNN.cpp: cuDNN's kernel, which keeps a reserve; 0 and 1 are plain, 2 is LSTM and 3 GRU."""
+    """aten/src/ATen/native/RNN.cpp: cuDNN's kernel, which keeps a reserve."""
 
     def kernel(
         input: torch.Tensor,
@@ -378,11 +438,34 @@ def _recurrent(mode: int) -> Callable[..., Any]:
         size = (cell if cell is not None else hidden).size(2)
         projected = hidden.size(2) if hidden.size(2) != size else 0
         per_layer = (4 if has_biases else 2) + bool(projected)
-        shape: tuple[Any, ...] = (mode, size, projected, num_layers, batch_first, dropout, train, bidirectional)
+        if train and dropout > 0:
+            aten._cudnn_init_dropout_state.default(dropout, train, 0, dtype=torch.uint8, device=input.device)
+        shape = _RNN(mode, size, projected, num_layers, batch_first, dropout, train, bidirectional)
         out = aten._cudnn_rnn.default(input, params, per_layer, None, hidden, cell, *shape, [], None)
         return out[:3] if mode == 2 else out[:2]
 
     return kernel
+
+
+def _reflattened_rnn(
+    input: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    weight_stride0: int,
+    weight_buf: torch.Tensor | None,
+    hx: torch.Tensor,
+    cx: torch.Tensor | None,
+    *rest: Any,
+) -> Any:
+    """aten/src/ATen/cudnn/AutocastRNN.cpp: all weights are cast into one new buffer, to float16 whatever autocast's
+    type is."""
+    half = torch.float16
+    if weight[0].dtype == torch.float32:
+        flat = torch.zeros(_RNN(*rest[:8]).weights(input.size(-1)), dtype=half, device=input.device)
+        weight_buf = flat
+        weight = [part.detach().copy_(w) for part, w in zip(_laid_out(flat, weight), weight, strict=True)]
+    cx = None if cx is None else cx.to(half)
+    hx = hx.to(half)  # arguments of a call are made from the last to the first
+    return aten._cudnn_rnn.default(input.to(half), weight, weight_stride0, weight_buf, hx, cx, *rest)
 
 
 def _composites(capability: tuple[int, int]) -> dict[str, Callable[..., Any]]:
@@ -457,8 +540,11 @@ def _cublas_workspace(capability: tuple[int, int]) -> int:
 
 
 def workspaces(capability: tuple[int, int] = (8, 6)) -> Mapping[Any, tuple[str, int]]:
-    """cuBLAS's workspace, where the first product of matrices in each thread makes it and it stays."""
-    return {} if WORKSPACE_PER_CALL else dict.fromkeys(_CUBLAS, ("cublas", _cublas_workspace(capability)))
+    """cuBLAS's workspace, where the first product of matrices in each thread makes it and it stays; cuDNN's random
+    state, which the first recurrent network with dropout makes (its size is cuDNN's own: "slightly over 2MB" in
+    aten/src/ATen/native/cudnn/RNN.cpp)."""
+    made = {} if WORKSPACE_PER_CALL else dict.fromkeys(_CUBLAS, ("cublas", _cublas_workspace(capability)))
+    return {**made, aten._cudnn_init_dropout_state.default: ("cudnn dropout", 2**21 + 2**10)}
 
 
 class Card(NamedTuple):
@@ -484,9 +570,15 @@ def temporaries(
     sums = _reduction(card, _accumulator, _sum_vector)
     rules.update(_reductions(card))
     rules.update(_NORMS)
+    rules.update(_ROWS)
+    rules[aten.native_layer_norm_backward.default] = _layer_norm_backward(card)
     rules.update({_operator(name): _copied(0) for name in _COPIED_GRADIENTS if _exists(name)})
-    rules[aten.convolution_backward.default] = _convolution_backward
-    rules.update(dict.fromkeys(_LOSSES, _loss))
+    rules[aten.convolution.default] = _convolution
+    rules[aten.convolution_backward.default] = _convolution_backward(card)
+    rules.update(
+        dict.fromkeys([aten.mse_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default], _loss(card))
+    )
+    rules[aten._foreach_norm.Scalar] = _foreach_norm
     rules[aten.embedding_dense_backward.default] = _embedding_backward
     rules[aten.index_put.default] = rules[aten.index_put_.default] = _index_put
     rules[aten._scaled_dot_product_flash_attention.default] = _flash
@@ -551,6 +643,18 @@ def _reductions(card: Card) -> dict[Any, Rule]:
     return rules
 
 
+def _batch_norm_copies(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    """aten/src/ATen/native/Normalization.cpp, ``_batch_norm_impl_index``."""
+    copied = _relaid(args[0], _convolution_layout(args[0]))
+    return (*copied, slice(None)) if copied else ()
+
+
+def _batch_norm_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    """aten/src/ATen/native/cudnn/BatchNorm.cpp: the gradient is laid out as the input is."""
+    copied = _relaid(args[1], _convolution_layout(args[0]))
+    return (*copied, slice(None)) if copied else ()
+
+
 def _group_norm(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
     """aten/src/ATen/native/cuda/group_norm_kernel.cu: a scale and a shift for each channel of each sample."""
     _, weight, bias, samples, channels, inner = args[:6]
@@ -563,35 +667,121 @@ def _group_norm_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: An
     _, _, _, _, weight, samples, channels, _, groups, mask = args[:10]
     sums = (4 * samples * channels,) * 2
     of_groups = 4 * samples * groups
-    return (*sums, of_groups if weight is None else sums[0], of_groups, of_groups) if mask[0] else sums
+    return (*sums, of_groups, of_groups, of_groups if weight is None else sums[0]) if mask[0] else sums
 
 
 _NORMS: dict[Any, Rule] = {
+    aten.cudnn_batch_norm.default: _batch_norm_copies,
+    aten.cudnn_batch_norm_backward.default: _batch_norm_backward,
     aten.native_group_norm.default: _group_norm,
     aten.native_group_norm_backward.default: _group_norm_backward,
 }
 
-_LOSSES = [aten.mse_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default]
+
+def _layer_norm(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    """aten/src/ATen/native/cuda/layer_norm_kernel.cu."""
+    copied = _relaid(args[0], torch.contiguous_format)
+    return (*copied, slice(None)) if copied else ()
 
 
-def _loss(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+def _layer_norm_backward(card: Card) -> Rule:
+    def rule(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+        grad, source, shape, _, _, weight, _, mask = args[:8]
+        copies = (*_relaid(source, torch.contiguous_format), slice(None), *_relaid(grad, torch.contiguous_format))
+        if weight is None or not mask[1]:
+            return copies
+        width = math.prod(shape)
+        rows = (source.numel() // width, width, weight.element_size(), _sum_vector(weight), *card)
+        parts, total, *sums = (("layer_norm_rows", part, *rows) for part in range(4))
+        several = 2 if mask[2] else 1
+        return (*copies, [*[parts] * several, *[total, [*sums]] * several])
+
+    return rule
+
+
+def _softmax(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    """aten/src/ATen/native/cuda/SoftMax.cu, ``host_softmax``."""
+    return _relaid(args[0], torch.contiguous_format)
+
+
+def _safe_softmax(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    """aten/src/ATen/native/transformers/attention.cpp: which values are masked, and which whole rows."""
+    return (out.numel(), out.numel() // max(1, out.size(args[1])), out.element_size())
+
+
+def _softmax_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    """The gradient times the output is a tensor of its own."""
+    grad, output = args[:2]
+    size = output.numel() * max(grad.element_size(), output.element_size())
+    return (size, *_relaid(output, torch.contiguous_format))
+
+
+def _log_softmax_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    grad, output = args[:2]
+    return (*_relaid(grad, torch.contiguous_format), *_relaid(output, torch.contiguous_format))
+
+
+_ROWS: dict[Any, Rule] = {
+    aten.native_layer_norm.default: _layer_norm,
+    aten._softmax.default: _softmax,
+    aten._safe_softmax.default: _safe_softmax,
+    aten._log_softmax.default: _softmax,
+    aten._softmax_backward_data.default: _softmax_backward,
+    aten._log_softmax_backward_data.default: _log_softmax_backward,
+}
+
+
+def _loss(card: Card) -> Rule:
     """aten/src/ATen/native/Loss.cpp: every value's loss, then their mean or sum."""
-    if out.dim() or not args[0].dim():
-        return ()
-    full = torch.broadcast_shapes(args[0].shape, args[1].shape)
-    return (math.prod(full) * out.element_size(),)
+
+    def rule(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+        if out.dim() or not args[0].dim():
+            return ()
+        terms = out.new_empty(torch.broadcast_shapes(args[0].shape, args[1].shape), device="meta")
+        sums = reduction_blocks(terms, None, _accumulator(terms), _sum_vector(terms), card)
+        return (_bytes(terms), *sums)
+
+    return rule
+
+
+def _pointwise_loss(input: torch.Tensor, target: torch.Tensor, reduction: int = 1, *_: Any) -> torch.Tensor:
+    # aten/src/ATen/native/BinaryOps.cpp, the losses' meta functions: the result is made for every value, then resized
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    full = input.new_empty(torch.broadcast_shapes(input.shape, target.shape), dtype=dtype)
+    return aten.as_strided.default(full, (), ()) if reduction else full
+
+
+def _foreach_norm(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    """aten/src/ATen/native/cuda/ForeachReduceOp.cu: a number for each part of 65,536 values, of as many parts each."""
+    width = max(4, args[0][0].element_size())
+    return (len(args[0]) * max(-(-t.numel() // 65536) for t in args[0]) * width, slice(None))
 
 
 def _embedding_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
     """aten/src/ATen/native/cuda/Embedding.cu: indices are sorted, unless there are few of them."""
     grad, indices, rows = args[:3]
     n = indices.numel()
-    each = ("above", 3072, n, 8 * n)
+    each, number = ("above", 3072, n, 8 * n), ("above", 3072, n, 8)
     dense = () if grad.is_contiguous() else (grad.numel() * grad.element_size(),)
-    sorting = [each, ("sort_pairs", 3072, n, 8, 8)]
-    row = 4 * out.size(1)
-    segments = tuple(("embedding_segments", part, n, rows, row) for part in (0, 0, 1, 2))
-    return (*dense, each, each, sorting, each, [each], *segments)
+    sorting = [each, ("sort_pairs", 3072, n, rows)]
+    segments, places, values, scanned = (("embedding_segments", k, n, rows, 4 * out.size(1)) for k in (0, 1, 2, 3))
+    unique = [each, ("scan", 3072, n, 320)]
+    return (
+        *dense,
+        each,
+        each,
+        sorting,
+        slice(None),
+        each,
+        number,
+        unique,
+        segments,
+        segments,
+        [scanned],
+        number,
+        places,
+        values,
+    )
 
 
 def _index_put(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
@@ -601,8 +791,9 @@ def _index_put(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequ
     if not accumulate or not indices:
         return ()
     n = math.prod(torch.broadcast_shapes(*(index.shape for index in indices)))
+    rows = math.prod(args[0].size(d) for d, index in enumerate(args[1]) if index is not None)
     values = () if args[2].is_contiguous() else (args[2].numel() * args[2].element_size(),)
-    return (8 * n, *values, 8 * n, 8 * n, [8 * n, ("sort_pairs", 0, n, 8, 8)])
+    return (8 * n, [8 * n], *values, 8 * n, 8 * n, 8 * n, [("sort_pairs", 0, n, rows)])
 
 
 # aten/src/ATen/native/transformers/cuda: flash_attn/flash_api.cpp and mem_eff_attention/kernel_backward.h (2.15)
@@ -638,11 +829,82 @@ _upsample_nearest_exact1d_backward _upsample_nearest_exact3d_backward
 """.split()
 
 
-def _convolution_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    """aten/src/ATen/native/cudnn/ConvShared.cpp: the gradient is laid out for each of its two products."""
-    grad, source, mask = args[0], args[1], args[10]
-    copies = [[_bytes(grad)] for wanted in mask[:2] if wanted and not _is_dense(grad)]
-    return (*copies, [_bytes(source)]) if mask[1] and not _is_dense(source) else copies
+def _convolution_layout(*tensors: torch.Tensor) -> torch.memory_format:
+    """aten/src/ATen/native/ConvUtils.h, ``cudnn_conv_suggest_memory_format``: channels last if one of them is so."""
+    for tensor in tensors:
+        if not tensor.is_contiguous() and tensor.dtype != torch.float64:
+            layout = suggest_memory_format(_of_images(tensor))
+            if layout is not torch.contiguous_format:
+                return layout
+    return torch.contiguous_format
+
+
+def _of_images(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.unsqueeze(2) if tensor.dim() == 3 else tensor  # a 1D convolution is one of images of one row
+
+
+def _relaid(tensor: torch.Tensor, layout: torch.memory_format) -> tuple[int, ...]:
+    """The copy that is made of a tensor which is not laid out so."""
+    laid = tensor.is_contiguous() and layout is torch.contiguous_format
+    return () if laid or _of_images(tensor).is_contiguous(memory_format=layout) else (_bytes(tensor),)
+
+
+def _depthwise(
+    source: torch.Tensor,
+    weight: torch.Tensor,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    groups: int,
+) -> bool:
+    """aten/src/ATen/native/Convolution.cpp, ``is_depthwise`` without ``use_cudnn_depthwise``: torch's own."""
+    channels = source.size(1)
+    if transposed or source.dim() < 4 or groups == 1 or channels != groups or weight.size(0) % channels:
+        return False
+    if _convolution_layout(source, weight) is not torch.contiguous_format:
+        return False
+    if source.dim() == 5 or source.dtype != torch.float16 or channels < 32 or set(dilation) != {1}:
+        return True
+    if source.size(2) == 1 and stride[1] == 1:
+        return False
+    width, kernel = source.size(3), weight.size(3)
+    if stride[0] != stride[1] or weight.size(2) != kernel or kernel not in (1, 3, 5) or width < 7:
+        return True
+    wide = channels >= 512 or (channels >= 256 and width >= 28)
+    return stride[1] != 1 and not (stride[1] == 2 and kernel > 1 and wide)
+
+
+def _convolution(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    """aten/src/ATen/native/cudnn/ConvShared.cpp, ``cudnn_convolution``."""
+    source, weight = args[:2]
+    if source.is_contiguous() and weight.is_contiguous():
+        return ()
+    if _depthwise(source, weight, args[3], args[5], args[6], args[8]):
+        return _relaid(source, torch.contiguous_format)
+    layout = _convolution_layout(source, weight)
+    copies = _relaid(source, layout), _relaid(weight, layout)
+    return (*copies[0], slice(None), *copies[1]) if copies[0] or copies[1] else ()
+
+
+def _convolution_backward(card: Card) -> Rule:
+    """aten/src/ATen/native/Convolution.cpp and cudnn/ConvShared.cpp: what is not laid out as cuDNN wants it is copied;
+    the bias's gradient is a sum."""
+
+    def rule(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+        grad, source, weight, mask = *args[:3], args[10]
+        sums = reduction_blocks(grad, [0, *range(2, grad.dim())], 4, _sum_vector(grad), card) if mask[2] else ()
+        if _depthwise(source, weight, args[4], args[6], args[7], args[9]):
+            copies = (size for tensor in (grad, source, weight) for size in _relaid(tensor, torch.contiguous_format))
+            return [slice(0, 2), *copies], slice(2, 3), *sums
+        layout = _convolution_layout(source, weight)
+        copied, laid = (_relaid(source, layout) if mask[1] else ()), _relaid(grad, layout)
+        if args[6]:  # transposed: the gradient is laid out once for both
+            return [*copied, *laid, slice(0, 2)], slice(2, 3), *sums
+        of_input = [slice(0, 1), *laid, *_relaid(weight, layout)] if mask[0] else []
+        of_weight = [*laid, slice(1, 2)] if mask[1] else []
+        return [*copied, of_input, of_weight], slice(2, 3), *sums
+
+    return rule
 
 
 def _flash(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
@@ -686,32 +948,22 @@ def _cudnn_rnn(
     weight_buf: torch.Tensor | None,
     hx: torch.Tensor,
     cx: torch.Tensor | None,
-    mode: int,
-    hidden: int,
-    projected: int,
-    layers: int,
-    batch_first: bool,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    *_: Any,
+    *rest: Any,
 ) -> Any:
     """aten/src/ATen/native/cudnn/RNN.cpp. Its workspace and reserve are cuDNN's own: a model of their size here, the
     gates and two states of every step, as of the null GPU's."""
-    input = aten.transpose.int(input, 0, 1) if batch_first else input
-    x = input if input.is_contiguous() else aten.clone.default(input, memory_format=torch.contiguous_format)
+    rnn = _RNN(*rest[:8])
+    x = _steps_first(input, rnn)
     steps, batch = x.shape[:2]
-    directions = 2 if bidirectional else 1
-    out = x.new_empty((steps, batch, (projected or hidden) * directions))
+    out = x.new_empty((steps, batch, (rnn.projected or rnn.hidden) * rnn.directions))
     last = x.new_empty(hx.shape)
     last_cell = x.new_empty(cx.shape if cx is not None else (0,))
-    values = steps * batch * layers * directions * hidden * x.element_size()
-    gates = {2: 4, 3: 3}.get(mode, 1)
+    values = steps * batch * rnn.layers * rnn.directions * rnn.hidden * x.element_size()
     work = x.new_empty((values,), dtype=torch.uint8)
-    reserve = x.new_empty(((gates + 2) * values if train else 0,), dtype=torch.uint8)
+    reserve = x.new_empty(((rnn.gates + 2) * values if rnn.train else 0,), dtype=torch.uint8)
     del work
-    out = aten.transpose.int(out, 0, 1) if batch_first else out
-    return out, last, last_cell, reserve, x.new_empty((0,))
+    out = aten.transpose.int(out, 0, 1) if rnn.batch_first else out
+    return out, last, last_cell, reserve, x.new_empty((0,)) if weight_buf is None else aten.alias.default(weight_buf)
 
 
 def _cudnn_rnn_backward(
@@ -725,39 +977,74 @@ def _cudnn_rnn_backward(
     grad_output: torch.Tensor | None,
     grad_hy: torch.Tensor | None,
     grad_cy: torch.Tensor | None,
-    mode: int,
-    hidden: int,
-    projected: int,
-    layers: int,
-    batch_first: bool,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    *_: Any,
+    *rest: Any,
 ) -> Any:
-    def laid(tensor: torch.Tensor) -> torch.Tensor:
-        tensor = aten.transpose.int(tensor, 0, 1) if batch_first else tensor
-        return tensor if tensor.is_contiguous() else aten.clone.default(tensor, memory_format=torch.contiguous_format)
+    """aten/src/ATen/native/cudnn/RNN.cpp: gradients of what is read, then of the weights, in one buffer."""
+    rnn = _RNN(*rest[:8])
+    grad_output = aten.zeros_like.default(output) if grad_output is None else grad_output
+    grad_hy = aten.zeros_like.default(hx) if grad_hy is None else grad_hy
+    grad_cy = aten.zeros_like.default(cx) if grad_cy is None and cx is not None else grad_cy
+    values = input.numel() // input.size(-1) * rnn.layers * rnn.directions * rnn.hidden * input.element_size()
 
-    x = laid(input)
-    gradient = laid(grad_output) if grad_output is not None else x.new_empty(laid(output).shape)
-    dx, dhx = x.new_empty(x.shape), x.new_empty(hx.shape)
-    dcx = x.new_empty(cx.shape) if cx is not None else x.new_empty((0,))
-    values = x.size(0) * x.size(1) * layers * (2 if bidirectional else 1) * hidden * x.element_size()
-    work = x.new_empty((values,), dtype=torch.uint8)
-    del work, gradient
-    flat = x.new_empty((sum(w.numel() for w in weight),))
-    work = x.new_empty((values,), dtype=torch.uint8)
-    del work
-    gradients, place = [], 0
-    for w in weight:
-        gradients.append(aten.as_strided.default(flat, w.shape, _dense_strides(w.shape), place))
+    def of_inputs() -> tuple[torch.Tensor, ...]:
+        x, dy = _steps_first(input, rnn), _steps_first(grad_output, rnn)
+        made = x.new_empty(x.shape), x.new_empty(hx.shape), x.new_empty(cx.shape if cx is not None else (0,))
+        work = x.new_empty((values,), dtype=torch.uint8)
+        del work, dy
+        return made
+
+    def of_weights() -> torch.Tensor:
+        x = _steps_first(input, rnn)
+        flat = x.new_empty((rnn.weights(x.size(2)),))
+        work = x.new_empty((values,), dtype=torch.uint8)
+        del work
+        return flat
+
+    dx, dhx, dcx = of_inputs()
+    gradients = _laid_out(of_weights(), weight)
+    return aten.transpose.int(dx, 0, 1) if rnn.batch_first else dx, dhx, dcx, gradients
+
+
+def _laid_out(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Parts of one buffer, one after the other, in the shapes of these weights."""
+    parts, place = [], 0
+    for w in like:
+        parts.append(flat[place : place + w.numel()].view(w.shape))
         place += w.numel()
-    return aten.transpose.int(dx, 0, 1) if batch_first else dx, dhx, dcx, gradients
+    return parts
 
 
-def _dense_strides(shape: Sequence[int]) -> list[int]:
-    return [math.prod(shape[k + 1 :]) for k in range(len(shape))]
+def flatten_weights(module: torch.nn.RNNBase) -> None:
+    """Lay the weights out in one buffer, as a recurrent network does when it comes to a GPU.
+
+    torch/nn/modules/rnn.py, ``flatten_parameters``: in the types that cuDNN takes.
+    """
+    weights = [getattr(module, name) for name in module._flat_weights_names]
+    if weights[0].dtype not in _CUDNN_TYPES:
+        return
+    mode = {"LSTM": 2, "GRU": 3}.get(module.mode, 0)
+    rnn = _RNN(
+        mode, module.hidden_size, module.proj_size, module.num_layers, True, 0.0, True, bool(module.bidirectional)
+    )
+    flat = torch.zeros(rnn.weights(module.input_size), dtype=weights[0].dtype, device=weights[0].device)
+    for weight, part in zip(weights, _laid_out(flat, weights), strict=True):
+        weight.data = part
+
+
+def _steps_first(tensor: torch.Tensor, rnn: _RNN) -> torch.Tensor:
+    tensor = aten.transpose.int(tensor, 0, 1) if rnn.batch_first else tensor
+    return tensor if tensor.is_contiguous() else aten.clone.default(tensor, memory_format=torch.contiguous_format)
+
+
+def _no_dropout_state(*args: Any, device: torch.device, **kwargs: Any) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=device)  # it is a workspace
+
+
+def _roll(input: torch.Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> torch.Tensor:
+    # aten/src/ATen/native/TensorTransformations.h, roll_common: one dimension after the other
+    for shift, dim in zip(shifts, dims, strict=True) if dims else ((shifts[0], ()),):
+        input = aten.roll.default(input, [shift], [dim] if dims else [])
+    return input
 
 
 #: Kernels that are told by other operators: what these allocate and free is what CUDA's kernel does
@@ -803,7 +1090,11 @@ LONGEST: Mapping[Any, Callable[..., Any]] = {
 KERNELS: Mapping[Any, Callable[..., Any]] = {
     aten._cudnn_rnn.default: _cudnn_rnn,
     aten._cudnn_rnn_backward.default: _cudnn_rnn_backward,
+    aten._cudnn_init_dropout_state.default: _no_dropout_state,
     aten.logsumexp.default: _logsumexp,
+    aten.mse_loss.default: _pointwise_loss,
+    aten.smooth_l1_loss.default: _pointwise_loss,
+    aten.roll.default: _roll,
 }
 
 
@@ -859,6 +1150,75 @@ def _new_like(tensor: torch.Tensor, **kwargs: Any) -> list[Made] | None:
     return [(tensor, kwargs.get("dtype") or tensor.dtype)]
 
 
+def _convolution_made(
+    source: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> list[Made] | None:
+    if not source.numel():
+        return None
+    rank = source.dim() - 2
+    place = [[value[k % len(value)] for k in range(rank)] for value in (stride, padding, dilation, output_padding)]
+    sizes = [source.size(0), weight.size(1) * groups if transposed else weight.size(0)]
+    for length, kernel, s, p, d, o in zip(source.shape[2:], weight.shape[2:], *place, strict=True):
+        reach = d * (kernel - 1)
+        sizes.append((length - 1) * s - 2 * p + reach + o + 1 if transposed else (length + 2 * p - reach - 1) // s + 1)
+    own = _depthwise(source, weight, stride, dilation, transposed, groups)
+    return [_laid_out_as(sizes, torch.contiguous_format if own else _convolution_layout(source, weight), source.dtype)]
+
+
+def _laid_out_as(sizes: Sequence[int], layout: torch.memory_format, dtype: torch.dtype) -> Made:
+    if layout is torch.contiguous_format:
+        return torch.Size(sizes), dtype
+    if len(sizes) == 3:
+        image = torch.empty((sizes[0], sizes[1], 1, sizes[2]), dtype=dtype, device="meta", memory_format=layout)
+        return image.squeeze(2), dtype
+    return torch.empty(sizes, dtype=dtype, device="meta", memory_format=layout), dtype
+
+
+def _convolution_backward_made(
+    grad: torch.Tensor,
+    source: torch.Tensor,
+    weight: torch.Tensor,
+    bias_sizes: Any,
+    stride: Sequence[int],
+    padding: Any,
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    mask: Sequence[bool],
+) -> list[Made | None] | None:
+    if not source.numel():
+        return None
+    own = _depthwise(source, weight, stride, dilation, transposed, groups)
+    layout = torch.contiguous_format if own else _convolution_layout(source, weight)
+    made: list[Made] = [_laid_out_as(tensor.shape, layout, tensor.dtype) for tensor in (source, weight)]
+    made.append((torch.Size([grad.size(1)]), grad.dtype))
+    return [one if wanted else None for one, wanted in zip(made, mask, strict=True)]
+
+
+def _layer_norm_made(source: torch.Tensor, shape: Sequence[int], *_: Any) -> list[Made]:
+    wide = torch.float32 if source.element_size() == 2 else source.dtype
+    rows = torch.Size([*source.shape[: source.dim() - len(shape)], *(1 for _ in shape)])
+    return [(source.shape, source.dtype), (rows, wide), (rows, wide)]
+
+
+def _layer_norm_backward_made(
+    grad: torch.Tensor, source: torch.Tensor, shape: Any, mean: Any, rstd: Any, weight: Any, bias: Any, mask: Any
+) -> list[Made | None]:
+    return [
+        (tensor.shape, tensor.dtype) if wanted and tensor is not None else None
+        for tensor, wanted in zip((source, weight, bias), mask, strict=True)
+    ]
+
+
 def _batch_norm_made(input: torch.Tensor, weight: torch.Tensor, *rest: Any) -> list[Made] | None:
     if not _dense(input):
         return None
@@ -871,8 +1231,13 @@ def _batch_norm_backward_made(
     return [(input, input.dtype), (weight, weight.dtype), (weight, weight.dtype)] if _dense(input) else None
 
 
-#: See ``Rules.shapes``. An output that is not told here is what torch's fake kernel says.
-SHAPES: Mapping[Any, Callable[..., list[Made] | None]] = {
+#: See ``Rules.shapes``. An output that is not told here is what torch's fake kernel says: for the CPU, whose
+#: convolutions lay their outputs out otherwise than cuDNN's do.
+SHAPES: Mapping[Any, Callable[..., Sequence[Made | None] | None]] = {
+    aten.convolution.default: _convolution_made,
+    aten.convolution_backward.default: _convolution_backward_made,
+    aten.native_layer_norm.default: _layer_norm_made,
+    aten.native_layer_norm_backward.default: _layer_norm_backward_made,
     aten.cudnn_batch_norm.default: _batch_norm_made,
     aten.cudnn_batch_norm_backward.default: _batch_norm_backward_made,
     aten.threshold_backward.default: _like_first,

@@ -120,7 +120,8 @@ def above(limit: int, value: int, size: int) -> int:
 
 
 def embedding_segments(part: int, indices: int, rows: int, row_bytes: int) -> int:
-    """Bytes of a part of the gradient of a table of embeddings, summed over equal indices, then over their segments.
+    """Bytes of a part of the gradient of a table of embeddings, summed over equal indices, then over their segments:
+    0 is a number for each segment, 1 for each part of one, 2 a row for each part, 3 what the scan over segments takes.
 
     ``rows`` of the table; ``row_bytes`` of one row in float32. 0 up to 3,072 indices: another kernel.
     Source: aten/src/ATen/native/cuda/Embedding.cu and EmbeddingBackwardKernel.cu (2.15), NROWS_PER_THREAD = 10.
@@ -132,26 +133,64 @@ def embedding_segments(part: int, indices: int, rows: int, row_bytes: int) -> in
         return 0
     segments = min(indices, rows)
     partial = indices // 10 + segments
-    return (8 * segments, 8 * partial, row_bytes * partial)[part]
+    return (8 * segments, 8 * partial, row_bytes * partial, scan(0, segments, 960))[part]
 
 
-def sort_pairs(limit: int, count: int, key: int, value: int) -> int:
-    """Bytes that cub's radix sort takes for ``count`` pairs, if more than ``limit``: a second set of the pairs,
-    and counters; no second set where one block sorts them (measured on torch 2.15).
+def layer_norm_rows(
+    part: int, rows: int, width: int, element: int, vector: int, multiprocessors: int, threads: int
+) -> int:
+    """Bytes of the gradients of a normalization's weight, summed over blocks of 32 rows first, where the rows are more
+    than 65,536 and narrow: 0 is those sums, 1 their sum, 2 and 3 what that reduction takes (see ``reduction``).
 
-    >>> sort_pairs(0, 6144, 8, 8), sort_pairs(0, 2401, 8, 8)
-    (104448, 3584)
+    Source: ``LaunchGammaBetaBackwardCUDAKernel`` in aten/src/ATen/native/cuda/layer_norm_kernel.cu (2.15).
+
+    >>> layer_norm_rows(0, 100_356, 192, 4, 4, 82, 1536), layer_norm_rows(0, 60_000, 192, 4, 4, 82, 1536)
+    (2409216, 0)
+    """
+    if rows <= 65536 or width // 32 >= multiprocessors // 2:
+        return 0
+    blocks = _up(rows, 32)
+    if part < 2:
+        return (blocks if part == 0 else 1) * width * element
+    return reduction(part - 2, 4, element, vector, multiprocessors, threads, 1, blocks, width, width, 1)
+
+
+def scan(limit: int, count: int, tile: int) -> int:
+    """Bytes that cub's scans take for ``count`` values, if more than ``limit``: 16 for each tile and for 32 more,
+    in blocks of 256 bytes (cub's dispatch_scan.cuh and util_device.cuh; measured on torch 2.14).
+
+    >>> scan(0, 100_000, 320), scan(3072, 3000, 320)
+    (6143, 0)
+    """
+    return _up(16 * (_up(count, tile) + 32), 256) * 256 + 511 if count > limit else 0
+
+
+def sort_pairs(limit: int, count: int, rows: int) -> int:
+    """Bytes that cub's radix sort takes for ``count`` pairs of 8-byte numbers below ``rows``, if more than ``limit``.
+
+    It sorts 8 bits at a time: two sets of 256 counters for each of these passes and one for each tile of 3,840 pairs,
+    and a second set of the pairs if there is more than one pass. Up to 2,304 pairs are sorted by one block of threads.
+    Source: cub's dispatch_radix_sort.cuh (measured on torch 2.14).
+
+    >>> sort_pairs(0, 6144, 5000), sort_pairs(0, 2401, 169), sort_pairs(0, 2000, 169)
+    (104959, 3583, 1)
     """
     if count <= limit:
         return 0
-    return count * (key + value) + 6144 if count > 4096 else 3584
+    if count <= 2304:
+        return 1
+    passes = _up(rows.bit_length(), 8)
+    second = 2 * _up(8 * count, 256) * 256 if passes > 1 else 0
+    return second + 1024 * (2 * passes + _up(count, 3840)) + 511
 
 
 KERNELS: Mapping[str, Callable[..., int]] = {
     "above": above,
     "embedding_segments": embedding_segments,
+    "layer_norm_rows": layer_norm_rows,
     "reduction": reduction,
     "rounded_rows": rounded_rows,
+    "scan": scan,
     "sort_pairs": sort_pairs,
 }
 

@@ -134,6 +134,7 @@ class StepRunner:
             with self._precision():
                 outputs = self._training_step(moved, index)
         self._hook("on_train_batch_end", outputs, moved, index)
+        del outputs  # before the batch
 
     def _automatic(self, moved: Any, index: int, *, first: bool, last: bool) -> Any:
         mark = self.mark
@@ -204,17 +205,22 @@ class StepRunner:
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         if self._scale is None:  # GradScaler's two scalars, made when they are first needed
             self.mark.category = "other"
-            self._scale = torch.zeros((1,), device=self.device)
-            self._growth = torch.zeros((1,), dtype=torch.int32, device=self.device)
+            self._scale = torch.zeros((), device=self.device)
+            self._growth = torch.zeros((), dtype=torch.int32, device=self.device)
             self.mark.category = "temporaries"
         return loss * self._scale
 
     def _unscaled_step(self, optimizer: torch.optim.Optimizer, after: Callable[[], None]) -> None:
-        """What GradScaler allocates between the closure and the end of the optimizer's step."""
-        inverse = self._scale.double().reciprocal().float()  # type: ignore[union-attr]
-        found = torch.zeros((), device=self.device)
+        """What GradScaler allocates until the optimizer's step ends (torch/amp/grad_scaler.py)."""
+
+        def unscale() -> torch.Tensor:
+            inverse = self._scale.double().reciprocal().float()  # type: ignore[union-attr]
+            found = torch.zeros((), device=self.device)
+            found_here, _ = found.clone(), inverse.clone()  # each device's own
+            return found_here
+
+        found = unscale()
         after()
-        del inverse
         optimizer.step()
         del found
 

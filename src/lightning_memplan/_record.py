@@ -31,7 +31,8 @@ DEVICE = torch.device("cpu", 0)  #: where traced tensors lie: the stand-in for t
 class Rules(NamedTuple):
     """What the GPU's kernels allocate that a fake tensor's do not show. Each is keyed by the operator."""
 
-    #: bytes that the kernel allocates beside its outputs, and frees when it returns; a list is a scope of its own
+    #: bytes that the kernel allocates beside its outputs, and frees when it returns: after them, or where a slice
+    #: stands for some of them; a list is a scope of its own
     temporaries: Mapping[Any, Callable[[Sequence[Any], Mapping[str, Any], Any], Sequence[Any]]] = {}
     #: name and bytes of a workspace that the first call in a thread allocates, and that stays
     workspaces: Mapping[Any, tuple[str, int]] = {}
@@ -43,9 +44,10 @@ class Rules(NamedTuple):
     kernels: Mapping[Any, Callable[..., Any]] = {}
     #: the same, for operators whose result is as long as values say: at its longest, or NotImplemented where it is not
     longest: Mapping[Any, Callable[..., Any]] = {}
-    #: outputs as ``(like, dtype)``: of a tensor's shape and strides, or of a size; None where the fake kernel must be
-    #: asked. Only for speed: a fake kernel may be many operators, and is asked anew for every shape
-    shapes: Mapping[Any, Callable[..., Sequence[tuple[torch.Tensor | torch.Size, torch.dtype]] | None]] = {}
+    #: outputs as ``(like, dtype)``: of a tensor's shape and strides, or of a size; None for an output that is not
+    #: asked for, and for all where the fake kernel must say. A fake kernel may be many operators, and is asked anew for
+    #: every shape
+    shapes: Mapping[Any, Callable[..., Sequence[tuple[torch.Tensor | torch.Size, torch.dtype] | None] | None]] = {}
 
 
 _DEVICE_OF = torch.ops.prim.device.default
@@ -83,6 +85,7 @@ class Recorder(TorchDispatchMode):
         self._blocks: dict[int, int] = {}  # a live storage's address -> its block
         self._owners: dict[int, int] = {}  # a block -> the number of storages that stand for it
         self._deaths: dict[int, weakref.ref[Any]] = {}
+        self._changed: list[weakref.ref[torch.Tensor]] = []  # views that were written to since the last operator
         self._next = 0
 
     @classmethod
@@ -95,13 +98,16 @@ class Recorder(TorchDispatchMode):
         if func is _DEVICE_OF:
             return args[0].device
         kwargs = kwargs or {}
+        out: Any
         if FakeTensor not in types and kwargs.get("device") != DEVICE:
             return func(*args, **kwargs)  # on the host: real tensors, real values
         if func is _READ_VALUE and (args[0].is_floating_point() or args[0].dtype is torch.bool):
             self.values_read += 1
             return False if args[0].dtype is torch.bool else 0.0
         if func in self._kernels and func not in self._running:
-            return self._tell(self._kernels[func], func, args, kwargs)
+            out = self._tell(self._kernels[func], func, args, kwargs)
+            self._beside(func, args, kwargs, out)
+            return out
         if func in self._longest and func not in self._running:
             longest = self._tell(self._longest[func], func, args, kwargs)
             if longest is not NotImplemented:
@@ -110,8 +116,12 @@ class Recorder(TorchDispatchMode):
         in_place = _IN_PLACE.get(func)
         if in_place is None:
             in_place = _IN_PLACE[func] = _is_in_place(func)
+        if self._changed and not func.is_view:
+            self._regenerate()
         if in_place:  # nothing is made, and there are no values to change
-            out: Any = args[0] if func._schema.returns else None
+            out = args[0] if func._schema.returns else None
+            if self.phase == "forward" and isinstance(args[0], torch.Tensor) and args[0]._is_view():
+                self._changed.append(weakref.ref(args[0]))
         elif (made := self._made_like(func, args, kwargs)) is not None:
             out = made
         else:
@@ -122,19 +132,6 @@ class Recorder(TorchDispatchMode):
             self._take_over(out, args[0])
             self._beside(func, args, kwargs, out)
             return out
-        if type(out) is torch.Tensor or isinstance(out, torch.Tensor):
-            self._see(out, func)
-        elif out is not None:
-            widths = self._widths.get(func, {})
-            leaves = out if isinstance(out, (tuple, list)) else tree_leaves(out)
-            for k in self._order.get(func) or range(len(leaves)):
-                leaf = leaves[k]
-                if isinstance(leaf, torch.Tensor):
-                    self._see(leaf, func, widths.get(k))
-                elif isinstance(leaf, (list, tuple)):
-                    for inner in leaf:
-                        if isinstance(inner, torch.Tensor):
-                            self._see(inner, func)
         self._beside(func, args, kwargs, out)
         return out
 
@@ -178,11 +175,29 @@ class Recorder(TorchDispatchMode):
 
     def _beside(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         rule = self._temporaries.get(func)
-        if rule is not None:
-            self._pass(rule(args, kwargs, out), func)
+        sizes = () if rule is None else rule(args, kwargs, out)
+        if not any(type(size) is slice for size in sizes):
+            self._see_all(out, func)
+        if sizes:
+            self._pass(sizes, func, out)
         workspace = self._workspaces.get(func)
         if workspace is not None:
             self._stay(workspace, func)
+
+    def _see_all(self, out: Any, func: Any) -> None:
+        if type(out) is torch.Tensor or isinstance(out, torch.Tensor):
+            self._see(out, func)
+        elif out is not None:
+            widths = self._widths.get(func, {})
+            leaves = out if isinstance(out, (tuple, list)) else tree_leaves(out)
+            for k in self._order.get(func) or range(len(leaves)):
+                leaf = leaves[k]
+                if isinstance(leaf, torch.Tensor):
+                    self._see(leaf, func, widths.get(k))
+                elif isinstance(leaf, (list, tuple)):
+                    for inner in leaf:
+                        if isinstance(inner, torch.Tensor):
+                            self._see(inner, func)
 
     def _moved(self, constant: torch.Tensor) -> FakeTensor:
         return self._like(constant, constant.dtype)
@@ -190,6 +205,8 @@ class Recorder(TorchDispatchMode):
     def _like(self, like: torch.Tensor | torch.Size, dtype: torch.dtype) -> FakeTensor:
         if isinstance(like, torch.Size):
             return FakeTensor(self._mode, torch.empty(like, dtype=dtype, device="meta"), DEVICE)
+        if like.is_meta:
+            return FakeTensor(self._mode, like, DEVICE)
         meta = torch.empty_strided(like.size(), like.stride(), dtype=dtype, device="meta")
         return FakeTensor(self._mode, meta, DEVICE)
 
@@ -198,7 +215,7 @@ class Recorder(TorchDispatchMode):
         outputs = None if shape is None else shape(*args, **kwargs)
         if outputs is None:
             return None
-        made = [self._like(tensor, dtype) for tensor, dtype in outputs]
+        made = [None if output is None else self._like(*output) for output in outputs]
         several = len(func._schema.returns) > 1 or str(func._schema.returns[0].type) == "List[Tensor]"
         return made if several else made[0]
 
@@ -224,12 +241,15 @@ class Recorder(TorchDispatchMode):
 
         self._deaths[key] = weakref.ref(storage, died)
 
-    def _pass(self, sizes: Sequence[Any], func: Any) -> None:
-        """Allocate all of these, then free them; a list among them is a scope of its own."""
+    def _pass(self, sizes: Sequence[Any], func: Any, out: Any) -> None:
+        """Allocate all of these, then free them, the last first; a list among them is a scope of its own."""
         blocks = []
         for size in sizes:
+            if isinstance(size, slice):
+                self._see_all(out if isinstance(out, torch.Tensor) else out[size], func)
+                continue
             if isinstance(size, list):
-                self._pass(size, func)
+                self._pass(size, func, out)
                 continue
             rule = size if isinstance(size, tuple) else ()
             size = kernel_bytes(size) if isinstance(size, tuple) else size
@@ -238,7 +258,7 @@ class Recorder(TorchDispatchMode):
                 Event(self._next, size, self.phase, self.step, "temporaries", self.path, func, rule=rule)
             )
             self._next += 1
-        for block in blocks:
+        for block in reversed(blocks):
             self._write(block, -1, "other", func)
 
     def _stay(self, workspace: tuple[str, int], func: Any) -> None:
@@ -249,7 +269,18 @@ class Recorder(TorchDispatchMode):
             self._write(self._next, size, "workspaces", func)
             self._next += 1
 
-    # -- autograd's sums of gradients
+    # -- autograd's own allocations
+
+    def _regenerate(self) -> None:
+        """A view that was written to gets a gradient function anew, which copies the gradient.
+
+        torch/csrc/autograd/variable.cpp (2.15), ``VariableHooks::grad_fn``: ``AsStridedBackward``, which lays the
+        gradient into zeros of the whole base; a tensor subclass repeats the operator that made the view.
+        """
+        changed, self._changed = self._changed, []
+        for view in (reference() for reference in changed):
+            if view is not None and view.requires_grad and view.grad_fn is not None:
+                view.grad_fn.register_hook(_into_zeros)
 
     def _adds_in_place(self, args: Sequence[Any]) -> bool:
         """Whether autograd is adding up gradients, which it does in place where it may.
@@ -276,6 +307,13 @@ class Recorder(TorchDispatchMode):
         block = self._blocks.get(first.untyped_storage()._cdata)
         if block is not None:
             self._own(out.untyped_storage(), block)
+
+
+def _into_zeros(grads: Sequence[torch.Tensor | None], given: Sequence[torch.Tensor | None]) -> Any:
+    kept = {t.untyped_storage()._cdata for t in given if t is not None}
+    return tuple(
+        torch.zeros_like(grad) if grad is not None and grad.untyped_storage()._cdata in kept else grad for grad in grads
+    )
 
 
 _IN_PLACE: dict[Any, bool] = {}

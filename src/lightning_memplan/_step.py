@@ -25,6 +25,7 @@ from lightning_memplan._cuda_rules import (
     SHAPES,
     WIDTHS,
     cuda_semantics,
+    flatten_weights,
     foreach_by_default,
     temporaries,
     workspaces,
@@ -105,7 +106,10 @@ def prepared(module: nn.Module, settings: StepSettings, *, trainer: Any = None, 
 
 
 def _setup_order(module: nn.Module) -> Iterator[tuple[torch.Tensor, str, str]]:
-    """Parameters and buffers in the order in which ``Module.to`` moves them: children first."""
+    """Parameters and buffers in the order in which ``Module.to`` moves them: children first.
+
+    Recurrent networks lay their weights out anew when these have come.
+    """
     for name, child in module.named_children():
         for tensor, kind, path in _setup_order(child):
             yield tensor, kind, f"{name}.{path}" if path else name
@@ -115,6 +119,8 @@ def _setup_order(module: nn.Module) -> Iterator[tuple[torch.Tensor, str, str]]:
     for buffer in module._buffers.values():
         if buffer is not None:
             yield buffer, "buffers", ""
+    if isinstance(module, nn.RNNBase):
+        flatten_weights(module)
 
 
 @contextmanager

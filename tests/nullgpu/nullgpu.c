@@ -244,6 +244,13 @@ int cublasLtMatmulAlgoGetHeuristic(void*l,void*d,void*a,void*b,void*c,void*e,voi
 #define LT(n) int cublasLt##n##Create(void**d){*d=calloc(1,256);return 0;} int cublasLt##n##Destroy(void*d){free(d);return 0;}
 LT(MatmulDesc) LT(MatrixLayout) LT(MatmulPreference)
 // ---- cuDNN (legacy interface; TORCH_CUDNN_V8_API_DISABLED=1)
+// The setting is read twice: where convolutions run (libtorch_cuda), and where torch asks whether cuDNN takes bfloat16
+// (libtorch_cpu, ConvUtils.h), which it does on a real card. c10::utils::check_env returns std::optional<bool>.
+uint16_t _ZN3c105utils9check_envEPKc(const char*name){
+  const char*e=getenv(name);
+  Dl_info caller;
+  if(!strcmp(name,"TORCH_CUDNN_V8_API_DISABLED")&&dladdr(__builtin_return_address(0),&caller)&&strstr(caller.dli_fname,"libtorch_cpu"))e="0";
+  return e&&!e[1]&&(*e=='0'||*e=='1')?0x100|(*e=='1'):0;}
 static void*real_cudnn(const char*n){void*l=dlopen("libcudnn.so.9",RTLD_LAZY|RTLD_NOLOAD);return l?dlsym(l,n):0;}
 size_t cudnnGetVersion(void){size_t(*f)(void)=real_cudnn("cudnnGetVersion");return f?f():0;}
 int cudnnGetProperty(int t,int*v){int(*f)(int,int*)=real_cudnn("cudnnGetProperty");return f?f(t,v):1;}
@@ -262,7 +269,7 @@ CONV(Forward)CONV(BackwardData)CONV(BackwardFilter)
 int cudnnGetBatchNormalizationForwardTrainingExWorkspaceSize(void*h_,int m,int o,void*x,void*z,void*y,void*b,void*a,size_t*s){*s=0;return 0;}
 int cudnnGetBatchNormalizationBackwardExWorkspaceSize(void*h_,int m,int o,void*x,void*y,void*dy,void*dz,void*dx,void*b,void*a,size_t*s){*s=0;return 0;}
 int cudnnGetBatchNormalizationTrainingExReserveSpaceSize(void*h_,int m,int o,void*a,void*x,size_t*s){*s=0;return 0;}
-int cudnnDropoutGetStatesSize(void*h_,size_t*s){*s=1<<20;return 0;}
+int cudnnDropoutGetStatesSize(void*h_,size_t*s){*s=(2<<20)+(1<<10);return 0;} // "slightly over 2MB" (aten/src/ATen/native/cudnn/RNN.cpp)
 // Recurrent layers: weights are laid out as cuDNN's are (per pseudo-layer: every gate's matrices, then its biases);
 // the reserve that training keeps is modelled as gates + 2 values per step, sample, layer, direction and hidden unit.
 struct rnn{int cell,bias,bi,dtype,in,hid,proj,layers;};
