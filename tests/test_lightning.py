@@ -140,7 +140,7 @@ def test_where_the_trainers_loaders_are(flavour):
     class Looks(flavour.Callback):
         def setup(self, trainer, pl_module, stage):
             found["made"] = _lightning.loaders_are_made(trainer)
-            found["source"] = _lightning.train_source(trainer, lambda: pl_module, trainer.datamodule)
+            found["source"] = _lightning.loader_source(trainer, lambda: pl_module, trainer.datamodule)
 
     def after(*args, **kwargs):
         quiet(flavour, callbacks=[Looks()]).fit(*args, **kwargs)
@@ -159,13 +159,13 @@ def test_the_trainer_trains_with_changed_loaders(flavour, how):
 
     class Changes(flavour.Callback):
         def setup(self, trainer, pl_module, stage):
-            _lightning.change_train_loaders(trainer, lambda loaders: found.append(loaders) or {"a": other})
+            _lightning.change_loaders(trainer, lambda loaders: found.append(loaders) or {"a": other})
 
         def on_train_start(self, trainer, pl_module):
             found.append(_lightning.train_loaders(trainer))
 
         def teardown(self, trainer, pl_module, stage):
-            _lightning.release_train_loaders(trainer)
+            _lightning.release_loaders(trainer)
 
     step = {"training_step": lambda self, batch, batch_idx: self.layer(batch["a"]).sum()}
     module = module_of(flavour, **step, **({"train_dataloader": lambda self: own} if how == "made" else {}))

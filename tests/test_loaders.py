@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
+import sys
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -332,6 +335,137 @@ def test_validation_loaders_are_left():
     module = Validated()
     fit(module, {"train_dataloaders": plain(2), "val_dataloaders": plain(3)}, planner_of(), num_sanity_val_steps=0)
     assert set(module.sizes) == {3}
+
+
+# ----------------------------------------------------------------------------------------------- validation's own size
+
+
+class Wide(Net):
+    """A step of training holds what a step of validation frees at once: four outputs of 4 KiB a sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*[nn.Sequential(nn.Linear(1024, 1024), nn.Sigmoid()) for _ in range(4)])
+        self.validated = []
+
+    def training_step(self, batch, batch_idx):
+        return self.layers(batch).sum()
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.validated.append(len(batch))
+        assert not self.training
+        return self.layers(batch).sum()
+
+
+class Both(pl.LightningDataModule):
+    def __init__(self):
+        super().__init__()
+        self.batch_size, self.val_size = 2, 3
+        self.save_hyperparameters({"val_size": 3})
+
+    def train_dataloader(self):
+        return DataLoader(list(torch.ones(3000, 1024)), batch_size=self.batch_size)
+
+    def val_dataloader(self):
+        return [DataLoader(list(torch.ones(count, 1024)), batch_size=self.val_size) for count in (3000, 20)]
+
+
+def test_validation_has_a_batch_size_of_its_own():
+    module, data = Wide(), Both()
+    card = mp.Device("a small card", total=80 * 2**20)  # 16 MiB of weights, their gradients, a batch
+    planner = mp.MemoryPlanner(device=card, val_batch_arg_name="val_size", max_batch_size=2000, margin=0)
+    fit(module, {"datamodule": data}, planner, limit_train_batches=2, limit_val_batches=1, num_sanity_val_steps=0)
+    assert planner.plan.limited_by == planner.val_plan.limited_by == "memory"
+    # a sample takes 4 KiB a layer in training, twice over in its backward pass, and two of them at once in validation
+    assert 2 < planner.plan.batch_size < planner.val_plan.batch_size
+    assert (data.batch_size, data.val_size) == (planner.plan.batch_size, planner.val_plan.batch_size)
+    assert data.hparams["val_size"] == data.val_size
+    assert module.validated == [data.val_size, 20]
+
+
+def test_validation_that_cannot_be_traced_gets_the_size_of_training():
+    class Reads(Wide):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            return batch.sum() * int(batch.long().sum().item())
+
+    data, planner = Both(), planner_of(method="trace", val_batch_arg_name="val_size")
+    with pytest.warns(
+        UserWarning, match="validation gets training's batch size, since it cannot be traced: the step nee"
+    ):
+        fit(Reads(), {"datamodule": data}, planner, limit_train_batches=1, limit_val_batches=1)
+    assert (planner.val_plan, data.val_size) == (None, 7)
+
+
+def test_validation_without_a_hook_of_its_own_is_left():
+    class Bare(Both):
+        val_dataloader = pl.LightningDataModule.val_dataloader
+
+    data = Bare()
+    with pytest.warns(UserWarning, match="You defined a `validation_step` but have no `val_dataloader`"):
+        fit(Wide(), {"datamodule": data}, planner_of(val_batch_arg_name="val_size"), limit_train_batches=1)
+    assert data.val_size == 3
+
+
+def test_a_name_of_validations_size_that_is_none():
+    with pytest.raises(mp.ApplyError, match="Wide or Both has no attribute or hyperparameter 'eval_size' to set"):
+        fit(Wide(), {"datamodule": Both()}, planner_of(val_batch_arg_name="eval_size"))
+    with pytest.raises(
+        ValueError, match="'batch_size' is training's batch size: leave val_batch_arg_name out, or name"
+    ):
+        mp.MemoryPlanner(val_batch_arg_name="batch_size")
+
+
+VALIDATED = """
+import json
+import sys
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+import lightning_memplan as mp
+
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        conv = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU())
+        self.net = nn.Sequential(conv(3, 64), conv(64, 64), nn.MaxPool2d(2), conv(64, 128), nn.Flatten(2))
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0]).mean()
+    def validation_step(self, batch, batch_idx):
+        self.log("value", self.net(batch[0]).mean())
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+class Data(pl.LightningDataModule):
+    batch_size, val_size = 2, 3
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.zeros(1, 3, 64, 64).expand(9999, -1, -1, -1)), self.batch_size)
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(torch.zeros(1, 3, 64, 64).expand(9999, -1, -1, -1)), self.val_size)
+
+planner, data = mp.MemoryPlanner(val_batch_arg_name="val_size"), Data()
+trainer = pl.Trainer(accelerator="gpu", devices=1, limit_train_batches=2, limit_val_batches=2, num_sanity_val_steps=1,
+                     max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                     enable_model_summary=False, callbacks=planner)
+trainer.fit(Net(), data)
+measured = [[m.predicted_allocated, m.allocated, m.reserved] for m in planner.measurements]
+peaks = [[v.allocated, v.reserved] for v in planner.validations]
+print(json.dumps([data.batch_size, data.val_size, planner.val_plan.predicted_peak, measured, peaks]))
+"""
+
+
+@pytest.mark.slow
+def test_training_and_validation_of_planned_sizes_fit_the_card(nullgpu):
+    """With torch's own allocator: a validation that fits alone may leave a cache in which training does not."""
+    source = str(Path(mp.__file__).parents[1])
+    done = nullgpu([sys.executable, "-W", "ignore", "-c", VALIDATED], PYTHONPATH=source, NULLGPU_MEMORY=3 * 2**30)
+    train, val, predicted, measured, peaks = json.loads(done.stdout.splitlines()[-1])
+    assert (len(measured), len(peaks)) == (4, 2)
+    assert train > 100
+    assert val > 100
+    for planned, allocated, _ in measured:
+        assert planned == pytest.approx(allocated, rel=0.03)
+    assert max(reserved for *_, reserved in (*measured, *peaks)) == pytest.approx(predicted, rel=0.06)
 
 
 # ----------------------------------------------------------------------------------------------- an epoch's batches

@@ -28,8 +28,8 @@ from lightning_memplan._planner import largest_dividing, largest_fitting
 from lightning_memplan._probe import probe_steps
 from lightning_memplan._report import does_not_fit_message
 from lightning_memplan._sample import SAMPLE_SIZE, Which, check_sample, read_samples
-from lightning_memplan._scaling import scale
-from lightning_memplan._step import prepared, run_formula, trace_steps
+from lightning_memplan._scaling import interleaved, scale
+from lightning_memplan._step import prepared, run_formula, trace_steps, trace_validation
 from lightning_memplan._types import Device, Plan, StepSettings, parse_precision
 
 Method = Literal["auto", "trace", "formula", "probe"]
@@ -157,6 +157,42 @@ def estimate_step(
         program,
         AllocatorSettings.from_environment(os.environ),
         (notes + more if program is None else notes) + samples.notes,
+    )
+
+
+def estimate_validation(
+    training: Estimate,
+    batch_size: int,
+    module: nn.Module,
+    source: Any,
+    validated: Any,
+    settings: StepSettings,
+    *,
+    trainer: Any = None,
+    datamodule: Any = None,
+    stage: str | None = None,
+    sample: Which = "first",
+    sample_size: int = SAMPLE_SIZE,
+) -> Estimate:
+    """What training at a batch size takes with validation in between, at any batch size of validation.
+
+    ``training`` is the estimate of training on ``source``, with a program; ``validated`` is what validation reads.
+
+    Raises:
+        TraceError: a step cannot be traced.
+    """
+    if training.program is None:
+        raise TraceError("training is planned by the formula, which knows no order of events")
+    (_, first), *_ = read_samples(source, sample, sample_size).batches()
+    samples = read_samples(validated, sample, sample_size)
+    module = prepared(module, settings, trainer=trainer, stage=stage)
+    traces = trace_validation(module, first, samples.batches(), settings, trainer=trainer, datamodule=datamodule)
+    return Estimate(
+        training.method,
+        training.formula,
+        interleaved(training.program, batch_size, scale(traces)),
+        training.settings,
+        traces[0].notes + samples.notes,
     )
 
 

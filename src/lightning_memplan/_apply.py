@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_memplan._errors import ApplyError
-from lightning_memplan._lightning import change_train_loaders, loaders_are_made, train_loaders
+from lightning_memplan._lightning import Phase, change_loaders, loaders_are_made, train_loaders
 from lightning_memplan._loaders import (
     batch_size_of_loader,
     batches_of_epoch,
@@ -93,13 +93,14 @@ def _holders(root: Any, name: str) -> Iterator[Holder]:
 class Place:
     """Where the batch size of a fit is kept, found before planning and written after it.
 
-    ``source`` is what gives the train loaders; an attribute that differs from their batch size keeps its ratio to it
-    (``self.batch_size // 4`` in the hook of a run on four cards).
+    ``source`` is what gives the loaders of a phase. An attribute that differs from their batch size keeps its ratio to
+    it (``self.batch_size // 4`` in the hook of a run on four cards).
     """
 
     holders: tuple[Holder, ...]
     trainer: Any
     source: Any
+    phase: Phase = "train"
 
     def write(self, batch_size: int) -> None:
         """Set it on all that hold it, and see to it that the Trainer's loaders have it.
@@ -107,13 +108,14 @@ class Place:
         Raises:
             ApplyError: a holder or a loader cannot be set, or an epoch has too few batches of that size.
         """
-        check_batches(self.trainer, self.source, batch_size)
+        if self.phase == "train":
+            check_batches(self.trainer, self.source, batch_size)
         unit = unit_of(self.source)
         for holder in self.holders:
             old = holder.read()
             holder.write(max(1, batch_size * old // unit) if unit else batch_size)
         sizes = planned_sizes(self.source, batch_size)
-        change_train_loaders(self.trainer, lambda loaders: resized_loaders(loaders, sizes))
+        change_loaders(self.trainer, lambda loaders: resized_loaders(loaders, sizes), self.phase)
 
     def check(self, batch_size: int) -> None:
         """Raise ApplyError unless the Trainer's loaders, which are there now, have the size that was planned."""
@@ -171,12 +173,12 @@ def find_holders(name: str, *owners: Any) -> tuple[Holder, ...]:
     return whole
 
 
-def find_place(trainer: Any, source: Any, holders: tuple[Holder, ...]) -> Place:
+def find_place(trainer: Any, source: Any, holders: tuple[Holder, ...], phase: Phase = "train") -> Place:
     """Where the batch size is kept.
 
     Raises:
         ApplyError: the loaders have to be set themselves, and one of them cannot be; says what to change.
     """
-    if not holders or not loaders_are_made(trainer):
+    if not holders or not loaders_are_made(trainer, phase):
         check_resizable(source)
-    return Place(holders, trainer, source)
+    return Place(holders, trainer, source, phase)

@@ -34,6 +34,7 @@ class Draft:
     ranks: int = 1
     index: int = 0  #: of the card on which real steps run
     on_the_card: bool = False  #: the module's own tensors are there already
+    validated: Callable[[Draft], Plan] | None = None  #: validation's own plan, beside training's
 
     @property
     def estimate(self) -> Estimate:

@@ -13,7 +13,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection as apply_to_collection
@@ -181,26 +181,43 @@ def check_accumulation(effective_batch_size: int, module: Any, trainer: Any, par
         )
 
 
-def train_source(trainer: Any, module: Callable[[], Any], datamodule: Any) -> Any:
-    """What the Trainer trains on: the loaders that were passed, or those that its module or datamodule makes.
+Phase = Literal["train", "val"]  #: whose loaders
 
-    ``module`` gives the module as it is when its ``setup`` has run. Either is asked on a shallow copy.
+
+def _loop(trainer: Any, phase: Phase) -> Any:
+    return trainer.fit_loop if phase == "train" else trainer.fit_loop.epoch_loop.val_loop
+
+
+def loader_source(trainer: Any, module: Callable[[], Any], datamodule: Any, phase: Phase = "train") -> Any:
+    """What the Trainer trains or validates on: the loaders that were passed, or those that a hook makes.
+
+    ``module`` gives the module as it is when its ``setup`` has run. It, or the datamodule, is asked on a shallow copy.
+    Validation takes one loader after the other, which a CombinedLoader says.
     """
-    source = trainer.fit_loop._data_source.instance
-    if not loaders_are_made(trainer):
+    source = _loop(trainer, phase)._data_source.instance
+    if loaders_are_made(trainer, phase):
+        with isolated_random_state():
+            made = datamodule if is_datamodule(source) else module()
+            owner = copy.copy(made)
+            if is_lightning_module(owner):  # a copied module has no trainer (LightningModule.__getstate__)
+                owner.__dict__["_trainer"] = made.__dict__["_trainer"]
+            source = getattr(owner, f"{phase}_dataloader")()
+    if phase == "train" or is_combined_loader(source):
         return source
-    with isolated_random_state():
-        made = datamodule if is_datamodule(source) else module()
-        owner = copy.copy(made)
-        if is_lightning_module(owner):  # a copied module has no trainer (LightningModule.__getstate__)
-            owner.__dict__["_trainer"] = made.__dict__["_trainer"]
-        return owner.train_dataloader()
+    return importlib.import_module(f"{_FLAVOURS[0].__name__}.utilities.combined_loader").CombinedLoader(
+        source, "sequential"
+    )
 
 
-def loaders_are_made(trainer: Any) -> bool:
-    """Whether the train loader is made by a hook of the module's or datamodule's, so that its batch size can be set."""
-    source = trainer.fit_loop._data_source.instance
+def loaders_are_made(trainer: Any, phase: Phase = "train") -> bool:
+    """Whether the loaders are made by a hook of the module's or datamodule's."""
+    source = _loop(trainer, phase)._data_source.instance
     return is_lightning_module(source) or is_datamodule(source)
+
+
+def validates(trainer: Any) -> bool:
+    """Whether the Trainer validates while it trains."""
+    return bool(trainer.enable_validation)
 
 
 def is_combined_loader(thing: object) -> bool:
@@ -228,14 +245,14 @@ def remember_arguments(copied: Any, **changed: Any) -> None:
     noted.update(__pl_saved_args=args, __pl_saved_kwargs=kwargs)
 
 
-def change_train_loaders(trainer: Any, change: Callable[[Any], Any]) -> None:
-    """Let the Trainer train with ``change(loaders)`` in the place of those that were passed, or that a hook makes.
+def change_loaders(trainer: Any, change: Callable[[Any], Any], phase: Phase = "train") -> None:
+    """Let the Trainer have ``change(loaders)`` in the place of those that were passed, or that a hook makes.
 
     What was passed is changed once; what a hook makes, each time it is called in this fit. Call it at ``setup``.
     """
-    source = trainer.fit_loop._data_source
+    source = _loop(trainer, phase)._data_source
     owner = source.instance
-    if not loaders_are_made(trainer):
+    if not loaders_are_made(trainer, phase):
         source.instance = change(owner)
         return
 
@@ -246,9 +263,10 @@ def change_train_loaders(trainer: Any, change: Callable[[Any], Any]) -> None:
     source.dataloader = dataloader
 
 
-def release_train_loaders(trainer: Any) -> None:
-    """Undo ``change_train_loaders`` for the fits to come."""
-    vars(trainer.fit_loop._data_source).pop("dataloader", None)
+def release_loaders(trainer: Any) -> None:
+    """Undo ``change_loaders`` for the fits to come."""
+    for phase in get_args(Phase):
+        vars(_loop(trainer, phase)._data_source).pop("dataloader", None)
 
 
 def train_loaders(trainer: Any) -> Any:

@@ -96,8 +96,10 @@ def dataset_size(source: Any) -> int | None:
     >>> dataset_size(DataLoader([torch.zeros(3)] * 10, batch_size=4))
     10
     """
-    sizes = [(loader, samples_of_loader(loader)) for loader in loaders_in(source)]
-    return min((int(size / share_of(loader, source)) for loader, size in sizes if size is not None), default=None)
+    counts = [(loader, samples_of_loader(loader)) for loader in loaders_in(source)]
+    sizes = [int(count / share_of(loader, source)) for loader, count in counts if count is not None]
+    one_by_one = getattr(source, "_mode", "") == "sequential"  # of a CombinedLoader
+    return (max if one_by_one else min)(sizes, default=None)
 
 
 def samples_of_loader(loader: Any) -> int | None:

@@ -101,6 +101,23 @@ class StepRunner:
             self.mark.step = index + 1
             self.run(batch, index, first=index % parts == 0, last=index % parts == parts - 1)
 
+    def validate(self, batch: Any) -> None:
+        """A validation step after training, with the gradients of the last step and the optimizer's state alive.
+
+        Source: pytorch_lightning 2.6, loops/evaluation_loop.py (``_evaluation_step``).
+        """
+        mark, twin = self.mark, self.twin
+        mark.step, mark.phase, mark.category, mark.path = mark.step + 1, "batch", "batch", ""
+        twin.eval()
+        twin._trainer.training, twin._trainer.validating = False, True
+        with torch.no_grad():
+            moved = self._to_device(batch)
+            mark.phase, mark.category = "forward", "activations"
+            self._hook("on_validation_batch_start", moved, 0)
+            with self._precision():
+                outputs = twin.validation_step(moved, *[0] * _indices(twin.validation_step))
+            self._hook("on_validation_batch_end", outputs, moved, 0)
+
     def forward(self, batch: Any) -> None:
         """The forward pass alone; with manual optimization, the step as it is written."""
         if self.lightning and not self.twin.automatic_optimization:
@@ -255,8 +272,7 @@ class StepRunner:
     def _training_step(self, moved: Any, index: int) -> Any:
         if not self.lightning:
             return _plain_loss(self.twin, moved)
-        takes_index = self.twin.training_step.__code__.co_argcount > 2 if _plain(self.twin.training_step) else True
-        return self.twin.training_step(moved, index) if takes_index else self.twin.training_step(moved)
+        return self.twin.training_step(moved, *[index] * min(1, _indices(self.twin.training_step)))
 
     def _zero_grad(self, index: int, optimizer: torch.optim.Optimizer) -> None:
         if self.lightning:
@@ -311,8 +327,12 @@ class StepRunner:
         twin.__dict__.update(own)
 
 
-def _plain(method: Any) -> bool:
-    return hasattr(method, "__code__") and not method.__code__.co_flags & 0x0C  # neither *args nor **kwargs
+def _indices(step: Any) -> int:
+    """How many indices a step takes after its batch: of the batch, and of the loader where there are several."""
+    code = getattr(step, "__code__", None)
+    if code is None or code.co_flags & 0x0C:  # *args or **kwargs
+        return 1
+    return min(2, int(code.co_argcount) - 2)
 
 
 def _plain_loss(module: nn.Module, batch: Any) -> torch.Tensor:

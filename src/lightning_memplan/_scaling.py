@@ -143,6 +143,42 @@ def scale(traces: Sequence[Trace]) -> ScaledProgram:
     return ScaledProgram(columns[0], tuple(sizes), tuple(table), points)
 
 
+def interleaved(training: ScaledProgram, batch_size: int, validation: ScaledProgram) -> ScaledProgram:
+    """Training at one batch size with validation in between, as a program of validation's batch size.
+
+    Validation is the last step of its program. It comes before the first step of training, as Lightning's sanity check
+    does, and again before the last one: what it leaves in the allocator's cache is what training then finds.
+
+    >>> training = scale([Trace(n, (Event(0, 8, step=1), Event(0, -1, step=1), Event(0, 8, step=2))) for n in (2, 3)])
+    >>> validation = scale([Trace(n, (Event(5, 4 * n, step=7), Event(5, -1, step=7))) for n in (2, 3)])
+    >>> interleaved(training, 2, validation).at(10)  # of block, size and stream
+    [(1, 40, 0), (1, -1, 0), (0, 8, 0), (0, -1, 0), (2, 40, 0), (2, -1, 0), (0, 8, 0)]
+    """
+    table = list(validation.table)
+    places: dict[int, int] = {}
+    sized: list[tuple[Event, int]] = []
+    for event, (_, size, _) in zip(training.events, training.at(batch_size), strict=True):
+        if size >= 0 and size not in places:
+            table.append(Polynomial((size,)))
+            places[size] = len(table)
+        sized.append((event, places[size] if size >= 0 else 0))
+    step = [
+        (e, k) for e, k in zip(validation.events, validation.sizes, strict=True) if e.step == validation.events[-1].step
+    ]
+    numbers = {event.block: number for number, event in enumerate(e for e, _ in step if not e.is_free)}
+    free = 1 + max(event.block for event in training.events)
+
+    def run(nth: int) -> list[tuple[Event, int]]:
+        """Without the frees of what was there before; of a step number that no training step has."""
+        first = free + nth * len(numbers)
+        return [(e._replace(block=first + numbers[e.block], step=-1), k) for e, k in step if e.block in numbers]
+
+    begun = next(place for place, event in enumerate(training.events) if event.step)
+    last = training.steps()[-2]
+    parts = (*sized[:begun], *run(0), *sized[begun:last], *run(1), *sized[last:])
+    return ScaledProgram(tuple(e for e, _ in parts), tuple(k for _, k in parts), tuple(table), validation.batch_sizes)
+
+
 def extended(whole: Trace, begun: Trace) -> Trace | None:
     """All steps at another batch size, of which only the first was run there.
 

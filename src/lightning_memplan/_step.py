@@ -10,7 +10,8 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -165,6 +166,27 @@ def _counts_as_asked() -> Iterator[None]:
         library._destroy()
 
 
+@contextmanager
+def _as_on_the_card(settings: StepSettings) -> Iterator[None]:
+    """The user's code, run as it would be on the card, leaves nothing behind and says nothing."""
+    semantics = cuda_semantics(settings.capability)
+    with isolated_random_state(), _no_warnings(), _counts_as_asked(), semantics:
+        yield
+
+
+@contextmanager
+def _explained(recorder: Recorder) -> Iterator[None]:
+    """What fails while it is recorded is a TraceError that names the line of the user's code."""
+    try:
+        yield
+    except TraceError:
+        raise
+    except Exception as error:
+        raise TraceError(explain(error)) from error
+    finally:
+        recorder.stop()
+
+
 def trace_steps(
     module: nn.Module,
     batches: Sequence[tuple[int, Any]],
@@ -184,29 +206,42 @@ def trace_steps(
         TraceError: the step needs what a fake tensor cannot give; names the line of the user's code.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with ExitStack() as stack:
-        stack.enter_context(_no_collection())
-        stack.enter_context(isolated_random_state())
-        stack.enter_context(_no_warnings())
-        stack.enter_context(_counts_as_asked())
-        stack.enter_context(cuda_semantics(settings.capability))
 
-        def record(size: int, batch: Any, steps: int) -> Trace:
-            run = _Run(module, mode, settings, trainer, datamodule, optimizer)
-            try:
-                return run.record(size, batch, steps)
-            except TraceError:
-                raise
-            except Exception as error:
-                raise TraceError(explain(error)) from error
-            finally:
-                run.recorder.stop()
+    def record(size: int, batch: Any, steps: int) -> Trace:
+        return _Run(module, mode, settings, trainer, datamodule, optimizer).record(size, batch, steps)
 
+    with _as_on_the_card(settings), _no_collection():
         whole, *others = batches
         traces = [record(*whole, steps)]
         for size, batch in others:
             traces.append(extended(traces[0], record(size, batch, 1)) or record(size, batch, steps))
     return traces
+
+
+def trace_validation(
+    module: nn.Module,
+    training: Any,
+    batches: Sequence[tuple[int, Any]],
+    settings: StepSettings,
+    *,
+    trainer: Any = None,
+    datamodule: Any = None,
+) -> list[Trace]:
+    """One trace for each ``(batch size, batch)`` of validation: a step of training, then one of validation.
+
+    The batch of training is the same in all, so that what it leaves behind (gradients, the optimizer's state) stays as
+    it is, and only validation grows with the batch size.
+
+    Raises:
+        TraceError: a step needs what a fake tensor cannot give; names the line of the user's code.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    settings = replace(settings, accumulate_grad_batches=1)
+    with _as_on_the_card(settings), _no_collection():
+        return [
+            _Run(module, mode, settings, trainer, datamodule, None).record(size, training, 1, validated=batch)
+            for size, batch in batches
+        ]
 
 
 def run_formula(
@@ -228,8 +263,7 @@ def run_formula(
     size, batch = sample
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     notes: tuple[str, ...] = ()
-    semantics = cuda_semantics(settings.capability)
-    with isolated_random_state(), _no_warnings(), _counts_as_asked(), semantics:
+    with _as_on_the_card(settings):
         run = _Run(module, mode, settings, trainer, datamodule, optimizer)
         failed: list[Exception] = []
 
@@ -282,13 +316,15 @@ class _Run(StepRunner):
             foreach_by_default(optimizer)
         return optimizers
 
-    def record(self, size: int, batch: Any, steps: int) -> Trace:
+    def record(self, size: int, batch: Any, steps: int, validated: Any = None) -> Trace:
         recorder, twin = self.recorder, self.twin
-        with recorder, module_paths(twin, recorder):
+        with _explained(recorder), recorder, module_paths(twin, recorder):
             for tensor, kind, path in _setup_order(twin):
                 recorder.category, recorder.path = kind, path  # type: ignore[assignment]
                 recorder.adopt(tensor)
             self.run_steps(batch, steps)
+            if validated is not None:
+                self.validate(validated)
             recorder.stop()
         notes: tuple[str, ...] = ()
         if recorder.values_read:

@@ -14,26 +14,30 @@ from lightning_memplan._api import (
     check_margin,
     check_method,
     estimate_step,
+    estimate_validation,
     estimates,
     named_device,
     plan_estimate,
     samples_of_a_rank,
 )
-from lightning_memplan._apply import Place, find_holders, find_place
+from lightning_memplan._apply import Holder, Place, find_holders, find_place
 from lightning_memplan._device import cpu_device, detect_devices
 from lightning_memplan._draft import Draft, confirmed, held_bytes, on_all_ranks
+from lightning_memplan._errors import MemplanError, TraceError
 from lightning_memplan._estimate import Estimate
 from lightning_memplan._lightning import (
     CallbackBase,
+    agree_on_smallest,
     bucket_bytes,
     check_accumulation,
     cuda_index,
+    loader_source,
     logged_step,
     misconfiguration,
-    release_train_loaders,
+    release_loaders,
     say,
-    train_source,
     trainer_settings,
+    validates,
 )
 from lightning_memplan._loaders import dataset_size
 from lightning_memplan._measure import Meter
@@ -78,10 +82,13 @@ class MemoryPlanner(CallbackBase):
             on which the Trainer runs, and a copy that fails otherwise is noted; with ``True`` its error is raised.
         reset_peaks: Whether the allocator's peaks are reset in every step, which others who read them see
             (``DeviceStatsMonitor``, ``torch.cuda.max_memory_allocated``); ``False`` measures the highest peak so far.
+        val_batch_arg_name: The attribute or hyperparameter that holds validation's own batch size, which is planned for
+            a validation step and set; where nothing is said, validation's loaders are left as they are.
         nvml: Whether NVML is asked, in the steps that are logged, for the bytes of this process and of the card.
 
     Attributes:
         plan: The ``Plan``, from setup on.
+        val_plan: Validation's own, where ``val_batch_arg_name`` is given.
         estimate: The ``Estimate`` behind it.
         measurements: One ``Measurement`` for each CUDA step.
         validations: The ``Peaks`` of each validation on a CUDA device.
@@ -111,11 +118,16 @@ class MemoryPlanner(CallbackBase):
         confirm: bool | None = None,
         reset_peaks: bool = True,
         nvml: bool = False,
+        val_batch_arg_name: str | None = None,
     ) -> None:
         super().__init__()
         check_margin(margin)
         check_sample(sample, sample_size)
         check_method(method)
+        if val_batch_arg_name == batch_arg_name:
+            raise ValueError(
+                f"{batch_arg_name!r} is training's batch size: leave val_batch_arg_name out, or name its own"
+            )
         for name, value in (("min_batch_size", min_batch_size), ("multiple_of", multiple_of)):
             check_count(name, value)
         check_count("every_n_steps", every_n_steps)
@@ -137,13 +149,16 @@ class MemoryPlanner(CallbackBase):
         self.confirm = confirm
         self.reset_peaks = reset_peaks
         self.nvml = nvml
+        self.val_batch_arg_name = val_batch_arg_name
         self.plan: Plan | None = None
+        self.val_plan: Plan | None = None
         self.estimate: Estimate | None = None
         self._meter: Meter | None = None
         self._predicted: list[Peaks] = []
         self._index: int | None = None
         self._held = 0
         self._place: Place | None = None
+        self._val_place: Place | None = None
         self._accumulates = 1
 
     # -- plan, at setup: before any loader is built
@@ -151,7 +166,8 @@ class MemoryPlanner(CallbackBase):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit":
             return
-        self.plan, self._place, self._meter, self._index = None, None, None, cuda_index(trainer)
+        self.plan = self.val_plan = self._place = self._val_place = self._meter = None
+        self._index = cuda_index(trainer)
         if trainer.fast_dev_run:
             say("MemoryPlanner plans nothing: fast_dev_run runs a few batches of the size that is set")
             return
@@ -163,9 +179,12 @@ class MemoryPlanner(CallbackBase):
         if self.confirm or (self.confirm is None and self.device is None and self._index is not None):
             draft = confirmed(draft, strict=self.confirm is True)
         self._apply_plan(trainer, draft)
+        if draft.validated is not None:
+            self._plan_validation(draft)
 
     def _draft(self, trainer: Any, module: Any) -> Draft:
         holders = find_holders(self.batch_arg_name, module, trainer.datamodule) if self.apply else ()
+        val_holders = self._val_holders(trainer, module)
         device = self._device_of(trainer)
         settings = trainer_settings(trainer, device.capability)
         parts, ranks, index = settings.accumulate_grad_batches, trainer.world_size, self._index or 0
@@ -174,22 +193,15 @@ class MemoryPlanner(CallbackBase):
             check_accumulation(self.effective_batch_size, module, trainer, parts, ranks)
         datamodule = copy.copy(trainer.datamodule)
         begun = partial(prepared, module, settings, trainer=trainer, stage="fit")
-        source = train_source(trainer, begun, datamodule)
+        source = loader_source(trainer, begun, datamodule)
         self._place = find_place(trainer, source, holders) if self.apply else None
 
+        where: dict[str, Any] = {"trainer": trainer, "datamodule": datamodule, "stage": "fit"}
+        how: dict[str, Any] = {"sample": self.sample, "sample_size": self.sample_size, **where}
+
         def estimated(parts: int) -> Estimate:
-            return estimate_step(
-                module,
-                source,
-                replace(settings, accumulate_grad_batches=parts),
-                method=self.method,
-                device=device,
-                trainer=trainer,
-                datamodule=datamodule,
-                stage="fit",
-                sample=self.sample,
-                sample_size=self.sample_size,
-            )
+            accumulating = replace(settings, accumulate_grad_batches=parts)
+            return estimate_step(module, source, accumulating, method=self.method, device=device, **how)
 
         def tried(plan: Plan) -> Tried:
             return try_step(
@@ -197,10 +209,8 @@ class MemoryPlanner(CallbackBase):
                 read_samples(source, self.sample, self.sample_size).make(plan.batch_size),
                 replace(settings, accumulate_grad_batches=plan.accumulate_grad_batches),
                 index,
-                trainer=trainer,
-                datamodule=datamodule,
-                stage="fit",
                 beside=beside,
+                **where,
             )
 
         estimate_at = estimates(estimated, parts, self.effective_batch_size, ranks)
@@ -210,13 +220,13 @@ class MemoryPlanner(CallbackBase):
         self._held = held + beside
         if self.method == "auto" and first.method == "formula":
             warnings.warn(f"MemoryPlanner: {first.notes[0]}", stacklevel=2)
+        limits: dict[str, Any] = {"device": replace(device, context=device.context + self._held), "margin": self.margin}
+        limits["multiple_of"] = self.multiple_of
         planned = partial(
             plan_estimate,
             estimate_at,
-            replace(device, context=device.context + self._held),
-            margin=self.margin,
+            **limits,
             min_batch_size=self.min_batch_size,
-            multiple_of=self.multiple_of,
             samples=samples_of_a_rank(dataset_size(source), ranks),
             accumulate_grad_batches=parts,
             effective_batch_size=self.effective_batch_size,
@@ -224,7 +234,27 @@ class MemoryPlanner(CallbackBase):
             model=type(module).__name__,
         )
         plan = planned(max_batch_size=self.max_batch_size)
-        return Draft(plan, estimate_at, planned, tried, ranks, index, on_the_card=own > 0)
+        draft = Draft(plan, estimate_at, planned, tried, ranks, index, on_the_card=own > 0)
+        if not val_holders:
+            return draft
+        val_source = loader_source(trainer, begun, datamodule, "val")
+        self._val_place = find_place(trainer, val_source, val_holders, "val")
+        limits |= {"max_batch_size": self.max_batch_size, "model": f"{type(module).__name__} in validation"}
+        limits["samples"] = samples_of_a_rank(dataset_size(val_source), ranks)
+
+        def validated(draft: Draft) -> Plan:
+            size = draft.plan.batch_size
+            found = estimate_validation(draft.estimate, size, module, source, val_source, settings, **how)
+            return plan_estimate(lambda batch_size: found, **limits)
+
+        return replace(draft, validated=validated)
+
+    def _val_holders(self, trainer: Any, module: Any) -> tuple[Holder, ...]:
+        """What holds validation's own batch size, nothing where it has none or there is no validation."""
+        if self.val_batch_arg_name is None or not self.apply:
+            return ()
+        holders = find_holders(self.val_batch_arg_name, module, trainer.datamodule)
+        return holders if validates(trainer) else ()
 
     def _apply_plan(self, trainer: Any, draft: Draft) -> None:
         self.plan, self.estimate = plan, estimate = draft.plan, draft.estimate
@@ -241,6 +271,25 @@ class MemoryPlanner(CallbackBase):
             for step in estimate.step_peaks(plan.batch_size, plan.device.capacity)
         ]
         say(plan_table(plan))
+
+    def _plan_validation(self, draft: Draft) -> None:
+        """Validation's own batch size; training's where it cannot be traced."""
+        assert draft.validated is not None
+        assert self._val_place is not None
+        size = 0
+        try:
+            self.val_plan = draft.validated(draft)
+            size = self.val_plan.batch_size
+        except TraceError as error:
+            size = draft.plan.batch_size
+            remark = f"validation gets training's batch size, since it cannot be traced: {error}"
+            warnings.warn(f"MemoryPlanner: {remark}", stacklevel=2)
+        finally:  # the other ranks wait for this one
+            size = agree_on_smallest(size)
+        if not size:
+            raise MemplanError("there is no batch size of validation for all ranks: another rank says why")
+        self._val_place.write(size)
+        say(f"MemoryPlanner: validation's batch size is {size}")
 
     def _device_of(self, trainer: Any) -> Device:
         if self.device is not None:
@@ -329,8 +378,8 @@ class MemoryPlanner(CallbackBase):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self._place is not None:
-            release_train_loaders(trainer)
-            self._place = None
+            release_loaders(trainer)
+            self._place = self._val_place = None
         if self._meter is not None:
             self._meter.close()
 
@@ -344,6 +393,8 @@ class MemoryPlanner(CallbackBase):
         if not self.apply:
             return {}
         applied = {self.batch_arg_name: self.plan.batch_size}
+        if self.val_plan is not None and self.val_batch_arg_name is not None:
+            applied[self.val_batch_arg_name] = self.val_plan.batch_size
         if self.plan.effective_batch_size is not None:
             applied["accumulate_grad_batches"] = self.plan.accumulate_grad_batches
             applied["effective_batch_size"] = self.plan.effective_batch_size
