@@ -149,7 +149,7 @@ def cnn3d_16_mixed(folder: Path) -> Result:
 
 
 def without_a_logger(folder: Path) -> Result:
-    return fit(folder, Classifier(mlp()), Data(torch.zeros(2048), 4000), logger=False)
+    return fit(folder, Classifier(mlp()), Data(torch.zeros(2048), 4000), mp.MemoryPlanner(method="trace"), logger=False)
 
 
 def accumulated_and_clipped(folder: Path) -> Result:
@@ -157,7 +157,7 @@ def accumulated_and_clipped(folder: Path) -> Result:
         folder,
         Classifier(mlp()),
         Data(torch.zeros(2048), 40000),
-        mp.MemoryPlanner(max_batch_size=1024),
+        mp.MemoryPlanner(method="trace", max_batch_size=1024),
         steps=4,
         accumulate_grad_batches=3,
         gradient_clip_val=0.5,
@@ -165,19 +165,19 @@ def accumulated_and_clipped(folder: Path) -> Result:
 
 
 def effective_batch_size(folder: Path) -> Result:
-    planner = mp.MemoryPlanner(max_batch_size=1000, effective_batch_size=2000)
+    planner = mp.MemoryPlanner(method="trace", max_batch_size=1000, effective_batch_size=2000)
     return fit(folder, Classifier(mlp()), Data(torch.zeros(2048), 40000), planner, steps=4)
 
 
 def clipped_in_16_mixed(folder: Path) -> Result:
-    planner = mp.MemoryPlanner(max_batch_size=1024)
+    planner = mp.MemoryPlanner(method="trace", max_batch_size=1024)
     return fit(
         folder, Classifier(mlp()), Data(torch.zeros(2048), 40000), planner, precision="16-mixed", gradient_clip_val=0.5
     )
 
 
 def bf16_true(folder: Path) -> Result:
-    planner = mp.MemoryPlanner(max_batch_size=1024)
+    planner = mp.MemoryPlanner(method="trace", max_batch_size=1024)
     return fit(folder, Classifier(mlp()), Data(torch.zeros(2048), 40000), planner, precision="bf16-true")
 
 
@@ -194,14 +194,20 @@ def channels_last(folder: Path) -> Result:
     )
     module = Classifier(net.to(memory_format=torch.channels_last))
     return fit(
-        folder, module, Data(torch.zeros(3, 96, 96), 20000), mp.MemoryPlanner(max_batch_size=512), precision="16-mixed"
+        folder,
+        module,
+        Data(torch.zeros(3, 96, 96), 20000),
+        mp.MemoryPlanner(method="trace", max_batch_size=512),
+        precision="16-mixed",
     )
 
 
 def frozen_backbone(folder: Path) -> Result:
     net = nn.Sequential(mlp(), nn.ReLU(), nn.Linear(10, 10))
     net[0].requires_grad_(False)
-    return fit(folder, Classifier(net), Data(torch.zeros(2048), 40000), mp.MemoryPlanner(max_batch_size=1024))
+    return fit(
+        folder, Classifier(net), Data(torch.zeros(2048), 40000), mp.MemoryPlanner(method="trace", max_batch_size=1024)
+    )
 
 
 class Tied(nn.Module):
@@ -217,7 +223,10 @@ class Tied(nn.Module):
 
 def tied_weights(folder: Path) -> Result:
     return fit(
-        folder, Classifier(Tied()), Data(torch.zeros(64, dtype=torch.long), 40000), mp.MemoryPlanner(max_batch_size=64)
+        folder,
+        Classifier(Tied()),
+        Data(torch.zeros(64, dtype=torch.long), 40000),
+        mp.MemoryPlanner(method="trace", max_batch_size=64),
     )
 
 
@@ -255,11 +264,13 @@ class Gan(pl.LightningModule):
 
 
 def manual_optimization(folder: Path) -> Result:
-    return fit(folder, Gan(), Data(torch.zeros(2048), 40000), mp.MemoryPlanner(max_batch_size=1024), steps=12)
+    return fit(
+        folder, Gan(), Data(torch.zeros(2048), 40000), mp.MemoryPlanner(method="trace", max_batch_size=1024), steps=12
+    )
 
 
 def twice_with_one_callback(folder: Path) -> Result:
-    planner = mp.MemoryPlanner(max_batch_size=1024)
+    planner = mp.MemoryPlanner(method="trace", max_batch_size=1024)
     first = fit(folder / "1", Classifier(mlp()), Data(torch.zeros(2048), 40000), planner, logger=False)
     second = fit(folder / "2", Classifier(mlp()), Data(torch.zeros(2048), 40000), planner, logger=False)
     return {**second, "first": first}

@@ -69,7 +69,8 @@ def fit(precision: Any) -> list[list[int]]:
 def probe(net: nn.Module, side: int = 64, **kwargs: Any) -> list[int]:
     batch = (torch.zeros(4, 3, side, side), torch.zeros(4, dtype=torch.long))
     settings = StepSettings(**kwargs)
-    return [t.batch_size for t in probe_steps(net, read_samples(batch).batches, settings, 0)]
+    traces, _ = probe_steps(net, read_samples(batch).batches, settings, 0)
+    return [t.batch_size for t in traces]
 
 
 def tried(net: nn.Module, size: int = 512) -> Tried:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_memplan as mp
+from lightning_memplan import _api
 
 MiB = 2**20
 CARD = mp.Device("a card", total=256 * MiB, context=56 * MiB)
@@ -151,7 +152,7 @@ def test_a_step_that_needs_values():
     class Reads(Module):
         def training_step(self, batch, batch_idx):
             out = self.net(batch)
-            return out[out > 0].sum()
+            return out[: out.argmax().item()].sum()
 
     with pytest.raises(
         mp.TraceError, match=r"Reads cannot be traced: the step needs the value of a tensor .*test_api.py:"
@@ -160,6 +161,80 @@ def test_a_step_that_needs_values():
     found = mp.estimate(Reads(), torch.zeros(4, 1024))
     assert found.method == "formula"
     assert found.notes[0].startswith("planned by the formula, since the step cannot be traced: ")
+
+
+# ------------------------------------------------------------------------------------------------------- which method
+
+GPU = mp.Device("a card that is here", total=2**34, index=0)
+
+
+@pytest.fixture
+def probed(monkeypatch):
+    """A GPU that can be probed, on which a step does what the test says."""
+
+    def does(what):
+        def probe_steps(module, sample, settings, index, *, stage=None, **common):
+            if isinstance(what, Exception):
+                raise what
+            traces = _api.trace_steps(module, sample(), settings, **common)
+            return traces, _api.run_formula(module, sample()[0], settings, **common)[0]
+
+        monkeypatch.setattr(_api, "can_probe", lambda: True)
+        monkeypatch.setattr(_api, "probe_steps", probe_steps)
+
+    return does
+
+
+def test_auto_probes_a_card_of_this_machine(probed):
+    probed("a step")
+    plan = mp.plan(Module(), torch.zeros(4, 1024), device=GPU)
+    assert plan.method == "probe"
+    assert plan.methods == {"probe": plan.predicted_peak, "formula": plan.formula_peak}
+    assert plan.notes == ()
+    elsewhere = mp.plan(Module(), torch.zeros(4, 1024), device=CARD)
+    assert list(elsewhere.methods) == ["trace", "formula"]
+
+
+@pytest.mark.parametrize(
+    ("error", "note"),
+    [
+        (mp.TraceError("Module cannot be copied"), "not planned by a probe: Module cannot be copied"),
+        (
+            AttributeError("no attribute 'ema'"),
+            "not planned by a probe: the step failed in a probe (AttributeError: no ",
+        ),
+    ],
+)
+def test_auto_traces_what_a_copy_cannot_run(probed, error, note):
+    probed(error)
+    found = mp.estimate(Module(), torch.zeros(4, 1024), device=GPU)
+    assert found.method == "trace"
+    assert found.notes[0].startswith(note)
+    with pytest.raises(type(error)):
+        mp.estimate(Module(), torch.zeros(4, 1024), device=GPU, method="probe")
+
+
+def test_the_steps_own_error_is_raised_unchanged(probed):
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    probed(error)
+    with pytest.raises(RuntimeError) as caught:
+        mp.estimate(Module(), torch.zeros(4, 1024), device=GPU)
+    assert caught.value is error
+
+
+def test_all_methods_side_by_side(probed):
+    probed("a step")
+    plan = mp.plan(Module(), torch.zeros(4, 1024), device=GPU, method="all")
+    assert plan.method == "probe"
+    assert list(plan.methods) == ["probe", "trace", "formula"]
+    assert plan.methods["probe"] == plan.methods["trace"] == plan.predicted_peak
+    rows = [line.split()[0] for line in mp.plan_table(plan).splitlines()]
+    assert rows[-3:] == ["probe", "trace", "formula"]
+    # where there is no card to probe, the trace and the formula
+    assert list(mp.estimate(Module(), torch.zeros(4, 1024), device=CARD, method="all").methods(8)) == [
+        "trace",
+        "formula",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------- plan

@@ -984,7 +984,7 @@ def test_it_fills_the_card_as_predicted(fits, name, read):
     folder, results = fits
     result = results[name]
     assert "failed" not in result, result["failed"]
-    assert (result["method"], result["limited_by"], result["steps"]) == ("trace", "memory", 6)
+    assert (result["method"], result["limited_by"], result["steps"]) == ("probe", "memory", 6)
     assert result["data_batch_size"] == result["batch_size"] > 2
     rows = read(folder / name)
     assert len(rows) == 6

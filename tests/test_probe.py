@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_memplan._probe import aligned, can_probe, ran_out_of_memory
+from lightning_memplan._probe import _events, aligned, can_probe, ran_out_of_memory
 from lightning_memplan._scaling import scale
 from lightning_memplan._types import Event, Trace
 
@@ -55,14 +55,126 @@ def test_workspaces_within_a_workspace_count_together():
     assert sizes(aligned(traces)) == [[20, 0, -1, 4], [30, 108, -1, 4]]
 
 
-def test_traces_that_differ_in_more_are_left_to_whoever_scales_them():
-    traces = [trace(2, (0, 20)), trace(3, (0, 30), (1, 5), (0, -1), (1, -1))]
-    assert aligned(traces) == traces
+def test_traces_that_differ_in_more_are_not_aligned():
+    assert aligned([trace(2, (0, 20)), trace(3, (0, 30), (1, 5), (0, -1), (1, -1))]) is None
+
+
+@pytest.mark.parametrize(
+    ("seen", "planned"),
+    [
+        ((20, 30, 50), (20, 30, 50)),  # 10 n
+        ((64, 144, 400), (64, 144, 400)),  # 16 n²: all pairs of samples
+        ((8, 24, 80), (8, 24, 80)),  # 4 n (n - 1): all pairs of two samples
+        ((0, 0, 60), (0, 20, 60)),  # 10 (n - 2) (n - 3) is no tensor's: 60 / 3 = 20 a sample, from 60 - 5 · 20 = -40
+        ((90, 60, 0), (90, 90, 90)),  # 150 - 30 n would be nothing at 5
+        ((512, 1024, 1536), (682, 1024, 1708)),  # rounded up: (1536 - 512) / 3 = 342 a sample, from 1024 - 3 · 342 = -2
+    ],
+)
+def test_sizes_that_are_no_tensors_lie_on_a_line_above(seen, planned):
+    traces = [trace(n, (0, size), (0, -1)) for n, size in zip((2, 3, 5), seen, strict=True)]
+    assert [t.events[0].size for t in aligned(traces)] == list(planned)
+
+
+def test_pairs_stay_pairs_where_workspaces_differ():
+    # 16 n² beside a workspace that there is at 3 and 5 samples only
+    traces = [
+        trace(2, (0, 64), (0, -1), (2, 8)),
+        trace(3, (0, 144), (0, -1), (2, 12), (1, 7), (1, -1)),
+        trace(5, (0, 400), (0, -1), (2, 20), (1, 7), (1, -1)),
+    ]
+    assert [events[0] for events in sizes(aligned(traces))] == [64, 144, 400]
 
 
 def test_blocks_are_numbered_anew():
     traces = [trace(2, (7, 20), (5, 1)), trace(3, (4, 30), (9, 1), (9, -1), (3, 1))]
     assert [[event.block for event in t.events] for t in aligned(traces)] == [[0, 1, 1, 2], [0, 1, 1, 2]]
+
+
+# ------------------------------------------------------------------------------------------- the allocator's history
+
+LABELS = [
+    (0, "setup", 0, "parameters", ""),
+    (1, "forward", 1, "activations", "net"),
+    (1, "backward", 1, "temporaries", ""),
+    (1, "backward", 1, "temporaries", "net"),
+    (-1, "optimizer", 1, "optimizer", ""),
+    (2, "forward", 1, "activations", "net"),
+]
+
+
+def entry(action, address, size=0, label=None, stream=0):
+    text = "" if label is None else f"memplan:{label}"
+    return {"action": action, "addr": address, "size": size, "stream": stream, "user_metadata": text}
+
+
+def short(events):
+    return [(e.block, e.size, e.phase, e.path) for e in events]
+
+
+def test_a_thread_without_a_label_has_the_newest_one():
+    # autograd's thread has none at first; once it has run Python (a checkpoint's forward), it keeps that label, and the
+    # main thread's next entry carries one that is older, or newer
+    history = [
+        entry("alloc", 10, 100, 0),
+        entry("alloc", 20, 200, 1),
+        entry("alloc", 30, 4, 2),
+        entry("alloc", 40, 300),  # autograd's thread
+        entry("alloc", 50, 400, 3),  # autograd's thread, in a module's forward
+        entry("free_requested", 40, 300, 2),  # the main thread: its own label is older
+    ]
+    assert short(_events(history, LABELS)(1)) == [
+        (0, 100, "setup", ""),
+        (1, 200, "forward", "net"),
+        (2, 4, "backward", ""),
+        (3, 300, "backward", ""),
+        (4, 400, "backward", "net"),
+        (3, -1, "backward", ""),
+    ]
+
+
+def test_a_block_that_another_stream_still_uses_is_free_when_that_is_asked_for():
+    # record_stream: free_completed comes when the stream is done, here after the next block was taken
+    history = [
+        entry("alloc", 10, 100, 1),
+        entry("free_requested", 10, 100, 1),
+        entry("alloc", 20, 200, 1),
+        entry("free_completed", 10, 100, 1),
+        entry("free_requested", 20, 200, 1),
+        entry("free_completed", 20, 200, 1),
+    ]
+    assert [e[:2] for e in short(_events(history, LABELS)(1))] == [(0, 100), (0, -1), (1, 200), (1, -1)]
+
+
+def test_streams_are_numbered_in_the_order_in_which_they_are_met():
+    history = [
+        entry("alloc", 10, 1, 1),
+        entry("alloc", 20, 1, 1, stream=0x7F00),
+        entry("alloc", 30, 1, 1, stream=0x6000),
+    ]
+    assert [event.stream for event in _events(history, LABELS)(1)] == [0, 1, 2]
+
+
+def test_each_run_begins_with_the_setup_that_all_have_in_common():
+    history = [
+        entry("alloc", 10, 100, 0),  # a parameter
+        entry("alloc", 20, 200, 1),  # the first batch size's
+        entry("alloc", 30, 300, 1),  # its gradient, which is freed between the two
+        entry("free_requested", 20, 200, 1),
+        entry("free_requested", 30, 300, 4),
+        entry("alloc", 40, 9, 4),  # a step that only warms up
+        entry("alloc", 20, 250, 5),  # the second batch size's, at an address that was used before
+        entry("free_requested", 40, 9, 5),  # not its own
+        entry("free_requested", 20, 250, 5),
+        entry("free_requested", 77, 512, 5),  # the user's, from before
+    ]
+    recorded = _events(history, LABELS)
+    assert [e[:2] for e in short(recorded(1))] == [(0, 100), (1, 200), (2, 300), (1, -1)]
+    assert [e[:2] for e in short(recorded(2))] == [(0, 100), (4, 250), (4, -1)]
+
+
+def test_labels_that_are_someone_elses_say_nothing():
+    history = [entry("alloc", 10, 100, 1), {**entry("alloc", 20, 200), "user_metadata": "epoch 3"}]
+    assert [e[2:] for e in short(_events(history, LABELS)(1))] == [("forward", "net")] * 2
 
 
 @pytest.mark.parametrize(
@@ -149,7 +261,8 @@ def test_a_real_step_takes_what_training_takes(shown):
     assert missing == 0
     measured = shown["32-true"][:2]
     assert allocated == max(step[1] for step in measured)
-    assert reserved == max(step[3] for step in measured)
+    # what was held before may leave room in a small segment (2 MiB), which is then used
+    assert 0 <= max(step[3] for step in measured) - reserved <= 2 * 2**20
 
 
 def test_a_real_step_that_runs_out_of_memory_says_how_much_was_missing(shown):

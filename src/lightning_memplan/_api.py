@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from lightning_memplan._allocator import AllocatorSettings
@@ -25,15 +26,20 @@ from lightning_memplan._lightning import (
 from lightning_memplan._loaders import dataset_size
 from lightning_memplan._order import PARTS, MakeOptimizer
 from lightning_memplan._planner import largest_dividing, largest_fitting
-from lightning_memplan._probe import probe_steps
+from lightning_memplan._probe import can_probe, probe_steps
 from lightning_memplan._report import does_not_fit_message
-from lightning_memplan._sample import SAMPLE_SIZE, Which, check_sample, read_samples
+from lightning_memplan._sample import SAMPLE_SIZE, Samples, Which, check_sample, read_samples
 from lightning_memplan._scaling import interleaved, scale
 from lightning_memplan._step import prepared, run_formula, trace_steps, trace_validation
+from lightning_memplan._twin import explain
 from lightning_memplan._types import Device, Plan, StepSettings, parse_precision
 
-Method = Literal["auto", "trace", "formula", "probe"]
-_METHODS = ("auto", "trace", "formula", "probe")
+Method = Literal["auto", "trace", "formula", "probe", "all"]
+_METHODS = ("auto", "trace", "formula", "probe", "all")
+
+#: What a step raises where something is not there yet: a copy's trainer has no loops and no logger, and the hooks and
+#: callbacks that come before the first batch have not run. It need not be an error of training's.
+_OF_A_COPY = (AttributeError, TypeError, KeyError)
 
 #: The part of what the card can give that a plan leaves free by default: for cuDNN's workspaces, which no one knows
 #: before they are asked for, and for what the driver rounds up.
@@ -67,8 +73,10 @@ def estimate(
             module, whose forward is run on the batch and whose outputs' sum (or the ``loss`` it returns) is the loss.
         batch: what the user's dataloader yields, its first dimension the batch; or a DataLoader, a collection of them,
             or a LightningDataModule.
-        method: ``"trace"`` runs the step on fake tensors, ``"probe"`` runs it on the GPU with a few samples,
-            ``"formula"`` adds up feature maps, ``"auto"`` is the trace, and the formula where it cannot be traced.
+        method: ``"probe"`` runs the step on the GPU with a few samples, ``"trace"`` on fake tensors, ``"formula"`` adds
+            up feature maps. ``"auto"`` is the first of these that can be had: the probe where the device is a GPU of
+            this machine (and torch is 2.14 or later), the trace, the formula. ``"all"`` runs all that can be had: the
+            estimate is the first's, and ``methods`` tells what each says.
         precision: a Trainer's ``precision``; ``"32-true"`` where nothing is said.
         optimizer: for a module that is no LightningModule: makes its optimizer from its parameters.
         trainer: a Trainer, from which precision, clipping and accumulation are taken.
@@ -81,7 +89,9 @@ def estimate(
         sample_size: how many samples ``"largest"`` looks at.
 
     Raises:
-        TraceError: ``method="trace"`` and the step cannot be traced; says what it needs, and at which line.
+        TraceError: ``method="trace"`` and the step cannot be traced: says what it needs, and at which line; or
+            ``method="probe"`` and it cannot be probed. What the step itself raises in a probe is raised unchanged;
+            ``"auto"`` goes on to the trace where that may be the copy's doing (AttributeError, TypeError, KeyError).
         ValueError: an argument that is wrong in itself.
     """
     check_method(method)
@@ -132,16 +142,35 @@ def estimate_step(
 ) -> Estimate:
     """``estimate`` with every setting in hand; ``stage`` names what ``setup`` is called with, on a copy."""
     samples = read_samples(source, sample, sample_size)
-    batches = samples.batches()
     common: dict[str, Any] = {"trainer": trainer, "datamodule": datamodule, "optimizer": optimizer}
+    probed, why_not = None, ""
+    if method == "probe" or (method in ("auto", "all") and _can_be_probed(device)):
+        try:
+            index = _probed_index(device)
+            traces, formula = probe_steps(module, samples.batches, settings, index, stage=stage, **common)
+            probed = Estimate("probe", formula, scale(traces), _allocator(), samples.notes)
+        except (TraceError, *_OF_A_COPY) as error:
+            if method == "probe":
+                raise
+            why_not = str(error) if isinstance(error, TraceError) else explain(error, "a probe")
+    if probed is not None and method != "all":
+        return probed
+    module = prepared(module, settings, trainer=trainer, stage=stage)
+    traced = _traced(module, samples, settings, "auto" if method == "all" else method, common)
+    if probed is None:
+        notes = (f"not planned by a probe: {why_not}",) if why_not else ()
+        return replace(traced, notes=notes + traced.notes)
+    return replace(probed, others=(traced,) if traced.method == "trace" else (), notes=traced.notes)
+
+
+def _traced(
+    module: nn.Module, samples: Samples, settings: StepSettings, method: Method, common: Mapping[str, Any]
+) -> Estimate:
+    """By trace, or by the formula where ``method`` says so, or leaves it open and the step cannot be traced."""
+    batches = samples.batches()
     program = None
     notes: tuple[str, ...] = ()
-    if method == "probe":
-        index = _probed_index(device)
-        traces = probe_steps(module, samples.batches, settings, index, stage=stage, **common)
-        program = scale(traces)
-    module = prepared(module, settings, trainer=trainer, stage=stage)
-    if method in ("auto", "trace"):
+    if method != "formula":
         try:
             traces = trace_steps(module, batches, settings, **common)
             program = scale(traces)
@@ -152,10 +181,10 @@ def estimate_step(
             notes = (f"planned by the formula, since the step cannot be traced: {error}",)
     formula, more = run_formula(module, batches[0], settings, **common)
     return Estimate(
-        "formula" if program is None else "probe" if method == "probe" else "trace",
+        "formula" if program is None else "trace",
         formula,
         program,
-        AllocatorSettings.from_environment(os.environ),
+        _allocator(),
         (notes + more if program is None else notes) + samples.notes,
     )
 
@@ -194,6 +223,10 @@ def estimate_validation(
         training.settings,
         traces[0].notes + samples.notes,
     )
+
+
+def _allocator() -> AllocatorSettings:
+    return AllocatorSettings.from_environment(os.environ)
 
 
 def plan(
@@ -365,6 +398,7 @@ def plan_estimate(
         predicted_peak=found.peak(size, device.capacity),
         predicted_allocated=found.peak_allocated(size),
         formula_peak=found.formula.memory(size),
+        methods=found.methods(size, device.capacity),
         phase=found.phase(size),
         breakdown=found.breakdown(size),
         accumulate_grad_batches=parts,
@@ -387,6 +421,14 @@ def _probed_index(device: Device | None) -> int:
     if device.kind != "cuda" or device.index is None:
         raise ValueError(f"a probe runs on a CUDA device of this machine, not on {device.name!r}: use method='trace'")
     return device.index
+
+
+def _can_be_probed(device: Device | None) -> bool:
+    """Whether ``auto`` probes: several ranks do not, whose steps may wait for one another."""
+    device = device or default_device()
+    alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
+    alone = alone or torch.distributed.get_world_size() == 1
+    return device.kind == "cuda" and device.index is not None and alone and can_probe()
 
 
 def check_method(method: object) -> None:

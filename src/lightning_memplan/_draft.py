@@ -54,6 +54,7 @@ class Draft:
             predicted_peak=estimate.peak(batch_size, plan.device.capacity),
             predicted_allocated=estimate.peak_allocated(batch_size),
             formula_peak=estimate.formula.memory(batch_size),
+            methods=estimate.methods(batch_size, plan.device.capacity),
             phase=estimate.phase(batch_size),
             breakdown=estimate.breakdown(batch_size),
             confirmed=None,

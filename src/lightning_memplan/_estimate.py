@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Estimate:
     """What training a module takes, for any batch size. Bytes are ``int``.
 
-    ``method`` is ``"trace"``, where the events of whole training steps are replayed through a model of PyTorch's
-    caching allocator, or ``"formula"``. ``formula`` is there in both.
+    ``method`` is ``"probe"`` or ``"trace"``, where the events of whole training steps are replayed through a model of
+    PyTorch's caching allocator, or ``"formula"``. ``formula`` is there in all; ``others`` has what else was run.
 
     >>> import torch, lightning_memplan as mp
     >>> est = mp.estimate(torch.nn.Linear(1000, 1000), torch.zeros(4, 1000))
@@ -36,6 +36,7 @@ class Estimate:
     program: ScaledProgram | None = None
     settings: AllocatorSettings = field(default_factory=AllocatorSettings)
     notes: tuple[str, ...] = ()
+    others: tuple[Estimate, ...] = ()
     _replays: dict[tuple[int, int | None, int | None], Replay] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -52,6 +53,11 @@ class Estimate:
         if self.program is None:
             return self.formula.memory(batch_size)
         return self.replay(batch_size, capacity).peak_reserved
+
+    def methods(self, batch_size: int, capacity: int | None = None) -> Mapping[str, int]:
+        """What each method that ran says of ``peak``: this estimate's own first, the formula last."""
+        peaks = [(estimate.method, estimate.peak(batch_size, capacity)) for estimate in (self, *self.others)]
+        return dict([*peaks, ("formula", self.formula.memory(batch_size))])
 
     def peak_allocated(self, batch_size: int) -> int:
         """Bytes that are allocated at most (``torch.cuda.max_memory_allocated``)."""

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_memplan._errors import TraceError
+from lightning_memplan._formula import Formula, make_formula, record_layers, sample_bytes
 from lightning_memplan._lightning import (
     apply_to_collection,
     configured_optimizers,
@@ -24,7 +25,7 @@ from lightning_memplan._lightning import (
     is_overridden,
     move_to_device,
 )
-from lightning_memplan._types import Category, Phase, StepSettings
+from lightning_memplan._types import Category, Layer, Phase, StepSettings
 
 TRUE_DTYPE = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 AUTOCAST_DTYPE = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
@@ -89,6 +90,8 @@ class StepRunner:
         self.dtype = TRUE_DTYPE.get(settings.precision)
         self.lightning = is_lightning_module(twin)
         self.optimizers: list[torch.optim.Optimizer] = []
+        self.layers: tuple[Layer, ...] = ()
+        self._counted_size = 0
         self._make_optimizer = optimizer
         self._scale: torch.Tensor | None = None
 
@@ -117,6 +120,22 @@ class StepRunner:
             with self._precision():
                 outputs = twin.validation_step(moved, *[0] * _indices(twin.validation_step))
             self._hook("on_validation_batch_end", outputs, moved, 0)
+
+    def run_counted(self, batch: Any, batch_size: int, steps: int) -> Formula:
+        """``run_steps``, and the formula, whose layers are written down in the first step."""
+        self._counted_size = batch_size
+        self.run_steps(batch, steps)
+        return make_formula(self.twin, self.layers, sample_bytes(batch, batch_size), self.state_bytes())
+
+    def state_bytes(self) -> int:
+        """Bytes on the device of the optimizers' state."""
+        sizes = {
+            leaf.untyped_storage()._cdata: leaf.untyped_storage().nbytes()
+            for optimizer in self.optimizers
+            for leaf in tree_leaves([list(state.values()) for state in optimizer.state.values()])
+            if isinstance(leaf, torch.Tensor) and leaf.device == self.device
+        }
+        return sum(sizes.values())
 
     def forward(self, batch: Any) -> None:
         """The forward pass alone; with manual optimization, the step as it is written."""
@@ -270,6 +289,14 @@ class StepRunner:
         return _default_dtype(self.dtype) if self.dtype is not None else nullcontext()
 
     def _training_step(self, moved: Any, index: int) -> Any:
+        if not self._counted_size:
+            return self._user_step(moved, index)
+        outputs: list[Any] = []
+        size, self._counted_size = self._counted_size, 0
+        self.layers = record_layers(self.twin, lambda: outputs.append(self._user_step(moved, index)), size)
+        return outputs.pop()
+
+    def _user_step(self, moved: Any, index: int) -> Any:
         if not self.lightning:
             return _plain_loss(self.twin, moved)
         return self.twin.training_step(moved, *[index] * min(1, _indices(self.twin.training_step)))

@@ -12,7 +12,7 @@ import gc
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -21,9 +21,11 @@ from torch import nn
 
 from lightning_memplan._device import read_peaks, reset_peaks
 from lightning_memplan._errors import TraceError
+from lightning_memplan._formula import Formula
 from lightning_memplan._lightning import is_overridden, isolated_random_state
 from lightning_memplan._order import STEPS, TRUE_DTYPE, MakeOptimizer, StepRunner
 from lightning_memplan._record import labelled, module_paths
+from lightning_memplan._scaling import Polynomial
 from lightning_memplan._twin import twin_of
 from lightning_memplan._types import Category, Event, Phase, StepSettings, Trace
 from lightning_memplan._units import parse_bytes
@@ -55,14 +57,15 @@ def probe_steps(
     optimizer: MakeOptimizer | None = None,
     stage: str | None = None,
     steps: int = STEPS,
-) -> list[Trace]:
-    """One trace for each batch size that fits: setup, then whole training steps, run on ``cuda:index``.
+) -> tuple[list[Trace], Formula]:
+    """The formula, and one trace for each batch size that fits: setup, then training steps, run on ``cuda:index``.
 
     ``sample`` makes the batches of given sizes. The module is copied; the card is left as it was found, its caches
     empty. What the step raises, other than that memory ran out, is the user's own error and is raised unchanged.
 
     Raises:
-        TraceError: not even one sample fits, or this torch cannot label its allocator's history.
+        TraceError: not even one sample fits, the module cannot be copied, or this torch cannot label its allocator's
+            history.
     """
     if not can_probe():
         raise TraceError(f"a probe needs a CUDA device and torch 2.14 or later; this is torch {torch.__version__}")
@@ -72,13 +75,19 @@ def probe_steps(
         refused = _refusals(device)
         with _as_found(device):
             try:
-                traces = [_probe(run, size, batch, steps) for size, batch in sample(sizes)]
+                batches = sample(sizes)
+                traces, formula = _record(run, batches, steps)
+                return aligned(traces) or _each_anew(run, batches, steps), formula
             except Exception as error:
                 if not ran_out_of_memory(error, refused=_refusals(device) > refused):
                     raise
-                continue
-        return aligned(traces)
     raise TraceError(f"not even a single sample's training step fits on {torch.cuda.get_device_name(device)}")
+
+
+def _each_anew(run: _Run, batches: Sequence[tuple[int, Any]], steps: int) -> list[Trace]:
+    """Each batch size on a copy of its own, for a step that one copy does not run twice in the same way."""
+    traces = [trace for batch in batches for trace in _record(run, [batch], steps)[0]]
+    return aligned(traces) or traces  # where they still differ, whoever scales them says where
 
 
 class Tried(NamedTuple):
@@ -122,7 +131,7 @@ def try_step(
         missing, others = 0, None
         try:
             others = torch.empty(beside, dtype=torch.uint8, device=device)
-            run.train(run.copy(), batch, steps, _Place())
+            run.runner(run.move(run.copy()), _Place()).run_steps(batch, steps)
         except Exception as error:
             if not ran_out_of_memory(error, refused=_refusals(device) > refused):
                 raise
@@ -195,21 +204,38 @@ def _missing(error: BaseException | None) -> int:
 @contextmanager
 def _as_found(device: torch.device) -> Iterator[None]:
     """Whatever happens inside, random states are restored, and the card is left with what was on it, no cache more."""
-    give_back(device)
-    try:
-        with isolated_random_state(), _cuda_random_state(device):
-            yield
-    finally:
+    with torch.cuda.device(device), _only_new_garbage():
         give_back(device)
+        try:
+            with isolated_random_state(), _cuda_random_state(device):
+                yield
+        finally:
+            give_back(device)
+
+
+@contextmanager
+def _only_new_garbage() -> Iterator[None]:
+    """Garbage is collected where it is asked for, and only what was made inside: all that a process holds takes half a
+    second to go through."""
+    collects, freeze = gc.isenabled(), not gc.get_freeze_count()
+    gc.disable()
+    if freeze:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if freeze:
+            gc.unfreeze()
+        if collects:
+            gc.enable()
 
 
 def give_back(device: torch.device) -> None:
     """Give what no one holds of the card's memory back to it."""
-    gc.collect()  # what an earlier run left in cycles
-    with torch.cuda.device(device):
-        torch.cuda.synchronize()
-        torch._C._cuda_clearCublasWorkspaces()  # each run takes its own, as a process does that has just begun
-        torch.cuda.empty_cache()
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch._C._cuda_clearCublasWorkspaces()  # each run takes its own, as a process does that has just begun
+    torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
@@ -226,55 +252,103 @@ class _Run:
 
     def copy(self) -> Any:
         """A copy that is set up and not yet moved to the card, as the module is before a Trainer's strategy is."""
-        twin: Any = twin_of(self.module, {}, trainer=self.trainer, device=self.device)
-        if self.stage is not None and is_overridden("setup", twin):
+        sets_up = self.stage is not None and is_overridden("setup", self.module)
+        configures = is_overridden("configure_model", self.module)
+        memo = {} if sets_up or configures else _shared(self.module)
+        twin: Any = twin_of(self.module, memo, trainer=self.trainer, device=self.device)
+        if sets_up:
             twin.setup(self.stage)
-        if is_overridden("configure_model", twin):
+        if configures:
             twin.configure_model()
         return twin
 
-    def train(self, twin: Any, batch: Any, steps: int, mark: _Place) -> None:
-        mark.category = "parameters"
-        twin.to(device=self.device, dtype=TRUE_DTYPE.get(self.settings.precision))
-        runner = _Runner(twin, mark, self.device, self.settings, datamodule=self.datamodule, optimizer=self.optimizer)
-        runner.run_steps(batch, steps)
+    def move(self, twin: Any) -> Any:
+        return twin.to(device=self.device, dtype=TRUE_DTYPE.get(self.settings.precision))
+
+    def runner(self, twin: Any, mark: _Place) -> _Runner:
+        return _Runner(twin, mark, self.device, self.settings, datamodule=self.datamodule, optimizer=self.optimizer)
 
 
-def _probe(run: _Run, size: int, batch: Any, steps: int) -> Trace:
-    give_back(run.device)
-    twin, mark = run.copy(), _Mark()
-    with _history(run.device) as snapshot, module_paths(twin, mark):
-        run.train(twin, batch, steps, mark)
-        events = _events(*snapshot())
-    return Trace(size, labelled(events))
+def _shared(module: nn.Module) -> dict[int, Any]:
+    """Parameters and buffers that a copy shares with the module until it is moved to the card: those on the host, of
+    which nothing is changed before, so that weights are not in the host's memory twice."""
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type != "cpu":
+            continue
+        if type(tensor) is nn.Parameter:
+            memo[id(tensor)] = nn.Parameter(tensor.detach(), tensor.requires_grad)
+            memo[id(tensor)].__dict__.update(tensor.__dict__)
+        elif type(tensor) is torch.Tensor:
+            memo[id(tensor)] = tensor.detach()
+    return memo
+
+
+# -------------------------------------------------------------------------------------------------------- recording
 
 
 @dataclass
 class _Place:
-    """Where a step is."""
+    """Where a step is. ``run`` counts the batch sizes: 0 is before the first one's steps, -1 between two."""
 
     phase: Phase = "setup"
     category: Category = "other"
     path: str = ""
     step: int = 0
+    run: int = 0
 
 
 class _Mark(_Place):
-    """Labels what the allocator records from here on with where the step is."""
+    """Labels what the allocator records from here on with where the step is: ``labels`` has what each label says."""
+
+    def __init__(self) -> None:
+        self.__dict__["labels"] = []
+        super().__init__()
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.__dict__[name] = value
-        torch.cuda.memory._set_memory_metadata(f"{self.phase}\n{self.step}\n{self.category}\n{self.path}")
+        torch.cuda.memory._set_memory_metadata(f"{_LABEL}{len(self.labels)}")
+        self.labels.append((self.run, self.phase, self.step, self.category, self.path))
+
+    labels: list[_Label]
+
+
+_Label = tuple[int, Phase, int, Category, str]
+_LABEL = "memplan:"
+
+
+def _record(run: _Run, batches: Sequence[tuple[int, Any]], steps: int) -> tuple[list[Trace], Formula]:
+    """One trace for each ``(batch size, batch)``, all on one copy of the module, and the formula."""
+    give_back(run.device)
+    twin, mark = run.copy(), _Mark()
+    with _history(run.device) as history, module_paths(twin, mark):
+        mark.category = "parameters"
+        run.move(twin)
+        for number, (size, batch) in enumerate(batches, 1):
+            mark.run = -1  # from here on the last run's gradients are freed, and its optimizer
+            twin.zero_grad(set_to_none=True)
+            if torch.backends.cudnn.benchmark:  # tries all algorithms on what is new, in as much memory as there is
+                run.runner(twin, mark).run_steps(batch, 1)
+                twin.zero_grad(set_to_none=True)
+            runner = run.runner(twin, mark)
+            give_back(run.device)
+            mark.run = number
+            formula = runner.run_counted(batch, size, steps)
+        recorded = _events(history(), mark.labels)
+    return [Trace(size, labelled(recorded(number))) for number, (size, _) in enumerate(batches, 1)], formula
 
 
 class _Runner(StepRunner):
-    """Lightning's order, with the real GradScaler."""
+    """Lightning's order, with the real GradScaler.
+
+    It begins at a scale of 1: at its usual one the first steps' gradients overflow, and the optimizer is passed over.
+    """
 
     _scaler: torch.amp.GradScaler | None = None
 
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         if self._scaler is None:
-            self._scaler = torch.amp.GradScaler(self.device.type)
+            self._scaler = torch.amp.GradScaler(self.device.type, init_scale=1.0)
         return self._scaler.scale(loss)
 
     def _unscaled_step(self, optimizer: torch.optim.Optimizer, after: Callable[[], None]) -> None:
@@ -289,25 +363,15 @@ class _Runner(StepRunner):
 
 
 @contextmanager
-def _history(device: torch.device) -> Iterator[Callable[[], tuple[list[Any], list[Any]]]]:
-    """The allocator's history from here on: gives the blocks that lived before, and what has happened since."""
-    before = [
-        block
-        for segment in torch.cuda.memory._snapshot(device)["segments"]
-        if segment["device"] == device.index
-        for block in segment["blocks"]
-        if block["state"] == "active_allocated"
-    ]
-    torch.cuda.memory._record_memory_history("all", context=None, max_entries=_MOST_EVENTS, clear_history=True)
-    collects = gc.isenabled()
-    gc.disable()
+def _history(device: torch.device) -> Iterator[Callable[[], Sequence[Mapping[str, Any]]]]:
+    """The allocator's history from here on."""
+    memory = torch.cuda.memory
+    memory._record_memory_history("all", context=None, max_entries=_MOST_EVENTS, clear_history=True)
     try:
-        yield lambda: (before, torch.cuda.memory._snapshot(device)["device_traces"][device.index])
+        yield lambda: memory._snapshot(device)["device_traces"][device.index]
     finally:
-        torch.cuda.memory._record_memory_history(None)
-        torch.cuda.memory._set_memory_metadata("")
-        if collects:
-            gc.enable()
+        memory._record_memory_history(None)
+        memory._set_memory_metadata("")
 
 
 @contextmanager
@@ -319,67 +383,79 @@ def _cuda_random_state(device: torch.device) -> Iterator[None]:
         torch.cuda.set_rng_state(state, device)
 
 
-def _events(before: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, Any]]) -> list[Event]:
-    """The allocator's history as events. A thread of autograd's carries no label: it has the last one's."""
-    blocks: dict[int, int] = {}
-    events = []
-    for number, block in enumerate(before):
-        blocks[block["address"]] = number
-        events.append(Event(number, int(block["requested_size"]), "setup"))
-    count = len(events)
-    label: tuple[Phase, int, Category, str] = ("setup", 0, "other", "")
+def _events(history: Sequence[Mapping[str, Any]], labels: Sequence[_Label]) -> Callable[[int], list[Event]]:
+    """The allocator's history as events: gives those of a run, which begin with the setup that all have in common.
+
+    An entry's label is the newest one up to it. A thread of autograd's has none, or the one that was the newest when it
+    last ran Python. A block is free when that is asked for: when a stream is done with it (``free_completed``) is a
+    matter of time, which is another one at another batch size. What was there before is no one's here.
+    """
+    events: dict[int, list[Event]] = {0: []}
+    blocks: dict[int, tuple[int, int]] = {}  # address -> run and block
+    streams: dict[int, int] = {0: 0}  # in the order in which they are met: a copy may make its own
+    newest = count = 0
     for entry in history:
         text = entry.get("user_metadata", "")
-        if text:
-            phase, step, category, path = text.split("\n")
-            label = (phase, int(step), category, path)
-        phase, step, category, path = label
+        if text.startswith(_LABEL):
+            newest = max(newest, int(text[len(_LABEL) :]))
+        run, phase, step, category, path = labels[newest]
+        address = entry["addr"]
         if entry["action"] == "alloc":
-            blocks[entry["addr"]] = count
-            events.append(Event(count, entry["size"], phase, step, category, path, stream=entry["stream"]))
+            stream = streams.setdefault(entry["stream"], len(streams))
+            blocks[address] = run, count
+            event = Event(count, entry["size"], phase, step, category, path, stream=stream)
+            events.setdefault(run, []).append(event)
             count += 1
-        elif entry["action"] == "free_completed" and entry["addr"] in blocks:
-            events.append(Event(blocks.pop(entry["addr"]), -1, phase, step))
-    return events
+        elif entry["action"] == "free_requested" and address in blocks:
+            made, block = blocks.pop(address)
+            if made in (0, run):
+                events.setdefault(run, []).append(Event(block, -1, phase, step))
+    return lambda run: events[0] + events.get(run, [])
 
 
 # -------------------------------------------------------------------------------------------------- different sizes
 
 
-def aligned(traces: Sequence[Trace]) -> list[Trace]:
-    """Traces with the same events, where they differ only in workspaces.
+def aligned(traces: Sequence[Trace]) -> list[Trace] | None:
+    """Traces with the same events, where they differ only in workspaces; None where they differ in more.
 
     A library may choose another algorithm at another batch size, and take another workspace, or none. Where traces
     differ in such blocks (freed before anything else happens), each place is given the largest workspace that was
-    taken there, as a line through or above all sizes seen.
+    taken there. Sizes that do not grow as a tensor's do lie on a line through or above all that were seen.
 
     >>> a = Trace(2, (Event(0, 100), Event(1, 64), Event(1, -1)))
     >>> b = Trace(3, (Event(0, 150),))
     >>> [[event.size for event in trace.events] for trace in aligned([a, b])]
     [[100, 64, -1], [150, 64, -1]]
     """
-    if len({_shape(trace.events) for trace in traces}) == 1:
-        return list(traces)
-    split = [_without_workspaces(trace.events) for trace in traces]
-    if len({_shape(events) for events, _ in split}) != 1:
-        return list(traces)  # they differ in more: whoever scales them says so
     points = [trace.batch_size for trace in traces]
-    places = sorted({place for _, found in split for place in found})
-    lines = {place: _line_above(points, [found.get(place, 0) for _, found in split]) for place in places}
-    result = []
-    for k, trace in enumerate(traces):
-        left = split[k][0]
-        events: list[Event] = []
-        for place in range(len(left) + 1):
-            if place in lines:
-                events += _workspace(-1 - place, lines[place][k], (*left, trace.events[-1])[place])
-            events += left[place : place + 1]
-        result.append(Trace(trace.batch_size, _renumbered(events), trace.notes))
-    return result
+    columns = [_renumbered(trace.events) for trace in traces]
+    if len(set(map(_shape, columns))) > 1:
+        split = [_without_workspaces(events) for events in columns]
+        if len({_shape(events) for events, _ in split}) > 1:
+            return None
+        places = sorted({place for _, found in split for place in found})
+        taken = {place: _regular(points, [found.get(place, 0) for _, found in split]) for place in places}
+        columns = [
+            _with_workspaces(left, {place: sizes[k] for place, sizes in taken.items()}, columns[k][-1])
+            for k, (left, _) in enumerate(split)
+        ]
+    rows = [tuple(event.size for event in row) for row in zip(*columns, strict=True)]
+    changed = {row: sizes for row in set(rows) if (sizes := _regular(points, row)) is not row}
+    return [
+        replace(
+            trace,
+            events=tuple(
+                event._replace(size=changed[row][k]) if row in changed else event
+                for event, row in zip(columns[k], rows, strict=True)
+            ),
+        )
+        for k, trace in enumerate(traces)
+    ]
 
 
 def _shape(events: Sequence[Event]) -> tuple[tuple[int, bool, int], ...]:
-    return tuple((e.block, e.is_free, e.stream) for e in _renumbered(events))
+    return tuple((e.block, e.is_free, e.stream) for e in events)
 
 
 def _renumbered(events: Sequence[Event]) -> tuple[Event, ...]:
@@ -412,9 +488,37 @@ def _latest_freed_first(events: Sequence[Event]) -> Iterator[Event]:
         yield from sorted(run, key=lambda event: -made.get(event.block, -1)) if free else run
 
 
-def _workspace(block: int, size: int, beside: Event) -> list[Event]:
-    taken = beside._replace(block=block, size=size, category="workspaces", op="")
-    return [taken, taken._replace(size=-1)]
+def _with_workspaces(events: Sequence[Event], sizes: Mapping[int, int], last: Event) -> tuple[Event, ...]:
+    """The events, with a workspace that is taken and freed before each of these places."""
+    result: list[Event] = []
+    for place, event in enumerate((*events, last)):
+        if place in sizes:
+            taken = event._replace(block=-1 - place, size=sizes[place], category="workspaces", op="")
+            result += [taken, taken._replace(size=-1)]
+        result.append(event)
+    return _renumbered(result[:-1])
+
+
+def _regular(points: Sequence[int], sizes: Sequence[int]) -> Sequence[int]:
+    """Sizes that grow with the batch as a tensor's bytes do; on a line above them where they do not.
+
+    A tensor's bytes are a polynomial without negative or broken coefficients, or those of all pairs of two samples. A
+    workspace's may be anything, and a parabola through them would tell nothing of a batch a hundred times as large.
+    """
+    if len(set(sizes)) == 1:
+        return sizes
+    polynomial = Polynomial.through(points, sizes)
+    constant, *growing = polynomial.coefficients
+    whole = all(c % polynomial.divisor == 0 for c in polynomial.coefficients)
+    if polynomial.degree == 1 and growing[0] > 0:
+        return sizes
+    if (
+        polynomial.degree == 2
+        and whole
+        and (min(constant, *growing) >= 0 or (constant, growing[0]) == (0, -growing[1]))
+    ):
+        return sizes
+    return _line_above(points, sizes)
 
 
 def _line_above(points: Sequence[int], sizes: Sequence[int]) -> list[int]:

@@ -24,6 +24,13 @@ _LIMITS = {
 }
 
 
+_METHODS = {
+    "probe": "a few samples on the GPU",
+    "trace": "a step on fake tensors",
+    "formula": "params + grads + bs x (I1 + 2 x sum Ii)",
+}
+
+
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
 
@@ -33,7 +40,8 @@ def plan_table(plan: Plan, rows: Iterable[tuple[str, str]] = ()) -> str:
     >>> card = Device("NVIDIA GeForce RTX 3090", total=25446711296, context=480 * 2**20)
     >>> plan = Plan(batch_size=24, device=card, budget=23 * 2**30, margin=0.02, limited_by="memory", method="trace",
     ...             predicted_peak=22 * 2**30, predicted_allocated=20 * 2**30, formula_peak=30 * 2**30,
-    ...             phase="backward", breakdown={"activations": 15 * 2**30, "gradients": 5 * 2**30})
+    ...             phase="backward", breakdown={"activations": 15 * 2**30, "gradients": 5 * 2**30},
+    ...             methods={"trace": 22 * 2**30, "formula": 30 * 2**30})
     >>> print(plan_table(plan))
     memory plan for NVIDIA GeForce RTX 3090
       card             23.70 GiB   23.23 GiB for training, budget 23.00 GiB
@@ -42,6 +50,7 @@ def plan_table(plan: Plan, rows: Iterable[tuple[str, str]] = ()) -> str:
       peak allocated   20.00 GiB    84 % of the card, in the backward phase
         activations    15.00 GiB    75 %  ###############
         gradients       5.00 GiB    25 %  #####
+      trace            22.00 GiB   a step on fake tensors
       formula          30.00 GiB   params + grads + bs x (I1 + 2 x sum Ii)
     """
     total = plan.device.total
@@ -75,7 +84,8 @@ def plan_table(plan: Plan, rows: Iterable[tuple[str, str]] = ()) -> str:
     whole = sum(plan.breakdown.values())
     for label, size in _largest(plan.breakdown, 5):
         lines.append(_row(f"  {label}", format_bytes(size), f"{_share(size, whole)}  {_bar(size, whole)}".rstrip()))
-    lines.append(_row("formula", format_bytes(plan.formula_peak), "params + grads + bs x (I1 + 2 x sum Ii)"))
+    for method, peak in (plan.methods or {"formula": plan.formula_peak}).items():
+        lines.append(_row(method, format_bytes(peak), _METHODS[method]))
     for label, text in rows:
         lines.extend(_wrap(text, f"  {label:<17}"))
     for note in plan.notes:
@@ -119,6 +129,7 @@ def plan_hparams(plan: Plan) -> dict[str, int | float | str]:
         "memplan/predicted_allocated_gib": gib(plan.predicted_allocated),
         "memplan/formula_gib": gib(plan.formula_peak),
         **({} if plan.confirmed is None else {"memplan/confirmed_gib": gib(plan.confirmed)}),
+        **{f"memplan/{method}_gib": gib(peak) for method, peak in plan.methods.items()},
         **{f"memplan/{category}_gib": gib(size) for category, size in plan.breakdown.items()},
     }
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_memplan._cuda_rules import (
     KERNELS,
@@ -340,13 +339,7 @@ class _Run(StepRunner):
         with self.recorder:
             for parameter in self.twin.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-            optimizers = self.optimizers or self.configure()
-            for optimizer in optimizers:
+            self.optimizers = self.optimizers or self.configure()
+            for optimizer in self.optimizers:
                 optimizer.step()
-        state = {
-            id(leaf.untyped_storage()): leaf.untyped_storage().nbytes()
-            for optimizer in optimizers
-            for leaf in tree_leaves([list(s.values()) for s in optimizer.state.values()])
-            if isinstance(leaf, torch.Tensor) and leaf.device == DEVICE
-        }
-        return sum(state.values())
+        return self.state_bytes()

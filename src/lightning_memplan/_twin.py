@@ -163,8 +163,8 @@ def _is_library(filename: str) -> bool:
     return filename.startswith(("<", *roots))
 
 
-def explain(error: BaseException) -> str:
-    """What the step needs, and the line of the user's code that needs it."""
+def explain(error: BaseException, within: str = "a trace") -> str:
+    """What the step needs that it has not ``within`` a trace or a probe, and the line of the user's code."""
     frames = traceback.extract_tb(error.__traceback__)
     users = [frame for frame in frames if not _is_library(frame.filename)]
     where = (
@@ -177,5 +177,5 @@ def explain(error: BaseException) -> str:
         )
     else:
         text = str(error).strip().splitlines()
-        what = f"the step failed in a trace ({kind}: {text[0] if text else 'no message'})"
+        what = f"the step failed in {within} ({kind}: {text[0] if text else 'no message'})"
     return f"{what}; at {where}"

@@ -143,6 +143,7 @@ class Plan:
     breakdown: Mapping[str, int] = field(default_factory=dict)  #: bytes by category at that peak
     accumulate_grad_batches: int = 1
     notes: tuple[str, ...] = ()
+    methods: Mapping[str, int] = field(default_factory=dict)  #: peak bytes reserved by each method that ran
     effective_batch_size: int | None = None  #: samples that the optimizer sees a step, over all devices, if asked for
     confirmed: int | None = None  #: peak bytes reserved in real steps of that batch size, where they were run
 

@@ -58,9 +58,10 @@ class MemoryPlanner(CallbackBase):
     (True, [])
 
     Args:
-        method: ``"trace"`` runs the training step on fake tensors, ``"probe"`` runs it on the GPU with a few samples,
-            ``"formula"`` adds up ``params + grads + bs * (I1 + 2 * sum(Ii))``, ``"auto"`` traces and falls back to the
-            formula, with a warning that says why.
+        method: ``"probe"`` runs the training step on the GPU with a few samples, ``"trace"`` on fake tensors,
+            ``"formula"`` adds up ``params + grads + bs * (I1 + 2 * sum(Ii))``. ``"auto"`` is the first of these that
+            can be had, and says in the plan's notes why not an earlier one; where that leaves the formula, with a
+            warning. Several ranks do not probe. ``"all"`` runs all, plans by the first, and reports what each says.
         device: The card to plan for: a name such as ``"RTX 3090"``, or a ``Device``. Where nothing is said, the one
             on which the Trainer runs, and on the CPU the host's memory.
         margin: The part of the card's memory to leave free, at least 0 and below 1.
@@ -103,7 +104,7 @@ class MemoryPlanner(CallbackBase):
 
     def __init__(
         self,
-        method: Literal["auto", "trace", "formula", "probe"] = "auto",
+        method: Literal["auto", "trace", "formula", "probe", "all"] = "auto",
         device: str | Device | None = None,
         margin: float = MARGIN,
         max_batch_size: int | None = None,
@@ -219,7 +220,7 @@ class MemoryPlanner(CallbackBase):
         held, own = held_bytes(self._index, module)
         self._held = held + beside
         if self.method == "auto" and first.method == "formula":
-            warnings.warn(f"MemoryPlanner: {first.notes[0]}", stacklevel=2)
+            warnings.warn(f"MemoryPlanner: {'; '.join(first.notes)}", stacklevel=2)
         limits: dict[str, Any] = {"device": replace(device, context=device.context + self._held), "margin": self.margin}
         limits["multiple_of"] = self.multiple_of
         planned = partial(

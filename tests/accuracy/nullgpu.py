@@ -3,6 +3,7 @@
     python -m tests.accuracy.nullgpu                            # every row of nullgpu.txt
     python -m tests.accuracy.nullgpu --only resnet --jobs 2     # the rows whose text matches
     python -m tests.accuracy.nullgpu --models tests/accuracy/regimes.txt    # ways of training
+    python -m tests.accuracy.nullgpu --method probe             # by steps of a few samples, in place of the trace
     python -m tests.accuracy.nullgpu --only own.mlp --diff 20   # where the events first differ
 
 A row is a network, a precision, an optimizer and a batch size, and perhaps ``clip=1.0`` or ``accumulate=4``. It is
@@ -24,9 +25,10 @@ import time
 import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -112,7 +114,7 @@ def fit(row: Row) -> tuple[int, int]:
         module.zero_grad()
 
 
-def predict(row: Row) -> tuple[int, int, float]:
+def predict(row: Row, method: Any = "trace") -> tuple[int, int, float]:
     import lightning_memplan as mp
     from tests.accuracy import networks
 
@@ -121,7 +123,7 @@ def predict(row: Row) -> tuple[int, int, float]:
     found = mp.estimate(
         module,
         networks.loader(sample, row.batch_size, 1),
-        method="trace",
+        method=method,
         precision=row.precision,
         gradient_clip_val=row.clip,
         accumulate_grad_batches=row.accumulate,
@@ -137,9 +139,9 @@ def _held() -> int:
     return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
 
 
-def compare(row: Row) -> Result:
+def compare(row: Row, method: str) -> Result:
     try:
-        predicted = predict(row)
+        predicted = predict(row, method)
         measured = fit(row)
     except ModuleNotFoundError as error:
         return Result(str(row), skipped=f"{error.name} is not installed")
@@ -208,7 +210,7 @@ def difference(row: Row, most: int) -> None:
             break
 
 
-def work(lines: list[str], most: int) -> None:
+def work(lines: list[str], most: int, method: str) -> None:
     import logging
 
     warnings.simplefilter("ignore")
@@ -218,7 +220,7 @@ def work(lines: list[str], most: int) -> None:
         if most:
             difference(Row.parse(line), most)
         else:
-            result = compare(Row.parse(line))
+            result = compare(Row.parse(line), method)
             print("RESULT " + json.dumps(result), flush=True)
             if result.failed or _held() > 2**20:
                 return  # what a row leaves behind would count in the next: that one begins in a new process
@@ -227,13 +229,13 @@ def work(lines: list[str], most: int) -> None:
 # ---------------------------------------------------------------------------------------------- outside the null GPU
 
 
-def _run(lines: list[str], most: int = 0) -> list[Result]:
+def _run(lines: list[str], most: int = 0, method: str = "trace") -> list[Result]:
     """The rows' results, from processes on the null GPU; a row at which one dies is a failed row."""
     results: list[Result] = []
     while lines:
-        command = [sys.executable, "-m", "tests.accuracy.nullgpu", "--worker", "--diff", str(most), *lines]
+        command = [sys.executable, "-m", "tests.accuracy.nullgpu", "--worker", "--method", method, "--diff", str(most)]
         done = subprocess.run(
-            [str(ROOT / "tests/nullgpu/nullgpu"), *command],
+            [str(ROOT / "tests/nullgpu/nullgpu"), *command, *lines],
             cwd=ROOT,
             env={
                 **os.environ,
@@ -262,14 +264,14 @@ def _run(lines: list[str], most: int = 0) -> list[Result]:
     return results
 
 
-def run(rows: list[Row], jobs: int = 1) -> list[Result]:
+def run(rows: list[Row], jobs: int = 1, method: str = "trace") -> list[Result]:
     """Every row's result, in ``jobs`` processes at a time."""
     groups = []
     for _, of_one in groupby(rows, lambda row: row.network.split(".")[0]):  # a package may change how torch works
         lines = [str(row) for row in of_one]
         groups += [lines[k : k + GROUP] for k in range(0, len(lines), GROUP)]
     with ThreadPoolExecutor(jobs) as pool:
-        return [result for group in pool.map(_run, groups) for result in group]
+        return [result for group in pool.map(partial(_run, method=method), groups) for result in group]
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -310,18 +312,19 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--only", default="", help="a regular expression: only the rows that it matches")
     parser.add_argument("--diff", type=int, default=0, help="print the first so many differences of events instead")
+    parser.add_argument("--method", default="trace", choices=("trace", "probe"), help="what is predicted by")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("rows", nargs="*", help="rows, in place of the file's")
     arguments = parser.parse_args()
     if arguments.worker:
-        work(arguments.rows, arguments.diff)
+        work(arguments.rows, arguments.diff, arguments.method)
         return
     lines = arguments.rows or [t.split("#")[0].strip() for t in arguments.models.read_text().splitlines()]
     rows = [Row.parse(line) for line in lines if line and re.search(arguments.only, line)]
     if arguments.diff:
         _run([str(row) for row in rows], arguments.diff)
         return
-    print(table(run(rows, arguments.jobs)))
+    print(table(run(rows, arguments.jobs, arguments.method)))
 
 
 if __name__ == "__main__":
