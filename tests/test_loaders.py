@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
+import subprocess
 import sys
 import warnings
 from collections import Counter
@@ -14,6 +16,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.data import _replace_dunder_methods
+from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from pytorch_lightning.utilities.data import _update_dataloader
 from torch import nn
@@ -258,7 +261,7 @@ def test_loaders_keep_their_ratio():
     assert dataset_size([plain(4), plain(6)]) == 14  # 21 / 1.5
 
 
-def test_an_attribute_keeps_its_ratio_to_the_loader():
+def test_an_attribute_keeps_its_ratio_to_the_loader(tmp_path):
     class Halves(pl.LightningDataModule):
         batch_size = 4
 
@@ -266,8 +269,9 @@ def test_an_attribute_keeps_its_ratio_to_the_loader():
             return plain(self.batch_size // 2)
 
     module, data = Net(), Halves()
-    fit(module, {"datamodule": data}, planner_of())
+    fit(module, {"datamodule": data}, planner_of(), logger=CSVLogger(tmp_path, "", ""), log_every_n_steps=1)
     assert (data.batch_size, [len(batch[0]) for batch in module.seen]) == (14, [7, 7, 7])
+    assert "\nbatch_size: 14\n" in "\n" + (tmp_path / "hparams.yaml").read_text()
 
 
 def test_a_hook_may_ask_the_trainer():
@@ -323,6 +327,53 @@ def test_what_lightning_makes_anew_for_a_rank_has_the_size(kind, noted):
     assert batch_size_of_loader(own) == 7
     assert [len(batch) for batch in own] == [7, 4]  # 11 samples of 22
     assert batch_size_of_loader(loader) == 2
+
+
+RANKS = """
+import json, os, sys, warnings
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+import lightning_memplan as mp
+
+warnings.filterwarnings("ignore")
+
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch.tolist())
+        return (batch * self.weight).sum()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+class Own(Net):
+    def train_dataloader(self):
+        return DataLoader(list(torch.arange(22.0)), batch_size=2, shuffle=True)
+
+seen = []
+for module, loaders in ((Net(), Own.train_dataloader(None)), (Own(), None)):
+    planner = mp.MemoryPlanner(device=mp.Device("a card", total=2**30), method="formula", max_batch_size=7)
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False, callbacks=planner,
+                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(module, loaders)
+    seen.append(module.seen)
+open(os.path.join(sys.argv[1], f"{trainer.global_rank}.json"), "w").write(json.dumps(seen))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_samples(tmp_path):
+    """Lightning gives each loader a DistributedSampler: what is passed or made with a number keeps the planned size."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    path = {**os.environ, "PYTHONPATH": str(Path(mp.__file__).parents[1])}
+    subprocess.run([sys.executable, tmp_path / "ranks.py", tmp_path], check=True, timeout=200, env=path)
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for one, other in zip(*ranks, strict=True):
+        assert [len(batch) for batch in one] == [len(batch) for batch in other] == [7, 4]  # of 11 samples each
+        assert sorted(sample for batch in one + other for sample in batch) == list(range(22))
 
 
 def test_validation_loaders_are_left():
@@ -417,6 +468,8 @@ def test_a_name_of_validations_size_that_is_none():
 
 VALIDATED = """
 import json
+import os
+import subprocess
 import sys
 import pytorch_lightning as pl
 import torch

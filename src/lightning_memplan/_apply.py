@@ -117,6 +117,10 @@ class Place:
         sizes = planned_sizes(self.source, batch_size)
         change_loaders(self.trainer, lambda loaders: resized_loaders(loaders, sizes), self.phase)
 
+    def held(self, batch_size: int) -> int:
+        """What the attribute holds at a batch size of the loaders'; that, where nothing holds it."""
+        return int(self.holders[0].read()) if self.holders else batch_size
+
     def check(self, batch_size: int) -> None:
         """Raise ApplyError unless the Trainer's loaders, which are there now, have the size that was planned."""
         loaders = loaders_in(train_loaders(self.trainer))

@@ -391,9 +391,9 @@ class MemoryPlanner(CallbackBase):
 
     def _applied(self) -> dict[str, int]:
         assert self.plan is not None
-        if not self.apply:
+        if self._place is None:
             return {}
-        applied = {self.batch_arg_name: self.plan.batch_size}
+        applied = {self.batch_arg_name: self._place.held(self.plan.batch_size)}
         if self.val_plan is not None and self.val_batch_arg_name is not None:
             applied[self.val_batch_arg_name] = self.val_plan.batch_size
         if self.plan.effective_batch_size is not None:
