@@ -169,6 +169,11 @@ def effective_batch_size(folder: Path) -> Result:
     return fit(folder, Classifier(mlp()), Data(torch.zeros(2048), 40000), planner, steps=4)
 
 
+def averaged_weights(folder: Path) -> Result:
+    average, planner = pl.callbacks.EMAWeightAveraging(), mp.MemoryPlanner(max_batch_size=1024)
+    return fit(folder, Classifier(mlp()), Data(torch.zeros(2048), 40000), planner, callbacks=[planner, average])
+
+
 def clipped_in_16_mixed(folder: Path) -> Result:
     planner = mp.MemoryPlanner(method="trace", max_batch_size=1024)
     return fit(

@@ -604,6 +604,111 @@ def test_a_scheduler_over_all_steps_is_made_for_the_planned_size():
     assert (whole.global_step, module.cycle.total_steps, module.cycle.last_epoch) == (6, 6, 6)
 
 
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"max_epochs": 3}, 9),
+        ({"max_steps": 5, "max_epochs": None}, 5),
+        ({"limit_train_batches": 2}, 2),
+        ({"limit_train_batches": 0.67}, 2),
+        ({"overfit_batches": 1}, 1),
+        ({"accumulate_grad_batches": 2}, 2),
+    ],
+    ids=str,
+)
+def test_a_schedule_runs_to_its_end_and_no_further(settings, steps):
+    class OneCycle(Net):
+        def configure_optimizers(self):
+            optimizer, total = sgd(self), self.trainer.estimated_stepping_batches
+            self.cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1, total_steps=total)
+            return [optimizer], [{"scheduler": self.cycle, "interval": "step"}]
+
+    module = OneCycle()
+    whole = fit(module, Data(), **settings)  # 21 samples, 7 at a time
+    assert (whole.global_step, module.cycle.total_steps, module.cycle.last_epoch) == (steps, steps, steps)
+
+
+class Validated(Net):
+    def __init__(self):
+        super().__init__()
+        self.validated: list[int] = []
+        self.lr = 0.1
+
+    def validation_step(self, batch, batch_idx):
+        self.validated.append(len(self.seen))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class ValidatedData(Data):
+    def val_dataloader(self):
+        return DataLoader(samples(2), batch_size=2)
+
+
+@pytest.mark.parametrize(("interval", "after"), [(1, [1, 2, 3]), (3, [3]), (0.34, [1, 2, 3]), (1.0, [3])])
+def test_validation_comes_when_it_should(interval, after):
+    module = Validated()
+    fit(module, ValidatedData(), val_check_interval=interval, num_sanity_val_steps=0)
+    assert module.validated == after
+
+
+def test_a_learning_rate_is_looked_for_at_the_planned_size(tmp_path):
+    module = Validated()
+    finder = pl.callbacks.LearningRateFinder(num_training_steps=5, update_attr=True, early_stop_threshold=None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Failed to compute suggestion")
+        fit(module, ValidatedData(samples(70)), None, finder, default_root_dir=tmp_path)
+    assert set(module.seen) == {7}
+    assert len(module.seen) == 5 + 10  # the finder's steps, and an epoch
+
+
+# -------------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A run at batch size 7 that was cut off in the middle of an epoch."""
+    path = tmp_path / "cut.ckpt"
+
+    class Cut(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(path)
+                trainer.should_stop = True
+
+    fit(Net(), Data(samples(70)), None, Cut(), min_steps=2)
+    return path
+
+
+def resumed(checkpoint, planner, data=None):
+    module, data = Net(), data or Data(samples(70))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+        warnings.filterwarnings("ignore", CPU_MEASURES_NOTHING)
+        trainer(planner).fit(module, data, ckpt_path=checkpoint)
+    return module, data
+
+
+def test_a_resumed_run_keeps_its_batch_size(checkpoint):
+    planner = planner_of(max_batch_size=10)
+    module, data = resumed(checkpoint, planner)
+    assert (data.batch_size, planner.plan.batch_size, planner.plan.limited_by) == (7, 7, "checkpoint")
+    assert module.seen == [7] * 8  # ten batches in an epoch, two of which had been
+
+
+def test_a_resumed_run_is_planned_again_where_that_is_asked_for(checkpoint):
+    planner = planner_of(max_batch_size=10, resume="plan")
+    module, data = resumed(checkpoint, planner)
+    assert (data.batch_size, planner.plan.limited_by) == (10, "max_batch_size")
+    assert set(module.seen) == {10}
+
+
+def test_resume_is_one_of_two():
+    with pytest.raises(ValueError, match="resume is 'keep' or 'plan', not 'no'"):
+        mp.MemoryPlanner(resume="no")
+
+
 class Gan(Net):
     def __init__(self):
         super().__init__()
@@ -1001,6 +1106,7 @@ def test_it_fills_the_card_as_predicted(fits, name, read):
 KINDS = [
     "accumulated_and_clipped",
     "effective_batch_size",
+    "averaged_weights",
     "clipped_in_16_mixed",
     "bf16_true",
     "channels_last",

@@ -115,6 +115,13 @@ def test_where_one_rank_cannot_plan_all_raise(monkeypatch):
         on_all_ranks(fails)
 
 
+def test_what_is_kept_must_fit():
+    kept = draft().kept(500).plan
+    assert (kept.batch_size, kept.limited_by, kept.predicted_peak) == (500, "checkpoint", draft().estimate.peak(500))
+    with pytest.raises(mp.DoesNotFitError, match="the checkpoint's batch size 999999 cannot be kept; resume='plan'"):
+        draft().kept(999_999)
+
+
 # ------------------------------------------------------------------------------------------------- on the null GPU
 
 

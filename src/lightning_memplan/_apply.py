@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,10 +101,11 @@ class Place:
     holders: tuple[Holder, ...]
     trainer: Any
     source: Any
+    before: tuple[int, ...]  #: what the holders held
     phase: Phase = "train"
 
     def write(self, batch_size: int) -> None:
-        """Set it on all that hold it, and see to it that the Trainer's loaders have it.
+        """Set it on all that hold it, and see to it that the Trainer's loaders have it; where one cannot be, on none.
 
         Raises:
             ApplyError: a holder or a loader cannot be set, or an epoch has too few batches of that size.
@@ -111,11 +113,18 @@ class Place:
         if self.phase == "train":
             check_batches(self.trainer, self.source, batch_size)
         unit = unit_of(self.source)
-        for holder in self.holders:
-            old = holder.read()
-            holder.write(max(1, batch_size * old // unit) if unit else batch_size)
         sizes = planned_sizes(self.source, batch_size)
-        change_loaders(self.trainer, lambda loaders: resized_loaders(loaders, sizes), self.phase)
+        written: list[tuple[Holder, int]] = []
+        try:
+            for holder, old in zip(self.holders, self.before, strict=True):
+                written.append((holder, holder.read()))
+                holder.write(max(1, batch_size * old // unit) if unit else batch_size)
+            change_loaders(self.trainer, lambda loaders: resized_loaders(loaders, sizes), self.phase)
+        except BaseException:
+            for holder, old in written:
+                with suppress(ApplyError):  # the one that cannot be set
+                    holder.write(old)
+            raise
 
     def held(self, batch_size: int) -> int:
         """What the attribute holds at a batch size of the loaders'; that, where nothing holds it."""
@@ -185,4 +194,4 @@ def find_place(trainer: Any, source: Any, holders: tuple[Holder, ...], phase: Ph
     """
     if not holders or not loaders_are_made(trainer, phase):
         check_resizable(source)
-    return Place(holders, trainer, source, phase)
+    return Place(holders, trainer, source, tuple(holder.read() for holder in holders), phase)

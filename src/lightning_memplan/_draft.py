@@ -61,6 +61,28 @@ class Draft:
         )
         return replace(self, plan=plan)
 
+    def kept(self, batch_size: int) -> Draft:
+        """The same at the batch size of the run that is resumed, if it can run here at all.
+
+        Raises:
+            DoesNotFitError: it does not fit, whatever the margin.
+        """
+        whole = self.plan.effective_batch_size
+        if whole is not None and whole % (batch_size * self.ranks):
+            return self.noted(
+                f"the checkpoint's batch size {batch_size} does not divide the effective batch size: not kept"
+            )
+        only = {"min_batch_size": batch_size, "max_batch_size": batch_size, "multiple_of": 1, "samples": None}
+        try:
+            plan = self.planned(**only, budget=self.plan.device.capacity)
+        except DoesNotFitError as error:
+            raise DoesNotFitError(
+                f"the checkpoint's batch size {batch_size} cannot be kept; resume='plan' plans another: {error}",
+                needed=error.needed,
+                available=error.available,
+            ) from error
+        return replace(self, plan=replace(plan, limited_by="checkpoint", notes=self.plan.notes))
+
     def noted(self, text: str) -> Draft:
         return replace(self, plan=replace(self.plan, notes=(*self.plan.notes, text)))
 

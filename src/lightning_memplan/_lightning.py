@@ -283,6 +283,22 @@ def bucket_bytes(trainer: Any, gradient_bytes: int) -> int:
     return 0 if settings is None or settings.get("gradient_as_bucket_view") else gradient_bytes
 
 
+def averaging_bytes(trainer: Any, module: Any) -> int:
+    """What callbacks that average weights will hold on the training device from their ``setup`` on: a copy each.
+
+    Source: pytorch_lightning/callbacks/weight_averaging.py (2.6): ``AveragedModel(pl_module, device)``.
+    """
+    kinds = tuple(kind for f in _FLAVOURS if (kind := getattr(f.callbacks, "WeightAveraging", None)) is not None)
+    tensors = {id(t): t.nbytes for t in (*module.parameters(), *module.buffers())}
+    return sum(
+        sum(tensors.values())
+        for callback in trainer.callbacks
+        if isinstance(callback, kinds)
+        and callback._average_model is None  # what is there already is among the bytes that are held
+        and torch.device(callback._device or "cuda").type == "cuda"
+    )
+
+
 def cuda_index(trainer: Any) -> int | None:
     """The index of the CUDA device on which this process trains, None where it is none."""
     device = trainer.strategy.root_device

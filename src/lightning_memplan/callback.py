@@ -28,6 +28,7 @@ from lightning_memplan._estimate import Estimate
 from lightning_memplan._lightning import (
     CallbackBase,
     agree_on_smallest,
+    averaging_bytes,
     bucket_bytes,
     check_accumulation,
     cuda_index,
@@ -81,6 +82,8 @@ class MemoryPlanner(CallbackBase):
         confirm: Whether two real steps of the batch size run on the card before it is set, on a copy of the module. If
             they run out of memory, the plan shrinks, three times at most. Where nothing is said it is done on the card
             on which the Trainer runs, and a copy that fails otherwise is noted; with ``True`` its error is raised.
+        resume: Where training resumes from a checkpoint: ``"keep"`` its batch size, so that a resumed epoch goes on at
+            the same sample, or ``"plan"`` again.
         reset_peaks: Whether the allocator's peaks are reset in every step, which others who read them see
             (``DeviceStatsMonitor``, ``torch.cuda.max_memory_allocated``); ``False`` measures the highest peak so far.
         val_batch_arg_name: The attribute or hyperparameter that holds validation's own batch size, which is planned for
@@ -117,6 +120,7 @@ class MemoryPlanner(CallbackBase):
         sample_size: int = SAMPLE_SIZE,
         effective_batch_size: int | None = None,
         confirm: bool | None = None,
+        resume: Literal["keep", "plan"] = "keep",
         reset_peaks: bool = True,
         nvml: bool = False,
         val_batch_arg_name: str | None = None,
@@ -129,6 +133,8 @@ class MemoryPlanner(CallbackBase):
             raise ValueError(
                 f"{batch_arg_name!r} is training's batch size: leave val_batch_arg_name out, or name its own"
             )
+        if resume not in ("keep", "plan"):
+            raise ValueError(f"resume is 'keep' or 'plan', not {resume!r}")
         for name, value in (("min_batch_size", min_batch_size), ("multiple_of", multiple_of)):
             check_count(name, value)
         check_count("every_n_steps", every_n_steps)
@@ -148,6 +154,7 @@ class MemoryPlanner(CallbackBase):
         self.sample_size = sample_size
         self.effective_batch_size = effective_batch_size
         self.confirm = confirm
+        self.resume = resume
         self.reset_peaks = reset_peaks
         self.nvml = nvml
         self.val_batch_arg_name = val_batch_arg_name
@@ -161,13 +168,14 @@ class MemoryPlanner(CallbackBase):
         self._place: Place | None = None
         self._val_place: Place | None = None
         self._accumulates = 1
+        self._draft: Draft | None = None
 
     # -- plan, at setup: before any loader is built
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit":
             return
-        self.plan = self.val_plan = self._place = self._val_place = self._meter = None
+        self.plan = self.val_plan = self._place = self._val_place = self._draft = self._meter = None
         self._index = cuda_index(trainer)
         if trainer.fast_dev_run:
             say("MemoryPlanner plans nothing: fast_dev_run runs a few batches of the size that is set")
@@ -176,14 +184,15 @@ class MemoryPlanner(CallbackBase):
             raise misconfiguration(
                 f"confirm=True runs real steps on a CUDA device, and the Trainer runs on {trainer.strategy.root_device}"
             )
-        draft = on_all_ranks(partial(self._draft, trainer, pl_module))
+        draft = on_all_ranks(partial(self._make_draft, trainer, pl_module))
         if self.confirm or (self.confirm is None and self.device is None and self._index is not None):
             draft = confirmed(draft, strict=self.confirm is True)
         self._apply_plan(trainer, draft)
+        self._draft = draft if self._place is not None else None
         if draft.validated is not None:
             self._plan_validation(draft)
 
-    def _draft(self, trainer: Any, module: Any) -> Draft:
+    def _make_draft(self, trainer: Any, module: Any) -> Draft:
         holders = find_holders(self.batch_arg_name, module, trainer.datamodule) if self.apply else ()
         val_holders = self._val_holders(trainer, module)
         device = self._device_of(trainer)
@@ -217,6 +226,7 @@ class MemoryPlanner(CallbackBase):
         estimate_at = estimates(estimated, parts, self.effective_batch_size, ranks)
         first = estimate_at((self.effective_batch_size or ranks) // ranks)
         beside = bucket_bytes(trainer, first.formula.gradient_bytes)
+        beside += averaging_bytes(trainer, module) if self._index is not None else 0
         held, own = held_bytes(self._index, module)
         self._held = held + beside
         if self.method == "auto" and first.method == "formula":
@@ -303,6 +313,19 @@ class MemoryPlanner(CallbackBase):
             if device.index == index:
                 return device
         raise misconfiguration(f"the Trainer runs on cuda:{index}, and the devices found are {devices}")
+
+    # -- resume: Lightning restores after setup, and before any loader is built
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.plan is None or self._place is None else {"batch_size": self.plan.batch_size}
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        size = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("batch_size")
+        if self._draft is not None and self.resume == "keep" and size not in (None, self._draft.plan.batch_size):
+            self._apply_plan(trainer, self._draft.kept(size))
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self._draft = None
 
     # -- measure, at every CUDA step
 
