@@ -17,7 +17,7 @@ from lightning_memplan._report import (
     plan_table,
     step_metrics,
 )
-from lightning_memplan._types import Device, Layer, Measurement, Plan
+from lightning_memplan._types import Device, Layer, Measurement, Peaks, Plan
 
 GiB = 2**30
 
@@ -329,6 +329,12 @@ def test_a_steps_metrics() -> None:
         "memplan/retries": 0,
         "memplan/device_allocations": 0,
     }
+
+
+def test_the_summary_names_the_rank_that_took_the_most() -> None:
+    ranks = [Peaks(GiB, 2 * GiB), Peaks(GiB, 3 * GiB)]
+    text = measurement_summary([Measurement(0, GiB, 2 * GiB, GiB, 2 * GiB)], ranks)
+    assert check_width(text)[-1] == "  2 ranks          rank 1 reserved most: 3.00 GiB"
 
 
 def test_the_summary_of_measurements() -> None:

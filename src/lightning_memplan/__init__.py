@@ -5,8 +5,9 @@ from lightning_memplan._device import cpu_device, detect_devices, gpu, gpus
 from lightning_memplan._errors import ApplyError, DoesNotFitError, MemplanError, TraceError
 from lightning_memplan._estimate import Estimate
 from lightning_memplan._figures import plot_batch_sizes, plot_layers, plot_measurements, plot_timeline
+from lightning_memplan._history import history
 from lightning_memplan._report import layers_table, plan_table
-from lightning_memplan._types import Device, Layer, Measurement, Plan
+from lightning_memplan._types import Device, Layer, Measurement, Peaks, Plan, Run
 from lightning_memplan.callback import MemoryPlanner
 
 __all__ = [
@@ -18,13 +19,16 @@ __all__ = [
     "Measurement",
     "MemoryPlanner",
     "MemplanError",
+    "Peaks",
     "Plan",
+    "Run",
     "TraceError",
     "cpu_device",
     "detect_devices",
     "estimate",
     "gpu",
     "gpus",
+    "history",
     "layers_table",
     "plan",
     "plan_table",

@@ -344,15 +344,21 @@ def plan_estimate(
     effective_batch_size: int | None = None,
     ranks: int = 1,
     budget: int | None = None,
+    failed: int | None = None,
     model: str = "the model",
 ) -> Plan:
-    """The plan that follows from the estimate at each batch size; ``budget`` stands in for what the margin leaves."""
+    """The plan that follows from the estimate at each batch size; ``budget`` stands in for what the margin leaves.
+
+    From ``failed`` on no batch size is chosen, but the smallest allowed: an earlier run was refused memory there.
+    """
     check_margin(margin)
     budget = int(device.capacity * (1 - margin)) if budget is None else budget
     asked: list[int] = []
 
     def fits(batch_size: int) -> bool:
         asked.append(batch_size)
+        if failed is not None and batch_size >= failed and batch_size != min(asked):
+            return False
         return estimate_at(batch_size).fits(batch_size, budget)
 
     limits: dict[str, Any] = {

@@ -206,6 +206,16 @@ def _bytes_of_this_process(nvml: Any, handle: Any) -> int | None:
     return next((int(p.usedGpuMemory) for p in processes if p.pid == os.getpid() and p.usedGpuMemory), None)
 
 
+def driver_version() -> str:
+    """The version of NVIDIA's driver; empty where NVML does not tell.
+
+    >>> isinstance(driver_version(), str)
+    True
+    """
+    with _nvml() as nvml:
+        return "" if nvml is None else _text(nvml.nvmlSystemGetDriverVersion())
+
+
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_memplan._allocator import AllocatorSettings, Move, Replay, replay
+from lightning_memplan._history import structure_hash
 from lightning_memplan._scaling import ScaledProgram
 from lightning_memplan._snapshot import make_snapshot
 from lightning_memplan._types import Event, Layer, Peaks
@@ -43,6 +44,19 @@ class Estimate:
     def layers(self) -> tuple[Layer, ...]:
         """The formula's rows: path, type, parameters, output shape, bytes of the feature map for one sample."""
         return self.formula.layers
+
+    def structure(self, *settings: object) -> str:
+        """A hash of the layers, of the traced events without their sizes, and of ``settings``: the same for runs alike.
+
+        >>> import torch, lightning_memplan as mp
+        >>> small, large = (mp.estimate(torch.nn.Linear(8, n), torch.zeros(4, 8)) for n in (2, 3))
+        >>> small.structure() == small.structure() != large.structure() != large.structure("16-mixed")
+        True
+        """
+        layers = ((layer.path, layer.type, layer.parameters, layer.shape) for layer in self.layers)
+        events = self.program.events if self.program is not None else ()
+        steps = ((event.phase, event.category, event.op) for event in events)
+        return structure_hash([self.method, self.formula.input_bytes, *settings, *layers, *steps])
 
     def peak(self, batch_size: int, capacity: int | None = None) -> int:
         """Bytes that the allocator reserves at most (``torch.cuda.max_memory_reserved``).

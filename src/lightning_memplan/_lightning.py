@@ -317,11 +317,16 @@ def logged_step(trainer: Any) -> int:
 
 def agree_on_smallest(batch_size: int) -> int:
     """The smallest of what all ranks found; itself where there is one process."""
+    return min(int(size) for size in over_ranks(batch_size))
+
+
+def over_ranks(value: Any) -> list[Any]:
+    """What each rank has, in their order; every rank must ask."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return batch_size
-    sizes: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(sizes, batch_size)
-    return min(int(size) for size in sizes)
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def say(text: str) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime, timezone
+from importlib.metadata import version
+from typing import Any
 
-from lightning_memplan._device import AllocatorStats, CardMeter, read_stats, reset_peaks
-from lightning_memplan._types import Measurement, Peaks
+import torch
+
+from lightning_memplan._device import AllocatorStats, CardMeter, driver_version, read_stats, reset_peaks
+from lightning_memplan._types import Measurement, Outcome, Peaks, Plan, Run
 from lightning_memplan._units import MiB, format_bytes
 
 #: Steps of a run whose phases are measured whatever ``every_n_steps`` is: what the first two allocate stays.
@@ -51,6 +56,7 @@ class Meter:
         self.index = index
         self.measurements: list[Measurement] = []
         self.validations: list[Peaks] = []
+        self.validates = False
         self._predict = predict
         self._every_n_steps = every_n_steps
         self._phased = phases and resets
@@ -58,7 +64,7 @@ class Meter:
         self._card = CardMeter(index) if nvml else None
         self._margin = margin
         self._floor = Floor()
-        self._highest = Peaks(0, 0)  # predicted so far
+        self._foreseen = Peaks(0, 0)  # the highest predicted so far
         self._phase = ""  # the one that is measured now; empty where none is
         self._peaks: dict[str, int] = {}
         self._reserved = 0
@@ -68,6 +74,17 @@ class Meter:
     def step(self) -> int:
         """The step that runs, or comes next, from 0."""
         return len(self.measurements)
+
+    @property
+    def predicted(self) -> Peaks:
+        """What the step that runs, or comes next, is predicted to take."""
+        return self._predict(self.step)
+
+    @property
+    def highest(self) -> Peaks:
+        """The highest peaks of all steps so far."""
+        allocated = max((m.allocated for m in self.measurements), default=0)
+        return Peaks(allocated, max((m.reserved for m in self.measurements), default=0))
 
     def logs(self, step: int) -> bool:
         """Whether a step is one of those to log."""
@@ -93,10 +110,9 @@ class Meter:
     def end(self) -> Measurement:
         """The step has ended: what it took."""
         stats = self._read()
-        step, predicted = self.step, self._predict(self.step)
+        step, predicted = self.step, self.predicted
         if not self._resets:
-            self._highest = _higher(self._highest, predicted)
-            predicted = self._highest
+            self._foreseen = predicted = _higher(self._foreseen, predicted)
         process, card = self._card.read() if self._card is not None and self.logs(step) else (None, None)
         phases = {name: peak for name, peak in self._peaks.items() if name}
         measured = Measurement(
@@ -127,11 +143,13 @@ class Meter:
 
     def begin_validation(self) -> None:
         """A validation begins."""
+        self.validates = True
         if self._resets:
             reset_peaks(self.index)
 
     def end_validation(self) -> Peaks:
         """A validation has ended: what it took at most."""
+        self.validates = False
         stats = read_stats(self.index)
         self.validations.append(Peaks(stats.peak_allocated, stats.peak_reserved))
         return self.validations[-1]
@@ -146,6 +164,57 @@ class Meter:
         self._peaks[self._phase] = max(stats.peak_allocated, self._peaks.get(self._phase, 0))
         self._reserved = max(stats.peak_reserved, self._reserved)
         return stats
+
+
+def run_record(
+    meter: Meter,
+    plan: Plan,
+    *,
+    structure: str,
+    model: str,
+    outcome: Outcome,
+    settings: Mapping[str, Any],
+    rank: int,
+    ranks: int,
+    held: int,
+) -> Run:
+    """A run as history keeps it: its peaks without the bytes ``held``, which the plan leaves out of the capacity."""
+
+    def most(peaks: Iterable[tuple[int, int]]) -> tuple[int, int]:
+        allocated, reserved = zip(*peaks, strict=True)
+        return max(allocated) - held, max(reserved) - held
+
+    kinds = {"first": meter.measurements[:1], "steady": meter.measurements[1:]}
+    ran = {kind: steps for kind, steps in kinds.items() if steps}
+    predicted = {
+        kind: most((m.predicted_allocated, m.predicted_reserved) for m in steps) for kind, steps in ran.items()
+    }
+    if outcome == "out of memory":
+        predicted["failed"] = most([(meter.predicted.allocated, meter.predicted.reserved)])
+    return Run(
+        structure=structure,
+        model=model,
+        device=plan.device.name,
+        total=plan.device.total,
+        capacity=plan.device.capacity,
+        method=plan.method,
+        batch_size=plan.batch_size,
+        predicted=predicted,
+        measured={kind: most((m.allocated, m.reserved) for m in steps) for kind, steps in ran.items()},
+        outcome=outcome,
+        steps=len(meter.measurements),
+        retries=sum(m.retries for m in meter.measurements),
+        margin=plan.margin,
+        settings=settings,
+        versions={
+            "lightning-memplan": version("lightning-memplan"),
+            "torch": torch.__version__,
+            "driver": driver_version(),
+        },
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        rank=rank,
+        ranks=ranks,
+    )
 
 
 def drift(measurement: Measurement, margin: float) -> str | None:

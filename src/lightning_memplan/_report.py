@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from lightning_memplan._types import Device, Layer, Measurement, Peaks, Plan
+from lightning_memplan._types import Device, Layer, Measurement, Peaks, Plan, Run
 from lightning_memplan._units import format_bytes, gib
 
 WIDTH = 80
@@ -375,8 +375,20 @@ def validation_metrics(peaks: Peaks) -> dict[str, float]:
     }
 
 
-def measurement_summary(measurements: Sequence[Measurement]) -> str:
-    """What was predicted and what came, over all measured steps.
+def ranks_metrics(ranks: Sequence[Peaks]) -> dict[str, float]:
+    """The highest peaks of any rank, in GiB.
+
+    >>> ranks_metrics([Peaks(allocated=2**30, reserved=2**31), Peaks(allocated=2**29, reserved=3 * 2**30)])
+    {'memplan/ranks_reserved_gib': 3.0, 'memplan/ranks_allocated_gib': 1.0}
+    """
+    return {
+        "memplan/ranks_reserved_gib": gib(max(peaks.reserved for peaks in ranks)),
+        "memplan/ranks_allocated_gib": gib(max(peaks.allocated for peaks in ranks)),
+    }
+
+
+def measurement_summary(measurements: Sequence[Measurement], ranks: Sequence[Peaks] = ()) -> str:
+    """What was predicted and what came, over all measured steps; of several ranks, which of them took the most.
 
     >>> print(measurement_summary([Measurement(0, 2**31, 3 * 2**30, 2**31, 3 * 2**30)]))
     memory over 1 measured step
@@ -401,6 +413,51 @@ def measurement_summary(measurements: Sequence[Measurement]) -> str:
     lines.append(
         f"  {'error':<16} median {median(errors):+.1f} %, worst {worst.error_percent:+.1f} % in step {worst.step}"
     )
+    if len(ranks) > 1:
+        most = max(range(len(ranks)), key=lambda rank: ranks[rank].reserved)
+        lines.append(f"  {f'{len(ranks)} ranks':<16} rank {most} reserved most: {format_bytes(ranks[most].reserved)}")
+    return "\n".join(lines)
+
+
+# --- history ---------------------------------------------------------------------------------------------------------
+
+
+def history_table(runs: Sequence[Run]) -> str:
+    """Earlier runs, a line each: the reserved peak that was predicted, and what came.
+
+    >>> print(history_table([Run("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {"steady": (2**30, 2**31)},
+    ...                          {"steady": (2**30, 2**31)}, time="2026-11-20T08:00:00+00:00")]))
+    when (UTC)        model  card  batch size  predicted    actual  outcome
+    2026-11-20 08:00  Net    T4             8   2.00 GiB  2.00 GiB     done
+    """
+    rows = [("when (UTC)", "model", "card", "batch size", "predicted", "actual", "outcome")]
+    for run in runs:
+        predicted, actual = (max((r for _, r in peaks.values()), default=0) for peaks in (run.predicted, run.measured))
+        rows.append(
+            (
+                run.time[:16].replace("T", " "),
+                _shorten_end(run.model, 20),
+                _shorten_end(run.device.removeprefix("NVIDIA "), 20),
+                str(run.batch_size),
+                format_bytes(predicted),
+                format_bytes(actual) if actual else "-",
+                run.outcome,
+            )
+        )
+    return table(rows, left=3)
+
+
+def lessons_table(rows: Iterable[tuple[str, str, int, str]]) -> str:
+    """What earlier runs teach: model, card, number of runs, and the lesson's words.
+
+    >>> print(lessons_table([("Net", "T4", 3, "3 runs of this module took at most +0.0 %: margin 1.0 %")]))
+    Net on T4, 3 runs
+      3 runs of this module took at most +0.0 %: margin 1.0 %
+    """
+    lines: list[str] = []
+    for model, card, runs, text in rows:
+        lines.append(_shorten_end(f"{model} on {card}, {runs} run{'s' * (runs != 1)}", WIDTH))
+        lines += _wrap(text, "  ")
     return "\n".join(lines)
 
 
@@ -423,8 +480,8 @@ def _columns(table: Sequence[tuple[str, str, str, str, str]]) -> list[str]:
     ]
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows in columns: the first to the left, the others to the right.
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows in columns: the first ``left`` of them to the left, the others to the right.
 
     >>> print(table([("name", "size"), ("a", "1 B")]))
     name  size
@@ -432,10 +489,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join(
-            [f"{row[0]:<{widths[0]}}", *(f"{text:>{width}}" for text, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
+        "  ".join(f"{text:{'<' if k < left else '>'}{widths[k]}}" for k, text in enumerate(row)) for row in rows
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Phase = Literal["setup", "batch", "forward", "backward", "optimizer"]
 Category = Literal[
@@ -191,6 +191,40 @@ class Measurement:
     def error_percent(self) -> float:
         """Predicted against actual peak allocated, in percent of the actual."""
         return 100.0 * (self.predicted_allocated - self.allocated) / self.allocated if self.allocated else 0.0
+
+
+Outcome = Literal["done", "out of memory", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One training run, as history keeps it: what was predicted, and what came.
+
+    ``predicted`` and ``measured`` are peaks ``(allocated, reserved)``, in bytes, of the ``"first"`` step and of the
+    ``"steady"`` ones, as far as they ran. ``outcome`` is ``"out of memory"`` where a training step was refused memory.
+
+    >>> Run("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {"first": (100, 200)}, {"first": (90, 200)}).outcome
+    'done'
+    """
+
+    structure: str  #: a hash of the module's layers, its step and its settings
+    model: str
+    device: str
+    total: int  #: bytes of the card
+    capacity: int  #: of these, what the allocator could reserve
+    method: str
+    batch_size: int
+    predicted: Mapping[str, tuple[int, int]]
+    measured: Mapping[str, tuple[int, int]]
+    outcome: Outcome = "done"
+    steps: int = 0
+    retries: int = 0  #: times that the allocator gave back its cache to serve a request
+    margin: float = 0.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)  #: of lightning-memplan, torch and the driver
+    time: str = ""  #: when it ended, in UTC
+    rank: int = 0  #: each rank of a run is on record
+    ranks: int = 1
 
 
 Precision = Literal["32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"]

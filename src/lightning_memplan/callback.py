@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning_memplan._api import (
@@ -25,6 +26,7 @@ from lightning_memplan._device import cpu_device, detect_devices
 from lightning_memplan._draft import Draft, confirmed, held_bytes, on_all_ranks
 from lightning_memplan._errors import MemplanError, TraceError
 from lightning_memplan._estimate import Estimate
+from lightning_memplan._history import Lesson, append, history, history_path, lesson
 from lightning_memplan._lightning import (
     CallbackBase,
     agree_on_smallest,
@@ -35,19 +37,27 @@ from lightning_memplan._lightning import (
     loader_source,
     logged_step,
     misconfiguration,
+    over_ranks,
     release_loaders,
     say,
     trainer_settings,
     validates,
 )
 from lightning_memplan._loaders import dataset_size
-from lightning_memplan._measure import Meter
+from lightning_memplan._measure import Meter, run_record
 from lightning_memplan._order import STEPS, traced_step
-from lightning_memplan._probe import Tried, try_step
-from lightning_memplan._report import measurement_summary, plan_hparams, plan_table, step_metrics, validation_metrics
+from lightning_memplan._probe import Tried, ran_out_of_memory, try_step
+from lightning_memplan._report import (
+    measurement_summary,
+    plan_hparams,
+    plan_table,
+    ranks_metrics,
+    step_metrics,
+    validation_metrics,
+)
 from lightning_memplan._sample import SAMPLE_SIZE, Which, check_sample, read_samples
 from lightning_memplan._step import prepared
-from lightning_memplan._types import Device, Measurement, Peaks, Plan
+from lightning_memplan._types import Device, Measurement, Outcome, Peaks, Plan, StepSettings
 
 
 class MemoryPlanner(CallbackBase):
@@ -65,7 +75,8 @@ class MemoryPlanner(CallbackBase):
             warning. Several ranks do not probe. ``"all"`` runs all, plans by the first, and reports what each says.
         device: The card to plan for: a name such as ``"RTX 3090"``, or a ``Device``. Where nothing is said, the one
             on which the Trainer runs, and on the CPU the host's memory.
-        margin: The part of the card's memory to leave free, at least 0 and below 1.
+        margin: The part of the card's memory to leave free, at least 0 and below 1. Where nothing is said, what earlier
+            runs like this one justify (see ``history``), and 0.05 where there are none; a number is kept to.
         max_batch_size: The largest batch size allowed.
         multiple_of: What the batch size must be a multiple of.
         batch_arg_name: The attribute or hyperparameter of the module or datamodule that holds the batch size, such as
@@ -89,6 +100,9 @@ class MemoryPlanner(CallbackBase):
         val_batch_arg_name: The attribute or hyperparameter that holds validation's own batch size, which is planned for
             a validation step and set; where nothing is said, validation's loaders are left as they are.
         nvml: Whether NVML is asked, in the steps that are logged, for the bytes of this process and of the card.
+        history: Whether a line is kept of each run on a CUDA device (predicted and measured peaks, versions, settings):
+            ``True`` in ``~/.local/share/lightning-memplan/history.jsonl`` or where ``MEMPLAN_HISTORY`` says, or the
+            path of a file. ``False`` keeps and reads none.
 
     Attributes:
         plan: The ``Plan``, from setup on.
@@ -109,7 +123,7 @@ class MemoryPlanner(CallbackBase):
         self,
         method: Literal["auto", "trace", "formula", "probe", "all"] = "auto",
         device: str | Device | None = None,
-        margin: float = MARGIN,
+        margin: float | None = None,
         max_batch_size: int | None = None,
         multiple_of: int = 1,
         batch_arg_name: str = "batch_size",
@@ -124,9 +138,11 @@ class MemoryPlanner(CallbackBase):
         reset_peaks: bool = True,
         nvml: bool = False,
         val_batch_arg_name: str | None = None,
+        history: bool | str | Path = True,
     ) -> None:
         super().__init__()
-        check_margin(margin)
+        if margin is not None:
+            check_margin(margin)
         check_sample(sample, sample_size)
         check_method(method)
         if val_batch_arg_name == batch_arg_name:
@@ -158,6 +174,7 @@ class MemoryPlanner(CallbackBase):
         self.reset_peaks = reset_peaks
         self.nvml = nvml
         self.val_batch_arg_name = val_batch_arg_name
+        self.history = history
         self.plan: Plan | None = None
         self.val_plan: Plan | None = None
         self.estimate: Estimate | None = None
@@ -165,6 +182,9 @@ class MemoryPlanner(CallbackBase):
         self._predicted: list[Peaks] = []
         self._index: int | None = None
         self._held = 0
+        self._settings = StepSettings()
+        self._structure = ""
+        self._lesson = Lesson(MARGIN)
         self._place: Place | None = None
         self._val_place: Place | None = None
         self._accumulates = 1
@@ -231,12 +251,15 @@ class MemoryPlanner(CallbackBase):
         self._held = held + beside
         if self.method == "auto" and first.method == "formula":
             warnings.warn(f"MemoryPlanner: {'; '.join(first.notes)}", stacklevel=2)
-        limits: dict[str, Any] = {"device": replace(device, context=device.context + self._held), "margin": self.margin}
-        limits["multiple_of"] = self.multiple_of
+        card = replace(device, context=device.context + self._held)
+        self._settings, self._structure = settings, first.structure(type(module).__name__, settings, ranks)
+        self._lesson = self._learn(card, first.method)
+        limits: dict[str, Any] = {"device": card, "margin": self._lesson.margin, "multiple_of": self.multiple_of}
         planned = partial(
             plan_estimate,
             estimate_at,
             **limits,
+            failed=self._lesson.failed,
             min_batch_size=self.min_batch_size,
             samples=samples_of_a_rank(dataset_size(source), ranks),
             accumulate_grad_batches=parts,
@@ -281,7 +304,19 @@ class MemoryPlanner(CallbackBase):
             )
             for step in estimate.step_peaks(plan.batch_size, plan.device.capacity)
         ]
-        say(plan_table(plan))
+        say(plan_table(plan, [("earlier runs", self._lesson.text)] if self._lesson.text else ()))
+
+    def _learn(self, device: Device, method: str) -> Lesson:
+        """What earlier runs teach, unless the margin was named."""
+        path = history_path(self.history)
+        if self.margin is not None or path is None:
+            return Lesson(MARGIN if self.margin is None else self.margin)
+        try:
+            runs = history(path)
+        except OSError as error:
+            warnings.warn(f"MemoryPlanner: the history of earlier runs cannot be read: {error}", stacklevel=2)
+            runs = []
+        return lesson(runs, self._structure, device.name, method=method, capacity=device.capacity, prior=MARGIN)
 
     def _plan_validation(self, draft: Draft) -> None:
         """Validation's own batch size; training's where it cannot be traced."""
@@ -397,8 +432,50 @@ class MemoryPlanner(CallbackBase):
             self._log(trainer, validation_metrics(self._meter.end_validation()))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._meter is None or self.plan is None:
+            return
+        self._remember(trainer, pl_module, "done")
+        ranks = over_ranks(self._meter.highest)
+        if len(ranks) > 1:
+            self._log(trainer, ranks_metrics(ranks))
         if self.measurements:
-            say(measurement_summary(self.measurements))
+            say(measurement_summary(self.measurements, ranks))
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self._meter is None:
+            return
+        out = ran_out_of_memory(exception) and not self._meter.validates
+        self._remember(trainer, pl_module, "out of memory" if out else "stopped")
+        self._meter.close()
+
+    def _remember(self, trainer: Any, module: Any, outcome: Outcome) -> None:
+        """Add this run to the history, once; not where its figures are not those of its plan."""
+        path, structure = history_path(self.history), self._structure
+        self._structure = ""
+        planned = self.plan is not None and self.apply and self.device is None and self.reset_peaks
+        if path is None or not structure or not planned or not (self.measurements or outcome == "out of memory"):
+            return
+        assert self._meter is not None
+        assert self.plan is not None
+        run = run_record(
+            self._meter,
+            self.plan,
+            structure=structure,
+            model=type(module).__name__,
+            outcome=outcome,
+            settings=asdict(self._settings),
+            rank=trainer.global_rank,
+            ranks=trainer.world_size,
+            held=self._held,
+        )
+        try:
+            append(run, path)
+        except OSError as error:
+            warnings.warn(
+                f"MemoryPlanner: this run is not kept in the history: {error}; name a file by history='...', or pass "
+                "history=False",
+                stacklevel=2,
+            )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self._place is not None:

@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,12 +34,22 @@ from lightning_memplan._api import (
 from lightning_memplan._device import detect_devices, gpu, gpus
 from lightning_memplan._errors import DoesNotFitError, MemplanError
 from lightning_memplan._figures import plot_timeline
+from lightning_memplan._history import history, lesson
 from lightning_memplan._lightning import read_cli_config
-from lightning_memplan._report import device_fields, devices_table, estimate_table, plan_fields, plan_table
-from lightning_memplan._types import Device
+from lightning_memplan._report import (
+    device_fields,
+    devices_table,
+    estimate_table,
+    history_table,
+    lessons_table,
+    plan_fields,
+    plan_table,
+)
+from lightning_memplan._types import Device, Run
 from lightning_memplan._units import format_bytes, parse_bytes
 
 FITS, DOES_NOT_FIT, CANNOT_TELL = 0, 1, 2
+_NO_RUNS = "no runs on record: MemoryPlanner adds one for each fit on a GPU"
 
 
 class UsageError(ValueError):
@@ -152,6 +162,33 @@ def _devices(args: argparse.Namespace) -> int:
         _say(
             args, devices_table(found) if found else "no CUDA device here: name one by --gpu (memplan gpus lists them)"
         )
+    return FITS
+
+
+def _history(args: argparse.Namespace) -> int:
+    runs = history(args.file)
+    if args.json:
+        _say(args, [asdict(run) for run in runs])
+    else:
+        _say(args, history_table(runs) if runs else _NO_RUNS)
+    return FITS
+
+
+def _report(args: argparse.Namespace) -> int:
+    runs = history(args.file)
+    groups: dict[tuple[str, str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.model, run.device, run.structure), []).append(run)
+    found = []
+    for (model, device, structure), alike in groups.items():
+        last = alike[-1]
+        taught = lesson(runs, structure, device, method=last.method, capacity=last.capacity, prior=MARGIN)
+        found.append((model, device, sum(run.rank == 0 for run in alike), taught))
+    if args.json:
+        rows = ({"model": m, "device": d, "runs": n, **asdict(taught)} for m, d, n, taught in found)
+        _say(args, list(rows))
+    else:
+        _say(args, lessons_table([(m, d, n, taught.text) for m, d, n, taught in found]) if found else _NO_RUNS)
     return FITS
 
 
@@ -365,6 +402,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     added.add_argument("words", nargs="*", help="words of the cards' names")
 
     command("devices", _devices, "the GPUs of this machine")
+    for name, run, text in (
+        ("history", _history, "earlier runs on a GPU: predicted and actual peak"),
+        ("report", _report, "what earlier runs teach the next plan: how exact they were, and the margin"),
+    ):
+        added = command(name, run, text)
+        added.add_argument("--file", metavar="FILE", help="(default: where MemoryPlanner keeps it)")
     _complete(parser)
     return parser.parse_args(argv)
 

@@ -1,0 +1,391 @@
+"""The history of runs: its file, under several processes and with damage; and what margin it justifies."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lightning_memplan as mp
+from lightning_memplan._history import ENOUGH, LEAST, append, history_path, lesson, residual
+from lightning_memplan._report import history_table
+from lightning_memplan._types import Run
+from lightning_memplan.cli import main
+
+GiB = 2**30
+
+
+def run(ratio: float = 1.0, **changes: Any) -> Run:
+    """A run whose reserved peak was ``ratio`` of the 10 GiB that were predicted."""
+    values: dict[str, Any] = {
+        "structure": "a1",
+        "model": "Net",
+        "device": "T4",
+        "total": 16 * GiB,
+        "capacity": 15 * GiB,
+        "method": "trace",
+        "batch_size": 32,
+        "predicted": {"first": (8 * GiB, 9 * GiB), "steady": (9 * GiB, 10 * GiB)},
+        "measured": {"first": (8 * GiB, 9 * GiB), "steady": (9 * GiB, round(10 * GiB * ratio))},
+        "steps": 100,
+        "time": "2026-11-20T08:00:00+00:00",
+    }
+    if ratio < 1:
+        values["measured"] = {kind: (int(a * ratio), int(r * ratio)) for kind, (a, r) in values["predicted"].items()}
+    return Run(**{**values, **changes})
+
+
+def out_of_memory(**changes: Any) -> Run:
+    return run(**{"outcome": "out of memory", "measured": {}, "predicted": {"failed": (9 * GiB, 14 * GiB)}, **changes})
+
+
+def learn(runs: list[Run], prior: float = 0.05, **changes: Any) -> Any:
+    values = {"structure": "a1", "device": "T4", "method": "trace", "capacity": 15 * GiB, **changes}
+    return lesson(runs, values.pop("structure"), values.pop("device"), prior=prior, **values)
+
+
+# ------------------------------------------------------------------------------------------------------------ the file
+
+
+def test_what_is_appended_is_read(tmp_path):
+    path = tmp_path / "new folder" / "runs.jsonl"
+    runs = [run(), out_of_memory(settings={"precision": "16-mixed", "capability": [8, 6]}), run(1.02, rank=1, ranks=2)]
+    for each in runs:
+        append(each, path)
+    assert mp.history(path) == runs
+    assert [json.loads(line)["schema"] for line in path.read_text().splitlines()] == [1, 1, 1]
+
+
+def test_where_it_is(monkeypatch, tmp_path):
+    assert os.environ["MEMPLAN_HISTORY"] == "off"  # so that no test writes into the user's home
+    assert history_path() is None
+    assert mp.history() == []
+    monkeypatch.setenv("MEMPLAN_HISTORY", str(tmp_path / "a.jsonl"))
+    append(run(), history_path())
+    assert mp.history() == [run()]
+    assert history_path(tmp_path / "b.jsonl") == tmp_path / "b.jsonl"
+    assert history_path(False) is None
+    monkeypatch.delenv("MEMPLAN_HISTORY")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    assert history_path() == tmp_path / "data/lightning-memplan/history.jsonl"
+    monkeypatch.delenv("XDG_DATA_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert history_path() == tmp_path / ".local/share/lightning-memplan/history.jsonl"
+
+
+GOOD = json.loads(json.dumps({"schema": 1, **dataclasses.asdict(run())}))
+DAMAGED = [
+    b"{",
+    b"null",
+    b"[]",
+    b"\xff\xfe\x00",
+    json.dumps(GOOD).encode()[:200],
+    *(json.dumps({k: v for k, v in GOOD.items() if k != name}).encode() for name in ("schema", "model", "predicted")),
+    json.dumps({**GOOD, "batch_size": "32"}).encode(),
+    json.dumps({**GOOD, "predicted": {"first": [1]}}).encode(),
+    json.dumps({**GOOD, "measured": {"first": ["a", 2]}}).encode(),
+]
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_line_is_skipped_and_kept(tmp_path, line):
+    path = tmp_path / "runs.jsonl"
+    append(run(), path)
+    with path.open("ab") as file:
+        file.write(line + b"\n")
+    append(run(1.5), path)
+    with pytest.warns(UserWarning, match=rf"line 2 of {path} is damaged and skipped"):
+        assert mp.history(path) == [run(), run(1.5)]
+    assert path.read_bytes().split(b"\n")[1] == line
+
+
+def test_a_line_that_was_cut_costs_only_itself(tmp_path):
+    """A process that was killed half way through its line left no line break."""
+    path = tmp_path / "runs.jsonl"
+    append(run(), path)
+    with path.open("ab") as file:
+        file.write(json.dumps(GOOD).encode()[:300])
+    append(run(1.5), path)
+    with pytest.warns(UserWarning, match="line 2 of .* is damaged"):
+        assert mp.history(path) == [run(), run(1.5)]
+
+
+def test_a_later_version_s_line_is_skipped_without_a_word(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text(json.dumps({"schema": 2, "other": 1}) + "\n" + json.dumps({**GOOD, "added": 1}) + "\n")
+    assert mp.history(path) == [run()]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        append(run(), tmp_path / "file" / "runs.jsonl")
+
+
+WRITER = """
+import dataclasses, sys
+from pathlib import Path
+from lightning_memplan._history import append
+from lightning_memplan._types import Run
+print("ready", flush=True)
+sys.stdin.readline()
+for k in range(int(sys.argv[3])):
+    append(Run("a1", "Net" * 200, "T4", 1, 1, "trace", k + 1, {}, {}, rank=int(sys.argv[2])), Path(sys.argv[1]))
+    print(k, flush=True)
+"""
+
+
+def test_a_thousand_appends_of_eight_processes_of_which_one_is_killed(tmp_path):
+    path, count = tmp_path / "runs.jsonl", 125
+    source = str(Path(mp.__file__).parents[1])
+    code = "import sys, types; package = types.ModuleType('lightning_memplan'); package.__path__ = [sys.argv[4]]\n"
+    code += "sys.modules['lightning_memplan'] = package\n" + WRITER  # without torch, which takes seconds to import
+    folder = str(Path(source) / "lightning_memplan")
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(path), str(rank), str(count), folder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(8)
+    ]
+    for writer in writers:
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    killed = writers[3]
+    assert killed.stdout.readline() == "0\n"
+    killed.send_signal(signal.SIGKILL)
+    for rank, writer in enumerate(writers):
+        writer.communicate(timeout=60)
+        assert writer.returncode == (-signal.SIGKILL if rank == 3 else 0)
+    runs = mp.history(path)  # no warning: every line is whole, since the kernel writes it at once
+    for rank in set(range(8)) - {3}:
+        assert [run.batch_size for run in runs if run.rank == rank] == list(range(1, count + 1))
+    mine = [run.batch_size for run in runs if run.rank == 3]
+    assert mine == list(range(1, len(mine) + 1))
+    assert 1 <= len(mine) <= count
+
+
+def test_a_lock_that_is_held_for_long_is_not_waited_for(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    path = tmp_path / "runs.jsonl"
+    append(run(), path)
+    monkeypatch.setattr("lightning_memplan._history._LOCK_SECONDS", 0.02)
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        append(run(1.5), path)
+    assert mp.history(path) == [run(), run(1.5)]
+
+
+# ---------------------------------------------------------------------------------------------------------- the margin
+
+
+def test_without_runs_it_is_the_prior():
+    assert learn([]) == learn([run(1.2, device="A100")] * 5) == learn([run(1.2, structure="b2")] * 2)
+    assert (learn([]).margin, learn([]).text, learn([]).failed) == (0.05, "", None)
+
+
+def test_three_exact_runs_lower_it():
+    assert learn([run()] * 2).margin == 0.05
+    found = learn([run()] * 3)
+    assert found.margin == LEAST
+    assert found.text == "3 runs of this module took at most +0.0 % of the prediction: margin 1.0 %"
+
+
+def test_one_run_that_took_more_raises_it():
+    # 10 % more than predicted: a prediction of 1 / 1.1 of the card fills it, and 1 - 1 / 1.1 = 9.1 % stay free
+    found = learn([run(1.1)])
+    assert found.margin == pytest.approx(1 - 1 / 1.1)
+    assert found.text == "1 run of this module took at most +10.0 % of the prediction: margin 9.1 %"
+
+
+def test_other_modules_raise_it_and_never_lower_it():
+    assert learn([run(1.0, structure="b2")] * 10).margin == 0.05
+    assert learn([run(1.1, structure="b2")] * 3).margin == pytest.approx(1 - 1 / 1.1)
+    assert learn([run(1.1, structure="b2", method="formula")] * 3).margin == 0.05
+    # what this module itself did counts more than what others did
+    assert learn([run(1.1, structure="b2")] * 3 + [run()] * 3).margin == LEAST
+
+
+def test_each_rank_of_a_run_is_evidence_but_no_run_of_its_own():
+    ranks = [run(1.2 if rank == 5 else 1.0, rank=rank, ranks=8) for rank in range(8)]
+    assert learn(ranks).margin == pytest.approx(1 - 1 / 1.2)
+    assert learn([run(rank=rank, ranks=8) for rank in range(8)]).margin == 0.05
+
+
+def test_what_ran_out_of_memory_is_not_planned_again():
+    # predicted at 14 of 15 GiB: from now on a segment of 2 MiB less than those 14
+    found = learn([out_of_memory()])
+    assert found.margin == 1 - (14 * GiB - 2 * 2**20) / (15 * GiB)
+    assert found.failed == 32
+    assert found.text == "this module ran out of memory at batch size 32: margin 6.7 %"
+    # more room than then: the size may fit now
+    assert learn([out_of_memory()], capacity=16 * GiB).failed is None
+    assert learn([out_of_memory(structure="b2")]).failed is None
+    assert learn([out_of_memory(), out_of_memory(batch_size=30)] + [run()] * 9).failed == 30
+
+
+RATIOS = st.lists(st.floats(0.2, 3.0, allow_nan=False), max_size=40)
+CARDS = st.lists(st.tuples(st.integers(GiB, 15 * GiB), st.integers(1, 99)), max_size=4)
+
+
+@given(RATIOS, CARDS)
+def test_it_is_never_looser_than_what_failed(ratios, failures):
+    runs = [run(ratio) for ratio in ratios]
+    runs += [out_of_memory(predicted={"failed": (1, peak)}, batch_size=size) for peak, size in failures]
+    found = learn(runs)
+    assert LEAST <= found.margin < 1
+    for peak, size in failures:
+        assert int(15 * GiB * (1 - found.margin)) < peak
+        assert found.failed <= size
+
+
+@given(RATIOS)
+def test_it_covers_95_of_100_runs(ratios):
+    found = learn([run(ratio) for ratio in ratios])
+    # the prediction fills what the margin leaves: a run that takes ``residual`` of that is over the card or not
+    over = sum(residual(run(ratio)) * (1 - found.margin) > 1 + 1e-9 for ratio in ratios)
+    assert over <= 0.05 * len(ratios)
+    if len(ratios) < 20:
+        assert over == 0
+    if len(ratios) < ENOUGH:
+        assert found.margin >= 0.05
+
+
+@given(RATIOS, st.floats(0.2, 3.0, allow_nan=False))
+def test_a_run_that_took_more_than_any_never_lowers_it(ratios, more):
+    worst = max([*ratios, more])
+    if len(ratios) >= ENOUGH:
+        assert learn([run(r) for r in [*ratios, worst]]).margin >= learn([run(r) for r in ratios]).margin
+
+
+@given(RATIOS, st.randoms())
+def test_the_order_of_runs_does_not_matter(ratios, shuffled):
+    mixed = list(ratios)
+    shuffled.shuffle(mixed)
+    assert learn([run(r) for r in ratios]) == learn([run(r) for r in mixed])
+
+
+# ----------------------------------------------------------------------------------------------------------- the table
+
+
+def test_its_table():
+    rows = history_table([run(1.02), out_of_memory(model="ANetworkWithQuiteALongName")]).splitlines()
+    assert rows == [
+        "when (UTC)        model                 card  batch size  predicted     actual        outcome",
+        "2026-11-20 08:00  Net                   T4            32  10.00 GiB  10.20 GiB           done",
+        "2026-11-20 08:00  ANetworkWithQuite...  T4            32  14.00 GiB          -  out of memory",
+    ]
+
+
+def test_the_commands(tmp_path, capsys):
+    path = tmp_path / "runs.jsonl"
+    assert main(["history", "--file", str(path)]) == 0
+    assert capsys.readouterr().out == "no runs on record: MemoryPlanner adds one for each fit on a GPU\n"
+    for each in (run(), run(1.1)):
+        append(each, path)
+    assert main(["history", "--file", str(path), "--json"]) == 0
+    assert [row["batch_size"] for row in json.loads(capsys.readouterr().out)] == [32, 32]
+    assert main(["report", "--file", str(path)]) == 0
+    assert capsys.readouterr().out == (
+        "Net on T4, 2 runs\n  2 runs of this module took at most +10.0 % of the prediction: margin 9.1 %\n"
+    )
+    assert main(["report", "--file", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["margin"] == pytest.approx(1 - 1 / 1.1)
+
+
+# ------------------------------------------------------------------------------------------------- on the null GPU
+
+FITS = """
+import dataclasses, gc, sys, warnings
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+warnings.filterwarnings("ignore")
+import pytorch_lightning as pl
+import torch
+from fits import Classifier, Data, mlp
+import lightning_memplan as mp
+from lightning_memplan._history import append, history_path
+
+class Eater(pl.Callback):
+    held = None
+    def on_train_batch_start(self, *args):
+        self.held = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+
+def fit(*others):
+    planner = mp.MemoryPlanner(method="trace", confirm=False)
+    try:
+        pl.Trainer(accelerator="gpu", devices=1, max_steps=3, callbacks=[planner, *others], logger=False,
+                   enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ).fit(Classifier(mlp()), Data(torch.zeros(2048), 400000))
+    except torch.cuda.OutOfMemoryError as error:
+        error.__traceback__ = None
+    print("RESULT", planner.plan.batch_size, planner.plan.margin)
+
+fit()
+(run,) = mp.history()
+for _ in range(2):
+    append(run, history_path())
+fit()
+eater = Eater()
+fit(eater)
+eater.held = None
+gc.collect()
+torch.cuda.empty_cache()
+fit()
+"""
+
+
+def test_runs_are_kept_and_the_next_ones_learn_of_them(nullgpu, tmp_path):
+    path = tmp_path / "runs.jsonl"
+    source = str(Path(mp.__file__).parents[1])
+    done = nullgpu(
+        [sys.executable, "-c", FITS, str(Path(__file__).parent)],
+        PYTHONPATH=source,
+        MEMPLAN_HISTORY=path,
+        NULLGPU_MEMORY=4 * GiB,
+    )
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    first, exact, hungry, after = [(int(size), float(margin)) for _, size, margin in lines]
+    assert (first[1], exact[1]) == (0.05, LEAST)  # three runs that were exact need no more
+    assert hungry == exact
+    # of it something took 1 GiB more than was planned: the next leaves more free
+    assert after[1] > LEAST
+    assert after[0] < hungry[0] > first[0]
+    runs = mp.history(path)
+    assert [run.outcome for run in runs] == ["done"] * 4 + ["out of memory", "done"]
+    assert len({run.structure for run in runs}) == 1
+    assert runs[0].measured.keys() == {"first", "steady"}
+    assert residual(runs[0]) == pytest.approx(1, rel=0.01)
+    assert runs[0].versions["torch"]
+    assert runs[0].settings["precision"] == "32-true"
+
+
+def test_a_margin_that_is_named_is_kept_to(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    for _ in range(3):
+        append(run(), path)
+    card = mp.Device("T4", total=16 * GiB)
+
+    def margin(**kwargs: Any) -> float:
+        planner = mp.MemoryPlanner(**kwargs)
+        planner._structure = "a1"
+        return planner._learn(card, "trace").margin
+
+    assert margin(history=path) == LEAST
+    assert margin(history=path, margin=0.2) == 0.2
+    assert margin(history=False) == margin() == 0.05
+    with pytest.warns(UserWarning, match="the history of earlier runs cannot be read: .*Is a directory"):
+        assert margin(history=tmp_path) == 0.05
