@@ -25,7 +25,7 @@ from lightning_memplan._lightning import (
 )
 from lightning_memplan._loaders import dataset_size
 from lightning_memplan._order import PARTS, MakeOptimizer
-from lightning_memplan._planner import largest_dividing, largest_fitting
+from lightning_memplan._planner import Found, largest_dividing, largest_fitting
 from lightning_memplan._probe import can_probe, probe_steps
 from lightning_memplan._report import does_not_fit_message
 from lightning_memplan._sample import SAMPLE_SIZE, Samples, Which, check_sample, read_samples
@@ -33,6 +33,7 @@ from lightning_memplan._scaling import interleaved, scale
 from lightning_memplan._step import prepared, run_formula, trace_steps, trace_validation
 from lightning_memplan._twin import explain
 from lightning_memplan._types import Device, Plan, StepSettings, parse_precision
+from lightning_memplan._workspaces import Choice
 
 Method = Literal["auto", "trace", "formula", "probe", "all"]
 _METHODS = ("auto", "trace", "formula", "probe", "all")
@@ -355,11 +356,19 @@ def plan_estimate(
     budget = int(device.capacity * (1 - margin)) if budget is None else budget
     asked: list[int] = []
 
-    def fits(batch_size: int) -> bool:
-        asked.append(batch_size)
-        if failed is not None and batch_size >= failed and batch_size != min(asked):
-            return False
-        return estimate_at(batch_size).fits(batch_size, budget)
+    def search_with(workspaces: Choice) -> Found:
+        """In the budget what is known to the byte, and in all that there is cuDNN's workspaces too."""
+
+        def fits(batch_size: int) -> bool:
+            asked.append(batch_size)
+            if failed is not None and batch_size >= failed and batch_size != min(asked):
+                return False
+            found = estimate_at(batch_size)
+            if not found.fits(batch_size, budget):
+                return False
+            return not found.has_workspaces or found.fits(batch_size, device.capacity, workspaces=workspaces)
+
+        return largest_fitting(fits, **limits) if share is None else largest_dividing(fits, share, **limits)
 
     limits: dict[str, Any] = {
         "min_batch_size": min_batch_size,
@@ -367,16 +376,16 @@ def plan_estimate(
         "dataset_size": samples,
         "multiple_of": multiple_of,
     }
-    if effective_batch_size is None:
-        search = largest_fitting(fits, **limits)
-    else:
-        share = effective_batch_size // ranks
-        if samples is not None and samples < share:
-            raise ValueError(
-                f"effective_batch_size={effective_batch_size} is {share} samples a step on each device, and the "
-                f"dataset has {samples} for each: no step of the optimizer would see that many"
-            )
-        search = largest_dividing(fits, share, **limits)
+    share = None if effective_batch_size is None else effective_batch_size // ranks
+    if share is not None and samples is not None and samples < share:
+        raise ValueError(
+            f"effective_batch_size={effective_batch_size} is {share} samples a step on each device, and the "
+            f"dataset has {samples} for each: no step of the optimizer would see that many"
+        )
+    # without room for the workspaces convolutions run all the same, by slower algorithms: better than not at all
+    search = search_with("expected")
+    if not search.batch_size:
+        search = search_with("low")
     if not search.batch_size:
         smallest = min(asked)
         found = estimate_at(smallest)
@@ -410,6 +419,7 @@ def plan_estimate(
         accumulate_grad_batches=parts,
         notes=found.notes,
         effective_batch_size=effective_batch_size,
+        reserved_range=found.reserved_range(size, device.capacity),
     )
 
 

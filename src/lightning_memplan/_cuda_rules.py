@@ -585,7 +585,47 @@ def temporaries(
     rules[aten._scaled_dot_product_flash_attention_backward.default] = _flash_backward
     rules[aten._scaled_dot_product_efficient_attention_backward.default] = _efficient_backward
     rules.update(dict.fromkeys([aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default], sums))
+    for op in (aten.convolution.default, aten.convolution_backward.default):
+        rules[op] = _with_workspaces(rules.get(op), capability)
     return rules
+
+
+def _with_workspaces(rule: Rule | None, capability: tuple[int, int]) -> Rule:
+    """A convolution's rule, and cuDNN's workspaces (see ``_workspaces``) one after the other: a call's one, or each
+    gradient's. They are none until a replay asks for more."""
+
+    def both(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+        copies = () if rule is None else rule(args, kwargs, out)
+        gradients = len(args) > 9  # aten.convolution_backward: grad, input, weight, ..., stride, ..., groups, mask
+        y, x, weight = args[:3] if gradients else (out, *args[:2])
+        stride, _, dilation, _, _, groups = args[4:10] if gradients else args[3:9]
+        places, results, taps = (tensor.shape[2:] for tensor in (x, y, weight))
+        tiles = 0
+        if tuple(taps) == (3, 3) and set(stride) == set(dilation) == {1}:
+            tiles = math.prod(-(-size // 4) for size in results)
+        channels = x.size(0), x.size(1), y.size(1)
+        sizes = (*channels, math.prod(places), math.prod(results), math.prod(taps), tiles, groups, x.element_size())
+        moved = _tensor_cores(x.dtype, capability) and not (_channels_last(x) or _channels_last(weight))
+        workspace = [("convolution", *sizes, int(moved))]
+        return (*copies, *[workspace] * (sum(args[10][:2]) if gradients else 1))
+
+    return both
+
+
+def _tensor_cores(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Whether cuDNN computes in them: float32 does by default, as TF32 (torch.backends.cudnn.allow_tf32)."""
+    if dtype == torch.float32:
+        return capability >= (8, 0) and torch.backends.cudnn.allow_tf32
+    return (dtype == torch.float16 and capability >= (7, 0)) or (dtype == torch.bfloat16 and capability >= (8, 0))
+
+
+def _channels_last(tensor: torch.Tensor) -> bool:
+    """By its strides; where both layouts are the same (one channel, one place), channels come first.
+
+    aten/src/ATen/native/ConvUtils.h, cudnn_conv_suggest_memory_format
+    """
+    last = torch.channels_last_3d if tensor.dim() == 5 else torch.channels_last
+    return tensor.dim() in (4, 5) and tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous()
 
 
 def _reduction(card: Card, width: Callable[[torch.Tensor], int], vector: Callable[[torch.Tensor], int]) -> Rule:

@@ -57,6 +57,7 @@ class Draft:
             methods=estimate.methods(batch_size, plan.device.capacity),
             phase=estimate.phase(batch_size),
             breakdown=estimate.breakdown(batch_size),
+            reserved_range=estimate.reserved_range(batch_size, plan.device.capacity),
             confirmed=None,
         )
         return replace(self, plan=plan)

@@ -13,7 +13,8 @@ from lightning_memplan._allocator import AllocatorSettings, Move, Replay, replay
 from lightning_memplan._history import structure_hash
 from lightning_memplan._scaling import ScaledProgram
 from lightning_memplan._snapshot import make_snapshot
-from lightning_memplan._types import Event, Layer, Peaks
+from lightning_memplan._types import Event, Layer, Peaks, Range
+from lightning_memplan._workspaces import Choice
 
 if TYPE_CHECKING:
     from lightning_memplan._formula import Formula
@@ -38,7 +39,9 @@ class Estimate:
     settings: AllocatorSettings = field(default_factory=AllocatorSettings)
     notes: tuple[str, ...] = ()
     others: tuple[Estimate, ...] = ()
-    _replays: dict[tuple[int, int | None, int | None], Replay] = field(default_factory=dict, repr=False, compare=False)
+    _replays: dict[tuple[int, int | None, int | None, Choice], Replay] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -58,6 +61,11 @@ class Estimate:
         steps = ((event.phase, event.category, event.op) for event in events)
         return structure_hash([self.method, self.formula.input_bytes, *settings, *layers, *steps])
 
+    @property
+    def has_workspaces(self) -> bool:
+        """Whether the step has convolutions whose workspaces are not known to the byte."""
+        return self.program is not None and self.program.has_workspaces
+
     def peak(self, batch_size: int, capacity: int | None = None) -> int:
         """Bytes that the allocator reserves at most (``torch.cuda.max_memory_reserved``).
 
@@ -73,6 +81,30 @@ class Estimate:
         peaks = [(estimate.method, estimate.peak(batch_size, capacity)) for estimate in (self, *self.others)]
         return dict([*peaks, ("formula", self.formula.memory(batch_size))])
 
+    def reserved_range(self, batch_size: int, capacity: int | None = None) -> Range:
+        """``peak`` with nothing, the expected and the most that cuDNN's convolutions take for themselves.
+
+        ``peak`` is the low end, which is known to the byte. How much is added cuDNN decides on the card (see
+        ``_workspaces``): more where it tries out algorithms (``cudnn.benchmark``), and never what is not there. A probe
+        has measured it, so its three are one, and so are those of a step without convolutions.
+
+        >>> import torch, lightning_memplan as mp
+        >>> est = mp.estimate(torch.nn.Conv2d(16, 32, 3), torch.zeros(4, 16, 64, 64), precision="16-mixed")
+        >>> found = est.reserved_range(batch_size=64)
+        >>> est.peak(batch_size=64) == found.low < found.expected <= found.high
+        True
+        """
+        low = self.peak(batch_size, capacity)
+        if not self.has_workspaces:
+            return Range(low, low, low)
+        peaks = [low]
+        choices: tuple[Choice, ...] = ("expected", "high")
+        for choice in choices:
+            found = self.replay(batch_size, capacity, workspaces=choice)
+            peak = found.peak_reserved if capacity is None or found.out_of_memory is None else capacity
+            peaks.append(max(peaks[-1], peak))
+        return Range(*peaks)
+
     def peak_allocated(self, batch_size: int) -> int:
         """Bytes that are allocated at most (``torch.cuda.max_memory_allocated``)."""
         _check_batch_size(batch_size)
@@ -80,15 +112,16 @@ class Estimate:
             return self.formula.memory(batch_size)
         return self.replay(batch_size).peak_allocated
 
-    def fits(self, batch_size: int, capacity: int, limit: int | None = None) -> bool:
+    def fits(self, batch_size: int, capacity: int, limit: int | None = None, workspaces: Choice = "low") -> bool:
         """Whether training runs in ``capacity`` bytes: the events replayed in no more than that.
 
-        ``limit`` is the most that the allocator may reserve, where the process has set one.
+        ``limit`` is the most that the allocator may reserve, where the process has set one. ``workspaces`` is how much
+        of cuDNN's convolutions must fit too: without it they run all the same, by slower algorithms.
         """
         _check_batch_size(batch_size)
         if self.program is None:
             return self.formula.memory(batch_size) <= (capacity if limit is None else min(capacity, limit))
-        return self.replay(batch_size, capacity, limit).out_of_memory is None
+        return self.replay(batch_size, capacity, limit, workspaces).out_of_memory is None
 
     def steps(self, batch_size: int, capacity: int | None = None) -> tuple[tuple[int, int], ...]:
         """Peak ``(allocated, reserved)`` bytes of each step: the first, the second, and those that follow.
@@ -202,13 +235,16 @@ class Estimate:
         with Path(path).open("wb") as file:
             pickle.dump(snapshot, file)
 
-    def replay(self, batch_size: int, capacity: int | None = None, limit: int | None = None) -> Replay:
+    def replay(
+        self, batch_size: int, capacity: int | None = None, limit: int | None = None, workspaces: Choice = "low"
+    ) -> Replay:
         """The allocator's replay at that batch size (see ``_allocator.replay``); ``peaks`` are by step and phase."""
         program = self._program()
-        key = (batch_size, capacity, limit)
+        key = (batch_size, capacity, limit, workspaces)
         if key not in self._replays:
             marks = program.stretches()[1:-1]
-            self._replays[key] = replay(program.at(batch_size), capacity, self.settings, limit, marks)
+            entries = program.at(batch_size, workspaces)
+            self._replays[key] = replay(entries, capacity, self.settings, limit, marks)
         return self._replays[key]
 
     def _program(self) -> ScaledProgram:

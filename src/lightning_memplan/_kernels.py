@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import prod
 
+from lightning_memplan._workspaces import Choice, Workspace, convolution
+
 
 def _last_power_of_two(n: int) -> int:
     return 1 << max(0, n.bit_length() - 1)
@@ -184,8 +186,9 @@ def sort_pairs(limit: int, count: int, rows: int) -> int:
     return second + 1024 * (2 * passes + _up(count, 3840)) + 511
 
 
-KERNELS: Mapping[str, Callable[..., int]] = {
+KERNELS: Mapping[str, Callable[..., int | Workspace]] = {
     "above": above,
+    "convolution": convolution,
     "embedding_segments": embedding_segments,
     "layer_norm_rows": layer_norm_rows,
     "reduction": reduction,
@@ -195,11 +198,12 @@ KERNELS: Mapping[str, Callable[..., int]] = {
 }
 
 
-def kernel_bytes(rule: tuple[str, ...] | tuple[object, ...]) -> int:
-    """The bytes of ``(name, argument, ...)``.
+def kernel_bytes(rule: tuple[str, ...] | tuple[object, ...], workspaces: Choice = "low") -> int:
+    """The bytes of ``(name, argument, ...)``; ``workspaces`` chooses where there is a range.
 
     >>> kernel_bytes(("rounded_rows", 3, 100, 128, 4))
     1536
     """
     name, *arguments = rule
-    return KERNELS[str(name)](*arguments)
+    found = KERNELS[str(name)](*arguments)
+    return getattr(found, workspaces) if isinstance(found, Workspace) else found

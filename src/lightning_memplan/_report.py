@@ -80,6 +80,9 @@ def plan_table(plan: Plan, rows: Iterable[tuple[str, str]] = ()) -> str:
             f"{_share(plan.predicted_allocated, total)} of the {where}{phase}",
         ),
     ]
+    if plan.reserved_range is not None and plan.reserved_range.high > plan.predicted_peak:
+        usual, most = map(format_bytes, plan.reserved_range[1:])
+        lines.insert(-1, _row("  with cuDNN", usual, f"expected of its workspaces, {most} at most"))
     if plan.confirmed is not None:
         lines.append(_row("confirmed", format_bytes(plan.confirmed), "reserved by real steps of this batch size"))
     whole = sum(plan.breakdown.values())

@@ -15,6 +15,7 @@ from math import lcm
 from lightning_memplan._errors import TraceError
 from lightning_memplan._kernels import kernel_bytes
 from lightning_memplan._types import Event, Trace
+from lightning_memplan._workspaces import Choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +88,23 @@ class ScaledProgram:
     table: tuple[Polynomial | tuple[str, tuple[Polynomial, ...]], ...]
     batch_sizes: tuple[int, ...]
 
-    def at(self, batch_size: int) -> list[tuple[int, int, int]]:
-        """``(block, size, stream)`` of every event, as the allocator's replay takes them."""
+    @property
+    def has_workspaces(self) -> bool:
+        """Whether there are convolutions, whose workspaces are known by a range only."""
+        return any(not isinstance(entry, Polynomial) and entry[0] == "convolution" for entry in self.table)
+
+    def at(self, batch_size: int, workspaces: Choice = "low") -> list[tuple[int, int, int]]:
+        """``(block, size, stream)`` of every event, as the allocator's replay takes them.
+
+        ``workspaces`` says how much convolutions take: see ``_workspaces``; the lowest is nothing.
+        """
         values = [-1]
         for entry in self.table:
             if isinstance(entry, Polynomial):
                 values.append(max(0, entry.at(batch_size)))
             else:
                 name, arguments = entry
-                values.append(kernel_bytes((name, *(argument.at(batch_size) for argument in arguments))))
+                values.append(kernel_bytes((name, *(argument.at(batch_size) for argument in arguments)), workspaces))
         return [(e.block, values[k], e.stream) for e, k in zip(self.events, self.sizes, strict=True)]
 
     def steps(self) -> tuple[int, ...]:

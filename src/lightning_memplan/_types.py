@@ -116,6 +116,18 @@ class Device:
         return capacity if self.limit is None else min(capacity, self.limit)
 
 
+class Range(NamedTuple):
+    """Bytes that are known by a range only: by how much cuDNN's convolutions take for themselves.
+
+    >>> Range(low=20, expected=22, high=25).expected
+    22
+    """
+
+    low: int  #: they take nothing
+    expected: int  #: what their usual algorithms take
+    high: int  #: what the hungriest of the common ones take
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What was decided: the batch size, and what it is predicted to take (bytes).
@@ -147,6 +159,7 @@ class Plan:
     methods: Mapping[str, int] = field(default_factory=dict)  #: peak bytes reserved by each method that ran
     effective_batch_size: int | None = None  #: samples that the optimizer sees a step, over all devices, if asked for
     confirmed: int | None = None  #: peak bytes reserved in real steps of that batch size, where they were run
+    reserved_range: Range | None = None  #: peak bytes reserved, by what cuDNN's convolutions take beside their operands
 
 
 class Peaks(NamedTuple):

@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_memplan import _cuda_rules
-from lightning_memplan._cuda_rules import ORDER, WIDTHS, cuda_semantics, temporaries
+from lightning_memplan._cuda_rules import KERNELS, ORDER, SHAPES, WIDTHS, cuda_semantics, temporaries
 from lightning_memplan._record import Recorder, Rules, labelled, module_paths
 from lightning_memplan._scaling import Polynomial, ScaledProgram, scale
 from lightning_memplan._step import _no_collection, _setup_order, detached_copy
@@ -55,16 +55,15 @@ def trace_loop(
     *,
     sizes: tuple[int, ...] = (PRIME,),
     steps: int = 2,
-    rules: Any = None,
     capability: tuple[int, int] = (8, 6),
 ) -> ScaledProgram:
-    """The loop's events at any batch size. ``rules`` are more temporaries, by operator.
+    """The loop's events at any batch size.
 
     By default from one trace at a prime batch size, for speed; several sizes are scaled as the package does it.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with _no_collection(), _isolated(), _old_torch(loop.old), cuda_semantics(capability):
-        traces = [_record(model, loop, mode, size, steps, rules or {}, capability) for size in sizes]
+        traces = [_record(model, loop, mode, size, steps, capability) for size in sizes]
     return scale(traces) if len(traces) > 1 else _scale_prime(traces[0])
 
 
@@ -106,12 +105,12 @@ def _old_torch(old: bool) -> Iterator[None]:
 
 
 def _record(
-    model: nn.Module, loop: Loop, mode: FakeTensorMode, size: int, steps: int, more: Any, capability: tuple[int, int]
+    model: nn.Module, loop: Loop, mode: FakeTensorMode, size: int, steps: int, capability: tuple[int, int]
 ) -> Trace:
     products = [getattr(packet, name) for packet in _MATRIX_PRODUCTS for name in packet.overloads()]
     own = {op: rule for op, rule in temporaries(capability).items() if op not in products}
     workspaces = dict.fromkeys(products, ("cublas", CUBLAS))
-    recorder = Recorder(mode, Rules({**own, **more}, workspaces, WIDTHS, ORDER))
+    recorder = Recorder(mode, Rules(own, workspaces, WIDTHS, ORDER, KERNELS, SHAPES))
     twin = detached_copy(model, mode)
     with recorder, module_paths(twin, recorder):
         for tensor, kind, path in _setup_order(twin):
@@ -140,20 +139,7 @@ def _record(
             recorder.phase, recorder.category = "optimizer", "optimizer"
             optimizer.step()
         recorder.stop()
-    return Trace(size, labelled(_frees_sorted(_one_at_a_time(recorder.events))))
-
-
-def _one_at_a_time(events: list[Event]) -> list[Event]:
-    """A convolution's workspaces follow one another: each is freed before the next is taken."""
-    result = []
-    passed = set()
-    for event in events:
-        if event.rule[:1] == ("cudnn",):
-            passed.add(event.block)
-            result += [event, event._replace(size=-1, rule=())]
-        elif not (event.is_free and event.block in passed):
-            result.append(event)
-    return result
+    return Trace(size, labelled(_frees_sorted(recorder.events)))
 
 
 def _frees_sorted(events: list[Event]) -> list[Event]:

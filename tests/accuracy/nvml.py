@@ -22,7 +22,6 @@ from lightning_memplan._record import DEVICE
 from lightning_memplan._step import run_formula
 from lightning_memplan._types import StepSettings
 
-from .convolutions import rules, with_workspaces
 from .loop import Loop, trace_loop
 
 ROWS = Path(__file__).parent / "rows" / "nvml_fp32.csv"
@@ -89,7 +88,7 @@ def loop_of(row: Row) -> tuple[nn.Module, Loop]:
 
     name = row.model.partition("(")[0]
     if "/" in row.model:
-        return _language_model(row.model), Loop(_texts, _text_loss, optimizer, new_batches=True)
+        return _language_model(row.model), Loop(_texts, _Texts(), optimizer, new_batches=True)
     import torchvision
 
     network = getattr(torchvision.models, _CNNS[name])(num_classes=10)
@@ -134,8 +133,20 @@ def _texts(size: int) -> Any:
     }
 
 
-def _text_loss(model: nn.Module, batch: Any) -> torch.Tensor:
-    return model(**batch, labels=batch["input_ids"]).loss
+class _Texts:
+    """The loss as GPT-2 and OPT computed it in transformers 4.48 (January 2025, of torch 2.6's time): the logits less
+    each text's last are copied. A loop's ``outputs`` live until the next iteration's have been made."""
+
+    def __init__(self) -> None:
+        self.outputs: Any = None
+
+    def __call__(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        outputs = model(**batch)
+        logits = outputs.logits[..., :-1, :].contiguous()
+        labels = batch["input_ids"][..., 1:].contiguous()
+        loss = nn.functional.cross_entropy(logits.view(-1, logits.size(-1)), labels.view(-1))
+        self.outputs = outputs
+        return loss
 
 
 class Prediction(NamedTuple):
@@ -149,9 +160,9 @@ class Prediction(NamedTuple):
 
 def predict(row: Row) -> Prediction:
     network, loop = loop_of(row)
-    program = trace_loop(network, loop, sizes=(2, 3, 5), steps=3, rules=rules())
+    program = trace_loop(network, loop, sizes=(2, 3, 5), steps=3)
     peaks = [
-        replay(with_workspaces(program, row.batch, choice), row.card - CONTEXT).peak_reserved
+        replay(program.at(row.batch, choice), row.card - CONTEXT).peak_reserved
         for choice in ("low", "expected", "high")
     ]
     parameters = sum(p.numel() * p.element_size() for p in network.parameters())

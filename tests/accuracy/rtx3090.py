@@ -28,7 +28,6 @@ from lightning_memplan._scaling import ScaledProgram
 from lightning_memplan._step import run_formula
 from lightning_memplan._types import StepSettings
 
-from .convolutions import rules, with_workspaces
 from .loop import Loop, trace_loop
 
 ROWS = Path(__file__).parent / "rows"
@@ -118,7 +117,7 @@ def network_of(row: Row) -> nn.Module:
 
 
 def trace_row(row: Row) -> ScaledProgram:
-    return trace_loop(network_of(row), timm_loop(row.layout, row.image_size), rules=rules())
+    return trace_loop(network_of(row), timm_loop(row.layout, row.image_size))
 
 
 class Verdict(NamedTuple):
@@ -148,7 +147,7 @@ def judge(task: tuple[Row, str, int, str, Path | None]) -> Verdict:
         program = _cached(row, cache)
     except Exception as error:  # noqa: BLE001 - whatever the network raises
         return Verdict(row, (0, 0), (False, False), f"{type(error).__name__}: {error}")
-    replays = [replay(with_workspaces(program, size, choice), capacity) for size in (row.ran, row.failed)]
+    replays = [replay(program.at(size, choice), capacity) for size in (row.ran, row.failed)]
     peaks = [r.peak_allocated for r in replays]
     fits = [r.out_of_memory is None for r in replays]
     return Verdict(row, (peaks[0], peaks[1]), (fits[0], fits[1]))

@@ -1,0 +1,144 @@
+"""cuDNN's workspaces: the arithmetic by hand, what a trace records of them, and what a plan makes of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import lightning_memplan as mp
+from lightning_memplan._workspaces import convolution, transposed, winograd
+
+GiB = 2**30
+
+
+def test_half_precision_channels_first_is_transposed():
+    # input 2·16·64 = 2048 values, result 2·32·64 = 4096, filter 32·16 = 512; two bytes each
+    assert transposed(2, 16, 32, 64, 64, 1, groups=1, width=2) == 2 * (2048 + 4096 + 512)
+    assert convolution(2, 16, 32, 64, 64, 1, tiles=0, groups=1, width=2, moved=1).expected == 13312
+
+
+def test_channels_are_filled_up_to_a_vector_of_16_bytes():
+    # 3 channels are 8 in float16 and 4 in float32
+    assert transposed(1, 3, 8, 16, 16, 1, groups=1, width=2) == 2 * (8 * 16 + 8 * 16 + 64)
+    assert transposed(1, 3, 8, 16, 16, 1, groups=1, width=4) == 4 * (4 * 16 + 8 * 16 + 32)
+
+
+def test_a_group_has_its_own_share_of_the_filter():
+    # input and result 64·4·4 values each, filter 64·(64/4)·3·3
+    found = convolution(1, 64, 64, 16, 16, 9, tiles=1, groups=4, width=2, moved=1)
+    assert found == (0, 0, 2 * (1024 + 1024 + 9216))
+
+
+def test_winograd_has_36_values_for_each_tile_and_filter():
+    # 4 tiles of 1 + 1 channels and 1 filter, of 4 bytes
+    assert winograd(1, 1, 1, tiles=4) == 4 * 36 * (4 * 2 + 1)
+
+
+@pytest.mark.parametrize(("groups", "moved"), [(1, 0), (4, 1), (4, 0), (64, 1)])
+def test_nothing_is_expected_without_copies(groups, moved):
+    assert convolution(2, 64, 64, 64, 64, 9, tiles=4, groups=groups, width=2, moved=moved).expected == 0
+
+
+@pytest.mark.parametrize(("c", "k"), [(64, 64), (64, 128), (128, 64)])
+def test_depthwise_convolutions_have_none(c, k):
+    assert convolution(2, c, k, 64, 64, 9, tiles=4, groups=64, width=2, moved=1) == (0, 0, 0)
+
+
+@given(
+    sizes=st.tuples(*[st.integers(1, 64)] * 7),
+    groups=st.sampled_from([1, 2, 64]),
+    width=st.sampled_from([2, 4]),
+    moved=st.sampled_from([0, 1]),
+)
+def test_the_range_is_in_order_and_grows_with_the_batch(sizes, groups, width, moved):
+    one = convolution(*sizes, groups, width, moved)
+    more = convolution(2 * sizes[0], *sizes[1:], groups, width, moved)
+    assert 0 <= one.low <= one.expected <= one.high
+    assert all(a <= b <= 2 * a for a, b in zip(one, more, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------- in a trace
+
+
+def recorded(module, batch, precision="16-mixed", **options):
+    """The arguments of each convolution's workspace in the first step, at the batch size of the first trace."""
+    program = mp.estimate(module, batch, precision=precision, method="trace", **options).program
+    return [e.rule[1:] for e in program.events if e.rule[:1] == ("convolution",) and e.step == 1]
+
+
+def test_a_call_has_one_and_each_gradient_one():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2))
+    # batch 2: 3 to 8 channels on 10·10, 9 taps, 3·3 tiles; then 8 to 16 on 4·4, stride 2: no tiles.
+    first, second = (2, 3, 8, 100, 100, 9, 9, 1, 2, 1), (2, 8, 16, 100, 16, 9, 0, 1, 2, 1)
+    # the image needs no gradient, so the first convolution has one backwards, the second two
+    assert recorded(net, torch.zeros(4, 3, 10, 10)) == [first, second, second, second, first]
+
+
+def test_in_three_dimensions_and_transposed():
+    # 4 channels of 6³ to 8 of 4³ by 27 taps; transposed, 4 of 6² to 8 of 12² by 4 taps, two samples
+    assert recorded(nn.Conv3d(4, 8, 3), torch.zeros(4, 4, 6, 6, 6))[0] == (2, 4, 8, 216, 64, 27, 0, 1, 2, 1)
+    up = nn.ConvTranspose2d(4, 8, 2, stride=2)
+    assert recorded(up, torch.zeros(4, 4, 6, 6))[0] == (2, 4, 8, 36, 144, 4, 0, 1, 2, 1)
+
+
+def test_channels_last_and_what_no_tensor_core_computes_is_not_moved():
+    net, batch = nn.Conv2d(16, 32, 3), torch.zeros(4, 16, 8, 8)
+    last = net.to(memory_format=torch.channels_last), batch.to(memory_format=torch.channels_last)
+    assert recorded(*last)[0][-1] == 0
+    assert recorded(nn.Conv2d(16, 32, 3), batch, "64-true")[0][-1] == 0
+    assert recorded(nn.Conv2d(16, 32, 3), batch, "32-true")[0][-2:] == (4, 1)  # TF32
+    turing = mp.Device("Turing", total=GiB, capability=(7, 5))
+    assert recorded(nn.Conv2d(16, 32, 3), batch, "32-true", device=turing)[0][-2:] == (4, 0)
+    assert recorded(nn.Conv2d(16, 32, 3), batch, "16-mixed", device=turing)[0][-2:] == (2, 1)
+
+
+def test_float32_without_tf32_is_not_moved(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert recorded(nn.Conv2d(16, 32, 3), torch.zeros(4, 16, 8, 8), "32-true")[0][-1] == 0
+
+
+# ----------------------------------------------------------------------------------------------------------- in a plan
+
+
+def test_an_estimate_has_a_range_and_its_peak_is_the_low_end():
+    batch = torch.zeros(4, 16, 64, 64)
+    estimate = mp.estimate(nn.Conv2d(16, 32, 3, padding=1), batch, precision="16-mixed")
+    low, expected, high = estimate.reserved_range(256)
+    assert low == estimate.peak(256)
+    # the copies: 2 · (256 · (16 + 32) · 64² + 32 · 16 · 9) = 100,672,512 bytes, a segment of 49 times 2 MiB;
+    # the transforms: 144 · (256 · 16² · 48 + 16 · 32) = 453,058,560 bytes, 217 times
+    assert expected - low == 49 * 2**21
+    assert expected < high <= low + 217 * 2**21
+    assert estimate.reserved_range(256, expected + 2**20).high == expected + 2**20  # what is not there is not taken
+
+
+def test_without_convolutions_there_is_one_figure():
+    estimate = mp.estimate(nn.Linear(8, 8), torch.zeros(4, 8))
+    assert len(set(estimate.reserved_range(64))) == 1
+    assert len(set(mp.estimate(nn.Linear(8, 8), torch.zeros(4, 8), method="formula").reserved_range(64))) == 1
+
+
+def test_a_plan_leaves_room_for_what_is_expected():
+    card = mp.Device("small", total=GiB, capability=(8, 6))
+    net, batch = nn.Conv2d(16, 32, 3, padding=1), torch.zeros(4, 16, 64, 64)
+    estimate = mp.estimate(net, batch, precision="16-mixed", device=card)
+    plan = mp.plan(net, batch, precision="16-mixed", device=card, margin=0)
+    assert estimate.fits(plan.batch_size, GiB, workspaces="expected")
+    assert not estimate.fits(plan.batch_size + 1, GiB, workspaces="expected")
+    assert estimate.fits(plan.batch_size + 1, GiB)  # which runs, by slower algorithms
+    assert plan.reserved_range.low == plan.predicted_peak < plan.reserved_range.expected <= GiB
+    line = next(line for line in mp.plan_table(plan).splitlines() if "cuDNN" in line)
+    assert len(line) <= 80
+
+
+def test_the_smallest_batch_size_goes_without():
+    # 64 channels of 64² to 64, four bytes: where 40 MiB are there the tensors fit, and the copies (2 MiB) do not
+    net, batch = nn.Conv2d(64, 64, 3, padding=1), torch.zeros(4, 64, 64, 64)
+    estimate = mp.estimate(net, batch)
+    capacity = next(n for n in range(2**21, GiB, 2**21) if estimate.fits(8, n))
+    assert not estimate.fits(8, capacity, workspaces="expected")
+    card = mp.Device("small", total=capacity)
+    assert mp.plan(net, batch, device=card, margin=0, min_batch_size=8).batch_size == 8
