@@ -140,7 +140,7 @@ def resized(batch: Any, size: int, wanted: int) -> Any:
             return tensor
         if wanted <= size:
             return tensor[:wanted].clone()
-        return tensor.repeat(-(-wanted // size), *([1] * (tensor.dim() - 1)))[:wanted].clone()
+        return torch.cat([tensor] * -(-wanted // size))[:wanted].clone()
 
     return apply_to_collection(batch, torch.Tensor, one)
 
