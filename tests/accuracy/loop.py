@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_memplan import _cuda_rules
-from lightning_memplan._cuda_rules import KERNELS, ORDER, SHAPES, WIDTHS, cuda_semantics, temporaries
+from lightning_memplan._cuda_rules import KERNELS, LONGEST, ORDER, SHAPES, WIDTHS, cuda_semantics, temporaries
 from lightning_memplan._record import Recorder, Rules, labelled, module_paths
 from lightning_memplan._scaling import Polynomial, ScaledProgram, scale
 from lightning_memplan._step import _no_collection, _setup_order, detached_copy
@@ -110,7 +110,7 @@ def _record(
     products = [getattr(packet, name) for packet in _MATRIX_PRODUCTS for name in packet.overloads()]
     own = {op: rule for op, rule in temporaries(capability).items() if op not in products}
     workspaces = dict.fromkeys(products, ("cublas", CUBLAS))
-    recorder = Recorder(mode, Rules(own, workspaces, WIDTHS, ORDER, KERNELS, SHAPES))
+    recorder = Recorder(mode, Rules(own, workspaces, WIDTHS, ORDER, KERNELS, LONGEST, SHAPES))
     twin = detached_copy(model, mode)
     with recorder, module_paths(twin, recorder):
         for tensor, kind, path in _setup_order(twin):
