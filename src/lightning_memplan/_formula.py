@@ -268,18 +268,19 @@ class _Recorder:
         self._batch_size = batch_size
         # a parametrization (such as a weight norm) is a part of the layer whose weight it makes
         hidden = {
-            inner
+            id(inner)
             for owner in module.modules()
             if parametrize.is_parametrized(owner) and isinstance(owner.parametrizations, nn.Module)
             for inner in owner.parametrizations.modules()
         }
-        self._paths = {child: path for path, child in module.named_modules() if child not in hidden}
+        self._layers = [(child, path) for path, child in module.named_modules() if id(child) not in hidden]
+        self._paths = {id(child): path for child, path in self._layers}  # a torchmetrics' metric's hash is its state's
         self._calling: list[_Call] = []  # those that have begun and not ended
         self._counted: set[nn.Parameter] = set()
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
-        for child in self._paths:
+        for child, _ in self._layers:
             self._handles.append(child.register_forward_pre_hook(self._begin))
             self._handles.append(child.register_forward_hook(self._end, with_kwargs=True))
 
@@ -306,9 +307,9 @@ class _Recorder:
 
     def add_uncalled(self) -> None:
         """Rows for the parameters that no recorded call has."""
-        for module, path in self._paths.items():
+        for module, path in self._layers:
             # what is left of a layer that was not called; of a parent, only its own
-            is_layer = all(child not in self._paths for child in module.children())
+            is_layer = all(id(child) not in self._paths for child in module.children())
             own = [p for p in module.parameters(recurse=is_layer) if p not in self._counted]
             if own and is_layer:
                 self._add(module, own, (), 0)
@@ -331,7 +332,7 @@ class _Recorder:
         if parametrize.is_parametrized(module):
             kind = kind.removeprefix("Parametrized")
         self.rows.append(
-            Layer(self._paths[module], kind, per_filter, apart, *_parameter_bytes(new), shape, feature_bytes)
+            Layer(self._paths[id(module)], kind, per_filter, apart, *_parameter_bytes(new), shape, feature_bytes)
         )
 
 
