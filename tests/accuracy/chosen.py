@@ -1,0 +1,117 @@
+"""The batch size that is chosen trains, and one that is 5 % larger does not: on a null GPU of 8 GiB.
+
+    python -m tests.accuracy.chosen                                 # every row of nullgpu.txt, by what auto chooses
+    python -m tests.accuracy.chosen --method trace --margin 0.05    # with a margin: never out of memory
+    python -m tests.accuracy.chosen --only resnet
+
+With no margin the prediction itself is tried: a size that runs out of memory was planned too large (``over``), and
+where 5 % more runs as well it was planned too small (``under``). With a margin only the first counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tests.accuracy.nullgpu import HERE, ROOT, Row, fit
+
+MEMORY = 8 * 2**30
+MOST = 4096  #: samples: a row that fits more is limited by that
+
+
+def runs(row: Row, batch_size: int) -> bool:
+    from lightning_memplan._probe import ran_out_of_memory
+
+    try:
+        fit(row._replace(batch_size=batch_size))
+    except RuntimeError as error:
+        if not ran_out_of_memory(error, refused=True):
+            raise
+        return False
+    return True
+
+
+def judge(row: Row, method: Any, margin: float) -> str:
+    """What became of the size that was chosen for a row."""
+    import lightning_memplan as mp
+    from tests.accuracy import networks
+
+    module, sample = networks.build(row.network, row.optimizer)
+    plan = mp.plan(
+        module,
+        networks.loader(sample, 8, MOST // 8),
+        method=method,
+        margin=margin,
+        max_batch_size=MOST,
+        precision=row.precision,
+        gradient_clip_val=row.clip,
+        accumulate_grad_batches=row.accumulate,
+    )
+    chosen = f"{plan.method} chose {plan.batch_size}"
+    if not runs(row, plan.batch_size):
+        return f"over: {chosen}, which runs out of memory"
+    if plan.limited_by != "memory":
+        return f"limited: {chosen}, limited by {plan.limited_by}"
+    more = max(plan.batch_size + 1, -(-105 * plan.batch_size // 100))
+    if not margin and runs(row, more):
+        return f"under: {chosen}, and {more} runs as well"
+    return f"right: {chosen}"
+
+
+def judged(line: str, method: str, margin: float) -> str:
+    """The same, in a process of its own on the null GPU."""
+    command = [sys.executable, "-m", "tests.accuracy.chosen", "--method", method, "--margin", str(margin)]
+    done = subprocess.run(
+        [str(ROOT / "tests/nullgpu/nullgpu"), *command, "--worker", line],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+            "NULLGPU_MEMORY": str(MEMORY),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        },
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = re.search("^JUDGED (.*)$", done.stdout, re.MULTILINE)
+    if found is None:
+        return "failed: " + (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
+    return str(json.loads(found[1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, default=HERE / "nullgpu.txt", help="rows, one a line")
+    parser.add_argument("--only", default="", help="a regular expression: only the rows that it matches")
+    parser.add_argument("--method", default="auto", help="what is planned by")
+    parser.add_argument("--margin", type=float, default=0.0, help="the part of the card that is left free")
+    parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        warnings.simplefilter("ignore")
+        verdict = judge(Row.parse(arguments.worker), arguments.method, arguments.margin)
+        print("JUDGED " + json.dumps(verdict), flush=True)
+        return
+    counts: Counter[str] = Counter()
+    for text in arguments.models.read_text().splitlines():
+        line = text.split("#")[0].strip()
+        if line and re.search(arguments.only, line):
+            verdict = judged(line, arguments.method, arguments.margin)
+            counts[verdict.split(":")[0]] += 1
+            print(f"{line:72} {verdict}", flush=True)
+    print(", ".join(f"{count} {name}" for name, count in counts.most_common()))
+
+
+if __name__ == "__main__":
+    main()
