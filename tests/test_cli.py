@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import lightning_memplan as mp
-from lightning_memplan.cli import main
+from lightning_memplan.cli import UsageError, _job, _parse, main
 
 JOB = """
 import pytorch_lightning as pl
@@ -225,6 +227,25 @@ def test_an_estimate(run, tmp_path):
     assert [row["batch_size"] for row in found["estimates"]] == [1, 8, 64]
 
 
+def test_advice(run):
+    arguments = ("--data", "JOB:Data", "--memory", "1GiB", "--batch-size", "4096")
+    status, text, _ = run("advise", "JOB:Net", *arguments)
+    assert status == 0
+    assert text.startswith("1. accumulate_grad_batches=2 at batch size 2048\n   saves ")
+    assert max(map(len, text.splitlines())) <= 80
+    found = json.loads(run("advise", "JOB:plain", "--input", "1024", *arguments[2:], "--json")[1])
+    assert found["model"] == "Linear"
+    keys = ("kind", "change", "cost", "batch_size", "saved", "peak_reserved", "peak_allocated", "largest_batch_size")
+    assert all(tuple(item) == keys for item in found["advice"])
+
+
+def test_the_cards_for_a_job(run):
+    arguments = ("gpus", "a100", "--for", "JOB:plain", "--input", "1024", "--max-batch-size", "64")
+    assert [line.split()[-1] for line in run(*arguments)[1].splitlines()[1:]] == ["64", "64"]
+    found = json.loads(run(*arguments, "--multiple-of", "48", "--json")[1])
+    assert [(card["name"], card["batch_size"]) for card in found] == [("A100 40GB", 48), ("A100 80GB", 48)]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI calls what a newer jsonargparse deprecates
 def test_a_yaml_of_lightning_cli(run, tmp_path):
     pytest.importorskip("jsonargparse")
@@ -312,7 +333,7 @@ def test_debug_shows_where(run):
 
 
 def test_as_a_command(job, tmp_path):
-    code = "import sys; from lightning_memplan.cli import main; sys.exit(main())"
+    code = "import sys; from lightning_memplan.cli import UsageError, _job, _parse, main; sys.exit(main())"
     arguments = ["check", "cli_job:Net", "--data", "cli_job:Data", "--gpu", "T4", "--batch-size", "10000000"]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), *arguments],
@@ -325,3 +346,17 @@ def test_as_a_command(job, tmp_path):
     assert done.returncode == 1
     assert done.stdout.startswith("Net does not fit on T4 at batch size 10000000: it lacks ")
     assert done.stderr == "what the job itself prints\n"
+
+
+def test_the_recipes(run):
+    pytest.importorskip("torchvision")
+    text = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+    commands = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("memplan ")]
+    runs = [words[1:] for words in commands if any("torchvision" in word for word in words)]
+    assert len(runs) == 3
+    for words in runs:
+        status, _, errors = run(*words)
+        assert (status, errors) == (0, "")
+    for words in commands:  # the others need a script of yours: their options are read
+        with contextlib.suppress(UsageError):
+            _job(_parse(words[1:]))

@@ -310,3 +310,10 @@ def test_the_formula_knows_the_optimizers_state():
     formula, notes = run_formula(Net(), BATCHES[0], StepSettings())
     assert (formula.parameter_bytes, formula.gradient_bytes, formula.optimizer_bytes) == (1024 * KiB,) * 3
     assert notes == ()
+
+
+def test_a_copy_of_a_copy_is_traced_as_the_module_itself():
+    module = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    copied = detached_copy(module, FakeTensorMode(allow_non_fake_inputs=True))
+    ours, theirs = (trace_steps(each, [(2, torch.zeros(2, 8))], StepSettings())[0] for each in (module, copied))
+    assert ours.events == theirs.events

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lightning_memplan._advice import Job, advise_job
 from lightning_memplan._allocator import AllocatorSettings
-from lightning_memplan._device import cpu_device, detect_devices, gpu
+from lightning_memplan._device import cpu_device, detect_devices, gpu, gpus
 from lightning_memplan._errors import DoesNotFitError, TraceError
 from lightning_memplan._estimate import Estimate
 from lightning_memplan._lightning import (
@@ -27,12 +28,12 @@ from lightning_memplan._loaders import dataset_size
 from lightning_memplan._order import PARTS, MakeOptimizer
 from lightning_memplan._planner import Found, largest_dividing, largest_fitting
 from lightning_memplan._probe import can_probe, probe_steps
-from lightning_memplan._report import does_not_fit_message
+from lightning_memplan._report import advice_lines, does_not_fit_message
 from lightning_memplan._sample import SAMPLE_SIZE, Samples, Which, check_sample, read_samples
 from lightning_memplan._scaling import interleaved, scale
 from lightning_memplan._step import prepared, run_formula, trace_steps, trace_validation
 from lightning_memplan._twin import explain
-from lightning_memplan._types import Device, Plan, StepSettings, parse_precision
+from lightning_memplan._types import Advice, Device, Plan, StepSettings, parse_precision
 from lightning_memplan._workspaces import Choice
 
 Method = Literal["auto", "trace", "formula", "probe", "all"]
@@ -97,6 +98,23 @@ def estimate(
     """
     check_method(method)
     check_sample(sample, sample_size)
+    source, settings, job = resolve_step(
+        module, batch, precision, optimizer, trainer, device, gradient_clip_val, accumulate_grad_batches
+    )
+    return estimate_step(module, source, settings, method=method, sample=sample, sample_size=sample_size, **job)
+
+
+def resolve_step(
+    module: nn.Module,
+    batch: Any,
+    precision: str | int | None,
+    optimizer: MakeOptimizer | None,
+    trainer: Any,
+    device: Device | str | None,
+    gradient_clip_val: float | None,
+    accumulate_grad_batches: int,
+) -> tuple[Any, StepSettings, dict[str, Any]]:
+    """What ``estimate_step`` takes, from what the user passed: where samples come from, the settings, and the rest."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a LightningModule or another nn.Module, not {module!r}")
     if optimizer is not None and is_lightning_module(module) and is_overridden("configure_optimizers", module):
@@ -113,18 +131,7 @@ def estimate(
     if card is not None and card.capability is not None:
         settings = replace(settings, capability=card.capability)
     source, datamodule = _source(batch, trainer)
-    return estimate_step(
-        module,
-        source,
-        settings,
-        method=method,
-        device=card,
-        trainer=trainer,
-        datamodule=datamodule,
-        optimizer=optimizer,
-        sample=sample,
-        sample_size=sample_size,
-    )
+    return source, settings, {"device": card, "trainer": trainer, "datamodule": datamodule, "optimizer": optimizer}
 
 
 def estimate_step(
@@ -300,6 +307,10 @@ def plan(
             sample_size=sample_size,
         )
 
+    def advised(found: Estimate, batch_size: int) -> tuple[Advice, ...]:
+        made, how, job = resolve_step(module, batch, precision, optimizer, trainer, card, gradient_clip_val, parts)
+        return advised_step(module, made, how, sample=sample, sample_size=sample_size, **job)(found, batch_size)
+
     return plan_estimate(
         estimates(estimated, parts, effective_batch_size, ranks),
         card,
@@ -312,10 +323,134 @@ def plan(
         effective_batch_size=effective_batch_size,
         ranks=ranks,
         model=type(module).__name__,
+        advised=advised,
     )
 
 
+def advise(
+    module: nn.Module,
+    batch: Any,
+    *,
+    batch_size: int | None = None,
+    device: Device | str | None = None,
+    margin: float = MARGIN,
+    precision: str | int | None = None,
+    optimizer: MakeOptimizer | None = None,
+    trainer: Any = None,
+    gradient_clip_val: float | None = None,
+    accumulate_grad_batches: int = 1,
+    sample: Which = "first",
+    sample_size: int = SAMPLE_SIZE,
+) -> tuple[Advice, ...]:
+    """What would take less memory, the most saving change first.
+
+    Each change (half precision, gradient checkpointing of repeated blocks, a fused optimizer, accumulation, expandable
+    segments, ...) is made on a copy, and its whole step traced: no figure is a rule of thumb. What saves less than a
+    hundredth of the peak is left out.
+
+    >>> import torch
+    >>> net = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.GELU(), torch.nn.Linear(256, 256))
+    >>> card = Device("a small card", total=2**28)
+    >>> best, *_ = advise(net, torch.zeros(4, 256), batch_size=8192, device=card)
+    >>> best.change, best.saved > 0
+    ("precision='bf16-true'", True)
+
+    Args:
+        module: as for ``estimate``, and so are ``batch``, ``precision`` and what follows it.
+        batch_size: the one to save memory at; the largest that fits on ``device`` where nothing is said.
+        device: as for ``plan``; each advice says the largest batch size that would then fit on it.
+        margin: as for ``plan``.
+
+    Raises:
+        TraceError: the step cannot be traced.
+    """
+    check_margin(margin)
+    card = named_device(device) or default_device()
+    source, settings, job = resolve_step(
+        module, batch, precision, optimizer, trainer, card, gradient_clip_val, accumulate_grad_batches
+    )
+    options: dict[str, Any] = {"sample": sample, "sample_size": sample_size}
+    found = estimate_step(module, source, settings, method="trace", **options, **job)
+    budget = int(card.capacity * (1 - margin))
+    if batch_size is None:
+        batch_size = largest_fitting(
+            lambda size: found.fits(size, budget), dataset_size=dataset_size(source)
+        ).batch_size
+    return advised_step(module, source, settings, budget=budget, **options, **job)(found, batch_size or 1)
+
+
+def advised_step(
+    module: nn.Module,
+    source: Any,
+    settings: StepSettings,
+    *,
+    budget: int | None = None,
+    device: Device | None = None,
+    trainer: Any = None,
+    datamodule: Any = None,
+    optimizer: MakeOptimizer | None = None,
+    stage: str | None = None,
+    sample: Which = "first",
+    sample_size: int = SAMPLE_SIZE,
+) -> Advised:
+    """What advises on an estimate that ``estimate_step`` made of the same; nothing is done before it is asked."""
+
+    def advised(found: Estimate, batch_size: int) -> tuple[Advice, ...]:
+        batches = read_samples(source, sample, sample_size).batches()
+        job = Job(found, module, batches, settings, trainer, datamodule, optimizer, stage)
+        return advise_job(job, batch_size, budget)
+
+    return advised
+
+
+def cards_for(
+    module: nn.Module,
+    batch: Any,
+    *,
+    cards: Sequence[Device] | None = None,
+    margin: float = MARGIN,
+    min_batch_size: int = 1,
+    max_batch_size: int | None = None,
+    multiple_of: int = 1,
+    **settings: Any,
+) -> tuple[tuple[Device, int], ...]:
+    """Each card of the catalogue with the largest batch size that fits on it (0: none does), the smallest card first.
+
+    >>> import torch
+    >>> net, some = torch.nn.Linear(1000, 1000), [gpu("T4"), gpu("RTX 3090")]
+    >>> [(card.name, size) for card, size in cards_for(net, torch.zeros(4, 1000), cards=some, max_batch_size=512)]
+    [('T4', 512), ('RTX 3090', 512)]
+
+    Args:
+        module: as for ``estimate``, and so are ``batch`` and ``settings``.
+        cards: those to look at, in place of ``gpus()``.
+        margin: as for ``plan``, and so are the limits of the batch size.
+    """
+    check_margin(margin)
+    source, _ = _source(batch, settings.get("trainer"))
+    limits: dict[str, Any] = {
+        "min_batch_size": min_batch_size,
+        "max_batch_size": max_batch_size,
+        "multiple_of": multiple_of,
+        "dataset_size": dataset_size(source),
+    }
+
+    @cache
+    def estimated(capability: tuple[int, int] | None) -> Estimate:
+        card = Device("a card", total=1, capability=capability)  # kernels are chosen by it, whatever the memory
+        return estimate(module, batch, device=card, **settings)
+
+    @cache
+    def largest(capability: tuple[int, int] | None, budget: int) -> int:
+        found = estimated(capability)
+        return largest_fitting(lambda size: found.fits(size, budget), **limits).batch_size
+
+    ordered = sorted(gpus() if cards is None else cards, key=lambda card: card.capacity)
+    return tuple((card, largest(card.capability, int(card.capacity * (1 - margin)))) for card in ordered)
+
+
 EstimateAt = Callable[[int], Estimate]
+Advised = Callable[[Estimate, int], tuple[Advice, ...]]
 
 
 def estimates(
@@ -347,10 +482,12 @@ def plan_estimate(
     budget: int | None = None,
     failed: int | None = None,
     model: str = "the model",
+    advised: Advised | None = None,
 ) -> Plan:
     """The plan that follows from the estimate at each batch size; ``budget`` stands in for what the margin leaves.
 
     From ``failed`` on no batch size is chosen, but the smallest allowed: an earlier run was refused memory there.
+    ``advised`` is asked what would help, where nothing fits.
     """
     check_margin(margin)
     budget = int(device.capacity * (1 - margin)) if budget is None else budget
@@ -398,6 +535,7 @@ def plan_estimate(
             batch_size=smallest,
             phase=found.phase(smallest),
             breakdown=found.breakdown(smallest),
+            suggestions=() if advised is None else advice_lines(advised(found, smallest), budget),
         )
         raise DoesNotFitError(message, needed=needed, available=budget)
     size = search.batch_size

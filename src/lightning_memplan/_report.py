@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from lightning_memplan._types import Device, Layer, Measurement, Peaks, Plan, Run
+from lightning_memplan._types import Advice, Device, Layer, Measurement, Peaks, Plan, Run
 from lightning_memplan._units import format_bytes, gib
 
 WIDTH = 80
@@ -262,6 +262,56 @@ def estimate_table(model: str, rows: Sequence[Mapping[str, Any]], notes: Sequenc
     for note in notes:
         lines.extend(_wrap(note, "  note: "))
     return "\n".join(lines)
+
+
+# --- advice -----------------------------------------------------------------------------------------------------------
+
+
+def advice_table(advice: Sequence[Advice]) -> str:
+    """What would take less memory, a paragraph each.
+
+    >>> one = Advice("precision", "precision='bf16-mixed'", "half-precision arithmetic", 8, 2**30, 2**31, 2**30, 16)
+    >>> print(advice_table([one]))
+    1. precision='bf16-mixed'
+       saves 1.00 GiB: 2.00 GiB reserved at batch size 8; largest that fits: 16
+       cost: half-precision arithmetic
+    """
+    lines = []
+    for rank, item in enumerate(advice, 1):
+        largest = "" if item.largest_batch_size is None else f"; largest that fits: {item.largest_batch_size}"
+        peak = f"{format_bytes(item.peak_reserved)} reserved at batch size {item.batch_size}"
+        lines += _wrap(item.change, f"{rank}. ")
+        lines += _wrap(f"saves {format_bytes(item.saved)}: {peak}{largest}", "   ")
+        lines += _wrap(f"cost: {item.cost}", "   ")
+    return "\n".join(lines) or "nothing that can be traced saves a hundredth of the peak"
+
+
+def advice_lines(advice: Sequence[Advice], available: int, count: int = 3) -> list[str]:
+    """The best of each kind, in a line each that says whether it then fits.
+
+    >>> one = Advice("precision", "precision='bf16-mixed'", "half-precision arithmetic", 8, 2**30, 2**31, 2**30)
+    >>> advice_lines([one], available=2**30)
+    ["precision='bf16-mixed': 2.00 GiB, which still lacks 1.00 GiB"]
+    """
+    best = {item.kind: item for item in reversed(advice)}
+    lines = []
+    for item in sorted(best.values(), key=lambda item: -item.saved)[:count]:
+        lacks = item.peak_reserved - available
+        then = "which fits" if lacks <= 0 else f"which still lacks {format_bytes(lacks)}"
+        lines.append(f"{item.change}: {format_bytes(item.peak_reserved)}, {then}")
+    return lines
+
+
+def cards_table(cards: Sequence[tuple[Device, int]]) -> str:
+    """Cards with the largest batch size that fits on each.
+
+    >>> print(cards_table([(Device("T4", total=2**34), 0), (Device("A100 40GB", total=2**35), 16)]))
+    card       for training  largest batch size
+    T4            16.00 GiB                none
+    A100 40GB     32.00 GiB                  16
+    """
+    rows = [("card", "for training", "largest batch size")]
+    return table([*rows, *((card.name, format_bytes(card.capacity), str(size or "none")) for card, size in cards)])
 
 
 # --- the formula ------------------------------------------------------------------------------------------------------

@@ -67,7 +67,8 @@ def detached_copy(
             )
         if id(parameter) not in memo:
             fake = nn.Parameter(_fake(parameter, mode, DEVICE, dtype), requires_grad=parameter.requires_grad)
-            fake.__dict__.update({k: v for k, v in parameter.__dict__.items() if not k.startswith("_")})
+            own = fake.__dict__  # a fake tensor's mode is such an attribute, and that of a copy's copy is not its own
+            own.update({k: v for k, v in parameter.__dict__.items() if not k.startswith("_") and k not in own})
             memo[id(parameter)] = fake
     for buffer in module.buffers():
         if id(buffer) not in memo:

@@ -240,6 +240,28 @@ class Run:
     ranks: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """A change that takes less memory, by a trace of that very change (bytes).
+
+    ``batch_size`` is the one that it was traced for; ``largest_batch_size`` the largest that would then fit, where a
+    device was named.
+
+    >>> advice = Advice("precision", "precision='bf16-mixed'", "half-precision arithmetic", 8, 2**30, 2**31, 2**30)
+    >>> advice.saved
+    1073741824
+    """
+
+    kind: str  #: "precision", "checkpointing", "optimizer", "zero_grad", "accumulation" or "allocator"
+    change: str  #: what to write
+    cost: str  #: what it costs other than memory
+    batch_size: int
+    saved: int  #: of the peak of the reserved bytes
+    peak_reserved: int
+    peak_allocated: int
+    largest_batch_size: int | None = None
+
+
 Precision = Literal["32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"]
 
 _PRECISIONS: Mapping[str, Precision] = {

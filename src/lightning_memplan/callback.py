@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from lightning_memplan._api import (
     MARGIN,
+    advised_step,
     check_count,
     check_margin,
     check_method,
@@ -266,6 +267,7 @@ class MemoryPlanner(CallbackBase):
             effective_batch_size=self.effective_batch_size,
             ranks=ranks,
             model=type(module).__name__,
+            advised=advised_step(module, source, settings, device=device, **how),
         )
         plan = planned(max_batch_size=self.max_batch_size)
         draft = Draft(plan, estimate_at, planned, tried, ranks, index, on_the_card=own > 0)

@@ -26,10 +26,14 @@ from torch import nn
 
 from lightning_memplan._api import (
     MARGIN,
+    advise,
+    advised_step,
+    cards_for,
     default_device,
     estimate,
     plan,
     plan_estimate,
+    resolve_step,
 )
 from lightning_memplan._device import detect_devices, gpu, gpus
 from lightning_memplan._errors import DoesNotFitError, MemplanError
@@ -37,6 +41,8 @@ from lightning_memplan._figures import plot_timeline
 from lightning_memplan._history import history, lesson
 from lightning_memplan._lightning import read_cli_config
 from lightning_memplan._report import (
+    advice_table,
+    cards_table,
     device_fields,
     devices_table,
     estimate_table,
@@ -136,7 +142,9 @@ def _check(args: argparse.Namespace) -> int:
     device = job.beside(_device(args))
     only = {"min_batch_size": size, "max_batch_size": size}
     estimated = job.estimated(device)
-    found = plan_estimate(lambda _: estimated, device, margin=args.margin, model=job.name, **only)
+    found = plan_estimate(
+        lambda _: estimated, device, margin=args.margin, model=job.name, advised=job.advised(device), **only
+    )
     if args.json:
         _say(args, {"model": job.name, "fits": True, **plan_fields(found)})
     else:
@@ -145,11 +153,27 @@ def _check(args: argparse.Namespace) -> int:
     return FITS
 
 
+def _advise(args: argparse.Namespace) -> int:
+    job = _job(args)
+    settings = {name: value for name, value in job.settings.items() if name != "method"}
+    device = job.beside(_device(args))
+    found = advise(job.module, job.batch, batch_size=args.batch_size, device=device, margin=args.margin, **settings)
+    _say(args, {"model": job.name, "advice": [asdict(item) for item in found]} if args.json else advice_table(found))
+    return FITS
+
+
 def _gpus(args: argparse.Namespace) -> int:
     words = " ".join(args.words).lower().split()
     cards = [card for card in gpus() if all(word in card.name.lower() for word in words)]
     if not cards:
         raise UsageError(f"no card of the catalogue has {' '.join(args.words)!r} in its name: memplan gpus lists all")
+    if args.target:
+        job = _job(args)
+        limits = {name: getattr(args, name) for name in ("margin", "min_batch_size", "max_batch_size", "multiple_of")}
+        found = cards_for(job.module, job.batch, cards=[job.beside(card) for card in cards], **limits, **job.settings)
+        rows = [device_fields(card) | {"batch_size": size} for card, size in found]
+        _say(args, rows if args.json else cards_table(found))
+        return FITS
     _say(args, [device_fields(card) for card in cards] if args.json else devices_table(cards))
     return FITS
 
@@ -209,6 +233,21 @@ class _Job:
 
     def estimated(self, device: Device | None) -> Any:
         return estimate(self.module, self.batch, device=device, **self.settings)
+
+    def advised(self, device: Device) -> Any:
+        given = self.settings
+        sampled = {"sample": given["sample"]} if "sample" in given else {}
+        source, settings, rest = resolve_step(
+            self.module,
+            self.batch,
+            precision=given.get("precision"),
+            optimizer=given.get("optimizer"),
+            trainer=None,
+            device=device,
+            gradient_clip_val=given.get("gradient_clip_val"),
+            accumulate_grad_batches=given.get("accumulate_grad_batches", 1),
+        )
+        return advised_step(self.module, source, settings, **rest, **sampled)
 
     def beside(self, device: Device) -> Device:
         return replace(device, context=device.context + self.buckets)
@@ -387,6 +426,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     added = command("plan", _plan, "the largest batch size that fits")
     _add_job(added)
     _add_limits(added)
+    added.add_argument("--effective-batch-size", type=int, metavar="N", help="of an optimizer's step on each card")
 
     added = command("check", _check, "whether a batch size fits: exit status 0, or 1 where it does not")
     _add_job(added)
@@ -398,8 +438,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     added.add_argument("--snapshot", metavar="FILE", help="write the last size's for pytorch.org/memory_viz")
     added.add_argument("--plot", metavar="FILE.png", help="draw a step at the last size")
 
-    added = command("gpus", _gpus, "the cards that can be named")
+    added = command("advise", _advise, "what would take less memory, by a trace of each change")
+    _add_job(added)
+    added.add_argument("--batch-size", type=int, metavar="N", help="(default: the largest that fits)")
+
+    added = command("gpus", _gpus, "the cards that can be named; with --for, the largest batch size of each")
     added.add_argument("words", nargs="*", help="words of the cards' names")
+    _add_job(added, option="--for")
+    _add_limits(added)
 
     command("devices", _devices, "the GPUs of this machine")
     for name, run, text in (
@@ -412,9 +458,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _add_job(parser: argparse.ArgumentParser) -> None:
+def _add_job(parser: argparse.ArgumentParser, option: str | None = None) -> None:
+    """What names a job: its target by position, or by an option."""
     job = parser.add_argument_group("the job")
-    job.add_argument("target", nargs="?", help="what makes the module: package.module:Name or script.py:name")
+    place: dict[str, Any] = {"nargs": "?", "metavar": "TARGET"} if option is None else {"dest": "target"}
+    job.add_argument(option or "target", help="what makes the module: package.module:Name or script.py:name", **place)
     job.add_argument("--arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of it")
     job.add_argument("--data", metavar="TARGET", help="what makes its datamodule, loader or batch")
     job.add_argument("--data-arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of it")
@@ -443,7 +491,6 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     limits.add_argument("--min-batch-size", type=int, default=1, metavar="N", help="(default: 1)")
     limits.add_argument("--max-batch-size", type=int, metavar="N")
     limits.add_argument("--multiple-of", type=int, default=1, metavar="N", help="(default: 1)")
-    limits.add_argument("--effective-batch-size", type=int, metavar="N", help="of an optimizer's step on each card")
 
 
 def _complete(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,235 @@
+"""What would take less memory: each change is made on a copy, and its whole step is traced and replayed.
+
+So no figure here is a rule of thumb. A change that cannot be traced, or that does not apply, is left out; so is
+``channels_last``, whose effect is in cuDNN's workspaces, which no trace sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from lightning_memplan._errors import TraceError
+from lightning_memplan._estimate import Estimate
+from lightning_memplan._lightning import configured_optimizers, is_lightning_module, is_overridden
+from lightning_memplan._order import MakeOptimizer
+from lightning_memplan._planner import largest_fitting
+from lightning_memplan._scaling import scale
+from lightning_memplan._step import detached_copy, prepared, trace_steps
+from lightning_memplan._types import Advice, StepSettings, parse_precision
+
+WORTH = 0.01  #: of the peak: what saves less is no advice
+_MOST = 2**20  # samples in a batch: beyond, no larger batch is looked for
+
+ChangeOptimizer = Callable[[torch.optim.Optimizer], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training step as it is: what ``trace_steps`` takes, and the estimate that came of it."""
+
+    found: Estimate
+    module: nn.Module
+    batches: Sequence[tuple[int, Any]]
+    settings: StepSettings
+    trainer: Any = None
+    datamodule: Any = None
+    optimizer: MakeOptimizer | None = None
+    stage: str | None = None
+
+    def again(self, **changes: Any) -> Estimate:
+        """The estimate with some of these changed."""
+        job = replace(self, **changes)
+        common = {"trainer": job.trainer, "datamodule": job.datamodule, "optimizer": job.optimizer}
+        module = prepared(job.module, job.settings, trainer=job.trainer, stage=job.stage)
+        program = scale(trace_steps(module, job.batches, job.settings, **common))
+        return replace(self.found, program=program, _replays={})
+
+
+@dataclass(frozen=True)
+class _Change:
+    kind: str
+    text: str
+    cost: str
+    make: Callable[[], Estimate]
+    parts: int = 1  #: into how many the batch is divided
+
+
+class _DoesNotApplyError(Exception):
+    pass
+
+
+def advise_job(job: Job, batch_size: int, budget: int | None = None) -> tuple[Advice, ...]:
+    """What saves at least a hundredth of the peak at ``batch_size``, the best first; nothing where there is no trace.
+
+    With a ``budget`` (bytes) each says the largest batch size that would then fit.
+    """
+    if job.found.method != "trace":
+        return ()
+    before = job.found.peak(batch_size)
+    advice = []
+    for change in _changes(job, batch_size):
+        try:
+            after = change.make()
+        except (TraceError, _DoesNotApplyError):
+            continue
+        size = batch_size // change.parts
+        saved = before - after.peak(size)
+        if saved < WORTH * before:
+            continue
+        largest = None if budget is None else partial(_largest, after, budget)
+        advice.append((saved, change, size, after, largest))
+    advice.sort(key=lambda item: -item[0])
+    return tuple(
+        Advice(
+            kind=change.kind,
+            change=change.text,
+            cost=change.cost,
+            batch_size=size,
+            saved=saved,
+            peak_reserved=after.peak(size),
+            peak_allocated=after.peak_allocated(size),
+            largest_batch_size=None if largest is None else largest(),
+        )
+        for saved, change, size, after, largest in advice
+    )
+
+
+def _largest(after: Estimate, budget: int) -> int:
+    return largest_fitting(lambda size: after.fits(size, budget), max_batch_size=_MOST).batch_size
+
+
+def _changes(job: Job, batch_size: int) -> Iterator[_Change]:
+    settings = job.settings
+    for precision, cost in _precisions(settings):
+        changed = replace(settings, precision=parse_precision(precision))
+        yield _Change("precision", f"precision={precision!r}", cost, partial(job.again, settings=changed))
+    if blocks := _repeated_blocks(job.module):
+        names = ", ".join(dict.fromkeys(type(block).__name__ for _, block in blocks))
+        text = f"torch.utils.checkpoint around each of the {len(blocks)} blocks ({names}), use_reentrant=False"
+        yield _Change("checkpointing", text, "their forward runs twice", partial(_with_checkpoints, job, blocks))
+    for text, cost, change in (
+        ("the optimizer with fused=True", "none: the same steps, in one kernel", _fused),
+        ("the optimizer with foreach=False", "more, smaller kernels: a slower optimizer step", _one_by_one),
+        ("torch.optim.SGD without momentum", "another optimizer: it may train worse", _stateless),
+    ):
+        yield _Change("optimizer", text, cost, partial(_with_optimizer, job, change))
+    if is_overridden("optimizer_zero_grad", job.module):
+        text = "optimizer.zero_grad(set_to_none=True) in optimizer_zero_grad"
+        yield _Change("zero_grad", text, "none", partial(_with_gradients_freed, job))
+    if batch_size > 1 and not (is_lightning_module(job.module) and not job.module.automatic_optimization):
+        parts = 2 * settings.accumulate_grad_batches
+        changed = replace(settings, accumulate_grad_batches=parts)
+        text = f"accumulate_grad_batches={parts} at batch size {batch_size // 2}"
+        cost = "smaller batches use the GPU less well; batch norm sees fewer samples"
+        yield _Change("accumulation", text, cost, partial(job.again, settings=changed), parts=2)
+    if not job.found.settings.expandable_segments:
+        expandable = replace(job.found, settings=replace(job.found.settings, expandable_segments=True), _replays={})
+        text = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+        yield _Change("allocator", text, "none on Linux", lambda: expandable)
+
+
+# --- precision
+
+
+def _precisions(settings: StepSettings) -> Iterator[tuple[str, str]]:
+    half = "bf16" if settings.capability >= (8, 0) else "16"
+    if settings.precision == "64-true":
+        yield "32-true", "single precision"
+    if settings.precision in ("64-true", "32-true"):
+        yield f"{half}-mixed", "half-precision arithmetic where autocast allows it"
+    if not settings.precision.endswith("16-true"):
+        yield f"{half}-true", "weights and optimizer state in half precision: see that it still learns"
+
+
+# --- the module, copied: the original stays as it is
+
+
+def _copied(job: Job) -> Any:
+    return detached_copy(job.module, FakeTensorMode(allow_non_fake_inputs=True), trainer=job.trainer)
+
+
+def _repeated_blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The outermost modules that have parts and stand at least twice, of one class, in a Sequential or ModuleList."""
+    found: dict[str, nn.Module] = {}
+    for path, container in module.named_modules():
+        if not isinstance(container, (nn.Sequential, nn.ModuleList)) or any(path.startswith(f"{p}.") for p in found):
+            continue
+        blocks = [(name, child) for name, child in container.named_children() if any(child.children())]
+        classes = [type(child) for _, child in blocks]
+        found.update(
+            (f"{path}.{name}" if path else name, child)
+            for name, child in blocks
+            if classes.count(type(child)) > 1 and not isinstance(child, (nn.Sequential, nn.ModuleList))
+        )
+    return list(found.items())
+
+
+def _with_checkpoints(job: Job, blocks: Sequence[tuple[str, nn.Module]]) -> Estimate:
+    twin = _copied(job)
+    for path, _ in blocks:
+        _checkpoint(twin.get_submodule(path))
+    return job.again(module=twin)
+
+
+def _checkpoint(block: nn.Module) -> None:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(partial(type(block).forward, block), *args, use_reentrant=False, **kwargs)
+
+    block.__dict__["forward"] = forward
+
+
+def _with_gradients_freed(job: Job) -> Estimate:
+    twin = _copied(job)
+    twin.__dict__["optimizer_zero_grad"] = lambda epoch, batch_idx, optimizer: optimizer.zero_grad(set_to_none=True)
+    return job.again(module=twin)
+
+
+# --- the optimizer
+
+
+def _with_optimizer(job: Job, change: ChangeOptimizer) -> Estimate:
+    if not is_lightning_module(job.module):
+        make = job.optimizer
+        if make is None:
+            raise _DoesNotApplyError
+        return job.again(optimizer=lambda parameters: change(make(parameters)))
+    twin = _copied(job)
+    if not twin.automatic_optimization:
+        raise _DoesNotApplyError
+
+    def configure_optimizers() -> list[torch.optim.Optimizer]:
+        del twin.__dict__["configure_optimizers"]  # the copy's own, from here on
+        return [change(optimizer) for optimizer in configured_optimizers(twin)[0]]
+
+    twin.__dict__["configure_optimizers"] = configure_optimizers
+    return job.again(module=twin)
+
+
+def _fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return _with_option(optimizer, fused=True, foreach=False)
+
+
+def _one_by_one(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return _with_option(optimizer, foreach=False)
+
+
+def _with_option(optimizer: torch.optim.Optimizer, **options: bool) -> torch.optim.Optimizer:
+    for group in optimizer.param_groups:
+        if any(name not in group for name in options) or all(group[name] is value for name, value in options.items()):
+            raise _DoesNotApplyError
+        group.update(options)
+    return optimizer
+
+
+def _stateless(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    if isinstance(optimizer, torch.optim.SGD) and not any(group["momentum"] for group in optimizer.param_groups):
+        raise _DoesNotApplyError
+    return torch.optim.SGD([{"params": group["params"]} for group in optimizer.param_groups], lr=1e-3)
