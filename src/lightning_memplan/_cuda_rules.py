@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -535,7 +537,11 @@ _CUBLASLT_WORKSPACE = 2**20  # aten/src/ATen/cuda/CUDABlas.cpp, 2.15: 1 MiB wher
 
 def _cublas_workspace(capability: tuple[int, int]) -> int:
     """aten/src/ATen/cuda/CublasHandlePool.cpp, ``getChosenWorkspaceSize``: ``:4096:2:16:8`` (KiB times count) is
-    2·4096 KiB + 8·16 KiB = 8,519,680 bytes; 32 MiB on compute capability 9.0 and later."""
+    2·4096 KiB + 8·16 KiB = 8,519,680 bytes; 32 MiB on compute capability 9.0 and later, or as CUBLAS_WORKSPACE_CONFIG
+    says."""
+    pairs = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    if pairs:
+        return sum(int(size) * int(count) for size, count in pairs) * 2**10
     return 32 * 2**20 if capability >= (9, 0) else (2 * 4096 + 8 * 16) * 2**10
 
 
@@ -938,7 +944,7 @@ def _convolution_backward(card: Card) -> Rule:
             return [slice(0, 2), *copies], slice(2, 3), *sums
         layout = _convolution_layout(source, weight)
         copied, laid = (_relaid(source, layout) if mask[1] else ()), _relaid(grad, layout)
-        if args[6]:  # transposed: the gradient is laid out once for both
+        if args[7]:  # transposed: the gradient is laid out once for both
             return [*copied, *laid, slice(0, 2)], slice(2, 3), *sums
         of_input = [slice(0, 1), *laid, *_relaid(weight, layout)] if mask[0] else []
         of_weight = [*laid, slice(1, 2)] if mask[1] else []

@@ -110,6 +110,7 @@ def fit(row: Row) -> tuple[int, int]:
         return torch.cuda.max_memory_allocated() - kept[0], torch.cuda.max_memory_reserved() - kept[1]
     finally:
         del trainer, loader
+        torch._C._cuda_clearCublasWorkspaces()  # which torch keeps for each thread, up to 2.14
         module.cpu()
         module.zero_grad()
 

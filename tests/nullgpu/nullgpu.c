@@ -168,7 +168,7 @@ int cuModuleLoadData(void**m,const void*i){*m=handle();return 0;}
 int cuModuleLoadDataEx(void**m,const void*i,unsigned n,void*o,void*v){*m=handle();return 0;}
 int cuModuleLoad(void**m,const char*f){*m=handle();return 0;}
 int cuModuleGetFunction(void**f,void*m,const char*n){*f=handle();return 0;}
-int cuFuncGetAttribute(int*v,int a,void*f){*v=a==4?32:0;return 0;}
+int cuFuncGetAttribute(int*v,int a,void*f){*v=a==0?1024:a==4?32:0;return 0;} // threads of a block, registers
 int cuPointerGetAttribute(void*v,int a,uintptr_t p){*(uintptr_t*)v=p;return 0;}
 int cuMemGetAllocationGranularity(size_t*g,const void*p,int o){*g=2<<20;return 0;}
 int cuOccupancyMaxActiveBlocksPerMultiprocessor(int*n,void*f,int b,size_t s){*n=2;return 0;}
