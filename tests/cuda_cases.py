@@ -320,7 +320,7 @@ _MODE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def _traced(run: Case, autocast: torch.dtype | None, n: int) -> Trace:
-    recorder = Recorder(_MODE, Rules(temporaries(), {}, WIDTHS, ORDER, KERNELS, SHAPES))
+    recorder = Recorder(_MODE, Rules(temporaries(), {}, WIDTHS, ORDER, KERNELS, shapes=SHAPES))
     gc.collect()
     gc.disable()
     try:

@@ -75,6 +75,12 @@ def test_a_value_is_read_as_zero_and_counted(recorder):
     assert mode.values_read == 2
 
 
+def test_no_layer_is_left_out_by_chance(recorder):
+    with recorder():
+        assert float(torch.rand([])) > 0.999
+        assert torch.rand(3).shape == (3,)
+
+
 def test_temporaries_are_freed_when_the_kernel_returns_and_scopes_before(recorder):
     rules: dict[Any, Any] = {aten.neg.default: lambda args, kwargs, out: (512, [1024, ("above", 0, 1, 2048)], 4096)}
     with recorder(temporaries=rules) as mode:
@@ -186,3 +192,27 @@ def test_a_result_as_long_as_values_say_is_taken_at_its_longest(recorder):
 def test_frees_in_a_row_are_in_the_order_of_their_blocks():
     events = [Event(0, 8), Event(1, 8), Event(1, -1), Event(0, -1), Event(2, 8)]
     assert [(e.block, e.size) for e in labelled(events)] == [(0, 8), (1, 8), (0, -1), (1, -1), (2, 8)]
+
+
+def test_outputs_are_allocated_where_a_slice_stands_for_them(recorder):
+    rules: dict[Any, Any] = {aten.topk.default: lambda args, kwargs, out: ([512, slice(0, 1)], slice(1, 2), 1024)}
+    with recorder(temporaries=rules) as mode:
+        values, places = torch.zeros(8, device=DEVICE).topk(4)
+        mode.stop()
+        del values, places
+    # the input; a temporary beside the values (4 floats), then the places (4 longs), then another temporary
+    sizes = [(e.block, e.size) for e in mode.events]
+    assert sizes[1:7] == [(1, 512), (2, 16), (1, -1), (3, 32), (4, 1024), (4, -1)]
+
+
+def test_a_view_that_was_written_to_takes_zeros_for_its_gradient(recorder):
+    with recorder() as mode:
+        x = torch.zeros(4, 256, device=DEVICE, requires_grad=True)
+        mode.phase = "forward"
+        loss = (x * 2).view(16, 64).relu_().sum()
+        mode.phase = "backward"
+        loss.backward()
+        mode.stop()
+        del x, loss
+    made = [e.op for e in mode.events if e.size == 4096 and e.phase == "backward"]
+    assert aten.zeros_like.default in made  # as_strided's backward

@@ -940,15 +940,18 @@ def _convolution_backward(card: Card) -> Rule:
         grad, source, weight, mask = *args[:3], args[10]
         sums = reduction_blocks(grad, [0, *range(2, grad.dim())], 4, _sum_vector(grad), card) if mask[2] else ()
         if _depthwise(source, weight, args[4], args[6], args[7], args[9]):
-            copies = (size for tensor in (grad, source, weight) for size in _relaid(tensor, torch.contiguous_format))
-            return [slice(0, 2), *copies], slice(2, 3), *sums
+            copies = [_relaid(tensor, torch.contiguous_format) for tensor in (grad, source, weight)]
+            if source.dim() == 5:
+                return [slice(0, 2), *copies[0], *copies[1], *copies[2]], slice(2, 3), *sums
+            return [*copies[0], [*copies[1], slice(1, 2)], slice(0, 1), *copies[2]], slice(2, 3), *sums
         layout = _convolution_layout(source, weight)
         copied, laid = (_relaid(source, layout) if mask[1] else ()), _relaid(grad, layout)
-        if args[7]:  # transposed: the gradient is laid out once for both
-            return [*copied, *laid, slice(0, 2)], slice(2, 3), *sums
+        if args[7] or layout is not torch.contiguous_format:  # the gradient is laid out once for both
+            of_input = [slice(0, 1), *(_relaid(weight, layout) if mask[0] else ())]
+            return [*laid, of_input, [*copied, slice(1, 2)]], slice(2, 3), *sums
         of_input = [slice(0, 1), *laid, *_relaid(weight, layout)] if mask[0] else []
-        of_weight = [*laid, slice(1, 2)] if mask[1] else []
-        return [*copied, of_input, of_weight], slice(2, 3), *sums
+        of_weight = [*laid, *copied, slice(1, 2)] if mask[1] else []
+        return of_input, of_weight, slice(2, 3), *sums
 
     return rule
 
