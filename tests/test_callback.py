@@ -1138,39 +1138,3 @@ def test_memory_that_the_process_holds_already_is_not_planned_with(fits):
     assert "failed" not in result, result["failed"]
     assert "Classifier does not fit on NVIDIA GeForce RTX 3090 at batch size 1" in result["text"]
     assert result["available"] < 4 * GiB  # 23.7 GiB, less the 20 that are held
-
-
-DISTRIBUTED = """
-import json
-import sys
-import pytorch_lightning as pl
-import torch
-sys.path.insert(0, sys.argv[1])
-from fits import Classifier, Data, mlp
-from pytorch_lightning.strategies import DDPStrategy
-import lightning_memplan as mp
-
-planner = mp.MemoryPlanner(max_batch_size=512)
-strategy = DDPStrategy(process_group_backend="gloo", gradient_as_bucket_view=sys.argv[2] == "True")
-trainer = pl.Trainer(accelerator="gpu", devices=2, strategy=strategy, max_steps=4, logger=False, callbacks=planner,
-                     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-trainer.fit(Classifier(mlp()), Data(torch.zeros(2048), 4000))
-with open(f"{sys.argv[3]}/{trainer.global_rank}.json", "w") as file:
-    json.dump([[m.predicted_allocated, m.allocated] for m in planner.measurements], file)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("view", [False, True])
-def test_two_ranks_are_predicted(nullgpu, tmp_path, view):
-    """A card each; DistributedDataParallel's buckets are as large as the gradients, or are the gradients."""
-    script = tmp_path / "distributed.py"
-    script.write_text(DISTRIBUTED)
-    source = str(Path(mp.__file__).parents[1])
-    arguments = [sys.executable, str(script), str(Path(__file__).parent), str(view), str(tmp_path)]
-    nullgpu(arguments, PYTHONPATH=source, NULLGPU_COUNT=2)
-    for rank in range(2):
-        measured = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert len(measured) == 4
-        for predicted, allocated in measured:
-            assert predicted == pytest.approx(allocated, rel=0.03)

@@ -12,6 +12,7 @@ import torch
 import lightning_memplan as mp
 from lightning_memplan import _draft
 from lightning_memplan._draft import Draft, confirmed, on_all_ranks
+from lightning_memplan._planner import Word
 from lightning_memplan._probe import Tried
 
 CARD = mp.Device("a card", total=2**30, index=0)
@@ -83,7 +84,12 @@ def test_a_card_that_fails_raises(monkeypatch):
 def ranks(monkeypatch, *others):
     """Another rank, which says these sizes one after another."""
     said = iter(others)
-    monkeypatch.setattr(_draft, "agree_on_smallest", lambda size: min(size, next(said)))
+
+    def over_ranks(word):
+        size = next(said)
+        return [word, Word("other", size, reason="" if size else "ValueError: theirs")]
+
+    monkeypatch.setattr(_draft, "over_ranks", over_ranks)
 
 
 def test_the_smallest_of_all_ranks_is_confirmed_by_all(monkeypatch):
@@ -104,7 +110,7 @@ def test_where_another_rank_shrinks_this_one_tries_again(monkeypatch):
 
 def test_where_one_rank_cannot_plan_all_raise(monkeypatch):
     ranks(monkeypatch, 0)
-    with pytest.raises(mp.MemplanError, match="there is no batch size for all ranks: another rank cannot plan"):
+    with pytest.raises(mp.MemplanError, match="there is no batch size for all 2 ranks; rank 1: ValueError: theirs"):
         on_all_ranks(draft)
 
     def fails():

@@ -320,4 +320,4 @@ def test_ranks_agree_on_the_smallest(tmp_path):
 def test_a_rank_that_cannot_plan_does_not_leave_the_others_waiting(tmp_path):
     done = run_ranks(tmp_path, RANKS.replace("[2**28, 2**27][RANK]", "[2**28, 2**21][RANK]"))  # 2 MiB: not one sample
     assert done.returncode != 0
-    assert "MemplanError: there is no batch size for all ranks: another rank cannot plan, and says why" in done.stderr
+    assert "MemplanError: there is no batch size for all 2 ranks; rank 1: DoesNotFitError: Net does not" in done.stderr

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
+from lightning_memplan._types import EMPTY
+
 _MIB = 2**20
 _ROUND = 512
 _SMALL = _MIB  # the largest request that the small pool serves
@@ -145,7 +147,7 @@ class Replay:
 
 class Move(NamedTuple):
     """What a replay did, where it keeps a journal: ``alloc`` and ``free`` of an entry's block, of 0 bytes where it
-    takes no memory, and segments or parts of them that the card gave and was given back.
+    takes no memory, ``empty`` of the cache, and segments or parts of them that the card gave and was given back.
 
     >>> journal = []
     >>> _ = replay([(0, 600, 0), (0, -1, 0)], journal=journal)
@@ -153,7 +155,7 @@ class Move(NamedTuple):
     [('segment_alloc', 0, 2097152), ('alloc', 0, 1024), ('free', 0, 1024)]
     """
 
-    action: Literal["alloc", "free", "segment_alloc", "segment_free", "segment_map", "segment_unmap"]
+    action: Literal["alloc", "free", "empty", "segment_alloc", "segment_free", "segment_map", "segment_unmap"]
     address: int
     size: int
 
@@ -172,7 +174,8 @@ def replay(
 ) -> Replay:
     """Run a program of entries ``(block, size, stream)`` through the allocator.
 
-    A size from 0 on allocates that many bytes under the id ``block`` (0 bytes take no memory); -1 frees the block.
+    A size from 0 on allocates that many bytes under the id ``block`` (0 bytes take no memory); -1 frees the block, -2
+    gives all that is idle back to the card (``torch.cuda.empty_cache``), whatever the block.
     Below, 3 MiB and 5 MiB share a segment of 20 MiB, and 40 MiB have one of their own. A card of 50 MiB has no room
     for both, so it is given back the first, in which nothing is in use any more.
 
@@ -218,6 +221,10 @@ def replay(
         peak, heap.peak = allocated, heap.reserved
         for index, (block, request, stream) in enumerate(program[begin:end], begin):
             if request < 0:
+                if request == EMPTY:
+                    heap.release()
+                    heap.journal.append(Move("empty", 0, 0))
+                    continue
                 if block not in live:
                     raise ValueError(f"entry {index} frees block {block}, which is not allocated")
                 place = live.pop(block)

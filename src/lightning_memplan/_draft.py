@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from lightning_memplan._api import EstimateAt
-from lightning_memplan._errors import DoesNotFitError, MemplanError
+from lightning_memplan._errors import DoesNotFitError
 from lightning_memplan._estimate import Estimate
-from lightning_memplan._lightning import agree_on_smallest
-from lightning_memplan._planner import lacking
+from lightning_memplan._lightning import over_ranks
+from lightning_memplan._planner import Word, agreed, lacking
 from lightning_memplan._probe import Tried, give_back
 from lightning_memplan._twin import explain
 from lightning_memplan._types import Plan
@@ -92,15 +92,26 @@ def on_all_ranks(make: Callable[[], Draft]) -> Draft:
     """What ``make`` gives, at the smallest batch size of all ranks'.
 
     Where it raises on one rank, it raises on all: none waits for the word of one that is gone.
+
+    Raises:
+        MemplanError: another rank has no batch size; says which and why.
     """
-    found = None
+    failure = None
     try:
         found = make()
-    finally:
-        smallest = agree_on_smallest(found.plan.batch_size if found else 0)
-    if not smallest:
-        raise MemplanError("there is no batch size for all ranks: another rank cannot plan, and says why")
-    return found.at(smallest)
+        word = Word(found.plan.device.name, found.plan.batch_size, found.plan.limited_by)
+    except Exception as error:  # noqa: BLE001 - the other ranks wait for this one's word, whatever happened
+        failure, word = error, Word(reason=f"{type(error).__name__}: {error}")
+    words = over_ranks(word)
+    if failure is not None:
+        raise failure
+    rank = agreed(words)
+    decides = words[rank]
+    if decides.batch_size == found.plan.batch_size:
+        return found
+    note = f"rank {rank} ({decides.card}) decides for all: here alone the batch size would be {found.plan.batch_size}"
+    draft = found.at(decides.batch_size)
+    return replace(draft, plan=replace(draft.plan, limited_by=decides.limited_by)).noted(note)
 
 
 def confirmed(draft: Draft, *, strict: bool) -> Draft:

@@ -23,6 +23,7 @@ _LOOK: Mapping[str, tuple[str, str]] = {
     "buffers": ("0.45", ""),
     "optimizer": ("0.55", ""),
     "workspaces": ("0.95", "xx"),
+    "communication": ("0.65", ""),
     "other": ("0.95", "oo"),
     "batch": ("0.95", ".."),
     "gradients": ("0.75", ""),
@@ -236,7 +237,7 @@ def _last_step(
         if move.action == "alloc":
             categories[event.block] = event.category
             live[event.category] += move.size
-        else:
+        elif move.action == "free":
             live[categories.pop(event.block)] -= move.size
         if at >= begin:
             for name, size in live.items():

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection as apply_to_collection
 
-from lightning_memplan._types import StepSettings, parse_precision
+from lightning_memplan._types import Parallel, StepSettings, parse_precision
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule
@@ -150,6 +150,7 @@ def trainer_settings(trainer: Any, capability: tuple[int, int] | None = None) ->
         gradient_clip_algorithm="value" if "value" in str(trainer.gradient_clip_algorithm).lower() else "norm",
         accumulate_grad_batches=trainer.accumulate_grad_batches,
         capability=capability or (8, 6),
+        parallel=parallel_of(trainer),
     )
 
 
@@ -179,6 +180,21 @@ def check_accumulation(effective_batch_size: int, module: Any, trainer: Any, par
             f"effective_batch_size={effective_batch_size} has no equal share for each of {ranks} processes: make it a "
             f"multiple of {ranks}"
         )
+
+
+def parallel_of(trainer: Any) -> Parallel | None:
+    """What the Trainer's strategy wraps around a module, None where that is nothing.
+
+    Source: pytorch_lightning/strategies/ddp.py (2.6).
+    """
+    strategy = trainer.strategy
+    if any(isinstance(strategy, flavour.strategies.DDPStrategy) for flavour in _FLAVOURS):
+        hook = strategy._ddp_comm_hook if strategy.root_device.type == "cuda" else None
+        if hook is not None and strategy._ddp_comm_wrapper is not None:
+            hook = strategy._ddp_comm_wrapper(hook)
+        state = strategy._ddp_comm_state
+        return Parallel("ddp", trainer.world_size, strategy._ddp_kwargs, None if hook is None else (state, hook))
+    return None
 
 
 Phase = Literal["train", "val"]  #: whose loaders
@@ -272,15 +288,6 @@ def release_loaders(trainer: Any) -> None:
 def train_loaders(trainer: Any) -> Any:
     """What the Trainer trains with, once it has begun: a CombinedLoader."""
     return trainer.fit_loop._combined_loader
-
-
-def bucket_bytes(trainer: Any, gradient_bytes: int) -> int:
-    """What DistributedDataParallel holds beside the gradients: buckets of their size, unless those are the gradients.
-
-    Source: ``gradient_as_bucket_view`` of torch.nn.parallel.DistributedDataParallel.
-    """
-    settings = getattr(trainer.strategy, "_ddp_kwargs", None)
-    return 0 if settings is None or settings.get("gradient_as_bucket_view") else gradient_bytes
 
 
 def averaging_bytes(trainer: Any, module: Any) -> int:

@@ -25,6 +25,7 @@ from lightning_memplan._lightning import (
     is_overridden,
     move_to_device,
 )
+from lightning_memplan._strategy import silent_ranks, through, without_reduction, wrapped
 from lightning_memplan._types import Category, Layer, Phase, StepSettings
 
 TRUE_DTYPE = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
@@ -67,6 +68,9 @@ class Mark(Protocol):
     category: Category
     path: str
     step: int
+    stream: int
+
+    def empty_cache(self) -> None: ...
 
 
 class StepRunner:
@@ -94,15 +98,23 @@ class StepRunner:
         self._counted_size = 0
         self._make_optimizer = optimizer
         self._scale: torch.Tensor | None = None
+        self._wrapper: Any = None
 
     def run_steps(self, batch: Any, steps: int) -> None:
-        """Optimizers are made, then ``steps`` optimizer steps run, each of as many batches as are accumulated."""
-        self.mark.category, self.mark.path = "optimizer", ""
-        self.optimizers = self.configure()
-        parts = accumulated(self.settings)
-        for index in range(steps * parts):
-            self.mark.step = index + 1
-            self.run(batch, index, first=index % parts == 0, last=index % parts == parts - 1)
+        """The strategy wraps the module, optimizers are made, then ``steps`` optimizer steps run, each of as many
+        batches as are accumulated."""
+        parallel = self.settings.parallel
+        with nullcontext() if parallel is None else silent_ranks(parallel.ranks):
+            if parallel is not None:
+                self._wrapper = wrapped(self.twin, parallel, self.device, self.mark)
+            self.mark.category, self.mark.path = "optimizer", ""
+            self.optimizers = self.configure()
+            if self.lightning:
+                self.mark.empty_cache()  # when all states have been restored: checkpoint_connector.py, resume_end
+            parts = accumulated(self.settings)
+            for index in range(steps * parts):
+                self.mark.step = index + 1
+                self.run(batch, index, first=index % parts == 0, last=index % parts == parts - 1)
 
     def validate(self, batch: Any) -> None:
         """A validation step after training, with the gradients of the last step and the optimizer's state alive.
@@ -201,7 +213,10 @@ class StepRunner:
             mark.phase, mark.category = "optimizer", "temporaries"
             return kept[1]
 
-        if not last or not self.optimizers:
+        if not last:
+            with without_reduction(self._wrapper):
+                closure()
+        elif not self.optimizers:
             closure()
         else:
             self._optimizer_step(index, closure)
@@ -290,11 +305,27 @@ class StepRunner:
 
     def _training_step(self, moved: Any, index: int) -> Any:
         if not self._counted_size:
-            return self._user_step(moved, index)
+            return self._wrapped_step(moved, index)
         outputs: list[Any] = []
         size, self._counted_size = self._counted_size, 0
-        self.layers = record_layers(self.twin, lambda: outputs.append(self._user_step(moved, index)), size)
+        self.layers = record_layers(self.twin, lambda: outputs.append(self._wrapped_step(moved, index)), size)
         return outputs.pop()
+
+    def _wrapped_step(self, moved: Any, index: int) -> Any:
+        if self._wrapper is None:
+            return self._user_step(moved, index)
+        category, self.mark.category = self.mark.category, "communication"  # what the wrapper does before and after
+
+        def step(moved: Any) -> Any:
+            self.mark.category = category
+            try:
+                return self._user_step(moved, index)
+            finally:
+                self.mark.category = "communication"
+
+        outputs = through(self._wrapper, self.twin, step, moved)
+        self.mark.category = category
+        return outputs
 
     def _user_step(self, moved: Any, index: int) -> Any:
         if not self.lightning:

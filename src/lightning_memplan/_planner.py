@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isqrt
-from typing import Literal
+from typing import Literal, NamedTuple
+
+from lightning_memplan._errors import MemplanError
 
 LimitedBy = Literal["memory", "max_batch_size", "dataset", "effective_batch_size"]
 
@@ -20,6 +22,30 @@ class Found:
     batch_size: int
     limited_by: LimitedBy
     tried: int
+
+
+class Word(NamedTuple):
+    """What one rank says to the others: the batch size that it found for its card, or the ``reason`` why none."""
+
+    card: str = ""
+    batch_size: int = 0
+    limited_by: LimitedBy | Literal["checkpoint"] = _MEMORY
+    reason: str = ""
+
+
+def agreed(words: Sequence[Word]) -> int:
+    """The rank that decides for all, by the smallest batch size: the first of them where several have it.
+
+    >>> agreed([Word("RTX 3090", 96), Word("RTX 4080", 61), Word("RTX 4080", 61)])
+    1
+
+    Raises:
+        MemplanError: a rank has no batch size; says which and why.
+    """
+    failed = [f"rank {rank}: {word.reason}" for rank, word in enumerate(words) if word.reason]
+    if failed:
+        raise MemplanError(f"there is no batch size for all {len(words)} ranks; {'; '.join(failed)}")
+    return min(range(len(words)), key=lambda rank: words[rank].batch_size)
 
 
 def largest_fitting(

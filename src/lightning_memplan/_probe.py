@@ -27,7 +27,7 @@ from lightning_memplan._order import STEPS, TRUE_DTYPE, MakeOptimizer, StepRunne
 from lightning_memplan._record import labelled, module_paths
 from lightning_memplan._scaling import Polynomial
 from lightning_memplan._twin import twin_of
-from lightning_memplan._types import Category, Event, Phase, StepSettings, Trace
+from lightning_memplan._types import EMPTY, FREE, Category, Event, Phase, StepSettings, Trace
 from lightning_memplan._units import parse_bytes
 
 #: Batch sizes that are run, and what is run instead where the larger ones do not fit on the card
@@ -112,15 +112,15 @@ def try_step(
     datamodule: Any = None,
     optimizer: MakeOptimizer | None = None,
     stage: str | None = None,
-    steps: int = 2,
     beside: int = 0,
+    steps: int = 2,
 ) -> Tried:
     """Run whole training steps of this very batch on a copy of the module, on ``cuda:index``.
 
     Two steps by default: from the second on, gradients and the optimizer's state live beside the forward pass, and
-    ``beside`` bytes that training takes for what the copy has not (the buckets of DistributedDataParallel). All
-    memory is given back and random states are restored; the allocator's peaks (``max_memory_allocated``) begin anew.
-    What the step raises, other than that memory ran out, is the user's own error and is raised unchanged.
+    ``beside`` bytes that training takes for what the copy has not (averaged weights). All memory is given back
+    and random states are restored; the allocator's peaks (``max_memory_allocated``) begin anew. What the step raises,
+    other than that memory ran out, is the user's own error and is raised unchanged.
     """
     device = torch.device("cuda", index)
     run = _Run(module, device, settings, trainer, datamodule, optimizer, stage)
@@ -296,6 +296,10 @@ class _Place:
     path: str = ""
     step: int = 0
     run: int = 0
+    stream: int = 0  # the allocator's history knows it
+
+    def empty_cache(self) -> None:
+        torch.cuda.empty_cache()
 
 
 class _Mark(_Place):
@@ -409,7 +413,9 @@ def _events(history: Sequence[Mapping[str, Any]], labels: Sequence[_Label]) -> C
         elif entry["action"] == "free_requested" and address in blocks:
             made, block = blocks.pop(address)
             if made in (0, run):
-                events.setdefault(run, []).append(Event(block, -1, phase, step))
+                events.setdefault(run, []).append(Event(block, FREE, phase, step))
+        elif entry["action"] == "segment_free" and phase == "setup" and events.get(run, ())[-1:]:
+            events[run].append(Event(-1, EMPTY, phase, step))
     return lambda run: events[0] + events.get(run, [])
 
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_memplan._kernels import kernel_bytes
-from lightning_memplan._types import Category, Event, Phase
+from lightning_memplan._types import EMPTY, Category, Event, Phase
 
 DEVICE = torch.device("cpu", 0)  #: where traced tensors lie: the stand-in for the GPU
 
@@ -60,7 +60,7 @@ _READ_VALUE = torch.ops.aten._local_scalar_dense.default
 class Recorder(TorchDispatchMode):
     """Records every block that operators allocate and free on ``DEVICE``, while it is entered.
 
-    ``phase``, ``step``, ``path`` and ``category`` are set by who runs the step, and stamped on each event.
+    ``phase``, ``step``, ``path``, ``category`` and ``stream`` are set by who runs the step, and stamped on each event.
     """
 
     def __init__(self, mode: FakeTensorMode, rules: Rules) -> None:
@@ -71,6 +71,7 @@ class Recorder(TorchDispatchMode):
         self.category: Category = "other"
         self.step = 0
         self.path = ""
+        self.stream = 0
         self.values_read = 0  #: how often the step read a value of a tensor, and was given 0
         self.lengths_taken = 0  #: how often a result is as long as values say, and was taken at its longest
         self._temporaries = rules.temporaries
@@ -153,6 +154,10 @@ class Recorder(TorchDispatchMode):
         """Record a tensor that was made outside: a parameter, a buffer, a batch."""
         self._see(tensor, None)
 
+    def empty_cache(self) -> None:
+        """Record that all that is cached goes back to the card."""
+        self.events.append(Event(-1, EMPTY, self.phase, self.step))
+
     def stop(self) -> None:
         """Write nothing more: what is freed from here on is the end of the recording."""
         self._deaths.clear()
@@ -160,7 +165,7 @@ class Recorder(TorchDispatchMode):
     # -- how it writes it down
 
     def _write(self, block: int, size: int, category: Category, func: Any) -> None:
-        self.events.append(Event(block, size, self.phase, self.step, category, self.path, func))
+        self.events.append(Event(block, size, self.phase, self.step, category, self.path, func, self.stream))
 
     def _see(self, tensor: torch.Tensor, func: Any, width: int | None = None) -> None:
         if tensor.device != DEVICE:
@@ -258,7 +263,7 @@ class Recorder(TorchDispatchMode):
             size = kernel_bytes(size) if isinstance(size, tuple) else size
             blocks.append(self._next)
             self.events.append(
-                Event(self._next, size, self.phase, self.step, "temporaries", self.path, func, rule=rule)
+                Event(self._next, size, self.phase, self.step, "temporaries", self.path, func, self.stream, rule)
             )
             self._next += 1
         for block in reversed(blocks):

@@ -14,7 +14,7 @@ from math import lcm
 
 from lightning_memplan._errors import TraceError
 from lightning_memplan._kernels import kernel_bytes
-from lightning_memplan._types import Event, Trace
+from lightning_memplan._types import EMPTY, FREE, Event, Trace
 from lightning_memplan._workspaces import Choice
 
 
@@ -80,7 +80,7 @@ class ScaledProgram:
     """The events of a run at any batch size.
 
     ``events`` are those of the first trace, for their labels; ``sizes`` has, for every event, the place of its size in
-    ``table``, whose entries are polynomials, or a kernel's name with polynomials as arguments.
+    ``(EMPTY, FREE, *table)``; entries of the table are polynomials, or a kernel's name with polynomials as arguments.
     """
 
     events: tuple[Event, ...]
@@ -98,7 +98,7 @@ class ScaledProgram:
 
         ``workspaces`` says how much convolutions take: see ``_workspaces``; the lowest is nothing.
         """
-        values = [-1]
+        values = [EMPTY, FREE]
         for entry in self.table:
             if isinstance(entry, Polynomial):
                 values.append(max(0, entry.at(batch_size)))
@@ -136,7 +136,7 @@ def scale(traces: Sequence[Trace]) -> ScaledProgram:
     for events in zip(*columns, strict=True):
         first = events[0]
         if first.size < 0:
-            sizes.append(0)
+            sizes.append((EMPTY, FREE).index(first.size))
             continue
         key = tuple(e.rule or e.size for e in events)
         place = entries.get(key)
@@ -147,7 +147,7 @@ def scale(traces: Sequence[Trace]) -> ScaledProgram:
                 table.append((str(first.rule[0]), polynomials))
             else:
                 table.append(Polynomial.through(points, [e.size for e in events]))
-            place = entries[key] = len(table)
+            place = entries[key] = len(table) + 1
         sizes.append(place)
     return ScaledProgram(columns[0], tuple(sizes), tuple(table), points)
 
@@ -169,8 +169,8 @@ def interleaved(training: ScaledProgram, batch_size: int, validation: ScaledProg
     for event, (_, size, _) in zip(training.events, training.at(batch_size), strict=True):
         if size >= 0 and size not in places:
             table.append(Polynomial((size,)))
-            places[size] = len(table)
-        sized.append((event, places[size] if size >= 0 else 0))
+            places[size] = len(table) + 1
+        sized.append((event, places[size] if size >= 0 else (EMPTY, FREE).index(size)))
     step = [
         (e, k) for e, k in zip(validation.events, validation.sizes, strict=True) if e.step == validation.events[-1].step
     ]
@@ -228,7 +228,7 @@ def extended(whole: Trace, begun: Trace) -> Trace | None:
     return Trace(begun.batch_size, (*begun.events, *sized), begun.notes)
 
 
-_MADE_ONCE = ("other", "workspaces")  # the gradient scaler's scalars, cuBLAS's workspaces
+_MADE_ONCE = ("other", "workspaces", "communication")  # a gradient scaler's scalars, cuBLAS's workspaces, buckets
 
 
 def _key(event: Event) -> tuple[object, ...]:
@@ -239,7 +239,7 @@ def _same_events(columns: Sequence[Sequence[Event]], points: Sequence[int]) -> N
     first = columns[0]
     for events, size in zip(columns[1:], points[1:], strict=True):
         for a, b in zip(first, events, strict=False):
-            if a.block != b.block or (a.size < 0) != (b.size < 0) or a.rule[:1] != b.rule[:1]:
+            if a.block != b.block or min(a.size, 0) != min(b.size, 0) or a.rule[:1] != b.rule[:1]:
                 where = f" in {b.path!r}" if b.path else ""
                 raise TraceError(
                     f"the step does something else at batch size {size} than at {points[0]}: {b.op or 'a free'}{where} "

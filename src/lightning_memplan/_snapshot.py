@@ -50,6 +50,9 @@ def make_snapshot(
     requested: dict[int, int] = {}
     at = 0  # the program's entry
     for action, address, size in journal:
+        if action == "empty":
+            at += 1
+            continue
         address += shift
         event, (block, request, stream) = events[at], program[at]
         entry = {

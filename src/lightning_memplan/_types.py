@@ -8,15 +8,29 @@ from typing import Any, Literal, NamedTuple
 
 Phase = Literal["setup", "batch", "forward", "backward", "optimizer"]
 Category = Literal[
-    "parameters", "buffers", "gradients", "optimizer", "batch", "activations", "temporaries", "workspaces", "other"
+    "parameters",
+    "buffers",
+    "gradients",
+    "optimizer",
+    "batch",
+    "activations",
+    "temporaries",
+    "workspaces",
+    "communication",
+    "other",
 ]
+
+
+FREE = -1
+EMPTY = -2
 
 
 class Event(NamedTuple):
     """One block of device memory, allocated or freed.
 
-    ``size`` is the bytes that were asked for, or -1 where the block is freed. ``step`` is 0 before training, 1 in the
-    first step. ``path`` is the module's dotted name and ``op`` the operator, where they are known. ``rule`` is a
+    ``size`` is the bytes that were asked for, ``FREE`` where the block is freed, or ``EMPTY`` where all that is cached
+    goes back to the card (``torch.cuda.empty_cache``; no block is meant). ``step`` is 0 before training, 1 in the first
+    step. ``path`` is the module's dotted name and ``op`` the operator, where they are known. ``rule`` is a
     kernel's name and arguments (see ``_kernels``) where the size is not a polynomial of the batch size.
 
     >>> Event(block=7, size=2048, phase="forward", category="activations", path="layer1.0", op="aten.relu").is_free
@@ -37,7 +51,7 @@ class Event(NamedTuple):
 
     @property
     def is_free(self) -> bool:
-        return self.size < 0
+        return self.size == FREE
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +309,23 @@ def parse_precision(precision: str | int) -> Precision:
 
 
 @dataclass(frozen=True, slots=True)
+class Parallel:
+    """How several processes, a card each, train a module together.
+
+    ``arguments`` are what the strategy makes its wrapper with; ``hook`` is the state and the function of a
+    communication hook, where it registers one.
+
+    >>> Parallel("ddp", ranks=2, arguments={"gradient_as_bucket_view": True}).ranks
+    2
+    """
+
+    kind: Literal["ddp"]
+    ranks: int
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    hook: tuple[Any, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StepSettings:
     """How a Trainer runs a step, as far as memory is concerned.
 
@@ -307,3 +338,4 @@ class StepSettings:
     gradient_clip_algorithm: Literal["norm", "value"] = "norm"
     accumulate_grad_batches: int = 1
     capability: tuple[int, int] = (8, 6)
+    parallel: Parallel | None = None

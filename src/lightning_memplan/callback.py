@@ -32,7 +32,6 @@ from lightning_memplan._lightning import (
     CallbackBase,
     agree_on_smallest,
     averaging_bytes,
-    bucket_bytes,
     check_accumulation,
     cuda_index,
     loader_source,
@@ -246,11 +245,10 @@ class MemoryPlanner(CallbackBase):
 
         estimate_at = estimates(estimated, parts, self.effective_batch_size, ranks)
         first = estimate_at((self.effective_batch_size or ranks) // ranks)
-        beside = bucket_bytes(trainer, first.formula.gradient_bytes)
-        beside += averaging_bytes(trainer, module) if self._index is not None else 0
+        beside = averaging_bytes(trainer, module) if self._index is not None else 0
         held, own = held_bytes(self._index, module)
         self._held = held + beside
-        if self.method == "auto" and first.method == "formula":
+        if self.method == "auto" and first.method == "formula" and trainer.is_global_zero:
             warnings.warn(f"MemoryPlanner: {'; '.join(first.notes)}", stacklevel=2)
         card = replace(device, context=device.context + self._held)
         self._settings, self._structure = settings, first.structure(type(module).__name__, settings, ranks)
@@ -374,11 +372,12 @@ class MemoryPlanner(CallbackBase):
         for logger in trainer.loggers:
             logger.log_hyperparams(plan_hparams(self.plan) | self._applied())
         if self._index is None:
-            warnings.warn(
-                f"MemoryPlanner measures nothing: the Trainer runs on {trainer.strategy.root_device}, and only CUDA "
-                "devices tell their peak memory; use Trainer(accelerator='gpu') on a machine that has one",
-                stacklevel=2,
-            )
+            if trainer.is_global_zero:
+                warnings.warn(
+                    f"MemoryPlanner measures nothing: the Trainer runs on {trainer.strategy.root_device}, and only "
+                    "CUDA devices tell their peak memory; use Trainer(accelerator='gpu') on a machine that has one",
+                    stacklevel=2,
+                )
             return
         self._meter = Meter(
             self._index,

@@ -111,8 +111,17 @@ cudaError_t cudaFree(void*p){ if(!p)return 0; pthread_mutex_lock(&mu);for(size_t
 static int isdev(const void*p){int r=0; // 0, or 1 + the card that holds p
 pthread_mutex_lock(&mu);for(size_t i=0;i<na;i++)if((char*)p>=as[i].p&&(char*)p<as[i].p+as[i].n){r=1+as[i].card;break;}pthread_mutex_unlock(&mu);return r;}
 cudaError_t cudaMemGetInfo(size_t*f,size_t*t){int card=visible[cur];size_t taken=used[card]+context+others;live[card]=1;*t=total[card];*f=taken<*t?*t-taken:0;return 0;}
-cudaError_t cudaHostAlloc(void**p,size_t n,unsigned f){*p=aligned_alloc(4096,(n+4095)/4096*4096);return 0;}
-cudaError_t cudaFreeHost(void*p){free(p);return 0;}
+// pinned memory: DistributedDataParallel asserts that its map of unused parameters lies in some
+struct pinned{char*at;size_t n;struct pinned*next;};
+static struct pinned*pinned;
+static int ispinned(const void*p){int found=0;pthread_mutex_lock(&mu);for(struct pinned*q=pinned;q&&!found;q=q->next)found=(char*)p>=q->at&&(char*)p<q->at+q->n;pthread_mutex_unlock(&mu);return found;}
+cudaError_t cudaHostAlloc(void**p,size_t n,unsigned f){
+  struct pinned*q=malloc(sizeof*q); q->n=(n+4095)/4096*4096; *p=q->at=aligned_alloc(4096,q->n);
+  pthread_mutex_lock(&mu); q->next=pinned; pinned=q; pthread_mutex_unlock(&mu); return 0;}
+cudaError_t cudaFreeHost(void*p){
+  pthread_mutex_lock(&mu);
+  for(struct pinned**q=&pinned;*q;q=&(*q)->next)if((*q)->at==p){struct pinned*gone=*q;*q=gone->next;free(gone);break;}
+  pthread_mutex_unlock(&mu); free(p); return 0;}
 cudaError_t cudaMemcpyAsync(void*d,const void*s,size_t n,enum cudaMemcpyKind k,cudaStream_t st){
   int dd=isdev(d),sd=isdev(s);
   if(dd&&n>(1<<16)) return 0;     // large copies to the device leave its pages untouched
@@ -120,7 +129,7 @@ cudaError_t cudaMemcpyAsync(void*d,const void*s,size_t n,enum cudaMemcpyKind k,c
 cudaError_t cudaMemcpy(void*d,const void*s,size_t n,enum cudaMemcpyKind k){return cudaMemcpyAsync(d,s,n,k,0);}
 cudaError_t cudaMemsetAsync(void*d,int v,size_t n,cudaStream_t s){if(n<=(1<<16))memset(d,v,n);return 0;}
 cudaError_t cudaMemset(void*d,int v,size_t n){return cudaMemsetAsync(d,v,n,0);}
-cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes*a,const void*p){memset(a,0,sizeof*a);int d=isdev(p);a->type=d?cudaMemoryTypeDevice:cudaMemoryTypeUnregistered;a->device=-2;for(int i=0;d&&i<nvisible;i++)if(visible[i]==d-1)a->device=i;a->devicePointer=d?(void*)p:0;a->hostPointer=d?0:(void*)p;return 0;}
+cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes*a,const void*p){memset(a,0,sizeof*a);int d=isdev(p);a->type=d?cudaMemoryTypeDevice:ispinned(p)?cudaMemoryTypeHost:cudaMemoryTypeUnregistered;a->device=a->type==cudaMemoryTypeHost?cur:-2;for(int i=0;d&&i<nvisible;i++)if(visible[i]==d-1)a->device=i;a->devicePointer=d?(void*)p:0;a->hostPointer=d?0:(void*)p;return 0;}
 static char symbols[1<<20];
 cudaError_t cudaGetSymbolAddress(void**p,const void*s){*p=symbols;return 0;}
 // ---- streams and events
