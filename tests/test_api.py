@@ -185,12 +185,15 @@ def probed(monkeypatch):
     return does
 
 
-def test_auto_probes_a_card_of_this_machine(probed):
+def test_auto_probes_a_card_of_this_machine_and_traces_too(probed):
     probed("a step")
     plan = mp.plan(Module(), torch.zeros(4, 1024), device=GPU)
     assert plan.method == "probe"
-    assert plan.methods == {"probe": plan.predicted_peak, "formula": plan.formula_peak}
+    peak = plan.predicted_peak
+    assert plan.methods == {"probe": peak, "trace": peak, "formula": plan.formula_peak}
     assert plan.notes == ()
+    rows = [line.split()[0] for line in mp.plan_table(plan).splitlines()]
+    assert rows[-3:] == ["probe", "trace", "formula"]
     elsewhere = mp.plan(Module(), torch.zeros(4, 1024), device=CARD)
     assert list(elsewhere.methods) == ["trace", "formula"]
 
@@ -222,19 +225,11 @@ def test_the_steps_own_error_is_raised_unchanged(probed):
     assert caught.value is error
 
 
-def test_all_methods_side_by_side(probed):
-    probed("a step")
-    plan = mp.plan(Module(), torch.zeros(4, 1024), device=GPU, method="all")
-    assert plan.method == "probe"
-    assert list(plan.methods) == ["probe", "trace", "formula"]
-    assert plan.methods["probe"] == plan.methods["trace"] == plan.predicted_peak
-    rows = [line.split()[0] for line in mp.plan_table(plan).splitlines()]
-    assert rows[-3:] == ["probe", "trace", "formula"]
-    # where there is no card to probe, the trace and the formula
-    assert list(mp.estimate(Module(), torch.zeros(4, 1024), device=CARD, method="all").methods(8)) == [
-        "trace",
-        "formula",
-    ]
+def test_the_method_that_needs_more_plans(estimate):
+    wide = mp.estimate(
+        nn.Linear(4096, 4096), torch.zeros(4, 4096)
+    )  # 64 MiB of weights: fewer samples fit
+    assert [_api._tightest_first(found, CARD)[0] for found in ((estimate, wide), (wide, estimate))] == [wide, wide]
 
 
 # ---------------------------------------------------------------------------------------------------------------- plan

@@ -36,8 +36,8 @@ from lightning_memplan._twin import explain
 from lightning_memplan._types import Advice, Device, Plan, StepSettings, parse_precision
 from lightning_memplan._workspaces import Choice
 
-Method = Literal["auto", "trace", "formula", "probe", "all"]
-_METHODS = ("auto", "trace", "formula", "probe", "all")
+Method = Literal["auto", "trace", "formula", "probe"]
+_METHODS = ("auto", "trace", "formula", "probe")
 
 #: What a step raises where something is not there yet: a copy's trainer has no loops and no logger, and the hooks and
 #: callbacks that come before the first batch have not run. It need not be an error of training's.
@@ -76,9 +76,9 @@ def estimate(
         batch: what the user's dataloader yields, its first dimension the batch; or a DataLoader, a collection of them,
             or a LightningDataModule.
         method: ``"probe"`` runs the step on the GPU with a few samples, ``"trace"`` on fake tensors, ``"formula"`` adds
-            up feature maps. ``"auto"`` is the first of these that can be had: the probe where the device is a GPU of
-            this machine (and torch is 2.14 or later), the trace, the formula. ``"all"`` runs all that can be had: the
-            estimate is the first's, and ``methods`` tells what each says.
+            up feature maps. ``"auto"`` traces, and probes too where the device is a GPU of this machine (and torch is
+            2.14 or later): the estimate is that of the two by which fewer samples fit, and ``methods`` tells what each
+            says. Where neither can be had it is the formula's.
         precision: a Trainer's ``precision``; ``"32-true"`` where nothing is said.
         optimizer: for a module that is no LightningModule: makes its optimizer from its parameters.
         trainer: a Trainer, from which precision, clipping and accumulation are taken.
@@ -152,7 +152,7 @@ def estimate_step(
     samples = read_samples(source, sample, sample_size)
     common: dict[str, Any] = {"trainer": trainer, "datamodule": datamodule, "optimizer": optimizer}
     probed, why_not = None, ""
-    if method == "probe" or (method in ("auto", "all") and _can_be_probed(device)):
+    if method == "probe" or (method == "auto" and _can_be_probed(device)):
         try:
             index = _probed_index(device)
             traces, formula = probe_steps(module, samples.batches, settings, index, stage=stage, **common)
@@ -161,14 +161,30 @@ def estimate_step(
             if method == "probe":
                 raise
             why_not = str(error) if isinstance(error, TraceError) else explain(error, "a probe")
-    if probed is not None and method != "all":
+    if probed is not None and method == "probe":
         return probed
     module = prepared(module, settings, trainer=trainer, stage=stage)
-    traced = _traced(module, samples, settings, "auto" if method == "all" else method, common)
+    traced = _traced(module, samples, settings, method, common)
     if probed is None:
         notes = (f"not planned by a probe: {why_not}",) if why_not else ()
         return replace(traced, notes=notes + traced.notes)
-    return replace(probed, others=(traced,) if traced.method == "trace" else (), notes=traced.notes)
+    if traced.method != "trace":
+        return probed
+    first, second = _tightest_first((probed, traced), device or default_device())
+    return replace(first, others=(second,), notes=traced.notes)
+
+
+def _tightest_first(found: Sequence[Estimate], device: Device) -> list[Estimate]:
+    """Estimates of the same step, the one with which the fewest samples fit on the card first.
+
+    A probe of a few samples does not see the kernels that are chosen for many, nor a trace what cuDNN takes for itself:
+    what is too small is the error that stops a training.
+    """
+
+    def largest(estimate: Estimate) -> int:
+        return largest_fitting(lambda size: estimate.fits(size, device.capacity), max_batch_size=2**30).batch_size
+
+    return sorted(found, key=largest)
 
 
 def _traced(

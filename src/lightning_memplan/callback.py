@@ -70,9 +70,9 @@ class MemoryPlanner(CallbackBase):
 
     Args:
         method: ``"probe"`` runs the training step on the GPU with a few samples, ``"trace"`` on fake tensors,
-            ``"formula"`` adds up ``params + grads + bs * (I1 + 2 * sum(Ii))``. ``"auto"`` is the first of these that
-            can be had, and says in the plan's notes why not an earlier one; where that leaves the formula, with a
-            warning. Several ranks do not probe. ``"all"`` runs all, plans by the first, and reports what each says.
+            ``"formula"`` adds up ``params + grads + bs * (I1 + 2 * sum(Ii))``. ``"auto"`` traces, probes too where the
+            card is here (unless there are several ranks), and plans by the one that is tighter; where neither can be
+            had, by the formula, with a warning. The plan says what each found, and why one was not to be had.
         device: The card to plan for: a name such as ``"RTX 3090"``, or a ``Device``. Where nothing is said, the one
             on which the Trainer runs, and on the CPU the host's memory.
         margin: The part of the card's memory to leave free, at least 0 and below 1. Where nothing is said, what earlier
@@ -121,7 +121,7 @@ class MemoryPlanner(CallbackBase):
 
     def __init__(
         self,
-        method: Literal["auto", "trace", "formula", "probe", "all"] = "auto",
+        method: Literal["auto", "trace", "formula", "probe"] = "auto",
         device: str | Device | None = None,
         margin: float | None = None,
         max_batch_size: int | None = None,
