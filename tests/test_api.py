@@ -226,9 +226,7 @@ def test_the_steps_own_error_is_raised_unchanged(probed):
 
 
 def test_the_method_that_needs_more_plans(estimate):
-    wide = mp.estimate(
-        nn.Linear(4096, 4096), torch.zeros(4, 4096)
-    )  # 64 MiB of weights: fewer samples fit
+    wide = mp.estimate(nn.Linear(4096, 4096), torch.zeros(4, 4096))  # 64 MiB of weights: fewer samples fit
     assert [_api._tightest_first(found, CARD)[0] for found in ((estimate, wide), (wide, estimate))] == [wide, wide]
 
 

@@ -123,7 +123,7 @@ def test_an_effective_batch_size_is_written_out(whole: int, parts: int, text: st
 
 def test_what_real_steps_reserved() -> None:
     plan = make_plan(confirmed=21 * GiB)
-    assert "  confirmed        21.00 GiB   reserved by real steps of this batch size" in check_width(plan_table(plan))
+    assert "    confirmed      21.00 GiB   reserved by real steps of this batch size" in check_width(plan_table(plan))
     assert plan_hparams(plan)["memplan/confirmed_gib"] == 21
 
 

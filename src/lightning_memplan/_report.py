@@ -84,7 +84,7 @@ def plan_table(plan: Plan, rows: Iterable[tuple[str, str]] = ()) -> str:
         usual, most = map(format_bytes, plan.reserved_range[1:])
         lines.insert(-1, _row("  with cuDNN", usual, f"expected of its workspaces, {most} at most"))
     if plan.confirmed is not None:
-        lines.append(_row("confirmed", format_bytes(plan.confirmed), "reserved by real steps of this batch size"))
+        lines.insert(-1, _row("  confirmed", format_bytes(plan.confirmed), "reserved by real steps of this batch size"))
     whole = sum(plan.breakdown.values())
     for label, size in _largest(plan.breakdown, 5):
         lines.append(_row(f"  {label}", format_bytes(size), f"{_share(size, whole)}  {_bar(size, whole)}".rstrip()))
