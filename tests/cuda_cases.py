@@ -19,7 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_memplan._allocator import replay
-from lightning_memplan._cuda_rules import KERNELS, ORDER, SHAPES, WIDTHS, cuda_semantics, temporaries
+from lightning_memplan._cuda_rules import KERNELS, ORDER, SHAPES, WIDTHS, cuda_semantics, temporaries, workspaces
 from lightning_memplan._record import DEVICE, Recorder, Rules, labelled
 from lightning_memplan._scaling import scale
 from lightning_memplan._types import Trace
@@ -320,7 +320,8 @@ _MODE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def _traced(run: Case, autocast: torch.dtype | None, n: int) -> Trace:
-    recorder = Recorder(_MODE, Rules(temporaries(), {}, WIDTHS, ORDER, KERNELS, shapes=SHAPES))
+    taken = {op: what for op, what in workspaces().items() if what[0] == "cublas"}  # cuDNN's random state is there
+    recorder = Recorder(_MODE, Rules(temporaries(), taken, WIDTHS, ORDER, KERNELS, shapes=SHAPES))
     gc.collect()
     gc.disable()
     try:
@@ -340,8 +341,9 @@ def _traced(run: Case, autocast: torch.dtype | None, n: int) -> Trace:
 
 def _measured(run: Case, autocast: torch.dtype | None, n: int) -> tuple[int, int, list[int]]:
     device = torch.device("cuda", 0)
-    for measure in (False, True):  # handles and workspaces are made in a first round
+    for measure in (False, True):  # handles are made in a first round
         gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()  # or what they leave of their segment is found by what comes after
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
         torch.cuda.reset_peak_memory_stats()
