@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from lightning_memplan._cuda_rules import LONGEST
 from lightning_memplan._record import DEVICE, Recorder, Rules, labelled, module_paths
-from lightning_memplan._types import Event
+from lightning_memplan._types import EMPTY, FREE, Event
 
 aten = torch.ops.aten
 
@@ -192,6 +192,11 @@ def test_a_result_as_long_as_values_say_is_taken_at_its_longest(recorder):
 def test_frees_in_a_row_are_in_the_order_of_their_blocks():
     events = [Event(0, 8), Event(1, 8), Event(1, -1), Event(0, -1), Event(2, 8)]
     assert [(e.block, e.size) for e in labelled(events)] == [(0, 8), (1, 8), (0, -1), (1, -1), (2, 8)]
+
+
+def test_what_is_freed_before_the_cache_is_emptied_stays_before():
+    events = [Event(0, 8), Event(1, 8), Event(1, FREE), Event(0, FREE), Event(-1, EMPTY)]
+    assert [(e.block, e.size) for e in labelled(events)] == [(0, 8), (1, 8), (0, FREE), (1, FREE), (-1, EMPTY)]
 
 
 def test_outputs_are_allocated_where_a_slice_stands_for_them(recorder):

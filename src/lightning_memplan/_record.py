@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, groupby
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -455,11 +455,7 @@ def labelled(events: Sequence[Event]) -> tuple[Event, ...]:
         if op is None:
             op = names[e.op] = "" if e.op is None else str(e.op)
         result.append(e._replace(category=category, op=op))
-    return tuple(chain.from_iterable(_run(free, run) for free, run in groupby(result, _is_free)))
-
-
-def _is_free(event: Event) -> bool:
-    return event.size < 0
+    return tuple(chain.from_iterable(_run(free, run) for free, run in groupby(result, attrgetter("is_free"))))
 
 
 def _run(free: bool, events: Iterator[Event]) -> Iterable[Event]:
