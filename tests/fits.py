@@ -170,7 +170,7 @@ def effective_batch_size(folder: Path) -> Result:
 
 
 def averaged_weights(folder: Path) -> Result:
-    average, planner = pl.callbacks.EMAWeightAveraging(), mp.MemoryPlanner(max_batch_size=1024)
+    average, planner = pl.callbacks.EMAWeightAveraging(), mp.MemoryPlanner(method="trace", max_batch_size=1024)
     return fit(folder, Classifier(mlp()), Data(torch.zeros(2048), 40000), planner, callbacks=[planner, average])
 
 

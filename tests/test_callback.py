@@ -1123,7 +1123,7 @@ KINDS = [
 def test_each_step_is_predicted(fits, name):
     result = fits[1][name]
     assert "failed" not in result, result["failed"]
-    assert result["method"] in ("trace", "probe")  # the one that needs more; averaged weights differ by 512 bytes
+    assert result["method"] == "trace"
     assert result["warnings"] == []
     for found in (result, result.get("first", result)):
         assert len(found["measured"]) >= 6

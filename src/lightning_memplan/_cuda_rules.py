@@ -611,7 +611,7 @@ def _with_workspaces(rule: Rule | None, capability: tuple[int, int]) -> Rule:
             tiles = math.prod(-(-size // 4) for size in results)
         channels = x.size(0), x.size(1), y.size(1)
         sizes = (*channels, math.prod(places), math.prod(results), math.prod(taps), tiles, groups, x.element_size())
-        moved = _tensor_cores(x.dtype, capability) and not (_channels_last(x) or _channels_last(weight))
+        moved = _tensor_cores(x.dtype, capability) and _convolution_layout(x, weight) is torch.contiguous_format
         workspace = [("convolution", *sizes, int(moved))]
         return (*copies, *[workspace] * (sum(args[10][:2]) if gradients else 1))
 
@@ -623,15 +623,6 @@ def _tensor_cores(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
     if dtype == torch.float32:
         return capability >= (8, 0) and torch.backends.cudnn.allow_tf32
     return (dtype == torch.float16 and capability >= (7, 0)) or (dtype == torch.bfloat16 and capability >= (8, 0))
-
-
-def _channels_last(tensor: torch.Tensor) -> bool:
-    """By its strides; where both layouts are the same (one channel, one place), channels come first.
-
-    aten/src/ATen/native/ConvUtils.h, cudnn_conv_suggest_memory_format
-    """
-    last = torch.channels_last_3d if tensor.dim() == 5 else torch.channels_last
-    return tensor.dim() in (4, 5) and tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous()
 
 
 def _reduction(card: Card, width: Callable[[torch.Tensor], int], vector: Callable[[torch.Tensor], int]) -> Rule:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import prod
 
-from lightning_memplan._workspaces import Choice, Workspace, convolution
+from lightning_memplan._types import Range
+from lightning_memplan._workspaces import Choice, convolution
 
 
 def _last_power_of_two(n: int) -> int:
@@ -186,7 +187,7 @@ def sort_pairs(limit: int, count: int, rows: int) -> int:
     return second + 1024 * (2 * passes + _up(count, 3840)) + 511
 
 
-KERNELS: Mapping[str, Callable[..., int | Workspace]] = {
+KERNELS: Mapping[str, Callable[..., int | Range]] = {
     "above": above,
     "convolution": convolution,
     "embedding_segments": embedding_segments,
@@ -206,4 +207,4 @@ def kernel_bytes(rule: tuple[str, ...] | tuple[object, ...], workspaces: Choice 
     """
     name, *arguments = rule
     found = KERNELS[str(name)](*arguments)
-    return getattr(found, workspaces) if isinstance(found, Workspace) else found
+    return getattr(found, workspaces) if isinstance(found, Range) else found

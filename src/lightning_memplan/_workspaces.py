@@ -10,21 +10,11 @@ slow before it makes it fail.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
+
+from lightning_memplan._types import Range
 
 Choice = Literal["low", "expected", "high"]
-
-
-class Workspace(NamedTuple):
-    """Bytes of one convolution's workspace.
-
-    >>> Workspace(low=0, expected=512, high=1024).expected
-    512
-    """
-
-    low: int
-    expected: int
-    high: int
 
 
 def _up(a: int, b: int) -> int:
@@ -66,7 +56,7 @@ def winograd(n: int, c: int, k: int, tiles: int) -> int:
 
 def convolution(
     n: int, c: int, k: int, pixels: int, results: int, taps: int, tiles: int, groups: int, width: int, moved: int
-) -> Workspace:
+) -> Range:
     """The workspace of a convolution in one, two or three dimensions, or of either of its gradients.
 
     ``n`` samples of ``c`` channels on ``pixels`` places become ``k`` channels on ``results``, by filters of ``taps``
@@ -83,12 +73,12 @@ def convolution(
     Depthwise convolutions have kernels of their own, without a workspace.
 
     >>> convolution(1, 64, 64, 56**2, 56**2, 9, tiles=14**2, groups=1, width=2, moved=1)
-    Workspace(low=0, expected=876544, high=4202496)
+    Range(low=0, expected=876544, high=4202496)
     >>> convolution(1, 64, 64, 56**2, 56**2, 9, tiles=0, groups=1, width=2, moved=0).expected
     0
     """
     if groups > 1 and groups in (c, k):
-        return Workspace(0, 0, 0)
+        return Range(0, 0, 0)
     copies = transposed(n, c, k, pixels, results, taps, groups, width) if moved else 0
     transforms = winograd(n, c, k, tiles) if tiles and groups == 1 else 0
-    return Workspace(0, copies if groups == 1 else 0, max(copies, transforms))
+    return Range(0, copies if groups == 1 else 0, max(copies, transforms))

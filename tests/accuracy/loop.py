@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from lightning_memplan._cuda_rules import KERNELS, LONGEST, ORDER, SHAPES, WIDTH
 from lightning_memplan._record import Recorder, Rules, labelled, module_paths
 from lightning_memplan._scaling import Polynomial, ScaledProgram, scale
 from lightning_memplan._step import _no_collection, _setup_order, detached_copy
-from lightning_memplan._types import Event, Trace
+from lightning_memplan._types import Trace
 
 #: cuBLAS's workspace for compute capability 8.x, which each thread that multiplies matrices keeps
 CUBLAS = (2 * 4096 + 8 * 16) * 1024
@@ -139,16 +138,7 @@ def _record(
             recorder.phase, recorder.category = "optimizer", "optimizer"
             optimizer.step()
         recorder.stop()
-    return Trace(size, labelled(_frees_sorted(recorder.events)))
-
-
-def _frees_sorted(events: list[Event]) -> list[Event]:
-    """Autocast's cache is a hash table, emptied in any order: let frees in a row be in the blocks' order."""
-    result: list[Event] = []
-    for free, group in groupby(events, lambda e: e.is_free):
-        run = list(group)
-        result += sorted(run, key=lambda e: e.block) if free else run
-    return result
+    return Trace(size, labelled(recorder.events))
 
 
 @contextmanager
