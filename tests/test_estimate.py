@@ -156,3 +156,12 @@ def test_the_rows_are_the_formulas(traced, by_formula):
 def test_it_cannot_be_changed(traced):
     with pytest.raises(dataclasses.FrozenInstanceError):
         traced.method = "formula"
+
+
+def test_one_sample_tells_nothing_of_more():
+    probed = Estimate("probe", FORMULA, scale([Trace(1, steps_of(1))]))
+    assert probed.peak_allocated(1) == 17 * MiB  # 16 + 1
+    assert probed.fits(1, 100 * MiB)
+    assert not probed.fits(2, 100 * MiB)  # two samples did not run
+    with pytest.raises(ValueError, match="nothing is known of batch size 2: a probe of 2 samples ran out of memory"):
+        probed.peak(2)

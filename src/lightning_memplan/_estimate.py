@@ -121,6 +121,8 @@ class Estimate:
         _check_batch_size(batch_size)
         if self.program is None:
             return self.formula.memory(batch_size) <= (capacity if limit is None else min(capacity, limit))
+        if self._beyond(batch_size):
+            return False
         return self.replay(batch_size, capacity, limit, workspaces).out_of_memory is None
 
     def steps(self, batch_size: int, capacity: int | None = None) -> tuple[tuple[int, int], ...]:
@@ -235,11 +237,20 @@ class Estimate:
         with Path(path).open("wb") as file:
             pickle.dump(snapshot, file)
 
+    def _beyond(self, batch_size: int) -> bool:
+        """Whether the step was recorded at a single batch size, the largest that ran, and this is a larger one."""
+        return self._program().batch_sizes == (1,) and batch_size > 1
+
     def replay(
         self, batch_size: int, capacity: int | None = None, limit: int | None = None, workspaces: Choice = "low"
     ) -> Replay:
         """The allocator's replay at that batch size (see ``_allocator.replay``); ``peaks`` are by step and phase."""
         program = self._program()
+        if self._beyond(batch_size):
+            raise ValueError(
+                f"nothing is known of batch size {batch_size}: a probe of 2 samples ran out of memory, and one sample "
+                "does not tell how memory grows; ask for method='trace'"
+            )
         key = (batch_size, capacity, limit, workspaces)
         if key not in self._replays:
             marks = program.stretches()[1:-1]
