@@ -185,9 +185,24 @@ def check_accumulation(effective_batch_size: int, module: Any, trainer: Any, par
 def parallel_of(trainer: Any) -> Parallel | None:
     """What the Trainer's strategy wraps around a module, None where that is nothing.
 
-    Source: pytorch_lightning/strategies/ddp.py (2.6).
+    Source: pytorch_lightning/strategies/ddp.py and fsdp.py (2.6).
     """
     strategy = trainer.strategy
+    if any(isinstance(strategy, flavour.strategies.FSDPStrategy) for flavour in _FLAVOURS):
+        arguments = {
+            **strategy.kwargs,
+            "cpu_offload": strategy.cpu_offload,
+            "mixed_precision": strategy.mixed_precision_config,
+            "sharding_strategy": strategy.sharding_strategy,
+        }
+        return Parallel(
+            "fsdp",
+            trainer.world_size,
+            arguments,
+            checkpointing=strategy._activation_checkpointing_kwargs,
+            rank=trainer.global_rank,
+            backend=strategy._get_process_group_backend(),
+        )
     if any(isinstance(strategy, flavour.strategies.DDPStrategy) for flavour in _FLAVOURS):
         hook = strategy._ddp_comm_hook if strategy.root_device.type == "cuda" else None
         if hook is not None and strategy._ddp_comm_wrapper is not None:

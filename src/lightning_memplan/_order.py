@@ -25,7 +25,7 @@ from lightning_memplan._lightning import (
     is_overridden,
     move_to_device,
 )
-from lightning_memplan._strategy import silent_ranks, through, without_reduction, wrapped
+from lightning_memplan._strategy import ranks_of, through, without_reduction, wrapped
 from lightning_memplan._types import Category, Layer, Phase, StepSettings
 
 TRUE_DTYPE = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
@@ -104,9 +104,11 @@ class StepRunner:
         """The strategy wraps the module, optimizers are made, then ``steps`` optimizer steps run, each of as many
         batches as are accumulated."""
         parallel = self.settings.parallel
-        with nullcontext() if parallel is None else silent_ranks(parallel.ranks):
+        with ranks_of(parallel, self.device, self.mark):
             if parallel is not None:
                 self._wrapper = wrapped(self.twin, parallel, self.device, self.mark)
+                if self.lightning:
+                    self.twin._trainer.model = self._wrapper
             self.mark.category, self.mark.path = "optimizer", ""
             self.optimizers = self.configure()
             if self.lightning:
@@ -163,7 +165,8 @@ class StepRunner:
             if not self.twin.automatic_optimization:
                 self._manual(optimizers, schedulers)
         elif self._make_optimizer is not None:
-            optimizers = [self._make_optimizer(p for p in self.twin.parameters() if p.requires_grad)]
+            module = self.twin if self._wrapper is None else self._wrapper
+            optimizers = [self._make_optimizer(p for p in module.parameters() if p.requires_grad)]
         else:
             optimizers = []
         return optimizers
@@ -298,9 +301,10 @@ class StepRunner:
         return batch
 
     def _precision(self) -> AbstractContextManager[Any]:
-        autocast = AUTOCAST_DTYPE.get(self.settings.precision)
+        autocast, parallel = AUTOCAST_DTYPE.get(self.settings.precision), self.settings.parallel
         if autocast is not None:
-            return torch.autocast(self.device.type, dtype=autocast, cache_enabled=False)
+            cache = parallel is not None and parallel.kind == "fsdp"  # FSDPPrecision.forward_context
+            return torch.autocast(self.device.type, dtype=autocast, cache_enabled=cache)
         return _default_dtype(self.dtype) if self.dtype is not None else nullcontext()
 
     def _training_step(self, moved: Any, index: int) -> Any:
@@ -314,18 +318,7 @@ class StepRunner:
     def _wrapped_step(self, moved: Any, index: int) -> Any:
         if self._wrapper is None:
             return self._user_step(moved, index)
-        category, self.mark.category = self.mark.category, "communication"  # what the wrapper does before and after
-
-        def step(moved: Any) -> Any:
-            self.mark.category = category
-            try:
-                return self._user_step(moved, index)
-            finally:
-                self.mark.category = "communication"
-
-        outputs = through(self._wrapper, self.twin, step, moved)
-        self.mark.category = category
-        return outputs
+        return through(self._wrapper, self.twin, lambda moved: self._user_step(moved, index), moved, self.mark)
 
     def _user_step(self, moved: Any, index: int) -> Any:
         if not self.lightning:

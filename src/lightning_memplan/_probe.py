@@ -263,7 +263,9 @@ class _Run:
         return twin
 
     def move(self, twin: Any) -> Any:
-        return twin.to(device=self.device, dtype=TRUE_DTYPE.get(self.settings.precision))
+        parallel = self.settings.parallel
+        device = None if parallel is not None and parallel.shards else self.device  # a wrapper that shards moves it
+        return twin.to(device=device, dtype=TRUE_DTYPE.get(self.settings.precision))
 
     def runner(self, twin: Any, mark: _Place) -> _Runner:
         return _Runner(twin, mark, self.device, self.settings, datamodule=self.datamodule, optimizer=self.optimizer)

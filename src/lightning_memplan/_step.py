@@ -52,9 +52,14 @@ def _fake(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device, dtyp
 
 
 def detached_copy(
-    module: nn.Module, mode: FakeTensorMode, *, dtype: torch.dtype | None = None, trainer: Any = None
+    module: nn.Module,
+    mode: FakeTensorMode,
+    *,
+    dtype: torch.dtype | None = None,
+    trainer: Any = None,
+    device: torch.device = DEVICE,
 ) -> nn.Module:
-    """A copy of the module whose parameters and buffers are fake tensors on ``DEVICE``; the original stays as it is.
+    """A copy of the module whose parameters and buffers are fake tensors on ``device``; the original stays as it is.
 
     Raises:
         TraceError: a part of the module cannot be copied, or its parameters are not there yet (lazy modules).
@@ -66,13 +71,13 @@ def detached_copy(
                 f"{name!r} has no shape yet (a lazy module): run the module once on a batch before planning"
             )
         if id(parameter) not in memo:
-            fake = nn.Parameter(_fake(parameter, mode, DEVICE, dtype), requires_grad=parameter.requires_grad)
+            fake = nn.Parameter(_fake(parameter, mode, device, dtype), requires_grad=parameter.requires_grad)
             own = fake.__dict__  # a fake tensor's mode is such an attribute, and that of a copy's copy is not its own
             own.update({k: v for k, v in parameter.__dict__.items() if not k.startswith("_") and k not in own})
             memo[id(parameter)] = fake
     for buffer in module.buffers():
         if id(buffer) not in memo:
-            memo[id(buffer)] = _fake(buffer, mode, DEVICE, dtype)
+            memo[id(buffer)] = _fake(buffer, mode, device, dtype)
     for state in metric_states(module):
         memo[id(state)] = _fake(state, mode, DEVICE, None)
     return twin_of(module, memo, trainer=trainer, device=DEVICE)
@@ -264,7 +269,7 @@ def run_formula(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     notes: tuple[str, ...] = ()
     with _as_on_the_card(settings):
-        run = _Run(module, mode, settings, trainer, datamodule, optimizer)
+        run = _Run(module, mode, replace(settings, parallel=None), trainer, datamodule, optimizer)
         failed: list[Exception] = []
 
         def forward() -> None:
@@ -307,7 +312,14 @@ class _Run(StepRunner):
             temporaries(settings.capability), workspaces(settings.capability), WIDTHS, ORDER, KERNELS, LONGEST, SHAPES
         )
         self.recorder = Recorder(mode, rules)
-        twin = detached_copy(module, mode, dtype=TRUE_DTYPE.get(settings.precision), trainer=trainer)
+        shards = settings.parallel is not None and settings.parallel.shards
+        twin = detached_copy(
+            module,
+            mode,
+            dtype=TRUE_DTYPE.get(settings.precision),
+            trainer=trainer,
+            device=torch.device("cpu") if shards else DEVICE,  # a wrapper that shards moves what it shards
+        )
         super().__init__(twin, self.recorder, DEVICE, settings, datamodule=datamodule, optimizer=optimizer)
 
     def configure(self) -> list[torch.optim.Optimizer]:

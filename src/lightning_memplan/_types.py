@@ -313,16 +313,28 @@ class Parallel:
     """How several processes, a card each, train a module together.
 
     ``arguments`` are what the strategy makes its wrapper with; ``hook`` is the state and the function of a
-    communication hook, where it registers one.
+    communication hook, where it registers one; ``checkpointing`` says which layers a strategy wraps to be computed
+    again in the backward pass. ``rank`` is the one that is planned for: shards differ by a few bytes. ``backend`` moves
+    tensors between cards.
 
     >>> Parallel("ddp", ranks=2, arguments={"gradient_as_bucket_view": True}).ranks
     2
+    >>> Parallel("fsdp", ranks=8).shards
+    True
     """
 
-    kind: Literal["ddp"]
+    kind: Literal["ddp", "fsdp"]
     ranks: int
     arguments: Mapping[str, Any] = field(default_factory=dict)
     hook: tuple[Any, Any] | None = None
+    checkpointing: Mapping[str, Any] = field(default_factory=dict)
+    rank: int = 0
+    backend: str = "nccl"
+
+    @property
+    def shards(self) -> bool:
+        """Whether each rank holds a part of the parameters, and the wrapper moves them to the card."""
+        return self.kind == "fsdp"
 
 
 @dataclass(frozen=True, slots=True)

@@ -464,7 +464,7 @@ class MemoryPlanner(CallbackBase):
             structure=structure,
             model=type(module).__name__,
             outcome=outcome,
-            settings=asdict(self._settings),
+            settings=_on_record(self._settings),
             rank=trainer.global_rank,
             ranks=trainer.world_size,
             held=self._held,
@@ -501,3 +501,10 @@ class MemoryPlanner(CallbackBase):
             applied["accumulate_grad_batches"] = self.plan.accumulate_grad_batches
             applied["effective_batch_size"] = self.plan.effective_batch_size
         return applied
+
+
+def _on_record(settings: StepSettings) -> dict[str, Any]:
+    """The settings as history keeps them: what a strategy's arguments hold cannot always be copied."""
+    parallel = settings.parallel
+    ranks = None if parallel is None else f"{parallel.kind} on {parallel.ranks} ranks"
+    return asdict(replace(settings, parallel=None)) | {"parallel": ranks}

@@ -1,0 +1,142 @@
+"""Parameters of which each rank holds a part: torch's own FullyShardedDataParallel, around a copy of the module.
+
+It flattens, gathers and frees parameters, reduces gradients and prefetches by itself, as on a card. What it asks of the
+card are streams and events: in a trace they are only noted, so that each block is allocated on the stream on which it
+would be. The optimizer is made of the shards, so its state is sharded too.
+
+Source: torch/distributed/fsdp (2.14): ``_init_utils.py``, ``_flat_param.py``, ``_runtime_utils.py``;
+pytorch_lightning/strategies/fsdp.py and lightning_fabric/strategies/fsdp.py (2.6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from lightning_memplan._errors import TraceError
+from lightning_memplan._types import Category, Parallel
+
+
+class Mark(Protocol):
+    """What is told which kind of memory is taken from here on, and on which stream."""
+
+    category: Category
+    stream: int
+
+
+def fully_sharded(twin: nn.Module, parallel: Parallel, device: torch.device, mark: Mark) -> nn.Module:
+    """``twin``, whose parameters are on the host, wrapped as FSDPStrategy wraps it: unit by unit moved and sharded.
+
+    Raises:
+        TraceError: an argument of the strategy whose memory is not modelled; says which.
+    """
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    _check(parallel.arguments)
+    mark.category = "parameters"
+    wrapper = FullyShardedDataParallel(twin, device_id=device, **parallel.arguments)
+    if parallel.checkpointing:
+        apply_activation_checkpointing(wrapper, **parallel.checkpointing)
+    return wrapper
+
+
+def begin(wrapper: nn.Module) -> None:
+    """What a wrapper does once, when its first forward pass begins: it tries out what it gathers parameters into."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, _runtime_utils
+
+    if isinstance(wrapper, FullyShardedDataParallel):
+        _runtime_utils._lazy_init(wrapper, wrapper)
+
+
+def _check(arguments: Mapping[str, Any]) -> None:
+    """Raise TraceError where FSDP would talk to some of the ranks, name the user's own modules, or use the host."""
+    names = ("ignored_modules", "ignored_states", "process_group", "device_mesh")
+    named = [f"{name}=..." for name in names if arguments.get(name)]
+    strategy, offload = arguments.get("sharding_strategy"), arguments.get("cpu_offload")
+    if "HYBRID" in str(strategy):
+        named.append("sharding_strategy='HYBRID_SHARD'")
+    if offload is not None and offload.offload_params:
+        named.append("cpu_offload=True")
+    if named:
+        raise TraceError(f"the memory of FSDPStrategy({', '.join(named)}) is not modelled: plan without it")
+
+
+@contextmanager
+def let_go(device: torch.device) -> Iterator[None]:
+    """Let nothing hold the wrapper afterwards: autograd's thread keeps the last backward pass, with FSDP's callback at
+    its end, until it is given another (torch/csrc/autograd/engine.cpp, ``Engine::thread_main``)."""
+    try:
+        yield
+    finally:
+        with torch.enable_grad(), suppress(torch.OutOfMemoryError):
+            torch.zeros((), device=device, requires_grad=True).backward()
+
+
+# ----------------------------------------------------------------------------------------- streams that are only noted
+
+
+@contextmanager
+def noted_streams(device: torch.device, mark: Mark) -> Iterator[None]:
+    """FSDP takes ``device`` for a card: what it allocates on a stream is marked with the stream's number."""
+    from torch.distributed.fsdp import _common_utils
+
+    handles = _common_utils._FSDPDeviceHandle
+    before, card = handles.__dict__["from_device"], _Card(device, mark)
+    handles.from_device = classmethod(lambda cls, _: card)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        handles.from_device = before  # type: ignore[method-assign]
+
+
+class _Card:
+    """What FSDP asks of ``torch.cuda``; streams are numbered in the order in which they are made."""
+
+    def __init__(self, device: torch.device, mark: Mark) -> None:
+        self._device, self._mark, self._made = device, mark, 0
+
+    def is_available(self) -> bool:
+        return True
+
+    def current_device(self) -> torch.device:
+        return self._device
+
+    def current_stream(self) -> _Stream:
+        return _Stream(self._mark.stream)
+
+    def Stream(self, priority: int = 0) -> _Stream:  # noqa: N802 - torch's name
+        self._made += 1
+        return _Stream(self._made)
+
+    def Event(self) -> _Event:  # noqa: N802 - torch's name
+        return _Event()
+
+    @contextmanager
+    def stream(self, stream: _Stream) -> Iterator[None]:
+        before, self._mark.stream = self._mark.stream, stream.number
+        try:
+            yield
+        finally:
+            self._mark.stream = before
+
+
+class _Stream:
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def nothing(self, *_: Any) -> None:
+        """No work is under way that could be waited for."""
+
+    wait_stream = wait_event = synchronize = nothing
+
+
+class _Event:
+    def nothing(self, *_: Any) -> None:
+        """No work is under way that could be waited for."""
+
+    record = synchronize = nothing
