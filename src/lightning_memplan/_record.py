@@ -480,7 +480,8 @@ def module_paths(module: torch.nn.Module, recorder: HasPath) -> Iterator[None]:
             recorder.path = stack.pop() if stack else ""
 
         handles.append(child.register_forward_pre_hook(enter))
-        handles.append(child.register_forward_hook(leave))
+        # whatever is raised: checkpointing stops a recomputation by an exception, when it has what it needs
+        handles.append(child.register_forward_hook(leave, always_call=True))
     try:
         yield
     finally:
