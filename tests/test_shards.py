@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +16,7 @@ import torch
 from pytorch_lightning.plugins.precision import FSDPPrecision
 from torch import nn
 from torch.distributed.fsdp import MixedPrecision, ShardingStrategy
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy, wrap
 
 import lightning_memplan as mp
 from lightning_memplan._history import structure_hash
@@ -120,7 +125,9 @@ def test_what_is_read_of_a_trainers_strategy():
         process_group_backend="gloo",
     )
     strategy.precision_plugin = FSDPPrecision("bf16-mixed")
-    found = parallel_of(SimpleNamespace(strategy=strategy, world_size=4, global_rank=3))
+    strategy._parallel_devices, strategy.cluster_environment = [torch.device("cuda", 0)], None
+    trainer = SimpleNamespace(strategy=strategy, world_size=4, global_rank=3, precision="bf16-mixed")
+    found = parallel_of(trainer)
     assert found is not None
     assert (found.kind, found.ranks, found.rank, found.backend, found.shards) == ("fsdp", 4, 3, "gloo", True)
     assert found.arguments["sharding_strategy"] is ShardingStrategy.SHARD_GRAD_OP
@@ -132,3 +139,98 @@ def test_what_is_read_of_a_trainers_strategy():
 def test_a_policy_is_the_same_wherever_it_is_in_memory():
     first, second, third = (structure_hash([ModuleWrapPolicy({kind})]) for kind in (nn.Linear, nn.Linear, nn.ReLU))
     assert first == second != third
+
+
+# ------------------------------------------------------------------------------------------------- without a Trainer
+
+
+def test_several_cards_without_a_trainer():
+    blocks = pl.strategies.FSDPStrategy(auto_wrap_policy={nn.Linear})
+    how: dict[str, Any] = {"optimizer": torch.optim.AdamW, "device": "A100 80GB", "max_batch_size": 64}
+    alone, four = (
+        mp.plan(net(), torch.zeros(4, 1024), **how, **more) for more in ({}, {"devices": 4, "strategy": blocks})
+    )
+    assert (alone.batch_size, four.batch_size, alone.method, four.method) == (64, 64, "trace", "trace")
+    assert alone.breakdown["optimizer"] >= 2 * (FIRST + SECOND) > 3 * four.breakdown["optimizer"]
+    assert (alone.nccl, four.nccl) == (0, 700_000_000)
+    assert four.device.context - alone.device.context == 700_000_000
+    assert four.budget < alone.budget
+    rows = mp.plan_table(four).splitlines()
+    assert rows[2] == "    NCCL          667.57 MiB   left to it beside the allocator: an allowance"  # 700e6 / 2**20
+    assert "NCCL" not in mp.plan_table(alone)
+    buckets = mp.estimate(net(), torch.zeros(4, 1024), optimizer=torch.optim.AdamW, devices=4)  # DDP
+    assert buckets.breakdown(64)["communication"] >= FIRST + SECOND
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"devices": 0}, "devices is an int of at least 1, not 0"),
+        ({"strategy": "fsdp2", "devices": 2}, "Lightning has no strategy 'fsdp2': it has .*ddp, .*fsdp"),
+        ({"strategy": "deepspeed", "devices": 2}, "the strategy 'deepspeed' cannot be made here: .*DeepSpeed"),
+        (
+            {"devices": 2, "trainer": SimpleNamespace(world_size=1)},
+            "a Trainer has its own devices and strategy: leave devices and strategy out",
+        ),
+    ],
+)
+def test_wrong_arguments(how, message, monkeypatch):
+    monkeypatch.setattr("lightning_memplan._api.trainer_settings", lambda trainer: StepSettings())
+    with pytest.raises(ValueError, match=message):
+        mp.estimate(net(), torch.zeros(4, 1024), **how)
+
+
+def test_deepspeed_is_never_a_silent_number():
+    deepspeed = object.__new__(pl.strategies.DeepSpeedStrategy)  # no deepspeed is installed to make one
+    deepspeed._parallel_devices, deepspeed.cluster_environment = [torch.device("cuda", 0)], None
+    deepspeed._process_group_backend = "nccl"
+    trainer = SimpleNamespace(strategy=deepspeed, world_size=4, global_rank=0, precision="32-true")
+    found = parallel_of(trainer)
+    assert found is not None
+    assert (found.kind, found.ranks, found.name) == ("other", 4, "DeepSpeedStrategy")
+    how = {"optimizer": torch.optim.AdamW, "strategy": deepspeed, "devices": 4}
+    est = mp.estimate(net(), torch.zeros(4, 1024), **how)
+    assert est.method == "formula"
+    (note,) = est.notes
+    assert note == (
+        "planned by the formula, since the step cannot be traced: what DeepSpeedStrategy keeps on each of 4 cards is "
+        "not modelled; what DDP and FSDP keep is (strategy='fsdp' shards what DeepSpeed's stage 3 does)"
+    )
+    with pytest.raises(mp.TraceError, match="Sequential cannot be traced: what DeepSpeedStrategy keeps"):
+        mp.estimate(net(), torch.zeros(4, 1024), method="trace", **how)
+
+
+def test_layers_are_named_by_the_policy_only():
+    class Wraps(pl.LightningModule):
+        def configure_model(self):
+            self.net = wrap(nn.Linear(8, 8))
+
+        def training_step(self, batch, batch_idx):
+            return self.net(batch).sum()
+
+    with pytest.raises(mp.TraceError, match=r"wrap\(\) in configure_model is not modelled: name the layers by FSDP"):
+        mp.estimate(Wraps(), torch.zeros(4, 8), method="trace", devices=2, strategy="fsdp")
+
+
+@pytest.mark.slow
+def test_seven_billion_parameters_are_planned_without_one():
+    """On 8 cards of 80 GB, in a process that shows what of the host's memory it took."""
+    root = Path(__file__).parents[1]
+    source = str(Path(mp.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.large_models", "7"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": source},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    # Llama's: 32 layers of 4 x 4096² + 3 x 4096 x 11008 + 2 x 4096, two embeddings of 32000 x 4096, and the last norm
+    whole = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 2 * 32000 * 4096 + 4096
+    assert found["parameters"] == whole == 6738415616
+    assert found["method"] == "trace"
+    assert found["breakdown"]["parameters"] == found["breakdown"]["gradients"] == 4 * whole // 8
+    assert found["breakdown"]["optimizer"] == 2 * 4 * whole // 8
+    assert found["batch_size"] >= 2
+    assert found["host"] < 2 * 2**30  # of which importing torch and Lightning takes a good half

@@ -97,9 +97,9 @@ def test_what_is_read_of_a_trainers_strategy():
     settings = {"accelerator": "cpu", "devices": 2, "logger": False, "enable_checkpointing": False}
     strategy = pl.strategies.DDPStrategy(gradient_as_bucket_view=True, static_graph=True)
     found = parallel_of(pl.Trainer(strategy=strategy, **settings))
-    assert found == Parallel("ddp", 2, {"gradient_as_bucket_view": True, "static_graph": True})
+    assert found == Parallel("ddp", 2, {"gradient_as_bucket_view": True, "static_graph": True}, backend="gloo")
     found = parallel_of(pl.Trainer(strategy="ddp_spawn_find_unused_parameters_true", **settings))
-    assert found == Parallel("ddp", 2, {"find_unused_parameters": True})
+    assert found == Parallel("ddp", 2, {"find_unused_parameters": True}, backend="gloo")
     assert parallel_of(pl.Trainer(**{**settings, "devices": 1})) is None
 
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import copy
 import importlib
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection as apply_to_collection
 
-from lightning_memplan._types import Parallel, StepSettings, parse_precision
+from lightning_memplan._types import Parallel, Precision, StepSettings, parse_precision
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule
@@ -183,32 +185,63 @@ def check_accumulation(effective_batch_size: int, module: Any, trainer: Any, par
 
 
 def parallel_of(trainer: Any) -> Parallel | None:
-    """What the Trainer's strategy wraps around a module, None where that is nothing.
+    """What the Trainer's strategy wraps around a module, None where that is nothing."""
+    strategy, on_cuda = trainer.strategy, trainer.strategy.root_device.type == "cuda"
+    found = _wrapped_by(strategy, trainer.world_size, trainer.precision, on_cuda=on_cuda)
+    if found is None:
+        return None
+    backend = strategy._get_process_group_backend() if hasattr(strategy, "_get_process_group_backend") else ""
+    return replace(found, rank=trainer.global_rank, backend=backend)
 
-    Source: pytorch_lightning/strategies/ddp.py and fsdp.py (2.6).
+
+def parallel_named(strategy: Any, devices: int, precision: Precision) -> Parallel | None:
+    """The same of a strategy by its name in Lightning, or a strategy that no Trainer has yet, on so many GPUs.
+
+    Raises:
+        ValueError: Lightning knows no strategy of that name, or cannot make it here.
     """
-    strategy = trainer.strategy
-    if any(isinstance(strategy, flavour.strategies.FSDPStrategy) for flavour in _FLAVOURS):
+    if strategy is None:
+        return _wrapped_by(_made("ddp"), devices, precision, on_cuda=True) if devices > 1 else None
+    return _wrapped_by(_made(strategy) if isinstance(strategy, str) else strategy, devices, precision, on_cuda=True)
+
+
+def _made(name: str) -> Any:
+    registry = importlib.import_module(f"{_FLAVOURS[0].__name__}.strategies").StrategyRegistry
+    if name not in registry:
+        raise ValueError(f"Lightning has no strategy {name!r}: it has {', '.join(sorted(registry))}")
+    try:
+        return registry.get(name)
+    except Exception as error:
+        raise ValueError(f"the strategy {name!r} cannot be made here: {error}") from error
+
+
+def _wrapped_by(strategy: Any, ranks: int, precision: Any, *, on_cuda: bool) -> Parallel | None:
+    """Source: pytorch_lightning/strategies/ddp.py and fsdp.py (2.6)."""
+
+    def has_kind(name: str) -> bool:
+        return any(isinstance(strategy, getattr(flavour.strategies, name)) for flavour in _FLAVOURS)
+
+    if has_kind("FSDPStrategy"):
+        plugins = importlib.import_module(f"{_FLAVOURS[0].__name__}.plugins.precision")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of half precision: it is said when training begins
+            own = plugins.FSDPPrecision(parse_precision(precision)).mixed_precision_config
+        mixed = strategy.mixed_precision or own
         arguments = {
             **strategy.kwargs,
             "cpu_offload": strategy.cpu_offload,
-            "mixed_precision": strategy.mixed_precision_config,
+            "mixed_precision": mixed,
             "sharding_strategy": strategy.sharding_strategy,
         }
-        return Parallel(
-            "fsdp",
-            trainer.world_size,
-            arguments,
-            checkpointing=strategy._activation_checkpointing_kwargs,
-            rank=trainer.global_rank,
-            backend=strategy._get_process_group_backend(),
-        )
-    if any(isinstance(strategy, flavour.strategies.DDPStrategy) for flavour in _FLAVOURS):
-        hook = strategy._ddp_comm_hook if strategy.root_device.type == "cuda" else None
+        return Parallel("fsdp", ranks, arguments, checkpointing=strategy._activation_checkpointing_kwargs)
+    if has_kind("DDPStrategy") and not has_kind("DeepSpeedStrategy"):  # which inherits from it
+        hook = strategy._ddp_comm_hook if on_cuda else None
         if hook is not None and strategy._ddp_comm_wrapper is not None:
             hook = strategy._ddp_comm_wrapper(hook)
         state = strategy._ddp_comm_state
-        return Parallel("ddp", trainer.world_size, strategy._ddp_kwargs, None if hook is None else (state, hook))
+        return Parallel("ddp", ranks, strategy._ddp_kwargs, None if hook is None else (state, hook))
+    if ranks > 1 or has_kind("DeepSpeedStrategy"):
+        return Parallel("other", ranks, name=type(strategy).__name__)
     return None
 
 

@@ -45,6 +45,24 @@ def fully_sharded(twin: nn.Module, parallel: Parallel, device: torch.device, mar
     return wrapper
 
 
+@contextmanager
+def units_by_policy() -> Iterator[None]:
+    """``configure_model`` may make layers, and leaves it to the strategy which of them are units of their own.
+
+    Raises:
+        TraceError: it calls ``wrap`` or ``auto_wrap``.
+    """
+    from torch.distributed.fsdp.wrap import enable_wrap
+
+    def refuse(module: nn.Module, **_: Any) -> nn.Module:
+        raise TraceError(
+            "wrap() in configure_model is not modelled: name the layers by FSDPStrategy(auto_wrap_policy=...)"
+        )
+
+    with enable_wrap(wrapper_cls=refuse):
+        yield
+
+
 def begin(wrapper: nn.Module) -> None:
     """What a wrapper does once, when its first forward pass begins: it tries out what it gathers parameters into."""
     from torch.distributed.fsdp import FullyShardedDataParallel, _runtime_utils

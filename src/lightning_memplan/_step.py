@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +39,7 @@ from lightning_memplan._lightning import (
 from lightning_memplan._order import STEPS, TRUE_DTYPE, MakeOptimizer, StepRunner
 from lightning_memplan._record import DEVICE, Recorder, Rules, labelled, module_paths
 from lightning_memplan._scaling import extended
+from lightning_memplan._shards import units_by_policy
 from lightning_memplan._twin import explain, metric_states, twin_of
 from lightning_memplan._types import StepSettings, Trace
 
@@ -96,8 +97,11 @@ def prepared(module: nn.Module, settings: StepSettings, *, trainer: Any = None, 
             if calls_setup:
                 twin.setup(stage)
             if is_overridden("configure_model", module):
-                with Recorder(mode, Rules()), DEVICE:
+                shards = settings.parallel is not None and settings.parallel.shards
+                with Recorder(mode, Rules()), DEVICE, units_by_policy() if shards else nullcontext():
                     twin.configure_model()
+    except TraceError:
+        raise
     except Exception as error:
         raise TraceError(explain(error)) from error
     for child in twin.modules():

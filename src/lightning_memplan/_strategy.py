@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
+from lightning_memplan._errors import TraceError
 from lightning_memplan._shards import Mark, begin, fully_sharded, let_go, noted_streams
 from lightning_memplan._types import Parallel
 
@@ -40,7 +41,16 @@ def ranks_of(parallel: Parallel | None, device: torch.device, mark: Mark) -> Ite
 
 
 def wrapped(twin: nn.Module, parallel: Parallel, device: torch.device, mark: Mark) -> nn.Module:
-    """``twin``, wrapped as the strategy wraps it; in ``ranks_of`` only."""
+    """``twin``, wrapped as the strategy wraps it; in ``ranks_of`` only.
+
+    Raises:
+        TraceError: the strategy's memory is not modelled.
+    """
+    if parallel.kind == "other":
+        raise TraceError(
+            f"what {parallel.name} keeps on each of {parallel.ranks} cards is not modelled; what DDP and FSDP keep is "
+            "(strategy='fsdp' shards what DeepSpeed's stage 3 does)"
+        )
     category = mark.category
     wrap = fully_sharded if parallel.shards else _replicated
     try:

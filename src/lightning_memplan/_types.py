@@ -174,6 +174,7 @@ class Plan:
     effective_batch_size: int | None = None  #: samples that the optimizer sees a step, over all devices, if asked for
     confirmed: int | None = None  #: peak bytes reserved in real steps of that batch size, where they were run
     reserved_range: Range | None = None  #: peak bytes reserved, by what cuDNN's convolutions take beside their operands
+    nccl: int = 0  #: bytes of the card that are left to NCCL, beside the allocator: an allowance, in ``device.context``
 
 
 class Peaks(NamedTuple):
@@ -321,15 +322,18 @@ class Parallel:
     2
     >>> Parallel("fsdp", ranks=8).shards
     True
+
+    ``"other"`` is a strategy, by its ``name``, whose memory is not modelled.
     """
 
-    kind: Literal["ddp", "fsdp"]
+    kind: Literal["ddp", "fsdp", "other"]
     ranks: int
     arguments: Mapping[str, Any] = field(default_factory=dict)
     hook: tuple[Any, Any] | None = None
     checkpointing: Mapping[str, Any] = field(default_factory=dict)
     rank: int = 0
     backend: str = "nccl"
+    name: str = ""
 
     @property
     def shards(self) -> bool:

@@ -19,6 +19,7 @@ from lightning_memplan._api import (
     estimate_validation,
     estimates,
     named_device,
+    nccl_allowance,
     plan_estimate,
     samples_of_a_rank,
 )
@@ -250,10 +251,12 @@ class MemoryPlanner(CallbackBase):
         self._held = held + beside
         if self.method == "auto" and first.method == "formula" and trainer.is_global_zero:
             warnings.warn(f"MemoryPlanner: {'; '.join(first.notes)}", stacklevel=2)
-        card = replace(device, context=device.context + self._held)
+        nccl = nccl_allowance(settings, device)
+        card = replace(device, context=device.context + self._held + nccl)
         self._settings, self._structure = settings, first.structure(type(module).__name__, settings, ranks)
         self._lesson = self._learn(card, first.method)
         limits: dict[str, Any] = {"device": card, "margin": self._lesson.margin, "multiple_of": self.multiple_of}
+        limits["nccl"] = nccl
         planned = partial(
             plan_estimate,
             estimate_at,
