@@ -12,8 +12,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, Strategy
+from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fits import Classifier, Data, mlp, transformer
@@ -75,7 +76,26 @@ def fsdp(arguments: dict[str, Any]) -> Job:
     return Classifier(transformer()), torch.zeros(128, 32), strategy
 
 
-STRATEGIES = {"ddp": ddp, "fsdp": fsdp}
+class Meshed(Classifier):
+    def __init__(self) -> None:
+        super().__init__(nn.Identity())
+
+    def configure_model(self) -> None:
+        if not isinstance(self.net, nn.Identity):
+            return
+        with torch.device("meta"):
+            self.net = transformer()
+        for layer in self.net:
+            if isinstance(layer, nn.TransformerEncoderLayer):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+def mesh(arguments: dict[str, Any]) -> Job:
+    return Meshed(), torch.zeros(128, 32), ModelParallelStrategy(process_group_backend="gloo", **arguments)
+
+
+STRATEGIES = {"ddp": ddp, "fsdp": fsdp, "mesh": mesh}
 
 
 if __name__ == "__main__":

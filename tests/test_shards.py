@@ -15,13 +15,14 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.precision import FSDPPrecision
 from torch import nn
-from torch.distributed.fsdp import MixedPrecision, ShardingStrategy
+from torch.distributed.fsdp import MixedPrecision, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy, wrap
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import lightning_memplan as mp
 from lightning_memplan._history import structure_hash
 from lightning_memplan._lightning import parallel_of
-from lightning_memplan._step import trace_steps
+from lightning_memplan._step import trace_steps, trace_validation
 from lightning_memplan._types import Event, Parallel, StepSettings
 
 MiB = 2**20
@@ -117,6 +118,27 @@ def test_what_is_not_modelled_says_so(arguments, named):
     assert str(error.value) == f"the memory of FSDPStrategy({named}) is not modelled: plan without it"
 
 
+def test_validation_gathers_too():
+    class Validates(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def training_step(self, batch, batch_idx):
+            return self.net(batch).sum()
+
+        validation_step = training_step
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters())
+
+    parallel = Parallel("fsdp", 2, {"auto_wrap_policy": ModuleWrapPolicy({nn.Linear}), "use_orig_params": True})
+    batch = torch.zeros(4, 1024)
+    trace = trace_validation(Validates(), batch, [(4, batch)], StepSettings(parallel=parallel))[0]
+    assert made(list(trace.events), step=2, category="communication") == [FIRST, SECOND]
+    assert not torch.distributed.is_initialized()
+
+
 def test_what_is_read_of_a_trainers_strategy():
     strategy = pl.strategies.FSDPStrategy(
         auto_wrap_policy={nn.Linear},
@@ -139,6 +161,58 @@ def test_what_is_read_of_a_trainers_strategy():
 def test_a_policy_is_the_same_wherever_it_is_in_memory():
     first, second, third = (structure_hash([ModuleWrapPolicy({kind})]) for kind in (nn.Linear, nn.Linear, nn.ReLU))
     assert first == second != third
+
+
+# -------------------------------------------------------------------------------------------------------------- a mesh
+
+
+class Meshed(pl.LightningModule):
+    """Layers that ``configure_model`` makes, of which each is sharded by itself, or split between ranks."""
+
+    def configure_model(self) -> None:
+        self.net = net()
+        data, parts = self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"]
+        if parts.size() > 1:
+            parallelize_module(self.net, parts, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        for layer in (self.net[0], self.net[2]):
+            fully_shard(layer, mesh=data)
+        fully_shard(self.net, mesh=data)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.net(batch).sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters())
+
+
+def test_a_mesh_shards_parameters():
+    module, strategy = Meshed(), pl.strategies.ModelParallelStrategy(data_parallel_size=4, tensor_parallel_size=1)
+    est = mp.estimate(module, torch.zeros(4, 1024), method="trace", devices=4, strategy=strategy)
+    assert not hasattr(module, "net")
+    parts = est.breakdown(8)
+    # each layer's bias is sharded by itself; AdamW's two moments, and two scalars that count steps on the host
+    assert parts["parameters"] == parts["optimizer"] // 2 == (FIRST + SECOND) // 4
+    made = {e.size for e, _ in est.alive(8)} | {e.size for e in est.program.events if e.step == 2}
+    assert {FIRST, SECOND} <= made  # gathered, in one block
+    assert est.formula.parameter_bytes == FIRST + SECOND
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_mesh_splits_layers():
+    strategy = pl.strategies.ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
+    est = mp.estimate(Meshed(), torch.zeros(4, 1024), method="trace", devices=2, strategy=strategy)
+    # a half of both weights and of the first bias; the second bias is whole on each rank
+    assert est.breakdown(8)["parameters"] == 4 * (1024 * 8192 + 4096 + 1024)
+    first = [
+        e.size for e in est.program.events if (e.step, e.phase, e.path) == (2, "forward", "net.0") and not e.is_free
+    ]
+    assert 2 * 4 * 4096 in first  # half of its features, for the two samples with which the trace begins
+
+
+def test_sizes_of_a_mesh_make_up_its_devices():
+    strategy = pl.strategies.ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=4)
+    with pytest.raises(ValueError, match="ModelParallelStrategy's sizes, 2 and 4, do not make up 4 devices"):
+        mp.estimate(Meshed(), torch.zeros(4, 1024), devices=4, strategy=strategy)
 
 
 # ------------------------------------------------------------------------------------------------- without a Trainer

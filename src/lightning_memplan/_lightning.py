@@ -216,7 +216,7 @@ def _made(name: str) -> Any:
 
 
 def _wrapped_by(strategy: Any, ranks: int, precision: Any, *, on_cuda: bool) -> Parallel | None:
-    """Source: pytorch_lightning/strategies/ddp.py and fsdp.py (2.6)."""
+    """Source: pytorch_lightning/strategies/ddp.py, fsdp.py and model_parallel.py (2.6)."""
 
     def has_kind(name: str) -> bool:
         return any(isinstance(strategy, getattr(flavour.strategies, name)) for flavour in _FLAVOURS)
@@ -240,6 +240,12 @@ def _wrapped_by(strategy: Any, ranks: int, precision: Any, *, on_cuda: bool) -> 
             hook = strategy._ddp_comm_wrapper(hook)
         state = strategy._ddp_comm_state
         return Parallel("ddp", ranks, strategy._ddp_kwargs, None if hook is None else (state, hook))
+    if has_kind("ModelParallelStrategy"):
+        data, parts = strategy._data_parallel_size, strategy._tensor_parallel_size
+        parts = parts if isinstance(parts, int) else ranks // data if isinstance(data, int) else ranks
+        if parts * (data if isinstance(data, int) else ranks // parts) != ranks:
+            raise ValueError(f"ModelParallelStrategy's sizes, {data} and {parts}, do not make up {ranks} devices")
+        return Parallel("model_parallel", ranks, tensor_parallel=parts)
     if ranks > 1 or has_kind("DeepSpeedStrategy"):
         return Parallel("other", ranks, name=type(strategy).__name__)
     return None

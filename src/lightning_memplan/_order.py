@@ -8,7 +8,7 @@ coexists with them and with the optimizer's state from the second step on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, Protocol
 
@@ -25,7 +25,8 @@ from lightning_memplan._lightning import (
     is_overridden,
     move_to_device,
 )
-from lightning_memplan._strategy import ranks_of, through, without_reduction, wrapped
+from lightning_memplan._record import module_paths
+from lightning_memplan._strategy import local, ranks_of, through, without_reduction, wrapped
 from lightning_memplan._types import Category, Layer, Phase, StepSettings
 
 TRUE_DTYPE = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
@@ -104,11 +105,13 @@ class StepRunner:
         """The strategy wraps the module, optimizers are made, then ``steps`` optimizer steps run, each of as many
         batches as are accumulated."""
         parallel = self.settings.parallel
-        with ranks_of(parallel, self.device, self.mark):
+        with ranks_of(parallel, self.device, self.mark), ExitStack() as stack:
             if parallel is not None:
                 self._wrapper = wrapped(self.twin, parallel, self.device, self.mark)
                 if self.lightning:
-                    self.twin._trainer.model = self._wrapper
+                    self.twin._trainer.model = self.twin if self._wrapper is None else self._wrapper
+                if parallel.kind == "model_parallel":  # whose layers are there only now
+                    stack.enter_context(module_paths(self.twin, self.mark))
             self.mark.category, self.mark.path = "optimizer", ""
             self.optimizers = self.configure()
             if self.lightning:
@@ -124,6 +127,7 @@ class StepRunner:
         Source: pytorch_lightning 2.6, loops/evaluation_loop.py (``_evaluation_step``).
         """
         mark, twin = self.mark, self.twin
+        indices = [0] * _indices(twin.validation_step)
         mark.step, mark.phase, mark.category, mark.path = mark.step + 1, "batch", "batch", ""
         twin.eval()
         twin._trainer.training, twin._trainer.validating = False, True
@@ -131,8 +135,8 @@ class StepRunner:
             moved = self._to_device(batch)
             mark.phase, mark.category = "forward", "activations"
             self._hook("on_validation_batch_start", moved, 0)
-            with self._precision():
-                outputs = twin.validation_step(moved, *[0] * _indices(twin.validation_step))
+            with self._precision(), ranks_of(self.settings.parallel, self.device, mark):
+                outputs = self._through(moved, lambda moved: twin.validation_step(moved, *indices))
             self._hook("on_validation_batch_end", outputs, moved, 0)
 
     def run_counted(self, batch: Any, batch_size: int, steps: int) -> Formula:
@@ -146,7 +150,7 @@ class StepRunner:
         sizes = {
             leaf.untyped_storage()._cdata: leaf.untyped_storage().nbytes()
             for optimizer in self.optimizers
-            for leaf in tree_leaves([list(state.values()) for state in optimizer.state.values()])
+            for leaf in map(local, tree_leaves([list(state.values()) for state in optimizer.state.values()]))
             if isinstance(leaf, torch.Tensor) and leaf.device == self.device
         }
         return sum(sizes.values())
@@ -316,9 +320,10 @@ class StepRunner:
         return outputs.pop()
 
     def _wrapped_step(self, moved: Any, index: int) -> Any:
-        if self._wrapper is None:
-            return self._user_step(moved, index)
-        return through(self._wrapper, self.twin, lambda moved: self._user_step(moved, index), moved, self.mark)
+        return self._through(moved, lambda moved: self._user_step(moved, index))
+
+    def _through(self, moved: Any, step: Callable[[Any], Any]) -> Any:
+        return step(moved) if self._wrapper is None else through(self._wrapper, self.twin, step, moved, self.mark)
 
     def _user_step(self, moved: Any, index: int) -> Any:
         if not self.lightning:

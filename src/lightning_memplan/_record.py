@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import chain, groupby
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, Protocol
@@ -50,6 +51,7 @@ class Rules(NamedTuple):
     shapes: Mapping[Any, Callable[..., Sequence[tuple[torch.Tensor | torch.Size, torch.dtype] | None] | None]] = {}
 
 
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 _RAND = torch.ops.aten.rand.default
 _DEVICE_OF = torch.ops.prim.device.default
 _ADD = torch.ops.aten.add.Tensor
@@ -102,6 +104,10 @@ class Recorder(TorchDispatchMode):
             return args[0].device
         kwargs = kwargs or {}
         out: Any
+        if torch._C._get_dispatch_mode(_FAKE) is not None:
+            return func(*args, **kwargs)  # only shapes are asked for, by a fake mode of someone else's
+        if any(map(_is_wrapper, types)):
+            return NotImplemented  # a distributed tensor says by itself what is done on this rank
         if FakeTensor not in types and kwargs.get("device") != DEVICE:
             if func is _RAND and not args[0]:
                 return torch.tensor(1 - 2**-24)  # one number, to leave out a layer by chance: every layer runs
@@ -345,6 +351,12 @@ def _into_zeros(grads: Sequence[torch.Tensor | None], given: Sequence[torch.Tens
     return tuple(
         torch.zeros_like(grad) if grad is not None and grad.untyped_storage()._cdata in kept else grad for grad in grads
     )
+
+
+@cache
+def _is_wrapper(kind: type) -> bool:
+    """Whether tensors of this kind hold others, on which their operators work (DTensor)."""
+    return hasattr(kind, "__tensor_flatten__")
 
 
 _IN_PLACE: dict[Any, bool] = {}

@@ -10,8 +10,9 @@ pytorch_lightning/strategies/fsdp.py and lightning_fabric/strategies/fsdp.py (2.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -103,13 +104,30 @@ def noted_streams(device: torch.device, mark: Mark) -> Iterator[None]:
     """FSDP takes ``device`` for a card: what it allocates on a stream is marked with the stream's number."""
     from torch.distributed.fsdp import _common_utils
 
-    handles = _common_utils._FSDPDeviceHandle
-    before, card = handles.__dict__["from_device"], _Card(device, mark)
-    handles.from_device = classmethod(lambda cls, _: card)  # type: ignore[method-assign, assignment]
+    card = _Card(device, mark)
+    with ExitStack() as stack:
+        stack.enter_context(_in_place_of(_common_utils._FSDPDeviceHandle, "from_device", classmethod(lambda *_: card)))
+        for module in _FSDP2:
+            stack.enter_context(_in_place_of(importlib.import_module(module), "_get_device_handle", lambda _: card))
+        first = importlib.import_module(_FSDP2[0])
+        stack.enter_context(_in_place_of(first, "_get_device_from_mesh", lambda _: device))
+        yield
+
+
+_FSDP2 = tuple(
+    f"torch.distributed.fsdp._fully_shard.{name}"
+    for name in ("_fully_shard", "_fsdp_collectives", "_fsdp_init", "_fsdp_param_group", "_fsdp_state")
+)
+
+
+@contextmanager
+def _in_place_of(owner: Any, name: str, other: Any) -> Iterator[None]:
+    before = vars(owner).get(name)
+    setattr(owner, name, other)
     try:
         yield
     finally:
-        handles.from_device = before  # type: ignore[method-assign]
+        setattr(owner, name, before) if before is not None else delattr(owner, name)
 
 
 class _Card:
@@ -127,11 +145,11 @@ class _Card:
     def current_stream(self) -> _Stream:
         return _Stream(self._mark.stream)
 
-    def Stream(self, priority: int = 0) -> _Stream:  # noqa: N802 - torch's name
+    def Stream(self, **_: Any) -> _Stream:  # noqa: N802 - torch's name
         self._made += 1
         return _Stream(self._made)
 
-    def Event(self) -> _Event:  # noqa: N802 - torch's name
+    def Event(self, **_: Any) -> _Event:  # noqa: N802 - torch's name
         return _Event()
 
     @contextmanager
@@ -152,9 +170,16 @@ class _Stream:
 
     wait_stream = wait_event = synchronize = nothing
 
+    def record_event(self, *_: Any) -> _Event:
+        return _Event()
+
 
 class _Event:
-    def nothing(self, *_: Any) -> None:
+    def record(self, *_: Any) -> _Event:
+        return self
+
+    def synchronize(self) -> None:
         """No work is under way that could be waited for."""
 
-    record = synchronize = nothing
+    def query(self) -> bool:
+        return True

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -40,8 +40,9 @@ from lightning_memplan._order import STEPS, TRUE_DTYPE, MakeOptimizer, StepRunne
 from lightning_memplan._record import DEVICE, Recorder, Rules, labelled, module_paths
 from lightning_memplan._scaling import extended
 from lightning_memplan._shards import units_by_policy
+from lightning_memplan._strategy import ranks_of, unparallelized, wrapped
 from lightning_memplan._twin import explain, metric_states, twin_of
-from lightning_memplan._types import StepSettings, Trace
+from lightning_memplan._types import Parallel, StepSettings, Trace
 
 
 def _fake(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device, dtype: torch.dtype | None) -> FakeTensor:
@@ -87,8 +88,13 @@ def detached_copy(
 def prepared(module: nn.Module, settings: StepSettings, *, trainer: Any = None, stage: str | None = None) -> nn.Module:
     """The module as it will be when training begins: itself, or a detached copy on which ``setup(stage)`` and
     ``configure_model`` have been called, where it has them. Weights that these make take no memory."""
+    parallel = settings.parallel
     calls_setup = stage is not None and is_overridden("setup", module)
-    if not calls_setup and not is_overridden("configure_model", module):
+    configures = is_overridden("configure_model", module)
+    configures = configures and (
+        parallel is None or parallel.kind != "model_parallel"
+    )  # that needs a mesh, at its time
+    if not calls_setup and not configures:
         return module
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     twin: Any = detached_copy(module, mode, dtype=TRUE_DTYPE.get(settings.precision), trainer=trainer)
@@ -96,8 +102,8 @@ def prepared(module: nn.Module, settings: StepSettings, *, trainer: Any = None, 
         with isolated_random_state(), _no_warnings():
             if calls_setup:
                 twin.setup(stage)
-            if is_overridden("configure_model", module):
-                shards = settings.parallel is not None and settings.parallel.shards
+            if configures:
+                shards = parallel is not None and parallel.shards
                 with Recorder(mode, Rules()), DEVICE, units_by_policy() if shards else nullcontext():
                     twin.configure_model()
     except TraceError:
@@ -272,8 +278,13 @@ def run_formula(
     size, batch = sample
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     notes: tuple[str, ...] = ()
-    with _as_on_the_card(settings):
-        run = _Run(module, mode, replace(settings, parallel=None), trainer, datamodule, optimizer)
+    with _as_on_the_card(settings), ExitStack() as stack:
+        parallel = settings.parallel
+        if parallel is not None:  # a module that is configured with a mesh is given one of a single rank
+            meshed = parallel.kind == "model_parallel"
+            settings = replace(settings, parallel=Parallel("model_parallel", ranks=1) if meshed else None)
+        run = _Run(module, mode, settings, trainer, datamodule, optimizer)
+        stack.enter_context(run.alone())
         failed: list[Exception] = []
 
         def forward() -> None:
@@ -325,6 +336,17 @@ class _Run(StepRunner):
             device=torch.device("cpu") if shards else DEVICE,  # a wrapper that shards moves what it shards
         )
         super().__init__(twin, self.recorder, DEVICE, settings, datamodule=datamodule, optimizer=optimizer)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Where a forward pass can run by itself: the twin's layers are there."""
+        parallel = self.settings.parallel
+        with ranks_of(parallel, DEVICE, self.recorder):
+            if parallel is not None:
+                with self.recorder:
+                    wrapped(self.twin, parallel, DEVICE, self.recorder)
+                    unparallelized(self.twin)
+            yield
 
     def configure(self) -> list[torch.optim.Optimizer]:
         optimizers = super().configure()

@@ -13,11 +13,12 @@ pytorch_lightning/strategies/ddp.py (2.6).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
@@ -35,13 +36,15 @@ def ranks_of(parallel: Parallel | None, device: torch.device, mark: Mark) -> Ite
     with ExitStack() as stack:
         if parallel is not None:
             stack.enter_context(silent_ranks(parallel.ranks, parallel.rank, copies=parallel.backend == "gloo"))
+            if parallel.kind == "model_parallel":
+                stack.callback(_forget_mesh)
             if parallel.shards:
                 stack.enter_context(let_go(device) if device.type == "cuda" else noted_streams(device, mark))
         yield
 
 
-def wrapped(twin: nn.Module, parallel: Parallel, device: torch.device, mark: Mark) -> nn.Module:
-    """``twin``, wrapped as the strategy wraps it; in ``ranks_of`` only.
+def wrapped(twin: nn.Module, parallel: Parallel, device: torch.device, mark: Mark) -> nn.Module | None:
+    """``twin``, wrapped as the strategy wraps it, None where it is changed in its place; in ``ranks_of`` only.
 
     Raises:
         TraceError: the strategy's memory is not modelled.
@@ -52,11 +55,37 @@ def wrapped(twin: nn.Module, parallel: Parallel, device: torch.device, mark: Mar
             "(strategy='fsdp' shards what DeepSpeed's stage 3 does)"
         )
     category = mark.category
-    wrap = fully_sharded if parallel.shards else _replicated
+    wrap = {"ddp": _replicated, "fsdp": fully_sharded, "model_parallel": _parallelized}[parallel.kind]
     try:
         return wrap(twin, parallel, device, mark)
     finally:
         mark.category = category
+
+
+def _parallelized(twin: Any, parallel: Parallel, device: torch.device, mark: Mark) -> None:
+    """As ModelParallelStrategy does: ``configure_model`` shards layers over a mesh, then they are given memory."""
+    mark.category = "parameters"
+    parts, whole = parallel.tensor_parallel, parallel.ranks
+    places = zip(divmod(parallel.rank, parts), (whole // parts, parts), strict=True)
+    groups: list[Any] = [_Silent(rank, size) for rank, size in places]  # type: ignore[call-arg]
+    for group, name in zip(groups, _DIMENSIONS, strict=True):
+        group.copies, group.group_name = parallel.backend == "gloo", f"silent {name}"
+        torch._C._distributed_c10d._register_process_group(group.group_name, group)
+    ranks = torch.arange(whole).view(-1, parts)
+    mesh = DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=_DIMENSIONS)
+    twin._device_mesh = mesh
+    with torch.device("meta"):
+        twin.configure_model()
+    twin.to_empty(device=device)
+
+
+_DIMENSIONS = ("data_parallel", "tensor_parallel")  # of ModelParallelStrategy's mesh
+
+
+def _forget_mesh() -> None:
+    for name in _DIMENSIONS:
+        with suppress(RuntimeError):  # the strategy had not come to it
+            torch._C._distributed_c10d._unregister_process_group(f"silent {name}")  # type: ignore[arg-type]
 
 
 def _replicated(twin: nn.Module, parallel: Parallel, device: torch.device, mark: Mark) -> nn.Module:
@@ -80,6 +109,22 @@ def _broadcast_states(twin: nn.Module) -> None:
     if states:
         group = torch.distributed.distributed_c10d._get_default_group()
         torch.distributed._broadcast_coalesced(group, states, 250 * 2**20, 0)  # type: ignore[attr-defined]
+
+
+def local(value: Any) -> Any:
+    """What of a distributed tensor is on this rank; anything else is itself."""
+    return value.to_local() if isinstance(value, torch.Tensor) and hasattr(value, "to_local") else value
+
+
+def unparallelized(twin: nn.Module) -> None:
+    """Undo what ``configure_model`` did with a mesh of a single rank: plain parameters, and no hook of torch's."""
+    for module in twin.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if str(hook.__module__).startswith("torch.distributed.")]:
+                del hooks[key]
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(local(parameter.detach()), parameter.requires_grad)
 
 
 def through(wrapper: nn.Module, twin: nn.Module, step: Callable[..., Any], moved: Any, mark: Mark) -> Any:
@@ -142,6 +187,7 @@ class _Silent(torch.distributed.ProcessGroup):
     """
 
     copies = False
+    group_name: Any = "silent"
 
     def _copy(self, whole: Any) -> None:
         """A copy that is gone when the collective is done."""

@@ -326,7 +326,7 @@ class Parallel:
     ``"other"`` is a strategy, by its ``name``, whose memory is not modelled.
     """
 
-    kind: Literal["ddp", "fsdp", "other"]
+    kind: Literal["ddp", "fsdp", "model_parallel", "other"]
     ranks: int
     arguments: Mapping[str, Any] = field(default_factory=dict)
     hook: tuple[Any, Any] | None = None
@@ -334,11 +334,12 @@ class Parallel:
     rank: int = 0
     backend: str = "nccl"
     name: str = ""
+    tensor_parallel: int = 1  #: of the ranks, how many share the work on a sample: ModelParallelStrategy's
 
     @property
     def shards(self) -> bool:
-        """Whether each rank holds a part of the parameters, and the wrapper moves them to the card."""
-        return self.kind == "fsdp"
+        """Whether each rank holds a part of the parameters, which the wrapper moves to the card."""
+        return self.kind in ("fsdp", "model_parallel")
 
 
 @dataclass(frozen=True, slots=True)
