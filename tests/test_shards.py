@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import lightning_memplan as mp
 from lightning_memplan._history import structure_hash
 from lightning_memplan._lightning import parallel_of
+from lightning_memplan._shards import _DTYPES
 from lightning_memplan._step import trace_steps, trace_validation
 from lightning_memplan._types import Event, Parallel, StepSettings
 
@@ -85,8 +87,7 @@ def test_gradients_only_are_sharded():
 
 
 def test_mixed_precision_gathers_half_the_bytes():
-    half = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16)
-    found = events(precision="bf16-mixed", mixed_precision=half)
+    found = events(precision="bf16-mixed")
     # each shard is cast before it is sent
     assert made(found, step=2, category="communication", stream=CASTS) == [
         s // 4 for s in (FIRST, SECOND, SECOND, FIRST)
@@ -95,6 +96,21 @@ def test_mixed_precision_gathers_half_the_bytes():
         s // 2 for s in (FIRST, SECOND, SECOND, FIRST)
     ]
     assert made(found, step=2, category="gradients") == [SECOND // 2, FIRST // 2]  # for the optimizer, in float32
+
+
+def test_precision_is_what_lightning_makes_of_it():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of full-precision copies, where parameters are of half precision
+        found = {name: FSDPPrecision(name).mixed_precision_config for name in _DTYPES}
+    assert found == {name: MixedPrecision(dtype, dtype, dtype) for name, dtype in _DTYPES.items()}
+
+
+def test_precision_of_ones_own_and_precision_that_there_is_not():
+    own = MixedPrecision(param_dtype=torch.float32)
+    found = events(precision="bf16-mixed", mixed_precision=own)
+    assert made(found, step=2, category="communication") == [FIRST, SECOND, SECOND, FIRST]
+    with pytest.raises(mp.TraceError, match="FSDP does not train in precision '64-true'"):
+        events(precision="64-true")
 
 
 def test_accumulated_gradients_are_whole():
@@ -146,14 +162,13 @@ def test_what_is_read_of_a_trainers_strategy():
         sharding_strategy="SHARD_GRAD_OP",
         process_group_backend="gloo",
     )
-    strategy.precision_plugin = FSDPPrecision("bf16-mixed")
     strategy._parallel_devices, strategy.cluster_environment = [torch.device("cuda", 0)], None
-    trainer = SimpleNamespace(strategy=strategy, world_size=4, global_rank=3, precision="bf16-mixed")
+    trainer = SimpleNamespace(strategy=strategy, world_size=4, global_rank=3)
     found = parallel_of(trainer)
     assert found is not None
     assert (found.kind, found.ranks, found.rank, found.backend, found.shards) == ("fsdp", 4, 3, "gloo", True)
     assert found.arguments["sharding_strategy"] is ShardingStrategy.SHARD_GRAD_OP
-    assert found.arguments["mixed_precision"].reduce_dtype is torch.bfloat16
+    assert found.arguments["mixed_precision"] is None  # what the Trainer's precision says
     assert found.arguments["use_orig_params"] is True
     assert found.checkpointing["auto_wrap_policy"]._module_classes == {nn.ReLU}
 
@@ -232,8 +247,24 @@ def test_several_cards_without_a_trainer():
     rows = mp.plan_table(four).splitlines()
     assert rows[2] == "    NCCL          667.57 MiB   left to it beside the allocator: an allowance"  # 700e6 / 2**20
     assert "NCCL" not in mp.plan_table(alone)
+    # four times the larger layer's 33,587,200 bytes
+    assert four.notes == ("where the host runs ahead of the card, FSDP may reserve up to 128.12 MiB more",)
     buckets = mp.estimate(net(), torch.zeros(4, 1024), optimizer=torch.optim.AdamW, devices=4)  # DDP
+    assert buckets.notes == ()
     assert buckets.breakdown(64)["communication"] >= FIRST + SECOND
+
+
+def test_which_cards_would_do_together():
+    blocks = pl.strategies.FSDPStrategy(auto_wrap_policy={nn.Linear})
+    cards = [mp.Device("small", total=10**9), mp.Device("large", total=2 * 10**9)]
+    how: dict[str, Any] = {"optimizer": torch.optim.AdamW, "devices": 4, "strategy": blocks, "max_batch_size": 64}
+    # 268 MB of parameters, gradients and moments are 67 MB on each of 4 ranks, and one gathered layer is 34 MB; of the
+    # small card NCCL leaves 300 MB, of which a twentieth stays free
+    assert [size for _, size in mp.cards_for(net(), torch.zeros(4, 1024), cards=cards, **how)] == [64, 64]
+    alone = mp.cards_for(net(), torch.zeros(4, 1024), cards=[cards[0]], **{**how, "devices": 1, "strategy": None})
+    assert alone[0][1] == 64
+    (tight,) = mp.cards_for(net(), torch.zeros(4, 1024), cards=[mp.Device("tiny", total=701 * 10**6)], **how)
+    assert tight[1] == 0
 
 
 @pytest.mark.parametrize(
@@ -258,7 +289,7 @@ def test_deepspeed_is_never_a_silent_number():
     deepspeed = object.__new__(pl.strategies.DeepSpeedStrategy)  # no deepspeed is installed to make one
     deepspeed._parallel_devices, deepspeed.cluster_environment = [torch.device("cuda", 0)], None
     deepspeed._process_group_backend = "nccl"
-    trainer = SimpleNamespace(strategy=deepspeed, world_size=4, global_rank=0, precision="32-true")
+    trainer = SimpleNamespace(strategy=deepspeed, world_size=4, global_rank=0)
     found = parallel_of(trainer)
     assert found is not None
     assert (found.kind, found.ranks, found.name) == ("other", 4, "DeepSpeedStrategy")

@@ -151,7 +151,7 @@ def resolve_step(
     if devices > 1 or strategy is not None:
         if trainer is not None:
             raise ValueError("a Trainer has its own devices and strategy: leave devices and strategy out")
-        settings = replace(settings, parallel=parallel_named(strategy, devices, settings.precision))
+        settings = replace(settings, parallel=parallel_named(strategy, devices))
     card = named_device(device)
     if card is not None and card.capability is not None:
         settings = replace(settings, capability=card.capability)
@@ -483,6 +483,7 @@ def cards_for(
     """
     check_margin(margin)
     source, _ = _source(batch, settings.get("trainer"))
+    nccl = NCCL if settings.get("devices", 1) > 1 else 0
     limits: dict[str, Any] = {
         "min_batch_size": min_batch_size,
         "max_batch_size": max_batch_size,
@@ -501,7 +502,7 @@ def cards_for(
         return largest_fitting(lambda size: found.fits(size, budget), **limits).batch_size
 
     ordered = sorted(gpus() if cards is None else cards, key=lambda card: card.capacity)
-    return tuple((card, largest(card.capability, int(card.capacity * (1 - margin)))) for card in ordered)
+    return tuple((card, largest(card.capability, int(max(0, card.capacity - nccl) * (1 - margin)))) for card in ordered)
 
 
 EstimateAt = Callable[[int], Estimate]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection as apply_to_collection
 
-from lightning_memplan._types import Parallel, Precision, StepSettings, parse_precision
+from lightning_memplan._types import Parallel, StepSettings, parse_precision
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule
@@ -187,22 +186,22 @@ def check_accumulation(effective_batch_size: int, module: Any, trainer: Any, par
 def parallel_of(trainer: Any) -> Parallel | None:
     """What the Trainer's strategy wraps around a module, None where that is nothing."""
     strategy, on_cuda = trainer.strategy, trainer.strategy.root_device.type == "cuda"
-    found = _wrapped_by(strategy, trainer.world_size, trainer.precision, on_cuda=on_cuda)
+    found = _wrapped_by(strategy, trainer.world_size, on_cuda=on_cuda)
     if found is None:
         return None
     backend = strategy._get_process_group_backend() if hasattr(strategy, "_get_process_group_backend") else ""
     return replace(found, rank=trainer.global_rank, backend=backend)
 
 
-def parallel_named(strategy: Any, devices: int, precision: Precision) -> Parallel | None:
+def parallel_named(strategy: Any, devices: int) -> Parallel | None:
     """The same of a strategy by its name in Lightning, or a strategy that no Trainer has yet, on so many GPUs.
 
     Raises:
         ValueError: Lightning knows no strategy of that name, or cannot make it here.
     """
     if strategy is None:
-        return _wrapped_by(_made("ddp"), devices, precision, on_cuda=True) if devices > 1 else None
-    return _wrapped_by(_made(strategy) if isinstance(strategy, str) else strategy, devices, precision, on_cuda=True)
+        return _wrapped_by(_made("ddp"), devices, on_cuda=True) if devices > 1 else None
+    return _wrapped_by(_made(strategy) if isinstance(strategy, str) else strategy, devices, on_cuda=True)
 
 
 def _made(name: str) -> Any:
@@ -215,22 +214,17 @@ def _made(name: str) -> Any:
         raise ValueError(f"the strategy {name!r} cannot be made here: {error}") from error
 
 
-def _wrapped_by(strategy: Any, ranks: int, precision: Any, *, on_cuda: bool) -> Parallel | None:
+def _wrapped_by(strategy: Any, ranks: int, *, on_cuda: bool) -> Parallel | None:
     """Source: pytorch_lightning/strategies/ddp.py, fsdp.py and model_parallel.py (2.6)."""
 
     def has_kind(name: str) -> bool:
         return any(isinstance(strategy, getattr(flavour.strategies, name)) for flavour in _FLAVOURS)
 
     if has_kind("FSDPStrategy"):
-        plugins = importlib.import_module(f"{_FLAVOURS[0].__name__}.plugins.precision")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of half precision: it is said when training begins
-            own = plugins.FSDPPrecision(parse_precision(precision)).mixed_precision_config
-        mixed = strategy.mixed_precision or own
         arguments = {
             **strategy.kwargs,
             "cpu_offload": strategy.cpu_offload,
-            "mixed_precision": mixed,
+            "mixed_precision": strategy.mixed_precision,
             "sharding_strategy": strategy.sharding_strategy,
         }
         return Parallel("fsdp", ranks, arguments, checkpointing=strategy._activation_checkpointing_kwargs)

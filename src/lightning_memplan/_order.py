@@ -107,7 +107,7 @@ class StepRunner:
         parallel = self.settings.parallel
         with ranks_of(parallel, self.device, self.mark), ExitStack() as stack:
             if parallel is not None:
-                self._wrapper = wrapped(self.twin, parallel, self.device, self.mark)
+                self._wrapper = wrapped(self.twin, parallel, self.device, self.mark, self.settings.precision)
                 if self.lightning:
                     self.twin._trainer.model = self.twin if self._wrapper is None else self._wrapper
                 if parallel.kind == "model_parallel":  # whose layers are there only now

@@ -11,7 +11,7 @@ pytorch_lightning/strategies/fsdp.py and lightning_fabric/strategies/fsdp.py (2.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Protocol
 
@@ -19,7 +19,17 @@ import torch
 from torch import nn
 
 from lightning_memplan._errors import TraceError
-from lightning_memplan._types import Category, Parallel
+from lightning_memplan._types import Category, Event, Parallel, Precision
+from lightning_memplan._units import format_bytes
+
+#: In which FSDP gathers parameters, reduces gradients and keeps buffers (FSDPPrecision.mixed_precision_config)
+_DTYPES = {
+    "32-true": torch.float32,
+    "16-mixed": torch.float16,
+    "16-true": torch.float16,
+    "bf16-mixed": torch.bfloat16,
+    "bf16-true": torch.bfloat16,
+}
 
 
 class Mark(Protocol):
@@ -29,21 +39,40 @@ class Mark(Protocol):
     stream: int
 
 
-def fully_sharded(twin: nn.Module, parallel: Parallel, device: torch.device, mark: Mark) -> nn.Module:
+def fully_sharded(
+    twin: nn.Module, parallel: Parallel, device: torch.device, mark: Mark, precision: Precision
+) -> nn.Module:
     """``twin``, whose parameters are on the host, wrapped as FSDPStrategy wraps it: unit by unit moved and sharded.
 
     Raises:
         TraceError: an argument of the strategy whose memory is not modelled; says which.
     """
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 
     _check(parallel.arguments)
+    if precision not in _DTYPES:
+        raise TraceError(f"FSDP does not train in precision {precision!r}")
     mark.category = "parameters"
-    wrapper = FullyShardedDataParallel(twin, device_id=device, **parallel.arguments)
+    arguments, dtype = dict(parallel.arguments), _DTYPES[precision]
+    if arguments.get("mixed_precision") is None:
+        arguments["mixed_precision"] = MixedPrecision(param_dtype=dtype, reduce_dtype=dtype, buffer_dtype=dtype)
+    wrapper = FullyShardedDataParallel(twin, device_id=device, **arguments)
     if parallel.checkpointing:
         apply_activation_checkpointing(wrapper, **parallel.checkpointing)
     return wrapper
+
+
+def waiting(parallel: Parallel, events: Sequence[Event]) -> tuple[str, ...]:
+    """A note on what a card may reserve more than a trace, in which no stream waits for another.
+
+    What several streams use is free only when all are done with it (``record_stream``), and the host may be two units
+    ahead of the card (``_limiter_utils.py``): then two units' parameters, and their gradients, are held twice.
+    """
+    if parallel.kind != "fsdp" or parallel.ranks == 1 or not parallel.arguments.get("limit_all_gathers", True):
+        return ()
+    largest = max((e.size for e in events if e.category == "communication" and e.stream), default=0)
+    return (f"where the host runs ahead of the card, FSDP may reserve up to {format_bytes(4 * largest)} more",)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ from lightning_memplan._lightning import (
 from lightning_memplan._order import STEPS, TRUE_DTYPE, MakeOptimizer, StepRunner
 from lightning_memplan._record import DEVICE, Recorder, Rules, labelled, module_paths
 from lightning_memplan._scaling import extended
-from lightning_memplan._shards import units_by_policy
+from lightning_memplan._shards import units_by_policy, waiting
 from lightning_memplan._strategy import ranks_of, unparallelized, wrapped
 from lightning_memplan._twin import explain, metric_states, twin_of
 from lightning_memplan._types import Parallel, StepSettings, Trace
@@ -344,7 +344,7 @@ class _Run(StepRunner):
         with ranks_of(parallel, DEVICE, self.recorder):
             if parallel is not None:
                 with self.recorder:
-                    wrapped(self.twin, parallel, DEVICE, self.recorder)
+                    wrapped(self.twin, parallel, DEVICE, self.recorder, self.settings.precision)
                     unparallelized(self.twin)
             yield
 
@@ -371,6 +371,8 @@ class _Run(StepRunner):
             notes = (f"the step reads values of tensors ({recorder.values_read} times in {steps} steps): taken as 0",)
         if recorder.lengths_taken:
             notes += ("the step selects by values (a mask, nonzero, unique): planned as if all were selected",)
+        if self.settings.parallel is not None:
+            notes += waiting(self.settings.parallel, recorder.events)
         return Trace(size, labelled(recorder.events), notes)
 
     def optimizer_bytes(self) -> int:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_memplan._errors import TraceError
 from lightning_memplan._shards import Mark, begin, fully_sharded, let_go, noted_streams
-from lightning_memplan._types import Parallel
+from lightning_memplan._types import Parallel, Precision
 
 #: The stream beside the default one on which Lightning makes DistributedDataParallel, as events number it
 SIDE_STREAM = 1
@@ -43,7 +43,9 @@ def ranks_of(parallel: Parallel | None, device: torch.device, mark: Mark) -> Ite
         yield
 
 
-def wrapped(twin: nn.Module, parallel: Parallel, device: torch.device, mark: Mark) -> nn.Module | None:
+def wrapped(
+    twin: nn.Module, parallel: Parallel, device: torch.device, mark: Mark, precision: Precision
+) -> nn.Module | None:
     """``twin``, wrapped as the strategy wraps it, None where it is changed in its place; in ``ranks_of`` only.
 
     Raises:
@@ -55,9 +57,13 @@ def wrapped(twin: nn.Module, parallel: Parallel, device: torch.device, mark: Mar
             "(strategy='fsdp' shards what DeepSpeed's stage 3 does)"
         )
     category = mark.category
-    wrap = {"ddp": _replicated, "fsdp": fully_sharded, "model_parallel": _parallelized}[parallel.kind]
     try:
-        return wrap(twin, parallel, device, mark)
+        if parallel.kind == "ddp":
+            return _replicated(twin, parallel, device, mark)
+        if parallel.kind == "fsdp":
+            return fully_sharded(twin, parallel, device, mark, precision)
+        _parallelized(twin, parallel, device, mark)
+        return None
     finally:
         mark.category = category
 
