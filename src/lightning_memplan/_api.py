@@ -76,9 +76,9 @@ def estimate(
         batch: what the user's dataloader yields, its first dimension the batch; or a DataLoader, a collection of them,
             or a LightningDataModule.
         method: ``"probe"`` runs the step on the GPU with a few samples, ``"trace"`` on fake tensors, ``"formula"`` adds
-            up feature maps. ``"auto"`` traces, and probes too where the device is a GPU of this machine (and torch is
-            2.14 or later): the estimate is that of the two by which fewer samples fit, and ``methods`` tells what each
-            says. Where neither can be had it is the formula's.
+            up feature maps. ``"auto"`` traces, and probes too where the device is a GPU of this machine: the estimate
+            is that of the two by which fewer samples fit, and ``methods`` tells what each says. Where neither can be
+            had it is the formula's.
         precision: a Trainer's ``precision``; ``"32-true"`` where nothing is said.
         optimizer: for a module that is no LightningModule: makes its optimizer from its parameters.
         trainer: a Trainer, from which precision, clipping and accumulation are taken.

@@ -3,7 +3,7 @@
 A probe sees what no rule has to know: cuDNN's workspaces, and every temporary of a kernel. It gives the same events as
 a trace, which are scaled and replayed in the same way.
 
-Source: torch/cuda/memory.py (``_record_memory_history``, ``_snapshot``, ``_set_memory_metadata``), torch 2.14 and 2.15.
+Source: torch/cuda/memory.py (``_record_memory_history``, ``_snapshot``), torch 2.11 and 2.14.
 """
 
 from __future__ import annotations
@@ -37,13 +37,12 @@ _MOST_EVENTS = 10**7
 
 
 def can_probe() -> bool:
-    """Whether this torch can label what its allocator's history records, and there is a CUDA device.
+    """Whether there is a CUDA device, whose memory PyTorch's own caching allocator keeps.
 
     >>> can_probe() in (True, False)
     True
     """
-    supported = getattr(torch.cuda.memory, "_memory_metadata_supported", None)
-    return torch.cuda.is_available() and supported is not None and bool(supported())
+    return torch.cuda.is_available() and torch.cuda.get_allocator_backend() == "native"
 
 
 def probe_steps(
@@ -64,11 +63,18 @@ def probe_steps(
     empty. What the step raises, other than that memory ran out, is the user's own error and is raised unchanged.
 
     Raises:
-        TraceError: not even one sample fits, the module cannot be copied, or this torch cannot label its allocator's
-            history.
+        TraceError: not even one sample fits, the module cannot be copied, there is no device whose allocator keeps a
+            history, or someone else has it record one.
     """
+    if not torch.cuda.is_available():
+        raise TraceError("a probe needs a CUDA device, and torch.cuda.is_available() is False")
     if not can_probe():
-        raise TraceError(f"a probe needs a CUDA device and torch 2.14 or later; this is torch {torch.__version__}")
+        raise TraceError(f"a probe needs PyTorch's own allocator, not {torch.cuda.get_allocator_backend()!r}")
+    if _records_already():
+        raise TraceError(
+            "a probe records the allocator's history, which is being recorded already: stop that first, by "
+            "torch.cuda.memory._record_memory_history(None)"
+        )
     device = torch.device("cuda", index)
     run = _Run(module, device, settings, trainer, datamodule, optimizer, stage)
     for sizes in SIZES:
@@ -303,29 +309,34 @@ class _Place:
 
 
 class _Mark(_Place):
-    """Labels what the allocator records from here on with where the step is: ``labels`` has what each label says."""
+    """Where a step is, marked in the allocator's history: by a block of ``_MARK`` bytes that is taken and given back.
 
-    def __init__(self) -> None:
-        self.__dict__["labels"] = []
+    ``labels`` has the address of each such block, and where the step is from there on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.__dict__.update(labels=[], device=device)
         super().__init__()
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.__dict__[name] = value
-        torch.cuda.memory._set_memory_metadata(f"{_LABEL}{len(self.labels)}")
-        self.labels.append((self.run, self.phase, self.step, self.category, self.path))
+        address = torch.cuda.caching_allocator_alloc(_MARK, self.device, 0)
+        torch.cuda.caching_allocator_delete(address)
+        self.labels.append((address, (self.run, self.phase, self.step, self.category, self.path)))
 
+    device: torch.device
     labels: list[_Label]
 
 
-_Label = tuple[int, Phase, int, Category, str]
-_LABEL = "memplan:"
+_Label = tuple[int, tuple[int, Phase, int, Category, str]]
+_MARK = 331  # bytes: a prime, which no tensor of the step is likely to have at the place of the very next mark
 
 
 def _record(run: _Run, batches: Sequence[tuple[int, Any]], steps: int) -> tuple[list[Trace], Formula]:
     """One trace for each ``(batch size, batch)``, all on one copy of the module, and the formula."""
     give_back(run.device)
-    twin, mark = run.copy(), _Mark()
-    with _history(run.device) as history, module_paths(twin, mark):
+    twin = run.copy()
+    with _recording(run.device) as (mark, events), module_paths(twin, mark):
         mark.category = "parameters"
         run.move(twin)
         for number, (size, batch) in enumerate(batches, 1):
@@ -338,7 +349,7 @@ def _record(run: _Run, batches: Sequence[tuple[int, Any]], steps: int) -> tuple[
             give_back(run.device)
             mark.run = number
             formula = runner.run_counted(batch, size, steps)
-        recorded = _events(history(), mark.labels)
+        recorded = events()
     return [Trace(size, labelled(recorded(number))) for number, (size, _) in enumerate(batches, 1)], formula
 
 
@@ -367,15 +378,19 @@ class _Runner(StepRunner):
 
 
 @contextmanager
-def _history(device: torch.device) -> Iterator[Callable[[], Sequence[Mapping[str, Any]]]]:
-    """The allocator's history from here on."""
-    memory = torch.cuda.memory
-    memory._record_memory_history("all", context=None, max_entries=_MOST_EVENTS, clear_history=True)
+def _recording(device: torch.device) -> Iterator[tuple[_Mark, Callable[[], _Recorded]]]:
+    """The allocator's history from here on: what marks the places in it, and what gives its events."""
+    record = torch.cuda.memory._record_memory_history
+    record("all", context=None, max_entries=_MOST_EVENTS)
     try:
-        yield lambda: memory._snapshot(device)["device_traces"][device.index]
+        mark = _Mark(device)
+        yield mark, lambda: _events(torch.cuda.memory._snapshot(device)["device_traces"][device.index], mark.labels)
     finally:
-        memory._record_memory_history(None)
-        memory._set_memory_metadata("")
+        record(None)
+
+
+def _records_already() -> bool:
+    return torch.cuda.is_initialized() and bool(torch._C._cuda_isHistoryEnabled())
 
 
 @contextmanager
@@ -387,24 +402,29 @@ def _cuda_random_state(device: torch.device) -> Iterator[None]:
         torch.cuda.set_rng_state(state, device)
 
 
-def _events(history: Sequence[Mapping[str, Any]], labels: Sequence[_Label]) -> Callable[[int], list[Event]]:
+_Recorded = Callable[[int], list[Event]]
+
+
+def _events(history: Sequence[Mapping[str, Any]], labels: Sequence[_Label]) -> _Recorded:
     """The allocator's history as events: gives those of a run, which begin with the setup that all have in common.
 
-    An entry's label is the newest one up to it. A thread of autograd's has none, or the one that was the newest when it
-    last ran Python. A block is free when that is asked for: when a stream is done with it (``free_completed``) is a
-    matter of time, which is another one at another batch size. What was there before is no one's here.
+    An entry's label is that of the last mark before it, whichever thread it is of. A block is free when that is asked
+    for: when a stream is done with it (``free_completed``) is a matter of time, which is another one at another batch
+    size. What was there before is no one's here.
     """
     events: dict[int, list[Event]] = {0: []}
     blocks: dict[int, tuple[int, int]] = {}  # address -> run and block
     streams: dict[int, int] = {0: 0}  # in the order in which they are met: a copy may make its own
-    newest = count = 0
+    marks = iter(labels)
+    mark, label = next(marks)
+    run, phase, step, category, path = label
+    count = 0
     for entry in history:
-        text = entry.get("user_metadata", "")
-        if text.startswith(_LABEL):
-            newest = max(newest, int(text[len(_LABEL) :]))
-        run, phase, step, category, path = labels[newest]
         address = entry["addr"]
-        if entry["action"] == "alloc":
+        if entry["action"] == "alloc" and (address, entry["size"]) == (mark, _MARK):
+            run, phase, step, category, path = label
+            mark, label = next(marks, (-1, label))
+        elif entry["action"] == "alloc":
             stream = streams.setdefault(entry["stream"], len(streams))
             blocks[address] = run, count
             event = Event(count, entry["size"], phase, step, category, path, stream=stream)

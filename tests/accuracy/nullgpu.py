@@ -102,6 +102,7 @@ def fit(row: Row) -> tuple[int, int]:
         num_sanity_val_steps=0,
     )
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # which torch keeps for each thread, up to 2.14
     torch.cuda.empty_cache()
     kept = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()  # cuDNN's random states, which a process keeps
     torch.cuda.reset_peak_memory_stats()
@@ -110,7 +111,7 @@ def fit(row: Row) -> tuple[int, int]:
         return torch.cuda.max_memory_allocated() - kept[0], torch.cuda.max_memory_reserved() - kept[1]
     finally:
         del trainer, loader
-        torch._C._cuda_clearCublasWorkspaces()  # which torch keeps for each thread, up to 2.14
+        torch._C._cuda_clearCublasWorkspaces()
         module.cpu()
         module.zero_grad()
 
