@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_memplan._probe import _events, aligned, can_probe, ran_out_of_memory
+from lightning_memplan._probe import _events, _Scaler, aligned, can_probe, doubled, ran_out_of_memory
 from lightning_memplan._scaling import scale
 from lightning_memplan._types import Event, Trace
 
@@ -27,16 +27,23 @@ def test_traces_of_the_same_events_stay_as_they_are():
     assert aligned(traces) == traces
 
 
-def test_workspaces_that_differ_lie_on_a_line_above_all():
-    # At 2 samples no workspace, at 3 one of 100 bytes, at 5 one of 40: the slope from first to last is (40 - 0) / 3,
-    # rounded up: 14; the line must reach 100 at 3, so it begins at 100 - 3 · 14 = 58: 86, 100 and 128.
+def test_workspaces_that_differ_are_taken_as_measured():
+    # At 2 samples no workspace, at 3 one of 100 bytes, at 5 one of 40: on lines between; beyond 5 it goes on
+    # as from the first to the last, (40 - 0) / (5 - 2) bytes a sample: 40 + 95 · 40 / 3 = 1306 at 100.
     traces = [
         trace(2, (0, 20), (2, 8), (0, -1)),
         trace(3, (0, 30), (1, 100), (1, -1), (2, 8), (0, -1)),
         trace(5, (0, 50), (1, 40), (1, -1), (2, 8), (0, -1)),
     ]
-    assert sizes(aligned(traces)) == [[20, 86, -1, 8, -1], [30, 100, -1, 8, -1], [50, 128, -1, 8, -1]]
-    assert scale(aligned(traces)).at(100)[1][1] == 58 + 14 * 100
+    assert sizes(aligned(traces)) == [[20, 0, -1, 8, -1], [30, 100, -1, 8, -1], [50, 40, -1, 8, -1]]
+    program = scale(aligned(traces))
+    assert [program.at(n)[1][1] for n in (2, 3, 4, 5, 100)] == [0, 100, 70, 40, 1306]
+
+
+def test_a_large_batch_decides_what_a_workspace_is_there():
+    # 500 bytes at 2 and 3 samples, by an algorithm for few; at 100 samples 200 bytes: they do not grow from there on
+    traces = [trace(n, (0, size), (0, -1), (1, n)) for n, size in ((2, 500), (3, 500), (100, 200))]
+    assert [scale(aligned(traces)).at(n)[0][1] for n in (3, 100, 1000)] == [500, 200, 200]
 
 
 def test_several_workspaces_at_one_place_are_one_of_the_largest():
@@ -44,8 +51,8 @@ def test_several_workspaces_at_one_place_are_one_of_the_largest():
         trace(2, (0, 20), (1, 7), (1, -1), (2, 9), (2, -1), (3, 4), (0, -1)),
         trace(3, (0, 30), (1, 8), (1, -1), (3, 4), (0, -1)),
     ]
-    # 9 at 2 samples and 8 at 3 do not grow: 9 throughout.
-    assert sizes(aligned(traces)) == [[20, 9, -1, 4, -1], [30, 9, -1, 4, -1]]
+    assert sizes(aligned(traces)) == [[20, 9, -1, 4, -1], [30, 8, -1, 4, -1]]
+    assert scale(aligned(traces)).at(50)[1][1] == 8  # what falls does not go on falling
 
 
 def test_workspaces_within_a_workspace_count_together():
@@ -53,6 +60,7 @@ def test_workspaces_within_a_workspace_count_together():
     traces = [trace(2, (0, 20), (3, 4)), trace(3, (0, 30), (1, 100), (2, 8), (1, -1), (2, -1), (3, 4))]
     # 0 at 2 samples and 108 at 3: a line of slope 108.
     assert sizes(aligned(traces)) == [[20, 0, -1, 4], [30, 108, -1, 4]]
+    assert scale(aligned(traces)).at(5)[1][1] == 3 * 108
 
 
 def test_traces_that_differ_in_more_are_not_aligned():
@@ -60,19 +68,20 @@ def test_traces_that_differ_in_more_are_not_aligned():
 
 
 @pytest.mark.parametrize(
-    ("seen", "planned"),
+    ("seen", "at_10"),
     [
-        ((20, 30, 50), (20, 30, 50)),  # 10 n
-        ((64, 144, 400), (64, 144, 400)),  # 16 n²: all pairs of samples
-        ((8, 24, 80), (8, 24, 80)),  # 4 n (n - 1): all pairs of two samples
-        ((0, 0, 60), (0, 20, 60)),  # 10 (n - 2) (n - 3) is no tensor's: 60 / 3 = 20 a sample, from 60 - 5 · 20 = -40
-        ((90, 60, 0), (90, 90, 90)),  # 150 - 30 n would be nothing at 5
-        ((512, 1024, 1536), (682, 1024, 1708)),  # rounded up: (1536 - 512) / 3 = 342 a sample, from 1024 - 3 · 342 = -2
+        ((20, 30, 50), 100),  # 10 n
+        ((64, 144, 400), 1600),  # 16 n²: all pairs of samples
+        ((8, 24, 80), 360),  # 4 n (n - 1): all pairs of two samples
+        ((0, 0, 60), 160),  # 10 (n - 2) (n - 3) is no tensor's: 60 / 3 = 20 a sample, 60 + 5 · 20
+        ((90, 60, 0), 0),  # 150 - 30 n would be less than nothing
+        ((512, 1024, 1536), 3242),  # rounded up: 1536 + 5 · (1536 - 512) / 3, rounded down
     ],
 )
-def test_sizes_that_are_no_tensors_lie_on_a_line_above(seen, planned):
+def test_sizes_that_are_no_tensors_go_on_as_from_the_first_to_the_last(seen, at_10):
     traces = [trace(n, (0, size), (0, -1)) for n, size in zip((2, 3, 5), seen, strict=True)]
-    assert [t.events[0].size for t in aligned(traces)] == list(planned)
+    assert sizes(aligned(traces)) == [[size, -1] for size in seen]
+    assert scale(aligned(traces)).at(10)[0][1] == at_10
 
 
 def test_pairs_stay_pairs_where_workspaces_differ():
@@ -88,6 +97,20 @@ def test_pairs_stay_pairs_where_workspaces_differ():
 def test_blocks_are_numbered_anew():
     traces = [trace(2, (7, 20), (5, 1)), trace(3, (4, 30), (9, 1), (9, -1), (3, 1))]
     assert [[event.block for event in t.events] for t in aligned(traces)] == [[0, 1, 1, 2], [0, 1, 1, 2]]
+
+
+def test_a_prime_number_of_samples_tells_what_grows():
+    # at 7 samples: 700 bytes of them, 1000 of weights, a workspace of 64 that is taken to grow
+    traces = [whole := trace(7, (0, 700), (1, 1000), (2, 64), (2, -1)), doubled(whole)]
+    assert [size for _, size, _ in scale(traces).at(70)] == [7000, 1000, 640, -1]
+
+
+def test_an_optimizer_steps_whatever_its_gradients_are():
+    scaler, parameter = _Scaler("cpu", init_scale=1.0), torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.Adam([parameter])
+    scaler.scale((parameter * torch.inf).sum()).backward()
+    scaler.step(optimizer)
+    assert len(optimizer.state[parameter]) == 3  # the count and both moments
 
 
 # ------------------------------------------------------------------------------------------- the allocator's history

@@ -27,7 +27,7 @@ from lightning_memplan._lightning import (
 from lightning_memplan._loaders import dataset_size
 from lightning_memplan._order import PARTS, MakeOptimizer
 from lightning_memplan._planner import Found, largest_dividing, largest_fitting
-from lightning_memplan._probe import can_probe, probe_steps
+from lightning_memplan._probe import SIZES, can_probe, probe_steps
 from lightning_memplan._report import advice_lines, does_not_fit_message
 from lightning_memplan._sample import SAMPLE_SIZE, Samples, Which, check_sample, read_samples
 from lightning_memplan._scaling import interleaved, scale
@@ -154,8 +154,9 @@ def estimate_step(
     probed, why_not = None, ""
     if method == "probe" or (method == "auto" and _can_be_probed(device)):
         try:
-            index = _probed_index(device)
-            traces, formula = probe_steps(module, samples.batches, settings, index, stage=stage, **common)
+            index, capacity = _probed_index(device), (device or default_device()).capacity
+            where: dict[str, Any] = {"capacity": capacity, "stage": stage}
+            traces, formula = probe_steps(module, samples.batches, settings, index, **where, **common)
             probed = Estimate("probe", formula, scale(traces), _allocator(), samples.notes)
         except (TraceError, *_OF_A_COPY) as error:
             if method == "probe":
@@ -170,7 +171,9 @@ def estimate_step(
         return replace(traced, notes=notes + traced.notes)
     if traced.method != "trace":
         return probed
-    first, second = _tightest_first((probed, traced), device or default_device())
+    first, second = probed, traced
+    if probed.largest_seen <= max(SIZES[0]):  # what kernels a large batch takes only the trace knows
+        first, second = _tightest_first((probed, traced), device or default_device())
     return replace(first, others=(second,), notes=traced.notes)
 
 
@@ -250,7 +253,10 @@ def estimate_validation(
 
 
 def _allocator() -> AllocatorSettings:
-    return AllocatorSettings.from_environment(os.environ)
+    """How this torch's allocator works: 2.14's ``BlockComparatorSizeCounterAddress`` was ``BlockComparatorSize``, by
+    address, in 2.11 (symbols of libc10_cuda.so)."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return replace(AllocatorSettings.from_environment(os.environ), by_address=version < (2, 14))
 
 
 def plan(

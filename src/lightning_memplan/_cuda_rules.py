@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch._prims_common import suggest_memory_format
 
+from lightning_memplan._workspaces import FILTER, FORWARD, INPUT, LAST, MOVED, PLAIN
+
 aten = torch.ops.aten
 
 # ---------------------------------------------------------------------------------------------------------- autocast
@@ -611,9 +613,13 @@ def _with_workspaces(rule: Rule | None, capability: tuple[int, int]) -> Rule:
             tiles = math.prod(-(-size // 4) for size in results)
         channels = x.size(0), x.size(1), y.size(1)
         sizes = (*channels, math.prod(places), math.prod(results), math.prod(taps), tiles, groups, x.element_size())
-        moved = _tensor_cores(x.dtype, capability) and _convolution_layout(x, weight) is torch.contiguous_format
-        workspace = [("convolution", *sizes, int(moved))]
-        return (*copies, *[workspace] * (sum(args[10][:2]) if gradients else 1))
+        layout = PLAIN
+        if _tensor_cores(x.dtype, capability):
+            layout = MOVED if _convolution_layout(x, weight) is torch.contiguous_format else LAST
+        parts = (
+            [part for part, asked in zip((INPUT, FILTER), args[10], strict=False) if asked] if gradients else [FORWARD]
+        )
+        return (*copies, *([("convolution", part, *sizes, layout)] for part in parts))
 
     return both
 

@@ -62,6 +62,11 @@ class Estimate:
         return structure_hash([self.method, self.formula.input_bytes, *settings, *layers, *steps])
 
     @property
+    def largest_seen(self) -> int:
+        """The largest batch size at which the step was recorded, 0 for the formula."""
+        return 0 if self.program is None else max(self.program.batch_sizes)
+
+    @property
     def has_workspaces(self) -> bool:
         """Whether the step has convolutions whose workspaces are not known to the byte."""
         return self.program is not None and self.program.has_workspaces

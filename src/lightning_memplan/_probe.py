@@ -9,16 +9,20 @@ Source: torch/cuda/memory.py (``_record_memory_history``, ``_snapshot``), torch 
 from __future__ import annotations
 
 import gc
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import Any, NamedTuple
+from fractions import Fraction
+from functools import partial
+from itertools import chain, groupby, pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
+from lightning_memplan._allocator import replay
 from lightning_memplan._device import read_peaks, reset_peaks
 from lightning_memplan._errors import TraceError
 from lightning_memplan._formula import Formula
@@ -33,7 +37,13 @@ from lightning_memplan._units import parse_bytes
 #: Batch sizes that are run, and what is run instead where the larger ones do not fit on the card
 SIZES = ((2, 3, 5), (1, 2, 3), (1, 2), (1,))
 
+#: The most samples that the large batch of a probe has
+LARGEST = 4096
+
 _MOST_EVENTS = 10**7
+
+MakeBatches = Callable[[Sequence[int]], Sequence[tuple[int, Any]]]  #: batches of given sizes
+_T = TypeVar("_T")
 
 
 def can_probe() -> bool:
@@ -47,20 +57,23 @@ def can_probe() -> bool:
 
 def probe_steps(
     module: nn.Module,
-    sample: Callable[[Sequence[int]], Sequence[tuple[int, Any]]],
+    sample: MakeBatches,
     settings: StepSettings,
     index: int,
     *,
+    capacity: int | None = None,
     trainer: Any = None,
     datamodule: Any = None,
     optimizer: MakeOptimizer | None = None,
     stage: str | None = None,
     steps: int = STEPS,
 ) -> tuple[list[Trace], Formula]:
-    """The formula, and one trace for each batch size that fits: setup, then training steps, run on ``cuda:index``.
+    """The formula, and one trace for each batch size that ran: setup, then training steps, on ``cuda:index``.
 
-    ``sample`` makes the batches of given sizes. The module is copied; the card is left as it was found, its caches
-    empty. What the step raises, other than that memory ran out, is the user's own error and is raised unchanged.
+    ``sample`` makes the batches of given sizes: a few samples, and half of what the tensors of these let expect in
+    ``capacity`` bytes, since libraries choose other kernels for large batches, with other workspaces. The module is
+    copied; the card is left as it was found, its caches empty. What the step raises, other than that memory ran out,
+    is the user's own error and is raised unchanged.
 
     Raises:
         TraceError: not even one sample fits, the module cannot be copied, there is no device whose allocator keeps a
@@ -77,23 +90,93 @@ def probe_steps(
         )
     device = torch.device("cuda", index)
     run = _Run(module, device, settings, trainer, datamodule, optimizer, stage)
-    for sizes in SIZES:
-        refused = _refusals(device)
-        with _as_found(device):
-            try:
-                batches = sample(sizes)
-                traces, formula = _record(run, batches, steps)
-                return aligned(traces) or _each_anew(run, batches, steps), formula
-            except Exception as error:
-                if not ran_out_of_memory(error, refused=_refusals(device) > refused):
-                    raise
+    with _as_found(device):
+        for sizes in SIZES:
+            found = _unless_out_of_memory(device, partial(_recorded, run, sample, sizes, steps))
+            if found is not None:
+                traces, formula = found
+                more = _larger(run, sample, traces, capacity, steps)
+                return more or aligned(traces) or traces, formula  # where they differ, whoever scales them says where
     raise TraceError(f"not even a single sample's training step fits on {torch.cuda.get_device_name(device)}")
 
 
-def _each_anew(run: _Run, batches: Sequence[tuple[int, Any]], steps: int) -> list[Trace]:
-    """Each batch size on a copy of its own, for a step that one copy does not run twice in the same way."""
-    traces = [trace for batch in batches for trace in _record(run, [batch], steps)[0]]
-    return aligned(traces) or traces  # where they still differ, whoever scales them says where
+def _unless_out_of_memory(device: torch.device, record: Callable[[], _T]) -> _T | None:
+    """What ``record`` gives, None where memory runs out; all that it took is given back."""
+    refused = _refusals(device)
+    try:
+        return record()
+    except Exception as error:
+        if not ran_out_of_memory(error, refused=_refusals(device) > refused):
+            raise
+    finally:
+        give_back(device)
+    return None
+
+
+def _recorded(run: _Run, sample: MakeBatches, sizes: Sequence[int], steps: int) -> tuple[list[Trace], Formula]:
+    """All on one copy, or each on a copy of its own, for a step that one copy does not run twice in the same way."""
+    batches = sample(sizes)
+    traces, formula = _record(run, batches, steps)
+    if aligned(traces) is None:
+        traces = [trace for batch in batches for trace in _record(run, [batch], steps)[0]]
+    return traces, formula
+
+
+def _larger(
+    run: _Run, sample: MakeBatches, few: Sequence[Trace], capacity: int | None, steps: int
+) -> list[Trace] | None:
+    """Traces of which one is of a large batch, if there can be: beside those of few samples, or alone."""
+    half = min(LARGEST, expected_to_fit(few, capacity) // 2) if capacity is not None else 0
+    for size in map(prime_up_to, (half, half // 2, half // 4)):
+        if size < 2 * few[-1].batch_size:
+            break
+        found = _unless_out_of_memory(run.device, partial(_recorded, run, sample, (size,), steps))
+        if found is not None:
+            (large,), _ = found
+            return aligned([*few, large]) or [large, doubled(large)]
+    return None
+
+
+def prime_up_to(number: int) -> int:
+    """The largest prime that is not above ``number``, 0 where there is none.
+
+    >>> prime_up_to(100), prime_up_to(1)
+    (97, 0)
+    """
+    return next((n for n in range(number, 1, -1) if all(n % k for k in range(2, math.isqrt(n) + 1))), 0)
+
+
+def doubled(trace: Trace) -> Trace:
+    """What the trace of a prime number of samples tells of twice as many: what the prime divides grows with the batch,
+    and so does what a kernel takes for itself.
+
+    >>> trace = Trace(7, (Event(0, 700), Event(1, 1000), Event(2, 64), Event(2, -1)))
+    >>> [event.size for event in doubled(trace).events]
+    [1400, 1000, 128, -1]
+    """
+    prime, events = trace.batch_size, trace.events
+    passing = {a.block for a, b in pairwise(events) if a.block == b.block and b.is_free}
+    grown = (
+        e._replace(size=2 * e.size) if e.size > 0 and (e.size % prime == 0 or e.block in passing) else e for e in events
+    )
+    return Trace(2 * prime, tuple(grown), trace.notes)
+
+
+def expected_to_fit(traces: Sequence[Trace], capacity: int) -> int:
+    """The largest batch size that fits in ``capacity`` bytes, if all but workspaces grows as in these traces.
+
+    >>> grown = [Trace(n, (Event(0, 2**20), Event(1, n * 2**20), Event(2, 7), Event(2, -1))) for n in (2, 4)]
+    >>> expected_to_fit(grown, 101 * 2**20)
+    100
+    """
+    peaks = []
+    for trace in (traces[0], traces[-1]):
+        events, _ = _without_workspaces(_renumbered(trace.events))
+        peaks.append(replay([(e.block, e.size, e.stream) for e in events]).peak_allocated)
+    growth = Fraction(peaks[1] - peaks[0], max(1, traces[-1].batch_size - traces[0].batch_size))
+    if growth <= 0:
+        return 0
+    return max(0, int((capacity - peaks[0]) / growth) + traces[0].batch_size)
 
 
 class Tried(NamedTuple):
@@ -356,14 +439,15 @@ def _record(run: _Run, batches: Sequence[tuple[int, Any]], steps: int) -> tuple[
 class _Runner(StepRunner):
     """Lightning's order, with the real GradScaler.
 
-    It begins at a scale of 1: at its usual one the first steps' gradients overflow, and the optimizer is passed over.
+    Its optimizer steps whatever the gradients are: at the usual scale those of the first steps overflow, and a step
+    that is passed over makes no state.
     """
 
     _scaler: torch.amp.GradScaler | None = None
 
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         if self._scaler is None:
-            self._scaler = torch.amp.GradScaler(self.device.type, init_scale=1.0)
+            self._scaler = _Scaler(self.device.type, init_scale=1.0)
         return self._scaler.scale(loss)
 
     def _unscaled_step(self, optimizer: torch.optim.Optimizer, after: Callable[[], None]) -> None:
@@ -375,6 +459,14 @@ class _Runner(StepRunner):
         after()
         scaler.step(optimizer)
         scaler.update()
+
+
+class _Scaler(torch.amp.GradScaler):
+    """Steps where gradients are infinite or no numbers as well (torch/amp/grad_scaler.py, 2.11 and 2.14)."""
+
+    def _maybe_opt_step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        _, *others = args  # the optimizer's state in the scaler
+        return optimizer.step(*others, **kwargs)
 
 
 @contextmanager
@@ -446,13 +538,15 @@ def aligned(traces: Sequence[Trace]) -> list[Trace] | None:
     """Traces with the same events, where they differ only in workspaces; None where they differ in more.
 
     A library may choose another algorithm at another batch size, and take another workspace, or none. Where traces
-    differ in such blocks (freed before anything else happens), each place is given the largest workspace that was
-    taken there. Sizes that do not grow as a tensor's do lie on a line through or above all that were seen.
+    differ in such blocks (freed before anything else happens), each place has the largest workspace that was taken
+    there. What does not grow as a tensor does is taken as measured, on lines between (``_kernels.measured``).
 
     >>> a = Trace(2, (Event(0, 100), Event(1, 64), Event(1, -1)))
     >>> b = Trace(3, (Event(0, 150),))
     >>> [[event.size for event in trace.events] for trace in aligned([a, b])]
-    [[100, 64, -1], [150, 64, -1]]
+    [[100, 64, -1], [150, 0, -1]]
+    >>> aligned([a, b])[1].events[1].rule
+    ('measured', 3, 2, 64, 3, 0)
     """
     points = [trace.batch_size for trace in traces]
     columns = [_renumbered(trace.events) for trace in traces]
@@ -460,23 +554,22 @@ def aligned(traces: Sequence[Trace]) -> list[Trace] | None:
         split = [_without_workspaces(events) for events in columns]
         if len({_shape(events) for events, _ in split}) > 1:
             return None
-        places = sorted({place for _, found in split for place in found})
-        taken = {place: _regular(points, [found.get(place, 0) for _, found in split]) for place in places}
+        places = {place for _, found in split for place in found}
         columns = [
-            _with_workspaces(left, {place: sizes[k] for place, sizes in taken.items()}, columns[k][-1])
-            for k, (left, _) in enumerate(split)
+            _with_workspaces(left, {place: found.get(place, 0) for place in places}, column[-1])
+            for (left, found), column in zip(split, columns, strict=True)
         ]
     rows = [tuple(event.size for event in row) for row in zip(*columns, strict=True)]
-    changed = {row: sizes for row in set(rows) if (sizes := _regular(points, row)) is not row}
+    seen = {row: tuple(chain(*zip(points, row, strict=True))) for row in set(rows) if not _grows(points, row)}
     return [
         replace(
             trace,
             events=tuple(
-                event._replace(size=changed[row][k]) if row in changed else event
-                for event, row in zip(columns[k], rows, strict=True)
+                event._replace(rule=("measured", trace.batch_size, *seen[row])) if row in seen else event
+                for event, row in zip(column, rows, strict=True)
             ),
         )
-        for k, trace in enumerate(traces)
+        for trace, column in zip(traces, columns, strict=True)
     ]
 
 
@@ -525,31 +618,18 @@ def _with_workspaces(events: Sequence[Event], sizes: Mapping[int, int], last: Ev
     return _renumbered(result[:-1])
 
 
-def _regular(points: Sequence[int], sizes: Sequence[int]) -> Sequence[int]:
-    """Sizes that grow with the batch as a tensor's bytes do; on a line above them where they do not.
+def _grows(points: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Whether sizes grow with the batch as a tensor's bytes do.
 
-    A tensor's bytes are a polynomial without negative or broken coefficients, or those of all pairs of two samples. A
-    workspace's may be anything, and a parabola through them would tell nothing of a batch a hundred times as large.
+    Those are a polynomial without negative or broken coefficients, or that of all pairs of two samples. A workspace's
+    may be anything, and a parabola through them would tell nothing of a batch a hundred times as large.
     """
     if len(set(sizes)) == 1:
-        return sizes
+        return True
     polynomial = Polynomial.through(points, sizes)
     constant, *growing = polynomial.coefficients
+    if polynomial.degree == 1:
+        return growing[0] > 0
     whole = all(c % polynomial.divisor == 0 for c in polynomial.coefficients)
-    if polynomial.degree == 1 and growing[0] > 0:
-        return sizes
-    if (
-        polynomial.degree == 2
-        and whole
-        and (min(constant, *growing) >= 0 or (constant, growing[0]) == (0, -growing[1]))
-    ):
-        return sizes
-    return _line_above(points, sizes)
-
-
-def _line_above(points: Sequence[int], sizes: Sequence[int]) -> list[int]:
-    """Sizes on a line that grows no slower than from the smallest to the largest batch, and lies on or above all."""
-    span = points[-1] - points[0]
-    slope = max(0, -(-(sizes[-1] - sizes[0]) // span)) if span else 0
-    base = max(size - slope * point for point, size in zip(points, sizes, strict=True))
-    return [base + slope * point for point in points]
+    pairs = (constant, growing[0]) == (0, -growing[1])
+    return polynomial.degree == 2 and whole and (min(constant, *growing) >= 0 or pairs)
