@@ -4,6 +4,7 @@
     python -m tests.accuracy.chosen --method trace --margin 0.05    # with a margin: never out of memory
     python -m tests.accuracy.chosen --only resnet
     python -m tests.accuracy.chosen --here --margin 0.05 --jobs 8    # on this machine's GPU, in 8 GiB of its memory
+    python -m tests.accuracy.chosen --read tests/accuracy/rows/h200_chosen.txt    # what was printed there, summed up
 
 With no margin the prediction itself is tried: a size that runs out of memory was planned too large (``over``), and
 where 5 % more runs as well it was planned too small (``under``). With a margin only the first counts.
@@ -15,6 +16,7 @@ import argparse
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -26,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.accuracy.nullgpu import HERE, ROOT, Row, fit
+from tests.accuracy.nullgpu import HERE, ROOT, Row, fit, percentile
 
 MEMORY = 8 * 2**30
 MOST = 4096  #: samples: a row that fits more is limited by that
@@ -116,6 +118,7 @@ def main() -> None:
     parser.add_argument("--margin", type=float, default=0.0, help="the part of the card that is left free")
     parser.add_argument("--here", action="store_true", help="on the GPU of this machine, in place of the null GPU")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--read", type=Path, help="only sum up what was printed before")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -123,15 +126,30 @@ def main() -> None:
         verdict = judge(Row.parse(arguments.worker), arguments.method, arguments.margin)
         print("JUDGED " + json.dumps(verdict), flush=True)
         return
-    counts: Counter[str] = Counter()
+    if arguments.read:
+        print(summary(arguments.read.read_text().splitlines()))
+        return
     lines = [text.split("#")[0].strip() for text in arguments.models.read_text().splitlines()]
     lines = [line for line in lines if line and re.search(arguments.only, line)]
     how = {"method": arguments.method, "margin": arguments.margin, "here": arguments.here}
+    printed = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for line, verdict in zip(lines, pool.map(partial(judged, **how), lines), strict=True):
-            counts[verdict.split(":")[0]] += 1
-            print(f"{line:72} {verdict}", flush=True)
-    print(", ".join(f"{count} {name}" for name, count in counts.most_common()))
+            printed.append(f"{line:72} {verdict}")
+            print(printed[-1], flush=True)
+    print(summary(printed))
+
+
+def summary(lines: list[str]) -> str:
+    """How many of the printed lines came out how, and how far predictions were off."""
+    verdicts = Counter(line[72:].split(":")[0].strip() for line in lines)
+    text = [f"{len(lines)} rows: " + ", ".join(f"{count} {name}" for name, count in verdicts.most_common())]
+    for what in ("allocated", "reserved"):
+        errors = [abs(float(e)) for e in re.findall(rf"{what} \d+ MiB \((\S+) %\)", "\n".join(lines))]
+        if errors:
+            shares = f"90th percentile {percentile(errors, 0.9):.2f} %, worst {max(errors):.2f} %"
+            text.append(f"{what}: median {statistics.median(errors):.2f} %, {shares}")
+    return "\n".join(text)
 
 
 if __name__ == "__main__":
