@@ -383,9 +383,10 @@ class _Card(NamedTuple):
 
 
 # ``reported`` is ``total_memory`` as torch.cuda.get_device_properties prints it on such a card: of RTX 3090, RTX 3060,
-# RTX 4060 and H200 it comes with the measurements that this project is tested against; the others are the figures commonly
-# seen in published output, not measured for this project. They move by up to half a percent with the driver. Where
-# there is none, one rule stands in: nvidia-smi's total, less 256 MiB and 1.5 %, though never less more than 1 GiB.
+# RTX 4060 and H200 it comes with the measurements that this project is tested against; the others are the figures
+# commonly seen in published output, not measured for this project. They move by up to half a percent with the driver.
+# Where there is none, one rule stands in: nvidia-smi's total, less 256 MiB and 1.5 %, though never less more than 1
+# GiB.
 # Every reported figure is above what the rule would say of that card (a test holds that): it errs on the safe side.
 _CATALOGUE = (
     # Pascal, Volta, Turing

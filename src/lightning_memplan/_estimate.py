@@ -128,7 +128,11 @@ class Estimate:
             return self.formula.memory(batch_size) <= (capacity if limit is None else min(capacity, limit))
         if self._beyond(batch_size):
             return False
-        return self.replay(batch_size, capacity, limit, workspaces).out_of_memory is None
+        found = self.replay(batch_size, capacity, limit, workspaces)
+        if found.out_of_memory is not None or not found.retries:
+            return found.out_of_memory is None
+        more = self._program().settled().at(batch_size, workspaces)
+        return replay(more, capacity, self.settings, limit).out_of_memory is None
 
     def steps(self, batch_size: int, capacity: int | None = None) -> tuple[tuple[int, int], ...]:
         """Peak ``(allocated, reserved)`` bytes of each step: the first, the second, and those that follow.

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from lightning_memplan._allocator import replay
-from lightning_memplan._device import read_peaks, reset_peaks
+from lightning_memplan._device import cpu_device, read_peaks, reset_peaks
 from lightning_memplan._errors import TraceError
 from lightning_memplan._formula import Formula
 from lightning_memplan._lightning import is_overridden, isolated_random_state
@@ -95,7 +95,7 @@ def probe_steps(
             found = _unless_out_of_memory(device, partial(_recorded, run, sample, sizes, steps))
             if found is not None:
                 traces, formula = found
-                more = _larger(run, sample, traces, capacity, steps)
+                more = _larger(run, sample, traces, _most(traces, formula.input_bytes, capacity), steps)
                 return more or aligned(traces) or traces, formula  # where they differ, whoever scales them says where
     raise TraceError(f"not even a single sample's training step fits on {torch.cuda.get_device_name(device)}")
 
@@ -122,12 +122,16 @@ def _recorded(run: _Run, sample: MakeBatches, sizes: Sequence[int], steps: int) 
     return traces, formula
 
 
-def _larger(
-    run: _Run, sample: MakeBatches, few: Sequence[Trace], capacity: int | None, steps: int
-) -> list[Trace] | None:
+def _most(few: Sequence[Trace], sample_bytes: int, capacity: int | None) -> int:
+    """How many samples the large batch may have: half of what is expected to fit, in a quarter of the host's memory."""
+    if capacity is None:
+        return 0
+    return min(LARGEST, expected_to_fit(few, capacity) // 2, cpu_device().capacity // 4 // max(1, sample_bytes))
+
+
+def _larger(run: _Run, sample: MakeBatches, few: Sequence[Trace], most: int, steps: int) -> list[Trace] | None:
     """Traces of which one is of a large batch, if there can be: beside those of few samples, or alone."""
-    half = min(LARGEST, expected_to_fit(few, capacity) // 2) if capacity is not None else 0
-    for size in map(prime_up_to, (half, half // 2, half // 4)):
+    for size in map(prime_up_to, (most, most // 2, most // 4)):
         if size < 2 * few[-1].batch_size:
             break
         found = _unless_out_of_memory(run.device, partial(_recorded, run, sample, (size,), steps))

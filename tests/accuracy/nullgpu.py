@@ -247,7 +247,7 @@ def _run(lines: list[str], most: int = 0, method: str = "trace") -> list[Result]
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
-                "NULLGPU_MEMORY": str(2**43),
+                "NULLGPU_MEMORY": str(2**35 if method == "probe" else 2**43),  # a probe tries a batch of half the card
                 "OMP_NUM_THREADS": "1",
                 "HF_HUB_OFFLINE": "1",
             },
