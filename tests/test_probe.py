@@ -100,9 +100,9 @@ def test_blocks_are_numbered_anew():
 
 
 def test_a_prime_number_of_samples_tells_what_grows():
-    # at 7 samples: 700 bytes of them, 1000 of weights, a workspace of 64 that is taken to grow
-    traces = [whole := trace(7, (0, 700), (1, 1000), (2, 64), (2, -1)), doubled(whole)]
-    assert [size for _, size, _ in scale(traces).at(70)] == [7000, 1000, 640, -1]
+    # at 7 samples: 700 bytes of them, 1000 of weights, a workspace of 64 that few samples have not: it is taken to grow
+    large, few = trace(7, (0, 700), (1, 1000), (2, 64), (2, -1)), trace(2, (0, 200), (1, 1000))
+    assert [size for _, size, _ in scale([large, doubled(large, [few])]).at(70)] == [7000, 1000, 640, -1]
 
 
 def test_an_optimizer_steps_whatever_its_gradients_are():

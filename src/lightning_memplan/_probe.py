@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
-from itertools import chain, groupby, pairwise
+from itertools import chain, groupby
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -137,7 +137,7 @@ def _larger(run: _Run, sample: MakeBatches, few: Sequence[Trace], most: int, ste
         found = _unless_out_of_memory(run.device, partial(_recorded, run, sample, (size,), steps))
         if found is not None:
             (large,), _ = found
-            return aligned([*few, large]) or [large, doubled(large)]
+            return aligned([*few, large]) or [large, doubled(large, few)]
     return None
 
 
@@ -150,18 +150,21 @@ def prime_up_to(number: int) -> int:
     return next((n for n in range(number, 1, -1) if all(n % k for k in range(2, math.isqrt(n) + 1))), 0)
 
 
-def doubled(trace: Trace) -> Trace:
+def doubled(trace: Trace, few: Sequence[Trace]) -> Trace:
     """What the trace of a prime number of samples tells of twice as many: what the prime divides grows with the batch,
-    and so does what a kernel takes for itself.
+    and so does what is not of a size that traces of few samples have as well.
 
-    >>> trace = Trace(7, (Event(0, 700), Event(1, 1000), Event(2, 64), Event(2, -1)))
-    >>> [event.size for event in doubled(trace).events]
-    [1400, 1000, 128, -1]
+    >>> large = Trace(7, (Event(0, 700), Event(1, 1000), Event(2, 65)))
+    >>> [event.size for event in doubled(large, [Trace(2, (Event(0, 200), Event(1, 1000)))]).events]
+    [1400, 1000, 130]
     """
-    prime, events = trace.batch_size, trace.events
-    passing = {a.block for a, b in pairwise(events) if a.block == b.block and b.is_free}
+    prime = trace.batch_size
+    fixed = set.intersection(*({event.size for event in one.events} for one in few))
     grown = (
-        e._replace(size=2 * e.size) if e.size > 0 and (e.size % prime == 0 or e.block in passing) else e for e in events
+        event._replace(size=2 * event.size)
+        if event.size > 0 and (event.size % prime == 0 or event.size not in fixed)
+        else event
+        for event in trace.events
     )
     return Trace(2 * prime, tuple(grown), trace.notes)
 
