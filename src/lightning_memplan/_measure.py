@@ -15,7 +15,7 @@ from lightning_memplan._units import MiB, format_bytes
 
 #: Steps of a run whose phases are measured whatever ``every_n_steps`` is: what the first two allocate stays.
 FIRST = 3
-_PHASES = ("forward", "backward", "optimizer")
+PHASES = ("forward", "backward", "optimizer")  #: those that hooks tell apart
 
 
 class Meter:
@@ -98,7 +98,7 @@ class Meter:
             reset_peaks(self.index)
         self._peaks, self._reserved = {}, 0
         if self._phased and (self.step < FIRST or self.logs(self.step)):
-            self._phase = _PHASES[0]
+            self._phase = PHASES[0]
 
     def enter(self, phase: str) -> None:
         """A phase begins, and the one before it ends."""
