@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import re
 import sys
@@ -80,6 +81,31 @@ def test_its_charts_show_predicted_and_actual_together(logged, name, prefix):
         title: [f"{prefix}memplan/{m}_{kind}_gib" for m in ("predicted", "actual")] for title, kind in both.items()
     }
     assert charts == {**shown, "error (%)": [f"{prefix}memplan/error_percent"]}
+
+
+@pytest.fixture
+def page():
+    """``docs/screenshot.py``, which makes what the documentation shows."""
+    path = Path(__file__).parents[1] / "docs" / "screenshot.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if module.chromium() is None:
+        pytest.skip("Chromium is not installed: apt install chromium")
+    return module
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_charts(logged, page, tmp_path):
+    """Curves have the colour of their run, and all charts are right of the panel of 250 pixels and below the bars."""
+    image = pytest.importorskip("matplotlib.image")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "run").symlink_to(logged[0] / "tensorboard")
+    page.screenshot(tmp_path / "logs", tmp_path / "page.png")
+    charts = image.imread(tmp_path / "page.png")[120:, 300:, :3]
+    assert charts.shape == (page.HEIGHT - 120, page.WIDTH - 300, 3)
+    red, green, blue = charts.transpose(2, 0, 1)
+    assert ((red > 0.9) & (green < 0.6) & (blue < 0.4)).sum() > 500  # two curves at least of 250 pixels
 
 
 def test_it_has_the_figure_of_the_planned_step(logged):
