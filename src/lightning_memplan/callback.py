@@ -393,7 +393,7 @@ class MemoryPlanner(CallbackBase):
             self._index,
             self._predict,
             every_n_steps=self.every_n_steps,
-            phases=pl_module.automatic_optimization,
+            manual=not pl_module.automatic_optimization,
             resets=self.reset_peaks,
             nvml=self.nvml,
             margin=None if self.plan.method == "formula" else self.plan.margin,
@@ -423,6 +423,10 @@ class MemoryPlanner(CallbackBase):
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         if self._meter is not None:
+            self._meter.enter("optimizer" if pl_module.automatic_optimization else "forward")
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if self._meter is not None and not pl_module.automatic_optimization:
             self._meter.enter("optimizer")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
