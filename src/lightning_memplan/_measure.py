@@ -167,6 +167,7 @@ class Meter:
             self._card.close()
         if self._stepped is not None:
             self._stepped.remove()
+            self._stepped = None
 
     def _read(self) -> AllocatorStats:
         stats = read_stats(self.index)
