@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 import lightning_memplan as mp
 from lightning_memplan import _advice
-from lightning_memplan._advice import _in_eight_bits, _repeated_blocks, _sample_size
+from lightning_memplan._advice import _in_eight_bits, _sample_size, checkpointed
 from tests.accuracy import advice as accuracy
 
 MiB = 2**20
@@ -125,7 +125,25 @@ def test_which_blocks_repeat():
             self.stage = nn.Sequential(Block(), Block())
             self.outer = nn.ModuleList([Module(), Module()])  # whose own blocks are within
 
-    assert [path for path, _ in _repeated_blocks(Net())] == ["stage.0", "stage.1", "outer.0", "outer.1"]
+    assert [path for path, _ in checkpointed(Net())] == ["stage.0", "stage.1", "outer.0", "outer.1"]
+
+
+def test_where_none_repeats_it_is_the_parts_of_the_network():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.up = nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Sequential(nn.Linear(8, 8))
+            self.listed, self.head = nn.ModuleList([nn.Linear(8, 8)]), nn.Linear(8, 2)  # neither is called as a whole
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.loss = Net(), nn.MSELoss()
+
+    assert [path for path, _ in checkpointed(Whole())] == ["net.down", "net.up"]
+    assert _advice._named(checkpointed(Whole())) == "net.down, net.up"
+    assert _advice._named([("a", Block()), ("b", Block())]) == "the 2 blocks (Block)"
+    assert checkpointed(nn.Sequential(nn.Linear(8, 8), nn.ReLU())) == []
 
 
 class Convolves(nn.Module):

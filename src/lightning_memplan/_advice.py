@@ -119,9 +119,8 @@ def _changes(job: Job, batch_size: int) -> Iterator[_Change]:
     for precision, cost in _precisions(settings):
         changed = replace(settings, precision=parse_precision(precision))
         yield _Change("precision", f"precision={precision!r}", cost, partial(job.again, settings=changed))
-    if blocks := _repeated_blocks(job.module):
-        names = ", ".join(dict.fromkeys(type(block).__name__ for _, block in blocks))
-        text = f"torch.utils.checkpoint around each of the {len(blocks)} blocks ({names}), use_reentrant=False"
+    if blocks := checkpointed(job.module):
+        text = f"torch.utils.checkpoint around each of {_named(blocks)}, use_reentrant=False"
         yield _Change("checkpointing", text, "their forward runs twice", partial(_with_checkpoints, job, blocks))
     for text, cost, change in (
         ("the optimizer with fused=True", "none: the same steps, in one kernel", _fused),
@@ -175,6 +174,29 @@ def _precisions(settings: StepSettings) -> Iterator[tuple[str, str]]:
 
 def _copied(job: Job) -> Any:
     return detached_copy(job.module, FakeTensorMode(allow_non_fake_inputs=True), trainer=job.trainer)
+
+
+def checkpointed(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules to set checkpoints around, with their paths: blocks that repeat, else the network's own parts.
+
+    >>> down, up = (torch.nn.Sequential(torch.nn.Linear(8, 8)) for _ in range(2))
+    >>> [path for path, _ in checkpointed(torch.nn.ModuleDict({"down": down, "up": up, "head": torch.nn.Linear(8, 2)}))]
+    ['down', 'up']
+    """
+    if blocks := _repeated_blocks(module):
+        return blocks
+    path = ""
+    while len(parts := [(name, child) for name, child in module.named_children() if any(child.children())]) == 1:
+        path, module = f"{path}{parts[0][0]}.", parts[0][1]
+    return [(path + name, child) for name, child in parts if not isinstance(child, (nn.ModuleList, nn.ModuleDict))]
+
+
+def _named(blocks: Sequence[tuple[str, nn.Module]]) -> str:
+    """Blocks by their classes, or by their paths where classes say little."""
+    classes = {type(block) for _, block in blocks}
+    if len(classes) == len(blocks) or nn.Sequential in classes:
+        return ", ".join(path for path, _ in blocks)
+    return f"the {len(blocks)} blocks ({', '.join(sorted(kind.__name__ for kind in classes))})"
 
 
 def _repeated_blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -51,7 +51,7 @@ def made(row: Row, change: Any) -> tuple[Row, Any, Any]:
     from torch.utils._pytree import tree_map
     from torch.utils.checkpoint import checkpoint
 
-    from lightning_memplan._advice import _repeated_blocks
+    from lightning_memplan._advice import checkpointed
     from tests.accuracy import networks
 
     row = row._replace(batch_size=change.batch_size)
@@ -66,7 +66,7 @@ def made(row: Row, change: Any) -> tuple[Row, Any, Any]:
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     module, sample = networks.build(row.network, row.optimizer)
     if change.kind == "checkpointing":
-        for path, _ in _repeated_blocks(module):
+        for path, _ in checkpointed(module):
             block = module.get_submodule(path)
             block.forward = partial(checkpoint, partial(type(block).forward, block), use_reentrant=False)
     elif change.kind == "layout":
