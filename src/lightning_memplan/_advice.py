@@ -143,17 +143,16 @@ def _changes(job: Job, batch_size: int) -> Iterator[_Change]:
         cost = "smaller batches use the GPU less well; batch norm sees fewer samples"
         yield _Change("accumulation", text, cost, partial(job.again, settings=changed), parts=2)
     if formats := _formats(job.module):
-        text = f"module.to(memory_format=torch.{' and '.join(formats)})"
+        text = " and ".join(f"module.to(memory_format=torch.{name})" for name in formats)
         yield _Change("layout", text, "none; with half precision it is faster", partial(_in_formats, job, formats))
     if not job.found.settings.expandable_segments:
         expandable = replace(job.found, settings=replace(job.found.settings, expandable_segments=True), _replays={})
         text = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
         yield _Change("allocator", text, "none on Linux", lambda: expandable)
-    for _, batch in job.batches[:1]:
-        if size := _sample_size(batch):
-            halves = tuple(n // 2 for n in size)
-            text = f"samples of {_by(halves)} in place of {_by(size)}"
-            yield _Change("samples", text, "each sees less", partial(_with_smaller_samples, job, size, halves))
+    if size := _sample_size(job.batches[0][1]):
+        halves = tuple(n // 2 for n in size)
+        text = f"samples of {_by(halves)} in place of {_by(size)}"
+        yield _Change("samples", text, "each sees less", partial(_with_smaller_samples, job, size, halves))
 
 
 # --- precision
@@ -236,6 +235,7 @@ def _with_gradients_freed(job: Job) -> Estimate:
 
 
 _FORMATS = {4: "channels_last", 5: "channels_last_3d"}
+_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def _formats(module: nn.Module) -> list[str]:
@@ -248,9 +248,6 @@ def _formats(module: nn.Module) -> list[str]:
             if any(w.dim() == dim and not w.is_contiguous(memory_format=getattr(torch, name)) for w in weights)
         }
     )
-
-
-_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def _in_formats(job: Job, formats: Sequence[str]) -> Estimate:
@@ -266,6 +263,9 @@ def _in_formats(job: Job, formats: Sequence[str]) -> Estimate:
 # --- the samples
 
 
+_SMALLEST = 16  # pixels or tokens: what measures less is no image and no text, or cannot be halved
+
+
 def _sample_size(batch: Any) -> tuple[int, ...]:
     """What images and volumes measure, or the length of sequences of tokens; empty where a batch has neither.
 
@@ -273,14 +273,11 @@ def _sample_size(batch: Any) -> tuple[int, ...]:
     ((64, 96), (128,))
     """
     tensors: list[torch.Tensor] = []
-    apply_to_collection(batch, torch.Tensor, tensors.append)
+    apply_to_collection(batch, torch.Tensor, tensors.append, allow_frozen=True)
     images = [t.shape[2:] for t in tensors if t.dim() >= 4 and t.is_floating_point()]
     tokens = [t.shape[1:] for t in tensors if t.dim() == 2 and not t.is_floating_point()]
     size = max(images or tokens, key=lambda size: size.numel(), default=())
     return tuple(size) if size and min(size) >= _SMALLEST else ()
-
-
-_SMALLEST = 16  # pixels or tokens: what measures less is no image and no text, or cannot be halved
 
 
 def _with_smaller_samples(job: Job, size: tuple[int, ...], halves: tuple[int, ...]) -> Estimate:
@@ -291,7 +288,8 @@ def _with_smaller_samples(job: Job, size: tuple[int, ...], halves: tuple[int, ..
             tensor = tensor.narrow(place, 0, length)
         return tensor.clone()
 
-    return job.again(batches=[(k, apply_to_collection(batch, torch.Tensor, cut)) for k, batch in job.batches])
+    smaller = partial(apply_to_collection, dtype=torch.Tensor, function=cut, allow_frozen=True)
+    return job.again(batches=[(k, smaller(batch)) for k, batch in job.batches])
 
 
 def _by(size: Sequence[int]) -> str:
@@ -341,14 +339,14 @@ def _stateless(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return torch.optim.SGD([{"params": group["params"]} for group in optimizer.param_groups], lr=1e-3)
 
 
+_STATES = {torch.optim.Adam: 2, torch.optim.AdamW: 2, torch.optim.SGD: 1}  #: tensors for each parameter
+
+
 def _in_eight_bits(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     states = _STATES.get(type(optimizer), 0)
     if not states or not all(group.get("momentum", True) for group in optimizer.param_groups):
         raise _DoesNotApplyError
     return _EightBit([{"params": group["params"]} for group in optimizer.param_groups], states)
-
-
-_STATES = {torch.optim.Adam: 2, torch.optim.AdamW: 2, torch.optim.SGD: 1}
 
 
 class _EightBit(torch.optim.Optimizer):
