@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -47,7 +48,7 @@ def main(folder: str, settings: str, arguments: str) -> None:
         devices=2,
         strategy=DDPStrategy(process_group_backend="gloo", **json.loads(arguments)),
         max_steps=4,
-        logger=False,
+        logger=TensorBoardLogger(folder, name="", version="logs"),
         callbacks=[planner, Writes(folder, planner)],
         enable_checkpointing=False,
         enable_progress_bar=False,

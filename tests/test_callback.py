@@ -1130,6 +1130,9 @@ def test_each_step_is_predicted(fits, name):
         for predicted_allocated, allocated, predicted_reserved, reserved in found["measured"]:
             assert predicted_allocated == pytest.approx(allocated, rel=0.03)
             assert predicted_reserved == pytest.approx(reserved, rel=0.05)
+        for predicted, measured in found["phases"][:3]:
+            assert list(measured) == ["forward", "backward", "optimizer"]
+            assert predicted == {name: pytest.approx(peak, rel=0.03) for name, peak in measured.items()}
 
 
 @pytest.mark.slow

@@ -154,3 +154,5 @@ def test_two_ranks_are_predicted(nullgpu, tmp_path, kind):
             assert predicted_allocated == pytest.approx(allocated, rel=0.03)
             assert predicted_reserved == pytest.approx(reserved, rel=0.03)
     assert 0.9 * small["total"] <= max(m[3] for m in small["measured"]) <= small["total"]
+    (log,) = (tmp_path / "logs").glob("events*")  # the first rank's
+    assert log.read_bytes().count(b"custom_scalars__config__") == 1

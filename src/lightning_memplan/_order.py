@@ -363,10 +363,16 @@ class StepRunner:
             step = optimizer.step
 
             @wraps(step)
-            def stepped(*args: Any, step: Callable[..., Any] = step, **kwargs: Any) -> Any:
-                mark.phase, mark.category = "optimizer", "optimizer"
+            def stepped(
+                closure: Callable[[], Any] | None = None, *, step: Callable[..., Any] = step, **kwargs: Any
+            ) -> Any:
+                def whole() -> Any:
+                    value = None if closure is None else closure()
+                    mark.phase, mark.category = "optimizer", "optimizer"
+                    return value
+
                 try:
-                    return step(*args, **kwargs)
+                    return step(whole, **kwargs)
                 finally:
                     mark.phase, mark.category = "forward", "activations"
 

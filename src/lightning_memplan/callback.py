@@ -27,6 +27,7 @@ from lightning_memplan._device import cpu_device, detect_devices
 from lightning_memplan._draft import Draft, confirmed, held_bytes, on_all_ranks
 from lightning_memplan._errors import MemplanError, TraceError
 from lightning_memplan._estimate import Estimate
+from lightning_memplan._figures import plot_timeline
 from lightning_memplan._history import Lesson, append, history, history_path, lesson
 from lightning_memplan._lightning import (
     CallbackBase,
@@ -35,16 +36,19 @@ from lightning_memplan._lightning import (
     check_accumulation,
     cuda_index,
     loader_source,
+    log_first_hyperparams,
+    log_hyperparams,
     logged_step,
     misconfiguration,
     over_ranks,
     release_loaders,
     say,
+    tensorboard_writers,
     trainer_settings,
     validates,
 )
 from lightning_memplan._loaders import dataset_size
-from lightning_memplan._measure import Meter, run_record
+from lightning_memplan._measure import PHASES, Meter, run_record
 from lightning_memplan._order import STEPS, traced_step
 from lightning_memplan._probe import Tried, ran_out_of_memory, try_step
 from lightning_memplan._report import (
@@ -52,6 +56,7 @@ from lightning_memplan._report import (
     plan_hparams,
     plan_table,
     ranks_metrics,
+    scalars_layout,
     step_metrics,
     validation_metrics,
 )
@@ -211,6 +216,9 @@ class MemoryPlanner(CallbackBase):
         self._draft = draft if self._place is not None else None
         if draft.validated is not None:
             self._plan_validation(draft)
+        if self._index is not None:
+            for writer in tensorboard_writers(trainer):  # now: the last layout counts, and the user's may come later
+                writer.add_custom_scalars(scalars_layout(PHASES if self.reset_peaks else ()))
 
     def _make_draft(self, trainer: Any, module: Any) -> Draft:
         holders = find_holders(self.batch_arg_name, module, trainer.datamodule) if self.apply else ()
@@ -361,6 +369,8 @@ class MemoryPlanner(CallbackBase):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self._draft = None
+        if self.plan is not None:
+            log_first_hyperparams(trainer, pl_module, plan_hparams(self.plan) | self._applied())
 
     # -- measure, at every CUDA step
 
@@ -369,8 +379,8 @@ class MemoryPlanner(CallbackBase):
             return
         if self._place is not None:
             self._place.check(self.plan.batch_size)
-        for logger in trainer.loggers:
-            logger.log_hyperparams(plan_hparams(self.plan) | self._applied())
+        log_hyperparams(trainer, plan_hparams(self.plan) | self._applied())
+        self._draw(trainer)
         if self._index is None:
             if trainer.is_global_zero:
                 warnings.warn(
@@ -383,7 +393,7 @@ class MemoryPlanner(CallbackBase):
             self._index,
             self._predict,
             every_n_steps=self.every_n_steps,
-            phases=pl_module.automatic_optimization,
+            manual=not pl_module.automatic_optimization,
             resets=self.reset_peaks,
             nvml=self.nvml,
             margin=None if self.plan.method == "formula" else self.plan.margin,
@@ -413,6 +423,10 @@ class MemoryPlanner(CallbackBase):
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         if self._meter is not None:
+            self._meter.enter("optimizer" if pl_module.automatic_optimization else "forward")
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if self._meter is not None and not pl_module.automatic_optimization:
             self._meter.enter("optimizer")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -488,7 +502,18 @@ class MemoryPlanner(CallbackBase):
     @staticmethod
     def _log(trainer: Any, metrics: dict[str, float]) -> None:
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=logged_step(trainer))
+            logger.log_metrics(dict(metrics), step=logged_step(trainer))
+
+    def _draw(self, trainer: Any) -> None:
+        """The plan's step as a figure for TensorBoard; none without matplotlib, or where there is no step to draw."""
+        assert self.plan is not None
+        assert self.estimate is not None
+        for writer in tensorboard_writers(trainer):
+            try:
+                limits: dict[str, Any] = {"device": self.plan.device, "budget": self.plan.budget}
+                writer.add_figure("memplan/timeline", plot_timeline(self.estimate, self.plan.batch_size, **limits))
+            except (ModuleNotFoundError, ValueError):  # by the formula; or a checkpoint's size, which does not fit
+                return
 
     def _applied(self) -> dict[str, int]:
         assert self.plan is not None

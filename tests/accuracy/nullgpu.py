@@ -80,14 +80,19 @@ class Result(NamedTuple):
 
 def fit(row: Row) -> tuple[int, int]:
     """Peak bytes allocated and reserved in a few steps of training."""
+    from tests.accuracy import networks
 
+    return train(row, *networks.build(row.network, row.optimizer))
+
+
+def train(row: Row, module: Any, sample: Any) -> tuple[int, int]:
+    """The same of this module and sample."""
     import pytorch_lightning as pl
     import torch
 
     from lightning_memplan._probe import _Scaler
     from tests.accuracy import networks
 
-    module, sample = networks.build(row.network, row.optimizer)
     loader = networks.loader(sample, row.batch_size, STEPS * row.accumulate)
     how: dict[str, Any] = {"precision": row.precision}
     if row.precision == "16-mixed":  # on a real card the first steps would be passed over: samples are zeros
