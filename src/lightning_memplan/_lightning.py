@@ -279,6 +279,18 @@ def change_loaders(trainer: Any, change: Callable[[Any], Any], phase: Phase = "t
     source.dataloader = dataloader
 
 
+def kept_loaders(trainer: Any, phase: Phase = "train") -> Callable[[], None]:
+    """What undoes a ``change_loaders`` that is yet to come."""
+    source = _loop(trainer, phase)._data_source
+    before = dict(vars(source))
+
+    def put_back() -> None:
+        vars(source).clear()
+        vars(source).update(before)
+
+    return put_back
+
+
 def release_loaders(trainer: Any) -> None:
     """Undo ``change_loaders`` for the fits to come."""
     for phase in get_args(Phase):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -209,8 +210,6 @@ class MemoryPlanner(CallbackBase):
             draft = confirmed(draft, strict=self.confirm is True)
         self._apply_plan(trainer, draft)
         self._draft = draft if self._place is not None else None
-        if draft.validated is not None:
-            self._plan_validation(draft)
 
     def _make_draft(self, trainer: Any, module: Any) -> Draft:
         holders = find_holders(self.batch_arg_name, module, trainer.datamodule) if self.apply else ()
@@ -291,20 +290,31 @@ class MemoryPlanner(CallbackBase):
         return holders if validates(trainer) else ()
 
     def _apply_plan(self, trainer: Any, draft: Draft) -> None:
-        self.plan, self.estimate = plan, estimate = draft.plan, draft.estimate
-        if self._place is not None:
-            self._place.write(plan.batch_size)
-            if self.effective_batch_size is not None:
-                trainer.accumulate_grad_batches = self._accumulates = plan.accumulate_grad_batches
-        self._predicted = [
+        """Set what is planned: all of it, or nothing."""
+        plan, estimate, capacity = draft.plan, draft.estimate, draft.plan.device.capacity
+        val_plan, val_size = self._plan_validation(draft)
+        predicted = [
             Peaks(
                 step.allocated + self._held,
                 step.reserved + self._held,
                 {name: peak + self._held for name, peak in step.phases.items()},
             )
-            for step in estimate.step_peaks(plan.batch_size, plan.device.capacity)
+            for step in estimate.step_peaks(plan.batch_size, capacity)
         ]
-        say(plan_table(plan, [("earlier runs", self._lesson.text)] if self._lesson.text else ()))
+        with ExitStack() as undo:
+            if self._place is not None:
+                self._place.write(plan.batch_size, undo)
+            if self._place is not None and self.effective_batch_size is not None:
+                undo.callback(setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches)
+                trainer.accumulate_grad_batches = plan.accumulate_grad_batches
+                self._accumulates = plan.accumulate_grad_batches
+            if self._val_place is not None:
+                self._val_place.write(val_size, undo)
+            say(plan_table(plan, [("earlier runs", self._lesson.text)] if self._lesson.text else ()))
+            if self._val_place is not None:
+                say(f"MemoryPlanner: validation's batch size is {val_size}")
+            undo.pop_all()
+        self.plan, self.val_plan, self.estimate, self._predicted = plan, val_plan, estimate, predicted
 
     def _learn(self, device: Device, method: str) -> Lesson:
         """What earlier runs teach, unless the margin was named."""
@@ -318,14 +328,14 @@ class MemoryPlanner(CallbackBase):
             runs = []
         return lesson(runs, self._structure, device.name, method=method, capacity=device.capacity, prior=MARGIN)
 
-    def _plan_validation(self, draft: Draft) -> None:
-        """Validation's own batch size; training's where it cannot be traced."""
-        assert draft.validated is not None
-        assert self._val_place is not None
-        size = 0
+    def _plan_validation(self, draft: Draft) -> tuple[Plan | None, int]:
+        """Validation's plan and batch size: training's where it cannot be traced, 0 where none is asked for."""
+        if draft.validated is None:
+            return None, 0
+        plan, size = None, 0
         try:
-            self.val_plan = draft.validated(draft)
-            size = self.val_plan.batch_size
+            plan = draft.validated(draft)
+            size = plan.batch_size
         except TraceError as error:
             size = draft.plan.batch_size
             remark = f"validation gets training's batch size, since it cannot be traced: {error}"
@@ -334,8 +344,7 @@ class MemoryPlanner(CallbackBase):
             size = agree_on_smallest(size)
         if not size:
             raise MemplanError("there is no batch size of validation for all ranks: another rank says why")
-        self._val_place.write(size)
-        say(f"MemoryPlanner: validation's batch size is {size}")
+        return plan, size
 
     def _device_of(self, trainer: Any) -> Device:
         if self.device is not None:
@@ -352,7 +361,7 @@ class MemoryPlanner(CallbackBase):
     # -- resume: Lightning restores after setup, and before any loader is built
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.plan is None or self._place is None else {"batch_size": self.plan.batch_size}
+        return {} if self.plan is None or not self.apply else {"batch_size": self.plan.batch_size}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         size = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("batch_size")
@@ -443,11 +452,10 @@ class MemoryPlanner(CallbackBase):
             say(measurement_summary(self.measurements, ranks))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        if self._meter is None:
-            return
-        out = ran_out_of_memory(exception) and not self._meter.validates
-        self._remember(trainer, pl_module, "out of memory" if out else "stopped")
-        self._meter.close()
+        if self._meter is not None:
+            out = ran_out_of_memory(exception) and not self._meter.validates
+            self._remember(trainer, pl_module, "out of memory" if out else "stopped")
+        self._release(trainer)
 
     def _remember(self, trainer: Any, module: Any, outcome: Outcome) -> None:
         """Add this run to the history, once; not where its figures are not those of its plan."""
@@ -479,9 +487,12 @@ class MemoryPlanner(CallbackBase):
             )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._release(trainer)
+
+    def _release(self, trainer: Any) -> None:
         if self._place is not None:
             release_loaders(trainer)
-            self._place = self._val_place = None
+        self._place = self._val_place = self._draft = None
         if self._meter is not None:
             self._meter.close()
 
