@@ -236,7 +236,7 @@ def test_callbacks_are_counted():
     """The finder measures without them; a copy of the weights is part of a plan."""
     average = pl.callbacks.EMAWeightAveraging(device="cuda")
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[average])
-    assert averaging_bytes(trainer, Net()) == 4 * (8 * 3 + 3)
+    assert averaging_bytes(trainer, Net) == 4 * (8 * 3 + 3)
 
 
 def test_a_schedule_is_that_of_the_size():

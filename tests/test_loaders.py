@@ -501,6 +501,7 @@ trainer = pl.Trainer(accelerator="gpu", devices=1, limit_train_batches=2, limit_
                      max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
                      enable_model_summary=False, callbacks=planner)
 trainer.fit(Net(), data)
+trainer.validate(Net(), data, verbose=False)  # alone: no part of what was planned
 measured = [[m.predicted_allocated, m.allocated, m.reserved] for m in planner.measurements]
 peaks = [[v.allocated, v.reserved] for v in planner.validations]
 print(json.dumps([data.batch_size, data.val_size, planner.val_plan.predicted_peak, measured, peaks]))

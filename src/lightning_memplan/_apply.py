@@ -152,9 +152,10 @@ def check_batches(trainer: Any, source: Any, batch_size: int) -> None:
         return
     few = f"and an epoch has {count} of the planned batch size {batch_size}"
     if isinstance(limit, float) and int(count * limit) == 0:
+        name = "overfit_batches" if trainer.overfit_batches else "limit_train_batches"
         raise ApplyError(
-            f"limit_train_batches={limit} is a part of an epoch's batches, {few}, which is not one: give a number of "
-            "batches (limit_train_batches=1), or a max_batch_size"
+            f"{name}={limit} is a part of an epoch's batches, {few}, which is not one: give a number of batches "
+            f"({name}=1), or a max_batch_size"
         )
     count = min(count, limit) if isinstance(limit, int) else int(count * limit)
     validates = trainer.limit_val_batches > 0 and trainer.check_val_every_n_epoch is not None

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection as apply_to_collection
+from torch import nn
 
 from lightning_memplan._types import Parallel, StepSettings, parse_precision
 
@@ -236,6 +237,11 @@ def validates(trainer: Any) -> bool:
     return bool(trainer.enable_validation)
 
 
+def is_fitting(trainer: Any) -> bool:
+    """Whether the Trainer trains, and does not validate, test or predict alone."""
+    return bool(trainer.state.fn == "fit")
+
+
 def is_combined_loader(thing: object) -> bool:
     """Whether ``thing`` is a CombinedLoader of either name."""
     utilities = (importlib.import_module(f"{flavour.__name__}.utilities.combined_loader") for flavour in _FLAVOURS)
@@ -302,20 +308,46 @@ def train_loaders(trainer: Any) -> Any:
     return trainer.fit_loop._combined_loader
 
 
-def averaging_bytes(trainer: Any, module: Any) -> int:
-    """What callbacks that average weights will hold on the training device from their ``setup`` on: a copy each.
+def averaging_bytes(trainer: Any, module: Callable[[], Any]) -> int:
+    """What callbacks that average weights will hold on the training device, beside the module: a copy each.
 
-    Source: pytorch_lightning/callbacks/weight_averaging.py (2.6): ``AveragedModel(pl_module, device)``.
+    ``module`` gives the module as it is when its ``setup`` has run; it is asked where there is such a callback.
+
+    Source: pytorch_lightning/callbacks/weight_averaging.py (2.6), ``AveragedModel(pl_module, device)`` at ``setup``;
+    stochastic_weight_avg.py, a copy that is moved to the device when averaging begins, unless it stays on the host.
     """
-    kinds = tuple(kind for f in _FLAVOURS if (kind := getattr(f.callbacks, "WeightAveraging", None)) is not None)
-    tensors = {id(t): t.nbytes for t in (*module.parameters(), *module.buffers())}
-    return sum(
-        sum(tensors.values())
-        for callback in trainer.callbacks
-        if isinstance(callback, kinds)
-        and callback._average_model is None  # what is there already is among the bytes that are held
-        and torch.device(callback._device or "cuda").type == "cuda"
+    average: tuple[Any, ...] = tuple(
+        kind for f in _FLAVOURS if (kind := getattr(f.callbacks, "WeightAveraging", None)) is not None
     )
+    stochastic: tuple[Any, ...] = tuple(f.callbacks.StochasticWeightAveraging for f in _FLAVOURS)
+    copies = 0
+    for callback in trainer.callbacks:
+        made = isinstance(callback, average) and callback._average_model is not None  # it is among the bytes held
+        if isinstance(callback, (*average, *stochastic)) and not made:
+            copies += torch.device(getattr(callback, "_device", None) or "cuda").type == "cuda"
+    if not copies:
+        return 0
+    weights: nn.Module = module()
+    return copies * sum({id(t): t.nbytes for t in (*weights.parameters(), *weights.buffers())}.values())
+
+
+def check_alone(trainer: Any) -> None:
+    """Raise MisconfigurationException where Lightning's finder would set the batch size anew, as training begins."""
+    finders = tuple(flavour.callbacks.BatchSizeFinder for flavour in _FLAVOURS)
+    if any(isinstance(callback, finders) for callback in trainer.callbacks):
+        raise misconfiguration(
+            "MemoryPlanner sets the batch size, and so does the callback BatchSizeFinder: leave one out, or pass "
+            "MemoryPlanner(apply=False)"
+        )
+
+
+def batches_into_epoch(checkpoint: dict[str, Any]) -> int:
+    """How many batches of an epoch a checkpoint has behind it; 0 where it was made between two epochs.
+
+    Source: pytorch_lightning/loops/progress.py and training_epoch_loop.py (2.6).
+    """
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    return 0 if progress.get("is_last_batch", True) else int(progress.get("current", {}).get("processed", 0))
 
 
 def cuda_index(trainer: Any) -> int | None:

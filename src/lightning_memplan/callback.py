@@ -33,8 +33,11 @@ from lightning_memplan._lightning import (
     CallbackBase,
     agree_on_smallest,
     averaging_bytes,
+    batches_into_epoch,
     check_accumulation,
+    check_alone,
     cuda_index,
+    is_fitting,
     loader_source,
     logged_step,
     misconfiguration,
@@ -205,6 +208,8 @@ class MemoryPlanner(CallbackBase):
             raise misconfiguration(
                 f"confirm=True runs real steps on a CUDA device, and the Trainer runs on {trainer.strategy.root_device}"
             )
+        if self.apply:
+            check_alone(trainer)
         draft = on_all_ranks(partial(self._make_draft, trainer, pl_module))
         if self.confirm or (self.confirm is None and self.device is None and self._index is not None):
             draft = confirmed(draft, strict=self.confirm is True)
@@ -244,7 +249,7 @@ class MemoryPlanner(CallbackBase):
 
         estimate_at = estimates(estimated, parts, self.effective_batch_size, ranks)
         first = estimate_at((self.effective_batch_size or ranks) // ranks)
-        beside = averaging_bytes(trainer, module) if self._index is not None else 0
+        beside = averaging_bytes(trainer, begun) if self._index is not None else 0
         held, own = held_bytes(self._index, module)
         self._held = held + beside
         if self.method == "auto" and first.method == "formula" and trainer.is_global_zero:
@@ -365,8 +370,17 @@ class MemoryPlanner(CallbackBase):
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         size = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("batch_size")
-        if self._draft is not None and self.resume == "keep" and size not in (None, self._draft.plan.batch_size):
+        if self._draft is None or size in (None, self._draft.plan.batch_size):
+            return
+        if self.resume == "keep":
             self._apply_plan(trainer, self._draft.kept(size))
+        elif (count := batches_into_epoch(checkpoint)) and trainer.is_global_zero:
+            warnings.warn(
+                f"MemoryPlanner: the checkpoint was made within an epoch, after {count} batches of {size}, and "
+                f"resume='plan' goes on with batches of {self._draft.plan.batch_size}: some of that epoch's samples "
+                "are left out or seen again, as its loader may have it; resume='keep' goes on at the same sample",
+                stacklevel=2,
+            )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self._draft = None
@@ -434,11 +448,11 @@ class MemoryPlanner(CallbackBase):
             self._log(trainer, step_metrics(measured, self.plan.formula_peak))
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        if self._meter is not None:
+        if self._meter is not None and is_fitting(trainer):
             self._meter.begin_validation()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._meter is not None:
+        if self._meter is not None and is_fitting(trainer):
             self._log(trainer, validation_metrics(self._meter.end_validation()))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
