@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -344,34 +345,46 @@ class Net(pl.LightningModule):
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen = []
     def training_step(self, batch, batch_idx):
-        self.seen.append(batch.tolist())
+        if isinstance(self.trainer, pl.Trainer):
+            self.seen.append(batch.tolist())
         return (batch * self.weight).sum()
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
+    def on_train_end(self):
+        name = f"{self.trainer.strategy._start_method}-{type(self).__name__}-{self.global_rank}.json"
+        open(os.path.join(sys.argv[1], name), "w").write(json.dumps(self.seen))
 
 class Own(Net):
     def train_dataloader(self):
         return DataLoader(list(torch.arange(22.0)), batch_size=2, shuffle=True)
 
-seen = []
-for module, loaders in ((Net(), Own.train_dataloader(None)), (Own(), None)):
-    planner = mp.MemoryPlanner(device=mp.Device("a card", total=2**30), method="formula", max_batch_size=7)
-    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False, callbacks=planner,
-                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer.fit(module, loaders)
-    seen.append(module.seen)
-open(os.path.join(sys.argv[1], f"{trainer.global_rank}.json"), "w").write(json.dumps(seen))
+if __name__ == "__main__":
+    for strategy in sys.argv[2:]:
+        passed = (Net(), Own.train_dataloader(None))
+        for module, loaders in (passed, (Own(), None)) if strategy == "ddp" else (passed,):
+            planner = mp.MemoryPlanner(device=mp.Device("a card", total=2**30), method="formula", max_batch_size=7)
+            trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, logger=False,
+                                 callbacks=planner, enable_checkpointing=False, enable_progress_bar=False,
+                                 enable_model_summary=False)
+            trainer.fit(module, loaders)
+            if planner.plan is None:  # spawned or forked: what ranks do is not seen here
+                assert loaders is None or loaders.batch_size == 2
+                assert not hasattr(module, "batch_size") and module.seen == []
 """
 
 
 @pytest.mark.slow
-def test_two_ranks_share_the_samples(tmp_path):
+@pytest.mark.parametrize("strategies", [("ddp",), ("ddp_notebook", "ddp_spawn")], ids="+".join)
+def test_two_ranks_share_the_samples(tmp_path, strategies):
     """Lightning gives each loader a DistributedSampler: what is passed or made with a number keeps the planned size."""
     (tmp_path / "ranks.py").write_text(RANKS)
     path = {**os.environ, "PYTHONPATH": str(Path(mp.__file__).parents[1])}
-    subprocess.run([sys.executable, tmp_path / "ranks.py", tmp_path], check=True, timeout=200, env=path)
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    for one, other in zip(*ranks, strict=True):
+    arguments = [sys.executable, tmp_path / "ranks.py", tmp_path, *strategies]
+    subprocess.run(arguments, check=True, timeout=200, env=path)
+    started = {"ddp": "popen", "ddp_notebook": "fork", "ddp_spawn": "spawn"}
+    for strategy, name in itertools.product(strategies, ("Net", "Own") if strategies == ("ddp",) else ("Net",)):
+        files = (tmp_path / f"{started[strategy]}-{name}-{rank}.json" for rank in range(2))
+        one, other = (json.loads(file.read_text()) for file in files)
         assert [len(batch) for batch in one] == [len(batch) for batch in other] == [7, 4]  # of 11 samples each
         assert sorted(sample for batch in one + other for sample in batch) == list(range(22))
 
