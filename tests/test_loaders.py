@@ -32,6 +32,7 @@ from torch.utils.data import (
     SequentialSampler,
     TensorDataset,
     WeightedRandomSampler,
+    get_worker_info,
 )
 
 import lightning_memplan as mp
@@ -50,6 +51,14 @@ numbers = list(torch.arange(1.0, 22.0))  # 21 samples: 3 batches of 7
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(numbers)
+
+
+class Shared(IterableDataset):
+    """A stream of which each worker has its share."""
+
+    def __iter__(self):
+        worker = get_worker_info()
+        return iter(numbers if worker is None else numbers[worker.id :: worker.num_workers])
 
 
 class Reversed(BatchSampler):
@@ -112,6 +121,7 @@ KINDS = {
     ),
     "a batch sampler of one's own": lambda size: DataLoader(numbers, batch_sampler=Evens(21, size)),
     "a stream": lambda size: DataLoader(Stream(), batch_size=size),
+    "a stream with workers": lambda size: DataLoader(Shared(), batch_size=size, num_workers=2),
     "a subclass": lambda size: Named("own", numbers, size),
     "a subclass that hides its arguments": Doubled,
     "positional": lambda size: DataLoader(numbers, size, True),
@@ -120,7 +130,14 @@ KINDS = {
     "nested": lambda size: [plain(size), {"b": (plain(size, shuffle=True),)}],
     "a CombinedLoader": lambda size: CombinedLoader({"a": plain(size), "b": [plain(size)]}, "min_size"),
 }
-ONCE = [kind for kind in KINDS if kind not in ("a dict", "nested", "a CombinedLoader")]
+SEVERAL = ("a dict", "nested", "a CombinedLoader")
+ONCE = [kind for kind in KINDS if kind not in SEVERAL]
+
+
+SHUFFLED = (
+    *("shuffled", "with a generator", "dropping the last", "a weighted sampler", "a batch sampler", "a subclass"),
+    "positional",
+)
 
 
 class Net(pl.LightningModule):
@@ -209,9 +226,9 @@ def planner_of(**kwargs):
 
 
 @functools.cache
-def without_a_planner(kind):
+def without_a_planner(kind, **settings):
     module, arguments = passed(KINDS[kind], 7)
-    fit(module, arguments)
+    fit(module, arguments, **settings)
     return module.seen
 
 
@@ -233,6 +250,42 @@ def test_it_is_set_as_if_it_had_been_so_from_the_start(way, kind):
     if given is not None:  # the user's own loaders are as they were
         assert {batch_size_of_loader(loader) for loader in loaders_in(given)} == {2}
         assert all(loader._iterator is None for loader in loaders_in(given))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ONCE if "worker" not in kind])
+@pytest.mark.parametrize("way", [attribute_of_the_datamodule, passed])
+def test_a_second_epoch_is_as_it_would_have_been(way, kind):
+    """Another order than the first one's, where samples are shuffled, and again each sample once."""
+    module, arguments = way(KINDS[kind])
+    fit(module, arguments, planner_of(), max_epochs=2)
+    assert module.seen == without_a_planner(kind, max_epochs=2)
+    halves = module.seen[: len(module.seen) // 2], module.seen[len(module.seen) // 2 :]
+    assert (halves[0] == halves[1]) == (kind not in SHUFFLED)
+    first, second = (Counter(number for (batch,) in half for number in batch) for half in halves)
+    assert first == second
+    assert set(first.values()) == {1}
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size_cycle", "max_size"])
+@pytest.mark.parametrize("way", [number_in_the_datamodule, passed])
+def test_a_combined_loader_of_any_mode(way, mode):
+    def make(size):
+        return CombinedLoader([plain(size, shuffle=True), DataLoader(numbers[:14], batch_size=size)], mode)
+
+    def seen(module, arguments, *callbacks):
+        class Any(type(module)):
+            def training_step(self, batch, batch_idx, dataloader_idx=0):
+                present = batch if torch.is_tensor(batch) else [part for part in batch if part is not None]
+                return super().training_step(present, batch_idx)
+
+        module.__class__ = Any
+        fit(module, arguments, *callbacks)
+        return module.seen
+
+    plainly = seen(Net(), {"train_dataloaders": make(7)})
+    assert seen(*way(make), planner_of()) == plainly
+    # 3 and 2 batches of 7: as many as the shorter has, or the longer
+    assert len(plainly) == {"min_size": 2, "max_size_cycle": 3, "max_size": 3}[mode]
 
 
 def test_what_a_copy_keeps():
