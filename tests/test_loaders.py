@@ -523,6 +523,66 @@ def test_validation_without_a_hook_of_its_own_is_left():
     assert data.val_size == 3
 
 
+class Three(Both):
+    """A size for each phase."""
+
+    def __init__(self):
+        super().__init__()
+        self.test_size = 3
+
+    def test_dataloader(self):
+        return DataLoader(list(torch.ones(3000, 1024)), batch_size=self.test_size)
+
+
+class Evaluated(Wide):
+    def test_step(self, batch, batch_idx):
+        self.validated.append(len(batch))
+        assert not self.training
+        assert self.trainer.testing
+        return self.layers(batch).sum()
+
+
+def test_a_test_has_a_batch_size_of_its_own():
+    module, data = Evaluated(), Three()
+    card = mp.Device("a small card", total=80 * 2**20)
+    planner = mp.MemoryPlanner(device=card, val_batch_arg_name="val_size", test_batch_arg_name="test_size", margin=0)
+    trainer = fit(module, {"datamodule": data}, planner, limit_train_batches=1, limit_val_batches=1)
+    assert data.test_size == 3
+    sizes = data.batch_size, data.val_size
+    module.validated.clear()
+    trainer.test(module, data, verbose=False)
+    # 16 MiB of weights and nothing else: more room than beside gradients, and a sample takes two outputs at once
+    assert planner.test_plan.batch_size == data.test_size == max(module.validated) > data.val_size > data.batch_size
+    assert planner.test_plan.predicted_allocated > 16 * 2**20
+    assert (data.batch_size, data.val_size) == sizes
+    assert "dataloader" not in vars(trainer.test_loop._data_source)
+
+
+def test_a_test_alone_on_a_loader_that_was_passed():
+    module, loader = Evaluated(), DataLoader(list(torch.ones(30, 1024)), batch_size=3)
+    module.test_size = 3
+    planner = planner_of(test_batch_arg_name="test_size")
+    trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=planner, enable_progress_bar=False)
+    trainer.test(module, loader, verbose=False)
+    assert (module.validated, loader.batch_size, planner.plan) == ([7, 7, 7, 7, 2], 3, None)
+
+
+def test_a_test_that_cannot_be_planned():
+    class Reads(Evaluated):
+        def test_step(self, batch, batch_idx):
+            return batch.sum() * int(batch.long().sum().item())
+
+    def trainer():
+        return pl.Trainer(accelerator="cpu", logger=False, callbacks=planner_of(test_batch_arg_name="test_size"))
+
+    data = Three()
+    with pytest.raises(mp.TraceError, match="a test of Reads cannot be traced: the step needs the value of a tensor"):
+        trainer().test(Reads(), data)
+    assert data.test_size == 3
+    with pytest.raises(mp.ApplyError, match="Evaluated has no attribute or hyperparameter 'test_size' to set"):
+        trainer().test(Evaluated(), plain(3))
+
+
 def test_a_name_of_validations_size_that_is_none():
     with pytest.raises(mp.ApplyError, match="Wide or Both has no attribute or hyperparameter 'eval_size' to set"):
         fit(Wide(), {"datamodule": Both()}, planner_of(val_batch_arg_name="eval_size"))
@@ -552,25 +612,35 @@ class Net(pl.LightningModule):
         return self.net(batch[0]).mean()
     def validation_step(self, batch, batch_idx):
         self.log("value", self.net(batch[0]).mean())
+    test_step = validation_step
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters())
 
 class Data(pl.LightningDataModule):
-    batch_size, val_size = 2, 3
+    batch_size, val_size, test_size = 2, 3, 3
+    def test_dataloader(self):
+        return DataLoader(TensorDataset(torch.zeros(1, 3, 64, 64).expand(9999, -1, -1, -1)), self.test_size)
     def train_dataloader(self):
         return DataLoader(TensorDataset(torch.zeros(1, 3, 64, 64).expand(9999, -1, -1, -1)), self.batch_size)
     def val_dataloader(self):
         return DataLoader(TensorDataset(torch.zeros(1, 3, 64, 64).expand(9999, -1, -1, -1)), self.val_size)
 
-planner, data = mp.MemoryPlanner(val_batch_arg_name="val_size"), Data()
+planner, data = mp.MemoryPlanner(val_batch_arg_name="val_size", test_batch_arg_name="test_size"), Data()
 trainer = pl.Trainer(accelerator="gpu", devices=1, limit_train_batches=2, limit_val_batches=2, num_sanity_val_steps=1,
                      max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
                      enable_model_summary=False, callbacks=planner)
 trainer.fit(Net(), data)
 trainer.validate(Net(), data, verbose=False)  # alone: no part of what was planned
+torch.cuda.empty_cache()
+torch.cuda.reset_peak_memory_stats()
+trainer.limit_test_batches = 2
+trainer.test(Net(), data, verbose=False)
+tested = [planner.test_plan.predicted_allocated, planner.test_plan.predicted_peak,
+          torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
 measured = [[m.predicted_allocated, m.allocated, m.reserved] for m in planner.measurements]
 peaks = [[v.allocated, v.reserved] for v in planner.validations]
-print(json.dumps([data.batch_size, data.val_size, planner.val_plan.predicted_peak, measured, peaks]))
+sizes = [data.batch_size, data.val_size, data.test_size]
+print(json.dumps([*sizes, planner.val_plan.predicted_peak, measured, peaks, tested]))
 """
 
 
@@ -579,13 +649,15 @@ def test_training_and_validation_of_planned_sizes_fit_the_card(nullgpu):
     """With torch's own allocator: a validation that fits alone may leave a cache in which training does not."""
     source = str(Path(mp.__file__).parents[1])
     done = nullgpu([sys.executable, "-W", "ignore", "-c", VALIDATED], PYTHONPATH=source, NULLGPU_MEMORY=3 * 2**30)
-    train, val, predicted, measured, peaks = json.loads(done.stdout.splitlines()[-1])
+    train, val, test, predicted, measured, peaks, tested = json.loads(done.stdout.splitlines()[-1])
     assert (len(measured), len(peaks)) == (4, 2)
     assert train > 100
     assert val > 100
     for planned, allocated, _ in measured:
         assert planned == pytest.approx(allocated, rel=0.03)
     assert max(reserved for *_, reserved in (*measured, *peaks)) == pytest.approx(predicted, rel=0.06)
+    assert test > val
+    assert tested[:2] == pytest.approx(tested[2:], rel=0.03)
 
 
 # ----------------------------------------------------------------------------------------------- an epoch's batches

@@ -198,18 +198,19 @@ def parallel_of(trainer: Any) -> Parallel | None:
     return None
 
 
-Phase = Literal["train", "val"]  #: whose loaders
+Phase = Literal["train", "val", "test"]  #: whose loaders
 
 
 def _loop(trainer: Any, phase: Phase) -> Any:
-    return trainer.fit_loop if phase == "train" else trainer.fit_loop.epoch_loop.val_loop
+    loops = {"train": trainer.fit_loop, "val": trainer.fit_loop.epoch_loop.val_loop, "test": trainer.test_loop}
+    return loops[phase]
 
 
 def loader_source(trainer: Any, module: Callable[[], Any], datamodule: Any, phase: Phase = "train") -> Any:
-    """What the Trainer trains or validates on: the loaders that were passed, or those that a hook makes.
+    """What the Trainer trains, validates or tests on: the loaders that were passed, or those that a hook makes.
 
     ``module`` gives the module as it is when its ``setup`` has run. It, or the datamodule, is asked on a shallow copy.
-    Validation takes one loader after the other, which a CombinedLoader says.
+    Validation and tests take one loader after the other, which a CombinedLoader says.
     """
     source = _loop(trainer, phase)._data_source.instance
     if loaders_are_made(trainer, phase):

@@ -17,6 +17,7 @@ from lightning_memplan._api import (
     check_margin,
     check_method,
     estimate_step,
+    estimate_test,
     estimate_validation,
     estimates,
     named_device,
@@ -103,6 +104,8 @@ class MemoryPlanner(CallbackBase):
             (``DeviceStatsMonitor``, ``torch.cuda.max_memory_allocated``); ``False`` measures the highest peak so far.
         val_batch_arg_name: The attribute or hyperparameter that holds validation's own batch size, which is planned for
             a validation step and set; where nothing is said, validation's loaders are left as they are.
+        test_batch_arg_name: The attribute or hyperparameter that holds the batch size of tests, which is planned and
+            set when ``trainer.test`` is called: with nothing but the module on the card.
         nvml: Whether NVML is asked, in the steps that are logged, for the bytes of this process and of the card.
         history: Whether a line is kept of each run on a CUDA device (predicted and measured peaks, versions, settings):
             ``True`` in ``~/.local/share/lightning-memplan/history.jsonl`` or where ``MEMPLAN_HISTORY`` says, or the
@@ -111,6 +114,7 @@ class MemoryPlanner(CallbackBase):
     Attributes:
         plan: The ``Plan``, from setup on.
         val_plan: Validation's own, where ``val_batch_arg_name`` is given.
+        test_plan: That of the last ``trainer.test``, where ``test_batch_arg_name`` is given.
         estimate: The ``Estimate`` behind it.
         measurements: One ``Measurement`` for each CUDA step.
         validations: The ``Peaks`` of each validation on a CUDA device.
@@ -143,6 +147,7 @@ class MemoryPlanner(CallbackBase):
         nvml: bool = False,
         val_batch_arg_name: str | None = None,
         history: bool | str | Path = True,
+        test_batch_arg_name: str | None = None,
     ) -> None:
         super().__init__()
         if margin is not None:
@@ -178,9 +183,11 @@ class MemoryPlanner(CallbackBase):
         self.reset_peaks = reset_peaks
         self.nvml = nvml
         self.val_batch_arg_name = val_batch_arg_name
+        self.test_batch_arg_name = test_batch_arg_name
         self.history = history
         self.plan: Plan | None = None
         self.val_plan: Plan | None = None
+        self.test_plan: Plan | None = None
         self.estimate: Estimate | None = None
         self._meter: Meter | None = None
         self._predicted: list[Peaks] = []
@@ -191,12 +198,15 @@ class MemoryPlanner(CallbackBase):
         self._lesson = Lesson(MARGIN)
         self._place: Place | None = None
         self._val_place: Place | None = None
+        self._test_place: Place | None = None
         self._accumulates = 1
         self._draft: Draft | None = None
 
     # -- plan, at setup: before any loader is built
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "test" and self.test_batch_arg_name is not None and self.apply and not trainer.fast_dev_run:
+            self._plan_test(trainer, pl_module, self.test_batch_arg_name)
         if stage != "fit":
             return
         self.plan = self.val_plan = self._place = self._val_place = self._draft = self._meter = None
@@ -351,6 +361,40 @@ class MemoryPlanner(CallbackBase):
             raise MemplanError("there is no batch size of validation for all ranks: another rank says why")
         return plan, size
 
+    def _plan_test(self, trainer: Any, module: Any, name: str) -> None:
+        """The batch size of the test that is to come."""
+        holders = find_holders(name, module, trainer.datamodule)
+        device = self._device_of(trainer)
+        card = replace(device, context=device.context + held_bytes(cuda_index(trainer), module)[0])
+        settings = trainer_settings(trainer, device.capability)
+        where: dict[str, Any] = {"trainer": trainer, "datamodule": copy.copy(trainer.datamodule), "stage": "test"}
+        begun = partial(prepared, module, settings, trainer=trainer, stage="test")
+        source = loader_source(trainer, begun, where["datamodule"], "test")
+        place = find_place(trainer, source, holders, "test")
+        size = 0
+        try:
+            estimate = estimate_test(
+                module, source, settings, sample=self.sample, sample_size=self.sample_size, **where
+            )
+            self.test_plan = plan_estimate(
+                lambda batch_size: estimate,
+                card,
+                margin=MARGIN if self.margin is None else self.margin,
+                max_batch_size=self.max_batch_size,
+                samples=samples_of_a_rank(dataset_size(source), trainer.world_size),
+                model=f"{type(module).__name__} in a test",
+            )
+            size = self.test_plan.batch_size
+        finally:  # the other ranks wait for this one
+            size = agree_on_smallest(size)
+        if not size:
+            raise MemplanError("there is no batch size of a test for all ranks: another rank says why")
+        with ExitStack() as undo:
+            place.write(size, undo)
+            say(f"MemoryPlanner: the batch size of the test is {size}")
+            undo.pop_all()
+        self._test_place = place
+
     def _device_of(self, trainer: Any) -> Device:
         if self.device is not None:
             return self.device
@@ -504,9 +548,9 @@ class MemoryPlanner(CallbackBase):
         self._release(trainer)
 
     def _release(self, trainer: Any) -> None:
-        if self._place is not None:
+        if self._place is not None or self._test_place is not None:
             release_loaders(trainer)
-        self._place = self._val_place = self._draft = None
+        self._place = self._val_place = self._test_place = self._draft = None
         if self._meter is not None:
             self._meter.close()
 
