@@ -16,6 +16,7 @@ import random
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -156,11 +157,12 @@ class Net(pl.LightningModule):
         self.layer, self.head, self.later = Layer(), nn.Linear(8, 3), None
         self.kept, self.calls = Copied(), []
 
-    def where(self, batch: Any) -> str:
-        """Which run of the step this is: real steps of the planned size have more samples than a probe's."""
+    def where(self) -> str:
+        """Which run of the step this is."""
         if isinstance(self.head.weight, FakeTensor):
             return "trace"
-        return "probe" if len(batch[0]) < 6 else "confirm"
+        calls = {frame.f_code.co_name for frame, _ in traceback.walk_stack(None)}
+        return "confirm" if "try_step" in calls else "probe"
 
     def setup(self, stage: str) -> None:
         POINTS.reach("setup")
@@ -179,7 +181,7 @@ class Net(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.calls.append(batch_idx)
         POINTS.reach("training_step")
-        POINTS.reach(f"training_step {batch_idx} in the {self.where(batch)}")
+        POINTS.reach(f"training_step {batch_idx} in the {self.where()}")
         out = self.head(self.layer(self.later(batch[0])))
         out.register_hook(self.backward_hook)
         return F.cross_entropy(out, batch[1])
