@@ -129,7 +129,7 @@ def test_the_smallest_decides_and_all_fail_with_the_reason():
 
 KINDS = {
     "buckets": ({}, {"find_unused_parameters": True}),
-    "views": ({"precision": "16-mixed"}, {"gradient_as_bucket_view": True}),
+    "views, as in a notebook": ({"precision": "16-mixed"}, {"gradient_as_bucket_view": True, "start_method": "fork"}),
 }
 
 

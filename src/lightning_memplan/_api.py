@@ -31,7 +31,7 @@ from lightning_memplan._probe import SIZES, can_probe, probe_steps
 from lightning_memplan._report import advice_lines, does_not_fit_message
 from lightning_memplan._sample import SAMPLE_SIZE, Samples, Which, check_sample, read_samples
 from lightning_memplan._scaling import interleaved, scale
-from lightning_memplan._step import prepared, run_formula, trace_steps, trace_validation
+from lightning_memplan._step import prepared, run_formula, trace_steps, trace_test, trace_validation
 from lightning_memplan._twin import explain
 from lightning_memplan._types import Advice, Device, Plan, StepSettings, parse_precision
 from lightning_memplan._workspaces import Choice
@@ -250,6 +250,31 @@ def estimate_validation(
         training.settings,
         traces[0].notes + samples.notes,
     )
+
+
+def estimate_test(
+    module: nn.Module,
+    source: Any,
+    settings: StepSettings,
+    *,
+    trainer: Any = None,
+    datamodule: Any = None,
+    stage: str | None = None,
+    sample: Which = "first",
+    sample_size: int = SAMPLE_SIZE,
+) -> Estimate:
+    """What a test on ``source`` takes, at any batch size.
+
+    Raises:
+        TraceError: the step cannot be traced.
+    """
+    samples = read_samples(source, sample, sample_size)
+    begun = prepared(module, settings, trainer=trainer, stage=stage)
+    try:
+        traces, formula = trace_test(begun, samples.batches(), settings, trainer=trainer, datamodule=datamodule)
+    except TraceError as error:
+        raise TraceError(f"a test of {type(module).__name__} cannot be traced: {error}") from error
+    return Estimate("trace", formula, scale(traces), _allocator(), traces[0].notes + samples.notes)
 
 
 def _allocator() -> AllocatorSettings:

@@ -11,12 +11,15 @@ from __future__ import annotations
 import gc
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
-from itertools import chain, groupby
+from itertools import chain, groupby, takewhile
+from types import FunctionType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -252,18 +255,24 @@ def ran_out_of_memory(error: BaseException | None, *, refused: bool = False) -> 
     >>> ran_out_of_memory(error), ran_out_of_memory(error, refused=True)
     (False, True)
     """
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        text = str(error)
-        if isinstance(error, torch.OutOfMemoryError):
+    for one in _chain(error):
+        text = str(one)
+        if isinstance(one, torch.OutOfMemoryError):
             return True
-        if isinstance(error, RuntimeError) and any(part in text for part in _OUT_OF_MEMORY):
+        if isinstance(one, RuntimeError) and any(part in text for part in _OUT_OF_MEMORY):
             return True
         if refused and any(part in text for part in _PERHAPS_OUT_OF_MEMORY):
             return True
-        error = error.__cause__ or error.__context__
     return False
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those from which it was raised or while they were handled."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 _OUT_OF_MEMORY = (
@@ -289,24 +298,50 @@ def _refusals(device: torch.device) -> int:
 
 def _missing(error: BaseException | None) -> int:
     """What a failed request lacked of the card's free bytes, by the allocator's message (CUDACachingAllocator.cpp)."""
-    while error is not None:
-        found = re.search(r"Tried to allocate (\S+ \w+?)\. .*?of which (\S+ \w+) is free", str(error), re.DOTALL)
+    for one in _chain(error):
+        found = re.search(r"Tried to allocate (\S+ \w+?)\. .*?of which (\S+ \w+) is free", str(one), re.DOTALL)
         if found is not None:
             return max(1, parse_bytes(found[1].replace("bytes", "B")) - parse_bytes(found[2].replace("bytes", "B")))
-        error = error.__cause__ or error.__context__
     return 1
 
 
 @contextmanager
 def _as_found(device: torch.device) -> Iterator[None]:
     """Whatever happens inside, random states are restored, and the card is left with what was on it, no cache more."""
+    handled = sys.exc_info()[1]  # while this one is, all that follows happens
     with torch.cuda.device(device), _only_new_garbage():
         give_back(device)
         try:
             with isolated_random_state(), _cuda_random_state(device):
                 yield
+        except BaseException as error:
+            _let_go(takewhile(lambda one: one is not handled, _chain(error)))
+            raise
         finally:
             give_back(device)
+
+
+def _let_go(errors: Iterable[BaseException]) -> None:
+    """Errors keep their lines, and no longer the tensors in the calls that they ended.
+
+    Who catches one may hold it long: a notebook does (``sys.last_exc``), and on Ctrl+C so does the SystemExit that
+    Lightning makes of it.
+    """
+    ended = []
+    for error in errors:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            with suppress(RuntimeError):  # it runs yet
+                frame.clear()
+                ended.append(frame)
+    for frame in ended:
+        for function in gc.get_referents(frame):  # from Python 3.11 on a frame holds its function
+            if isinstance(function, FunctionType) and sys.getrefcount(function) <= _IN_ITS_FRAME_ONLY:
+                for cell in function.__closure__ or ():
+                    with suppress(ValueError):  # it is empty
+                        del cell.cell_contents
+
+
+_IN_ITS_FRAME_ONLY = 4  #: the frame, the list of what it refers to, a name, and the argument of getrefcount
 
 
 @contextmanager

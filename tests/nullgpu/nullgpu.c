@@ -194,7 +194,7 @@ cudaError_t cudaGetDriverEntryPoint(const char*s,void**fn,unsigned long long f,e
 // ---- NVML
 typedef struct{unsigned long long total,free,used;}nvml_memory;
 typedef struct{unsigned version;unsigned long long total,reserved,free,used;}nvml_memory_v2;
-int nvmlInit_v2(void){return 0;} int nvmlInitWithFlags(unsigned f){return 0;} int nvmlShutdown(void){return 0;}
+int nvmlInit_v2(void){return 0;} int nvmlInit(void){return 0;} int nvmlInitWithFlags(unsigned f){return 0;} int nvmlShutdown(void){return 0;}
 const char*nvmlErrorString(int e){return e?"null nvml error":"Success";}
 int nvmlSystemGetDriverVersion(char*s,unsigned n){snprintf(s,n,"580.00.00");return 0;}
 int nvmlSystemGetCudaDriverVersion_v2(int*v){*v=13000;return 0;}
