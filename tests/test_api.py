@@ -173,7 +173,7 @@ def probed(monkeypatch):
     """A GPU that can be probed, on which a step does what the test says."""
 
     def does(what):
-        def probe_steps(module, sample, settings, index, *, capacity, stage=None, **common):
+        def probe_steps(module, sample, settings, index, *, capacity, largest, stage=None, **common):
             assert capacity == GPU.capacity
             if isinstance(what, Exception):
                 raise what

@@ -147,15 +147,19 @@ def estimate_step(
     stage: str | None = None,
     sample: Which = "first",
     sample_size: int = SAMPLE_SIZE,
+    largest: int | None = None,
 ) -> Estimate:
-    """``estimate`` with every setting in hand; ``stage`` names what ``setup`` is called with, on a copy."""
+    """``estimate`` with every setting in hand; ``stage`` names what ``setup`` is called with, on a copy.
+
+    No batch of more than ``largest`` samples is probed.
+    """
     samples = read_samples(source, sample, sample_size)
     common: dict[str, Any] = {"trainer": trainer, "datamodule": datamodule, "optimizer": optimizer}
     probed, why_not = None, ""
     if method == "probe" or (method == "auto" and _can_be_probed(device)):
         try:
             index, capacity = _probed_index(device), (device or default_device()).capacity
-            where: dict[str, Any] = {"capacity": capacity, "stage": stage}
+            where: dict[str, Any] = {"capacity": capacity, "largest": largest, "stage": stage}
             traces, formula = probe_steps(module, samples.batches, settings, index, **where, **common)
             probed = Estimate("probe", formula, scale(traces), _allocator(), samples.notes)
         except (TraceError, *_OF_A_COPY) as error:

@@ -65,6 +65,7 @@ def probe_steps(
     index: int,
     *,
     capacity: int | None = None,
+    largest: int | None = None,
     trainer: Any = None,
     datamodule: Any = None,
     optimizer: MakeOptimizer | None = None,
@@ -74,9 +75,9 @@ def probe_steps(
     """The formula, and one trace for each batch size that ran: setup, then training steps, on ``cuda:index``.
 
     ``sample`` makes the batches of given sizes: a few samples, and half of what the tensors of these let expect in
-    ``capacity`` bytes, since libraries choose other kernels for large batches, with other workspaces. The module is
-    copied; the card is left as it was found, its caches empty. What the step raises, other than that memory ran out,
-    is the user's own error and is raised unchanged.
+    ``capacity`` bytes, since libraries choose other kernels for large batches, with other workspaces; at most
+    ``largest``, where a plan has such a limit. The module is copied; the card is left as it was found, its caches
+    empty. What the step raises, other than that memory ran out, is the user's own error and is raised unchanged.
 
     Raises:
         TraceError: not even one sample fits, the module cannot be copied, there is no device whose allocator keeps a
@@ -98,7 +99,8 @@ def probe_steps(
             found = _unless_out_of_memory(device, partial(_recorded, run, sample, sizes, steps))
             if found is not None:
                 traces, formula = found
-                more = _larger(run, sample, traces, _most(traces, formula.input_bytes, capacity), steps)
+                most = 0 if capacity is None else _most(traces, formula.input_bytes, capacity, largest or LARGEST)
+                more = _larger(run, sample, traces, most, steps)
                 return more or aligned(traces) or traces, formula  # where they differ, whoever scales them says where
     raise TraceError(f"not even a single sample's training step fits on {torch.cuda.get_device_name(device)}")
 
@@ -125,11 +127,10 @@ def _recorded(run: _Run, sample: MakeBatches, sizes: Sequence[int], steps: int) 
     return traces, formula
 
 
-def _most(few: Sequence[Trace], sample_bytes: int, capacity: int | None) -> int:
+def _most(few: Sequence[Trace], sample_bytes: int, capacity: int, largest: int) -> int:
     """How many samples the large batch may have: half of what is expected to fit, in a quarter of the host's memory."""
-    if capacity is None:
-        return 0
-    return min(LARGEST, expected_to_fit(few, capacity) // 2, cpu_device().capacity // 4 // max(1, sample_bytes))
+    on_the_host = cpu_device().capacity // 4 // max(1, sample_bytes)
+    return min(LARGEST, largest, expected_to_fit(few, capacity) // 2, on_the_host)
 
 
 def _larger(run: _Run, sample: MakeBatches, few: Sequence[Trace], most: int, steps: int) -> list[Trace] | None:

@@ -251,9 +251,12 @@ class MemoryPlanner(CallbackBase):
         where: dict[str, Any] = {"trainer": trainer, "datamodule": datamodule, "stage": "fit"}
         how: dict[str, Any] = {"sample": self.sample, "sample_size": self.sample_size, **where}
 
+        samples = samples_of_a_rank(dataset_size(source), ranks)
+        most = min((size for size in (self.max_batch_size, samples) if size is not None), default=None)
+
         def estimated(parts: int) -> Estimate:
             accumulating = replace(settings, accumulate_grad_batches=parts)
-            return estimate_step(module, source, accumulating, method=self.method, device=device, **how)
+            return estimate_step(module, source, accumulating, method=self.method, device=device, largest=most, **how)
 
         def tried(plan: Plan) -> Tried:
             return try_step(
@@ -282,7 +285,7 @@ class MemoryPlanner(CallbackBase):
             **limits,
             failed=self._lesson.failed,
             min_batch_size=self.min_batch_size,
-            samples=samples_of_a_rank(dataset_size(source), ranks),
+            samples=samples,
             accumulate_grad_batches=parts,
             effective_batch_size=self.effective_batch_size,
             ranks=ranks,
