@@ -329,6 +329,19 @@ def test_the_card_is_left_as_it_was_found(shown):
     assert shown["history"] == 0
 
 
+def test_a_large_batch_is_probed_too(shown):
+    assert shown["large"] == [2, 3, 5, 61]  # the largest prime that is not above 64
+
+
+def test_an_error_of_the_large_batch_alone_is_noted(shown):
+    sizes, note = shown["not many"]
+    assert sizes == [2, 3, 5]
+    assert note.startswith(
+        "no large batch was probed: the step failed in a probe of up to 64 samples (ValueError: too many samples for "
+        "this kernel); at "
+    )
+
+
 def test_the_users_own_error_is_raised_unchanged(shown):
     kind, text = shown["error"]
     assert kind == "RuntimeError"

@@ -161,7 +161,7 @@ def estimate_step(
             index, capacity = _probed_index(device), (device or default_device()).capacity
             where: dict[str, Any] = {"capacity": capacity, "largest": largest, "stage": stage}
             traces, formula = probe_steps(module, samples.batches, settings, index, **where, **common)
-            probed = Estimate("probe", formula, scale(traces), _allocator(), samples.notes)
+            probed = Estimate("probe", formula, scale(traces), _allocator(), traces[0].notes + samples.notes)
         except (TraceError, *_OF_A_COPY) as error:
             if method == "probe":
                 raise
@@ -178,7 +178,7 @@ def estimate_step(
     first, second = probed, traced
     if probed.largest_seen <= max(SIZES[0]):  # what kernels a large batch takes only the trace knows
         first, second = _tightest_first((probed, traced), device or default_device())
-    return replace(first, others=(second,), notes=traced.notes)
+    return replace(first, others=(second,), notes=tuple(dict.fromkeys(probed.notes + traced.notes)))
 
 
 def _tightest_first(found: Sequence[Estimate], device: Device) -> list[Estimate]:

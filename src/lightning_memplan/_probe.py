@@ -33,7 +33,7 @@ from lightning_memplan._lightning import is_overridden, isolated_random_state
 from lightning_memplan._order import STEPS, TRUE_DTYPE, MakeOptimizer, StepRunner
 from lightning_memplan._record import labelled, module_paths
 from lightning_memplan._scaling import Polynomial
-from lightning_memplan._twin import twin_of
+from lightning_memplan._twin import explain, twin_of
 from lightning_memplan._types import EMPTY, FREE, Category, Event, Phase, StepSettings, Trace
 from lightning_memplan._units import parse_bytes
 
@@ -100,7 +100,13 @@ def probe_steps(
             if found is not None:
                 traces, formula = found
                 most = 0 if capacity is None else _most(traces, formula.input_bytes, capacity, largest or LARGEST)
-                more = _larger(run, sample, traces, most, steps)
+                try:
+                    more = _larger(run, sample, traces, most, steps)
+                except Exception as error:  # of a batch that no plan may come to: real steps confirm the one that does
+                    if isinstance(error, getattr(torch, "AcceleratorError", ())):  # a card that failed stays so
+                        raise
+                    note = f"no large batch was probed: {explain(error, f'a probe of up to {most} samples')}"
+                    traces, more = [replace(trace, notes=(*trace.notes, note)) for trace in traces], None
                 return more or aligned(traces) or traces, formula  # where they differ, whoever scales them says where
     raise TraceError(f"not even a single sample's training step fits on {torch.cuda.get_device_name(device)}")
 
