@@ -133,6 +133,7 @@ def fit(
         "measured": [
             [m.predicted_allocated, m.allocated, m.predicted_reserved, m.reserved] for m in planner.measurements
         ],
+        "phases": [[m.predicted_phases, m.phases] for m in planner.measurements],
         "data_batch_size": getattr(data, "batch_size", None),
     }
 

@@ -41,6 +41,15 @@ class Net(pl.LightningModule):
         return DataLoader([(torch.zeros(3, 64, 64), 0)] * 20_000, batch_size=self.batch_size)
 
 
+class NotMany(Net):
+    """One whose step cannot take more than 32 samples."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if len(batch[0]) > 32:
+            raise ValueError("too many samples for this kernel")
+        return super().training_step(batch, batch_idx)
+
+
 def in_use() -> tuple[int, int]:
     gc.collect()
     return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
@@ -104,6 +113,13 @@ def main() -> None:
     after = (torch.get_rng_state(), torch.cuda.get_rng_state(), random.getstate())
     shown["random"] = [torch.equal(states[0], after[0]), torch.equal(states[1], after[1]), states[2] == after[2]]
     shown["history"] = len(torch.cuda.memory._snapshot()["device_traces"][0])
+
+    # an error of the large batch alone: it is not probed, and a note says so
+    batch = (torch.zeros(4, 3, 64, 64), torch.zeros(4, dtype=torch.long))
+    traces, _ = probe_steps(NotMany(), read_samples(batch).batches, StepSettings(), 0, capacity=2**32, largest=64)
+    shown["not many"] = [[t.batch_size for t in traces], *traces[0].notes]
+    traces, _ = probe_steps(Net(), read_samples(batch).batches, StepSettings(), 0, capacity=2**32, largest=64)
+    shown["large"] = [t.batch_size for t in traces]
 
     # the user's own error, unchanged
     try:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -51,7 +52,7 @@ def main(folder: str, name: str, settings: str, arguments: str) -> None:
         devices=2,
         strategy=strategy,
         max_steps=4,
-        logger=False,
+        logger=TensorBoardLogger(folder, name="", version="logs"),
         callbacks=[planner, Writes(folder, planner)],
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -173,7 +173,8 @@ def probed(monkeypatch):
     """A GPU that can be probed, on which a step does what the test says."""
 
     def does(what):
-        def probe_steps(module, sample, settings, index, *, stage=None, **common):
+        def probe_steps(module, sample, settings, index, *, capacity, largest, stage=None, **common):
+            assert capacity == GPU.capacity
             if isinstance(what, Exception):
                 raise what
             traces = _api.trace_steps(module, sample(), settings, **common)
@@ -223,6 +224,16 @@ def test_the_steps_own_error_is_raised_unchanged(probed):
     with pytest.raises(RuntimeError) as caught:
         mp.estimate(Module(), torch.zeros(4, 1024), device=GPU)
     assert caught.value is error
+
+
+def test_a_probe_that_has_seen_a_large_batch_plans_alone(probed, monkeypatch):
+    # the trace would let fewer samples fit: weights are 64 MiB in it
+    probed("a step")
+    monkeypatch.setattr(_api, "SIZES", ((1,),))
+    wide = mp.estimate(nn.Linear(4096, 4096), torch.zeros(4, 4096))
+    monkeypatch.setattr(_api, "_traced", lambda *_: wide)
+    found = mp.estimate(Module(), torch.zeros(4, 1024), device=GPU)
+    assert (found.method, found.largest_seen, found.others) == ("probe", 5, (wide,))
 
 
 def test_the_method_that_needs_more_plans(estimate):

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_memplan as mp
-from lightning_memplan._lightning import check_accumulation
+from lightning_memplan._lightning import averaging_bytes, batches_into_epoch, check_accumulation
 
 GiB = 2**30
 CARD = mp.Device("a card", total=8 * GiB)
@@ -613,6 +613,9 @@ def test_a_scheduler_over_all_steps_is_made_for_the_planned_size():
         ({"limit_train_batches": 0.67}, 2),
         ({"overfit_batches": 1}, 1),
         ({"accumulate_grad_batches": 2}, 2),
+        ({"effective_batch_size": 14}, 2),
+        ({"max_epochs": 4, "accumulate_grad_batches": 3}, 4),
+        ({"max_epochs": 2, "reload_dataloaders_every_n_epochs": 1}, 6),
     ],
     ids=str,
 )
@@ -623,8 +626,8 @@ def test_a_schedule_runs_to_its_end_and_no_further(settings, steps):
             self.cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1, total_steps=total)
             return [optimizer], [{"scheduler": self.cycle, "interval": "step"}]
 
-    module = OneCycle()
-    whole = fit(module, Data(), **settings)  # 21 samples, 7 at a time
+    module, planner = OneCycle(), planner_of(effective_batch_size=settings.pop("effective_batch_size", None))
+    whole = fit(module, Data(), planner, **settings)  # 21 samples, 7 at a time
     assert (whole.global_step, module.cycle.total_steps, module.cycle.last_epoch) == (steps, steps, steps)
 
 
@@ -663,6 +666,98 @@ def test_a_learning_rate_is_looked_for_at_the_planned_size(tmp_path):
     assert len(module.seen) == 5 + 10  # the finder's steps, and an epoch
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["finder first", "planner first"])
+def test_a_schedule_after_a_learning_rate_was_looked_for(first, tmp_path):
+    """The finder's steps are none of training's, in whichever order the callbacks are given."""
+
+    class OneCycle(Validated):
+        def configure_optimizers(self):
+            optimizer, total = super().configure_optimizers(), self.trainer.estimated_stepping_batches
+            self.cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1, total_steps=total)
+            return [optimizer], [{"scheduler": self.cycle, "interval": "step"}]
+
+    module, planner = OneCycle(), planner_of()
+    finder = pl.callbacks.LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
+    callbacks = [finder, planner] if first else [planner, finder]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Failed to compute suggestion")
+        warnings.filterwarnings("ignore", CPU_MEASURES_NOTHING)
+        whole = trainer(*callbacks, default_root_dir=tmp_path)
+        whole.fit(module, datamodule=ValidatedData())
+    assert set(module.seen) == {7}
+    assert (whole.global_step, module.cycle.total_steps) == (3, 3)
+
+
+def test_a_finder_of_batch_sizes_beside_it():
+    data = Data()
+    with pytest.raises(MisconfigurationException, match=r"and so does the callback BatchSizeFinder: leave one out, or"):
+        trainer(planner_of(), pl.callbacks.BatchSizeFinder()).fit(Net(), data)
+    assert data.batch_size == 2
+
+
+@pytest.mark.parametrize(
+    ("callback", "copies"),
+    [
+        (pl.callbacks.EMAWeightAveraging(device="cuda"), 1),
+        (pl.callbacks.EMAWeightAveraging(device="cpu"), 0),
+        (pl.callbacks.StochasticWeightAveraging(0.1, device=None), 1),
+        (pl.callbacks.StochasticWeightAveraging(0.1), 0),  # on the host, where nothing is said
+        (pl.callbacks.EarlyStopping("loss"), 0),
+    ],
+)
+def test_weights_that_others_average(callback, copies):
+    class Later(Net):
+        def configure_model(self):
+            self.later = nn.Linear(8, 8)
+
+    module = Later()
+    module.configure_model()
+    # 8·3 + 3 and 8·8 + 8 weights, of 4 bytes
+    assert averaging_bytes(trainer(callback), lambda: module) == copies * 4 * (27 + 72)
+
+
+def test_overfitting_on_less_than_a_batch():
+    with pytest.raises(mp.ApplyError, match=r"^overfit_batches=0\.3 is a part of .* 3 of the planned batch size 7, wh"):
+        trainer(planner_of(), overfit_batches=0.3).fit(Net(), Data())
+
+
+@pytest.mark.filterwarnings("ignore:The combined size of the")
+def test_other_verbs_after_a_fit():
+    class Evaluates(Validated):
+        def test_step(self, batch, batch_idx):
+            self.validated.append(len(batch[0]))
+            return batch[0]
+
+        predict_step = test_step
+
+    module, data = Evaluates(), ValidatedData()
+    whole, others = fit(module, data, num_sanity_val_steps=0), DataLoader(samples(3), batch_size=3)
+    module.validated.clear()
+    whole.validate(module, others)
+    whole.test(module, others)
+    whole.predict(module, others)
+    assert (data.batch_size, module.validated[1:]) == (7, [3, 3])
+    assert "dataloader" not in vars(whole.fit_loop._data_source)
+
+
+def test_training_goes_on_in_a_second_fit():
+    module, data, planner = Net(), Data(), planner_of()
+    whole = fit(module, data, planner)
+    whole.fit_loop.max_epochs, planner.max_batch_size = 2, 5
+    with pytest.warns(UserWarning, match=CPU_MEASURES_NOTHING):
+        whole.fit(module, data)
+    assert module.seen == [7, 7, 7, 5, 5, 5, 5, 1]
+    assert (data.batch_size, whole.global_step) == (5, 8)
+
+
+def test_a_trainer_with_nothing_else():
+    module = Net()
+    bare = pl.Trainer(barebones=True, callbacks=[planner_of()], accelerator="cpu", max_epochs=1)
+    with pytest.warns(UserWarning, match=CPU_MEASURES_NOTHING):
+        bare.fit(module, Data())
+    assert module.seen == [7, 7, 7]
+
+
 # -------------------------------------------------------------------------------------------------------- resuming
 
 
@@ -699,9 +794,97 @@ def test_a_resumed_run_keeps_its_batch_size(checkpoint):
 
 def test_a_resumed_run_is_planned_again_where_that_is_asked_for(checkpoint):
     planner = planner_of(max_batch_size=10, resume="plan")
-    module, data = resumed(checkpoint, planner)
+    with pytest.warns(UserWarning, match="within an epoch, after 2 batches of 7, and resume='plan' goes on with"):
+        module, data = resumed(checkpoint, planner)
     assert (data.batch_size, planner.plan.limited_by) == (10, "max_batch_size")
     assert set(module.seen) == {10}
+
+
+class Remembers(DataLoader):
+    """A loader that goes on where it was: it keeps the number of samples that it gave."""
+
+    given = skipped = 0
+
+    def __iter__(self):
+        self.given = begin = self.skipped
+        self.skipped = 0
+        for index, batch in enumerate(super().__iter__()):
+            if index * self.batch_size >= begin:
+                self.given += len(batch[0])
+                yield batch
+
+    def state_dict(self):
+        return {"given": self.given}
+
+    def load_state_dict(self, state):
+        self.skipped = state["given"]
+
+
+class Numbered(Data):
+    """Samples whose labels are their numbers."""
+
+    def __init__(self):
+        super().__init__(TensorDataset(torch.randn(70, 8), torch.arange(70)))
+
+    def train_dataloader(self):
+        return Remembers(self.dataset, batch_size=self.batch_size)
+
+
+class Reads(Net):
+    def __init__(self):
+        super().__init__()
+        self.numbers: list[int] = []
+
+    def training_step(self, batch, batch_idx):
+        if isinstance(self.trainer, pl.Trainer):
+            self.numbers += batch[1].tolist()
+        return super().training_step((batch[0], batch[1].clamp(max=2)), batch_idx)
+
+
+@pytest.fixture
+def cut(tmp_path):
+    """A run at batch size 7 that was killed after two batches, its loader's state kept."""
+
+    class Cut(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(tmp_path / "cut.ckpt")
+                raise KeyError("killed")
+
+    module = Reads()
+    with pytest.raises(KeyError), pytest.warns(UserWarning, match=CPU_MEASURES_NOTHING):
+        trainer(planner_of(), Cut()).fit(module, Numbered())
+    assert module.numbers == list(range(14))
+    return tmp_path / "cut.ckpt"
+
+
+def test_a_resumed_epoch_goes_on_at_the_same_sample(cut):
+    module, planner = Reads(), planner_of(max_batch_size=10)
+    with pytest.warns(UserWarning, match=CPU_MEASURES_NOTHING):
+        trainer(planner).fit(module, Numbered(), ckpt_path=cut)
+    assert module.numbers == list(range(14, 70))
+
+
+@pytest.mark.filterwarnings("ignore:MemoryPlanner measures nothing")
+def test_a_resumed_epoch_of_another_size_does_not_and_that_is_said(cut):
+    module, planner = Reads(), planner_of(max_batch_size=10, resume="plan")
+    with pytest.warns(
+        UserWarning, match="within an epoch, after 2 batches of 7, and resume='plan' goes on with batches of 10"
+    ):
+        trainer(planner).fit(module, Numbered(), ckpt_path=cut)
+    assert module.numbers == list(range(20, 70))  # the loader's 14 samples are more than a batch of 10
+
+
+def test_a_checkpoint_between_two_epochs_has_no_batches_behind_it(tmp_path):
+    whole = fit(Net(), Data())
+    whole.save_checkpoint(tmp_path / "whole.ckpt")
+    checkpoint = torch.load(tmp_path / "whole.ckpt", weights_only=False)
+    assert batches_into_epoch(checkpoint) == 0
+    assert checkpoint["callbacks"][planner_of().state_key] == {"batch_size": 7}
+    module, planner = Net(), planner_of(max_batch_size=10, resume="plan")
+    with pytest.warns(UserWarning, match=CPU_MEASURES_NOTHING):
+        trainer(planner, max_epochs=2).fit(module, Data(), ckpt_path=tmp_path / "whole.ckpt")
+    assert module.seen == [10, 10, 1]
 
 
 def test_resume_is_one_of_two():
@@ -1130,6 +1313,9 @@ def test_each_step_is_predicted(fits, name):
         for predicted_allocated, allocated, predicted_reserved, reserved in found["measured"]:
             assert predicted_allocated == pytest.approx(allocated, rel=0.03)
             assert predicted_reserved == pytest.approx(reserved, rel=0.05)
+        for predicted, measured in found["phases"][:3]:
+            assert list(measured) == ["forward", "backward", "optimizer"]
+            assert predicted == {name: pytest.approx(peak, rel=0.03) for name, peak in measured.items()}
 
 
 @pytest.mark.slow

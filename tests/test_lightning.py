@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -321,3 +322,26 @@ def test_a_rank_that_cannot_plan_does_not_leave_the_others_waiting(tmp_path):
     done = run_ranks(tmp_path, RANKS.replace("[2**28, 2**27][RANK]", "[2**28, 2**21][RANK]"))  # 2 MiB: not one sample
     assert done.returncode != 0
     assert "MemplanError: there is no batch size for all 2 ranks; rank 1: DoesNotFitError: Net does not" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_in_planning_leaves_no_other(tmp_path):
+    step = "        self.seen.append(len(batch))\n"
+    killed = "        if RANK == 0:\n            os.kill(os.getpid(), 9)\n"  # rank 0 began the other one
+    assert step in RANKS
+    (tmp_path / "ranks.py").write_text(RANKS.replace(step, killed + step))
+    environment = {**os.environ, "PYTHONPATH": str(Path(mp.__file__).parents[1])}
+    command = [sys.executable, "ranks.py", str(tmp_path)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, **quiet) as first:
+        assert first.wait(200) == -9
+        for _ in range(600):  # the other one notices as it waits for the word of the first
+            try:
+                os.killpg(first.pid, 0)
+            except ProcessLookupError:
+                break
+            time.sleep(0.1)
+        else:
+            os.killpg(first.pid, 9)
+            pytest.fail("the other rank waits")
+    assert [path.name for path in tmp_path.iterdir()] == ["ranks.py"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -31,6 +32,7 @@ from torch.utils.data import (
     SequentialSampler,
     TensorDataset,
     WeightedRandomSampler,
+    get_worker_info,
 )
 
 import lightning_memplan as mp
@@ -49,6 +51,14 @@ numbers = list(torch.arange(1.0, 22.0))  # 21 samples: 3 batches of 7
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(numbers)
+
+
+class Shared(IterableDataset):
+    """A stream of which each worker has its share."""
+
+    def __iter__(self):
+        worker = get_worker_info()
+        return iter(numbers if worker is None else numbers[worker.id :: worker.num_workers])
 
 
 class Reversed(BatchSampler):
@@ -111,6 +121,7 @@ KINDS = {
     ),
     "a batch sampler of one's own": lambda size: DataLoader(numbers, batch_sampler=Evens(21, size)),
     "a stream": lambda size: DataLoader(Stream(), batch_size=size),
+    "a stream with workers": lambda size: DataLoader(Shared(), batch_size=size, num_workers=2),
     "a subclass": lambda size: Named("own", numbers, size),
     "a subclass that hides its arguments": Doubled,
     "positional": lambda size: DataLoader(numbers, size, True),
@@ -119,7 +130,14 @@ KINDS = {
     "nested": lambda size: [plain(size), {"b": (plain(size, shuffle=True),)}],
     "a CombinedLoader": lambda size: CombinedLoader({"a": plain(size), "b": [plain(size)]}, "min_size"),
 }
-ONCE = [kind for kind in KINDS if kind not in ("a dict", "nested", "a CombinedLoader")]
+SEVERAL = ("a dict", "nested", "a CombinedLoader")
+ONCE = [kind for kind in KINDS if kind not in SEVERAL]
+
+
+SHUFFLED = (
+    *("shuffled", "with a generator", "dropping the last", "a weighted sampler", "a batch sampler", "a subclass"),
+    "positional",
+)
 
 
 class Net(pl.LightningModule):
@@ -208,9 +226,9 @@ def planner_of(**kwargs):
 
 
 @functools.cache
-def without_a_planner(kind):
+def without_a_planner(kind, **settings):
     module, arguments = passed(KINDS[kind], 7)
-    fit(module, arguments)
+    fit(module, arguments, **settings)
     return module.seen
 
 
@@ -232,6 +250,42 @@ def test_it_is_set_as_if_it_had_been_so_from_the_start(way, kind):
     if given is not None:  # the user's own loaders are as they were
         assert {batch_size_of_loader(loader) for loader in loaders_in(given)} == {2}
         assert all(loader._iterator is None for loader in loaders_in(given))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ONCE if "worker" not in kind])
+@pytest.mark.parametrize("way", [attribute_of_the_datamodule, passed])
+def test_a_second_epoch_is_as_it_would_have_been(way, kind):
+    """Another order than the first one's, where samples are shuffled, and again each sample once."""
+    module, arguments = way(KINDS[kind])
+    fit(module, arguments, planner_of(), max_epochs=2)
+    assert module.seen == without_a_planner(kind, max_epochs=2)
+    halves = module.seen[: len(module.seen) // 2], module.seen[len(module.seen) // 2 :]
+    assert (halves[0] == halves[1]) == (kind not in SHUFFLED)
+    first, second = (Counter(number for (batch,) in half for number in batch) for half in halves)
+    assert first == second
+    assert set(first.values()) == {1}
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size_cycle", "max_size"])
+@pytest.mark.parametrize("way", [number_in_the_datamodule, passed])
+def test_a_combined_loader_of_any_mode(way, mode):
+    def make(size):
+        return CombinedLoader([plain(size, shuffle=True), DataLoader(numbers[:14], batch_size=size)], mode)
+
+    def seen(module, arguments, *callbacks):
+        class Any(type(module)):
+            def training_step(self, batch, batch_idx, dataloader_idx=0):
+                present = batch if torch.is_tensor(batch) else [part for part in batch if part is not None]
+                return super().training_step(present, batch_idx)
+
+        module.__class__ = Any
+        fit(module, arguments, *callbacks)
+        return module.seen
+
+    plainly = seen(Net(), {"train_dataloaders": make(7)})
+    assert seen(*way(make), planner_of()) == plainly
+    # 3 and 2 batches of 7: as many as the shorter has, or the longer
+    assert len(plainly) == {"min_size": 2, "max_size_cycle": 3, "max_size": 3}[mode]
 
 
 def test_what_a_copy_keeps():
@@ -344,34 +398,46 @@ class Net(pl.LightningModule):
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen = []
     def training_step(self, batch, batch_idx):
-        self.seen.append(batch.tolist())
+        if isinstance(self.trainer, pl.Trainer):
+            self.seen.append(batch.tolist())
         return (batch * self.weight).sum()
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
+    def on_train_end(self):
+        name = f"{self.trainer.strategy._start_method}-{type(self).__name__}-{self.global_rank}.json"
+        open(os.path.join(sys.argv[1], name), "w").write(json.dumps(self.seen))
 
 class Own(Net):
     def train_dataloader(self):
         return DataLoader(list(torch.arange(22.0)), batch_size=2, shuffle=True)
 
-seen = []
-for module, loaders in ((Net(), Own.train_dataloader(None)), (Own(), None)):
-    planner = mp.MemoryPlanner(device=mp.Device("a card", total=2**30), method="formula", max_batch_size=7)
-    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False, callbacks=planner,
-                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer.fit(module, loaders)
-    seen.append(module.seen)
-open(os.path.join(sys.argv[1], f"{trainer.global_rank}.json"), "w").write(json.dumps(seen))
+if __name__ == "__main__":
+    for strategy in sys.argv[2:]:
+        passed = (Net(), Own.train_dataloader(None))
+        for module, loaders in (passed, (Own(), None)) if strategy == "ddp" else (passed,):
+            planner = mp.MemoryPlanner(device=mp.Device("a card", total=2**30), method="formula", max_batch_size=7)
+            trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, logger=False,
+                                 callbacks=planner, enable_checkpointing=False, enable_progress_bar=False,
+                                 enable_model_summary=False)
+            trainer.fit(module, loaders)
+            assert loaders is None or loaders.batch_size == 2
+            if strategy != "ddp":  # spawned or forked: what ranks do is not seen here
+                assert planner.plan is None and module.seen == []
 """
 
 
 @pytest.mark.slow
-def test_two_ranks_share_the_samples(tmp_path):
+@pytest.mark.parametrize("strategies", [("ddp",), ("ddp_notebook", "ddp_spawn")], ids="+".join)
+def test_two_ranks_share_the_samples(tmp_path, strategies):
     """Lightning gives each loader a DistributedSampler: what is passed or made with a number keeps the planned size."""
     (tmp_path / "ranks.py").write_text(RANKS)
     path = {**os.environ, "PYTHONPATH": str(Path(mp.__file__).parents[1])}
-    subprocess.run([sys.executable, tmp_path / "ranks.py", tmp_path], check=True, timeout=200, env=path)
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    for one, other in zip(*ranks, strict=True):
+    arguments = [sys.executable, tmp_path / "ranks.py", tmp_path, *strategies]
+    subprocess.run(arguments, check=True, timeout=200, env=path)
+    started = {"ddp": "popen", "ddp_notebook": "fork", "ddp_spawn": "spawn"}
+    for strategy, name in itertools.product(strategies, ("Net", "Own") if strategies == ("ddp",) else ("Net",)):
+        files = (tmp_path / f"{started[strategy]}-{name}-{rank}.json" for rank in range(2))
+        one, other = (json.loads(file.read_text()) for file in files)
         assert [len(batch) for batch in one] == [len(batch) for batch in other] == [7, 4]  # of 11 samples each
         assert sorted(sample for batch in one + other for sample in batch) == list(range(22))
 
@@ -457,6 +523,66 @@ def test_validation_without_a_hook_of_its_own_is_left():
     assert data.val_size == 3
 
 
+class Three(Both):
+    """A size for each phase."""
+
+    def __init__(self):
+        super().__init__()
+        self.test_size = 3
+
+    def test_dataloader(self):
+        return DataLoader(list(torch.ones(3000, 1024)), batch_size=self.test_size)
+
+
+class Evaluated(Wide):
+    def test_step(self, batch, batch_idx):
+        self.validated.append(len(batch))
+        assert not self.training
+        assert self.trainer.testing
+        return self.layers(batch).sum()
+
+
+def test_a_test_has_a_batch_size_of_its_own():
+    module, data = Evaluated(), Three()
+    card = mp.Device("a small card", total=80 * 2**20)
+    planner = mp.MemoryPlanner(device=card, val_batch_arg_name="val_size", test_batch_arg_name="test_size", margin=0)
+    trainer = fit(module, {"datamodule": data}, planner, limit_train_batches=1, limit_val_batches=1)
+    assert data.test_size == 3
+    sizes = data.batch_size, data.val_size
+    module.validated.clear()
+    trainer.test(module, data, verbose=False)
+    # 16 MiB of weights and nothing else: more room than beside gradients, and a sample takes two outputs at once
+    assert planner.test_plan.batch_size == data.test_size == max(module.validated) > data.val_size > data.batch_size
+    assert planner.test_plan.predicted_allocated > 16 * 2**20
+    assert (data.batch_size, data.val_size) == sizes
+    assert "dataloader" not in vars(trainer.test_loop._data_source)
+
+
+def test_a_test_alone_on_a_loader_that_was_passed():
+    module, loader = Evaluated(), DataLoader(list(torch.ones(30, 1024)), batch_size=3)
+    module.test_size = 3
+    planner = planner_of(test_batch_arg_name="test_size")
+    trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=planner, enable_progress_bar=False)
+    trainer.test(module, loader, verbose=False)
+    assert (module.validated, loader.batch_size, planner.plan) == ([7, 7, 7, 7, 2], 3, None)
+
+
+def test_a_test_that_cannot_be_planned():
+    class Reads(Evaluated):
+        def test_step(self, batch, batch_idx):
+            return batch.sum() * int(batch.long().sum().item())
+
+    def trainer():
+        return pl.Trainer(accelerator="cpu", logger=False, callbacks=planner_of(test_batch_arg_name="test_size"))
+
+    data = Three()
+    with pytest.raises(mp.TraceError, match="a test of Reads cannot be traced: the step needs the value of a tensor"):
+        trainer().test(Reads(), data)
+    assert data.test_size == 3
+    with pytest.raises(mp.ApplyError, match="Evaluated has no attribute or hyperparameter 'test_size' to set"):
+        trainer().test(Evaluated(), plain(3))
+
+
 def test_a_name_of_validations_size_that_is_none():
     with pytest.raises(mp.ApplyError, match="Wide or Both has no attribute or hyperparameter 'eval_size' to set"):
         fit(Wide(), {"datamodule": Both()}, planner_of(val_batch_arg_name="eval_size"))
@@ -486,24 +612,35 @@ class Net(pl.LightningModule):
         return self.net(batch[0]).mean()
     def validation_step(self, batch, batch_idx):
         self.log("value", self.net(batch[0]).mean())
+    test_step = validation_step
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters())
 
 class Data(pl.LightningDataModule):
-    batch_size, val_size = 2, 3
+    batch_size, val_size, test_size = 2, 3, 3
+    def test_dataloader(self):
+        return DataLoader(TensorDataset(torch.zeros(1, 3, 64, 64).expand(9999, -1, -1, -1)), self.test_size)
     def train_dataloader(self):
         return DataLoader(TensorDataset(torch.zeros(1, 3, 64, 64).expand(9999, -1, -1, -1)), self.batch_size)
     def val_dataloader(self):
         return DataLoader(TensorDataset(torch.zeros(1, 3, 64, 64).expand(9999, -1, -1, -1)), self.val_size)
 
-planner, data = mp.MemoryPlanner(val_batch_arg_name="val_size"), Data()
+planner, data = mp.MemoryPlanner(val_batch_arg_name="val_size", test_batch_arg_name="test_size"), Data()
 trainer = pl.Trainer(accelerator="gpu", devices=1, limit_train_batches=2, limit_val_batches=2, num_sanity_val_steps=1,
                      max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
                      enable_model_summary=False, callbacks=planner)
 trainer.fit(Net(), data)
+trainer.validate(Net(), data, verbose=False)  # alone: no part of what was planned
+torch.cuda.empty_cache()
+torch.cuda.reset_peak_memory_stats()
+trainer.limit_test_batches = 2
+trainer.test(Net(), data, verbose=False)
+tested = [planner.test_plan.predicted_allocated, planner.test_plan.predicted_peak,
+          torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
 measured = [[m.predicted_allocated, m.allocated, m.reserved] for m in planner.measurements]
 peaks = [[v.allocated, v.reserved] for v in planner.validations]
-print(json.dumps([data.batch_size, data.val_size, planner.val_plan.predicted_peak, measured, peaks]))
+sizes = [data.batch_size, data.val_size, data.test_size]
+print(json.dumps([*sizes, planner.val_plan.predicted_peak, measured, peaks, tested]))
 """
 
 
@@ -512,13 +649,15 @@ def test_training_and_validation_of_planned_sizes_fit_the_card(nullgpu):
     """With torch's own allocator: a validation that fits alone may leave a cache in which training does not."""
     source = str(Path(mp.__file__).parents[1])
     done = nullgpu([sys.executable, "-W", "ignore", "-c", VALIDATED], PYTHONPATH=source, NULLGPU_MEMORY=3 * 2**30)
-    train, val, predicted, measured, peaks = json.loads(done.stdout.splitlines()[-1])
+    train, val, test, predicted, measured, peaks, tested = json.loads(done.stdout.splitlines()[-1])
     assert (len(measured), len(peaks)) == (4, 2)
     assert train > 100
     assert val > 100
     for planned, allocated, _ in measured:
         assert planned == pytest.approx(allocated, rel=0.03)
     assert max(reserved for *_, reserved in (*measured, *peaks)) == pytest.approx(predicted, rel=0.06)
+    assert test > val
+    assert tested[:2] == pytest.approx(tested[2:], rel=0.03)
 
 
 # ----------------------------------------------------------------------------------------------- an epoch's batches

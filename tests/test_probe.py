@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_memplan._probe import _events, aligned, can_probe, ran_out_of_memory
+from lightning_memplan._probe import _events, _Scaler, aligned, can_probe, doubled, ran_out_of_memory
 from lightning_memplan._scaling import scale
 from lightning_memplan._types import Event, Trace
 
@@ -27,16 +27,23 @@ def test_traces_of_the_same_events_stay_as_they_are():
     assert aligned(traces) == traces
 
 
-def test_workspaces_that_differ_lie_on_a_line_above_all():
-    # At 2 samples no workspace, at 3 one of 100 bytes, at 5 one of 40: the slope from first to last is (40 - 0) / 3,
-    # rounded up: 14; the line must reach 100 at 3, so it begins at 100 - 3 · 14 = 58: 86, 100 and 128.
+def test_workspaces_that_differ_are_taken_as_measured():
+    # At 2 samples no workspace, at 3 one of 100 bytes, at 5 one of 40: on lines between; beyond 5 it goes on
+    # as from the first to the last, (40 - 0) / (5 - 2) bytes a sample: 40 + 95 · 40 / 3 = 1306 at 100.
     traces = [
         trace(2, (0, 20), (2, 8), (0, -1)),
         trace(3, (0, 30), (1, 100), (1, -1), (2, 8), (0, -1)),
         trace(5, (0, 50), (1, 40), (1, -1), (2, 8), (0, -1)),
     ]
-    assert sizes(aligned(traces)) == [[20, 86, -1, 8, -1], [30, 100, -1, 8, -1], [50, 128, -1, 8, -1]]
-    assert scale(aligned(traces)).at(100)[1][1] == 58 + 14 * 100
+    assert sizes(aligned(traces)) == [[20, 0, -1, 8, -1], [30, 100, -1, 8, -1], [50, 40, -1, 8, -1]]
+    program = scale(aligned(traces))
+    assert [program.at(n)[1][1] for n in (2, 3, 4, 5, 100)] == [0, 100, 70, 40, 1306]
+
+
+def test_a_large_batch_decides_what_a_workspace_is_there():
+    # 500 bytes at 2 and 3 samples, by an algorithm for few; at 100 samples 200 bytes: they do not grow from there on
+    traces = [trace(n, (0, size), (0, -1), (1, n)) for n, size in ((2, 500), (3, 500), (100, 200))]
+    assert [scale(aligned(traces)).at(n)[0][1] for n in (3, 100, 1000)] == [500, 200, 200]
 
 
 def test_several_workspaces_at_one_place_are_one_of_the_largest():
@@ -44,8 +51,8 @@ def test_several_workspaces_at_one_place_are_one_of_the_largest():
         trace(2, (0, 20), (1, 7), (1, -1), (2, 9), (2, -1), (3, 4), (0, -1)),
         trace(3, (0, 30), (1, 8), (1, -1), (3, 4), (0, -1)),
     ]
-    # 9 at 2 samples and 8 at 3 do not grow: 9 throughout.
-    assert sizes(aligned(traces)) == [[20, 9, -1, 4, -1], [30, 9, -1, 4, -1]]
+    assert sizes(aligned(traces)) == [[20, 9, -1, 4, -1], [30, 8, -1, 4, -1]]
+    assert scale(aligned(traces)).at(50)[1][1] == 8  # what falls does not go on falling
 
 
 def test_workspaces_within_a_workspace_count_together():
@@ -53,6 +60,7 @@ def test_workspaces_within_a_workspace_count_together():
     traces = [trace(2, (0, 20), (3, 4)), trace(3, (0, 30), (1, 100), (2, 8), (1, -1), (2, -1), (3, 4))]
     # 0 at 2 samples and 108 at 3: a line of slope 108.
     assert sizes(aligned(traces)) == [[20, 0, -1, 4], [30, 108, -1, 4]]
+    assert scale(aligned(traces)).at(5)[1][1] == 3 * 108
 
 
 def test_traces_that_differ_in_more_are_not_aligned():
@@ -60,19 +68,20 @@ def test_traces_that_differ_in_more_are_not_aligned():
 
 
 @pytest.mark.parametrize(
-    ("seen", "planned"),
+    ("seen", "at_10"),
     [
-        ((20, 30, 50), (20, 30, 50)),  # 10 n
-        ((64, 144, 400), (64, 144, 400)),  # 16 n²: all pairs of samples
-        ((8, 24, 80), (8, 24, 80)),  # 4 n (n - 1): all pairs of two samples
-        ((0, 0, 60), (0, 20, 60)),  # 10 (n - 2) (n - 3) is no tensor's: 60 / 3 = 20 a sample, from 60 - 5 · 20 = -40
-        ((90, 60, 0), (90, 90, 90)),  # 150 - 30 n would be nothing at 5
-        ((512, 1024, 1536), (682, 1024, 1708)),  # rounded up: (1536 - 512) / 3 = 342 a sample, from 1024 - 3 · 342 = -2
+        ((20, 30, 50), 100),  # 10 n
+        ((64, 144, 400), 1600),  # 16 n²: all pairs of samples
+        ((8, 24, 80), 360),  # 4 n (n - 1): all pairs of two samples
+        ((0, 0, 60), 160),  # 10 (n - 2) (n - 3) is no tensor's: 60 / 3 = 20 a sample, 60 + 5 · 20
+        ((90, 60, 0), 0),  # 150 - 30 n would be less than nothing
+        ((512, 1024, 1536), 3242),  # rounded up: 1536 + 5 · (1536 - 512) / 3, rounded down
     ],
 )
-def test_sizes_that_are_no_tensors_lie_on_a_line_above(seen, planned):
+def test_sizes_that_are_no_tensors_go_on_as_from_the_first_to_the_last(seen, at_10):
     traces = [trace(n, (0, size), (0, -1)) for n, size in zip((2, 3, 5), seen, strict=True)]
-    assert [t.events[0].size for t in aligned(traces)] == list(planned)
+    assert sizes(aligned(traces)) == [[size, -1] for size in seen]
+    assert scale(aligned(traces)).at(10)[0][1] == at_10
 
 
 def test_pairs_stay_pairs_where_workspaces_differ():
@@ -90,6 +99,20 @@ def test_blocks_are_numbered_anew():
     assert [[event.block for event in t.events] for t in aligned(traces)] == [[0, 1, 1, 2], [0, 1, 1, 2]]
 
 
+def test_a_prime_number_of_samples_tells_what_grows():
+    # at 7 samples: 700 bytes of them, 1000 of weights, a workspace of 64 that few samples have not: it is taken to grow
+    large, few = trace(7, (0, 700), (1, 1000), (2, 64), (2, -1)), trace(2, (0, 200), (1, 1000))
+    assert [size for _, size, _ in scale([large, doubled(large, [few])]).at(70)] == [7000, 1000, 640, -1]
+
+
+def test_an_optimizer_steps_whatever_its_gradients_are():
+    scaler, parameter = _Scaler("cpu", init_scale=1.0), torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.Adam([parameter])
+    scaler.scale((parameter * torch.inf).sum()).backward()
+    scaler.step(optimizer)
+    assert len(optimizer.state[parameter]) == 3  # the count and both moments
+
+
 # ------------------------------------------------------------------------------------------- the allocator's history
 
 LABELS = [
@@ -102,79 +125,92 @@ LABELS = [
 ]
 
 
-def entry(action, address, size=0, label=None, stream=0):
-    text = "" if label is None else f"memplan:{label}"
-    return {"action": action, "addr": address, "size": size, "stream": stream, "user_metadata": text}
+MARKS = [(1000 + number, label) for number, label in enumerate(LABELS)]  # each at an address of its own
+
+
+def entry(action, address, size=0, stream=0):
+    return {"action": action, "addr": address, "size": size, "stream": stream}
+
+
+def mark(number):
+    """What the history has of a mark: a block that is taken and given back."""
+    return [entry("alloc", 1000 + number, 331), *(entry(a, 1000 + number, 331) for a in FREED)]
+
+
+FREED = ("free_requested", "free_completed")
+
+
+def recorded(*history):
+    """The events of ``history``, whose numbers are marks."""
+    return _events([e for one in history for e in ([one] if isinstance(one, dict) else mark(one))], MARKS)
 
 
 def short(events):
     return [(e.block, e.size, e.phase, e.path) for e in events]
 
 
-def test_a_thread_without_a_label_has_the_newest_one():
-    # autograd's thread has none at first; once it has run Python (a checkpoint's forward), it keeps that label, and the
-    # main thread's next entry carries one that is older, or newer
-    history = [
-        entry("alloc", 10, 100, 0),
-        entry("alloc", 20, 200, 1),
-        entry("alloc", 30, 4, 2),
-        entry("alloc", 40, 300),  # autograd's thread
-        entry("alloc", 50, 400, 3),  # autograd's thread, in a module's forward
-        entry("free_requested", 40, 300, 2),  # the main thread: its own label is older
-    ]
-    assert short(_events(history, LABELS)(1)) == [
+def test_an_entry_has_the_label_of_the_last_mark():
+    found = recorded(
+        0,
+        entry("alloc", 10, 100),
+        1,
+        entry("alloc", 20, 200),
+        entry("alloc", 1003, 331),  # a tensor of a mark's size, at the place of a later mark
+        entry("free_requested", 1003),
+        2,
+        entry("free_requested", 20),
+        3,
+        entry("alloc", 20, 300),
+    )
+    assert short(found(1)) == [
         (0, 100, "setup", ""),
         (1, 200, "forward", "net"),
-        (2, 4, "backward", ""),
-        (3, 300, "backward", ""),
-        (4, 400, "backward", "net"),
-        (3, -1, "backward", ""),
+        (2, 331, "forward", "net"),
+        (2, -1, "forward", ""),
+        (1, -1, "backward", ""),
+        (3, 300, "backward", "net"),
     ]
 
 
 def test_a_block_that_another_stream_still_uses_is_free_when_that_is_asked_for():
     # record_stream: free_completed comes when the stream is done, here after the next block was taken
-    history = [
-        entry("alloc", 10, 100, 1),
-        entry("free_requested", 10, 100, 1),
-        entry("alloc", 20, 200, 1),
-        entry("free_completed", 10, 100, 1),
-        entry("free_requested", 20, 200, 1),
-        entry("free_completed", 20, 200, 1),
-    ]
-    assert [e[:2] for e in short(_events(history, LABELS)(1))] == [(0, 100), (0, -1), (1, 200), (1, -1)]
+    found = recorded(
+        *(0, 1),
+        entry("alloc", 10, 100),
+        entry("free_requested", 10, 100),
+        entry("alloc", 20, 200),
+        entry("free_completed", 10, 100),
+        entry("free_requested", 20, 200),
+        entry("free_completed", 20, 200),
+    )
+    assert [e[:2] for e in short(found(1))] == [(0, 100), (0, -1), (1, 200), (1, -1)]
 
 
 def test_streams_are_numbered_in_the_order_in_which_they_are_met():
-    history = [
-        entry("alloc", 10, 1, 1),
-        entry("alloc", 20, 1, 1, stream=0x7F00),
-        entry("alloc", 30, 1, 1, stream=0x6000),
-    ]
-    assert [event.stream for event in _events(history, LABELS)(1)] == [0, 1, 2]
+    streams = (0, 0x7F00, 0x6000)
+    found = recorded(0, 1, *(entry("alloc", 10 * k, 1, stream) for k, stream in enumerate(streams)))
+    assert [event.stream for event in found(1)] == [0, 1, 2]
 
 
 def test_each_run_begins_with_the_setup_that_all_have_in_common():
-    history = [
-        entry("alloc", 10, 100, 0),  # a parameter
-        entry("alloc", 20, 200, 1),  # the first batch size's
-        entry("alloc", 30, 300, 1),  # its gradient, which is freed between the two
-        entry("free_requested", 20, 200, 1),
-        entry("free_requested", 30, 300, 4),
-        entry("alloc", 40, 9, 4),  # a step that only warms up
-        entry("alloc", 20, 250, 5),  # the second batch size's, at an address that was used before
-        entry("free_requested", 40, 9, 5),  # not its own
-        entry("free_requested", 20, 250, 5),
-        entry("free_requested", 77, 512, 5),  # the user's, from before
-    ]
-    recorded = _events(history, LABELS)
-    assert [e[:2] for e in short(recorded(1))] == [(0, 100), (1, 200), (2, 300), (1, -1)]
-    assert [e[:2] for e in short(recorded(2))] == [(0, 100), (4, 250), (4, -1)]
-
-
-def test_labels_that_are_someone_elses_say_nothing():
-    history = [entry("alloc", 10, 100, 1), {**entry("alloc", 20, 200), "user_metadata": "epoch 3"}]
-    assert [e[2:] for e in short(_events(history, LABELS)(1))] == [("forward", "net")] * 2
+    found = recorded(
+        0,
+        entry("alloc", 10, 100),  # a parameter
+        1,
+        entry("alloc", 20, 200),  # the first batch size's
+        entry("alloc", 30, 300),  # its gradient, which is freed between the two
+        entry("free_requested", 20, 200),
+        *(2, 3, 4),
+        entry("free_requested", 30, 300),
+        entry("alloc", 40, 9),  # a step that only warms up
+        5,
+        entry("alloc", 20, 250),  # the second batch size's, at an address that was used before
+        entry("free_requested", 40, 9),  # not its own
+        entry("free_requested", 20, 250),
+        entry("free_requested", 77, 512),  # the user's, from before
+    )
+    assert [e[:2] for e in short(found(1))] == [(0, 100), (1, 200), (2, 300), (1, -1)]
+    assert [e[:2] for e in short(found(2))] == [(0, 100), (4, 250), (4, -1)]
 
 
 @pytest.mark.parametrize(
@@ -233,13 +269,18 @@ def test_without_cuda_there_is_nothing_to_probe():
 
 def test_the_private_names_it_needs_are_there(nullgpu):
     code = (
-        "import torch; m = torch.cuda.memory; assert m._memory_metadata_supported()\n"
-        "m._record_memory_history('all', context=None, max_entries=9, clear_history=True)\n"
-        "m._set_memory_metadata('x')\n"
-        "a = torch.zeros(9, device='cuda'); (entry, *_) = m._snapshot(0)['device_traces'][0][-1:]\n"
-        "print(sorted(k for k in entry if k in ('action', 'addr', 'size', 'stream', 'user_metadata')))"
+        "import torch; m = torch.cuda.memory; enabled = torch._C._cuda_isHistoryEnabled\n"
+        "torch.cuda.init(); print(enabled())\n"
+        "m._record_memory_history('all', context=None, max_entries=9); print(enabled())\n"
+        "address = torch.cuda.caching_allocator_alloc(331, 0, 0); torch.cuda.caching_allocator_delete(address)\n"
+        "history = m._snapshot(0)['device_traces'][0]; print([e['action'] for e in history])\n"
+        "print({(e['addr'] == address, e['size'], e['stream']) for e in history[1:]})"
     )
-    assert nullgpu([sys.executable, "-c", code]).stdout == "['action', 'addr', 'size', 'stream', 'user_metadata']\n"
+    shown = nullgpu([sys.executable, "-c", code]).stdout.splitlines()
+    assert shown[:2] == ["False", "True"]
+    assert shown[2] == "['segment_alloc', 'alloc', 'free_requested', 'free_completed']"
+    # whether a free's size is the one that was asked for is torch's own affair: 331, or 512 as it is rounded
+    assert shown[3] in ("{(True, 331, 0)}", "{(True, 331, 0), (True, 512, 0)}", "{(True, 512, 0), (True, 331, 0)}")
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +327,19 @@ def test_the_card_is_left_as_it_was_found(shown):
     assert shown["use"][1][1] <= shown["use"][0][1]  # what was cached before has been given back
     assert shown["use_at_the_end"] == 4 * 2**20
     assert shown["history"] == 0
+
+
+def test_a_large_batch_is_probed_too(shown):
+    assert shown["large"] == [2, 3, 5, 61]  # the largest prime that is not above 64
+
+
+def test_an_error_of_the_large_batch_alone_is_noted(shown):
+    sizes, note = shown["not many"]
+    assert sizes == [2, 3, 5]
+    assert note.startswith(
+        "no large batch was probed: the step failed in a probe of up to 64 samples (ValueError: too many samples for "
+        "this kernel); at "
+    )
 
 
 def test_the_users_own_error_is_raised_unchanged(shown):

@@ -45,6 +45,23 @@ def test_the_ten_lines_print_what_the_readme_shows(nullgpu, tmp_path):
         assert predicted == pytest.approx(measured, rel=1e-4)
 
 
+def test_the_walk_through_a_network_shows_what_its_program_prints(nullgpu):
+    page = (ROOT / "docs/walkthrough.md").read_text()
+    program = (ROOT / "docs/walkthrough.py").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    plain = program.replace(" -> None", "").replace(" -> torch.Tensor", "").replace(": Any", "").replace(": int", "")
+    assert code in plain
+    printed = nullgpu([sys.executable, ROOT / "docs/walkthrough.py"], PYTHONPATH=ROOT / "src").stdout
+    parts = ["\n".join(part.split("\n")[1:]).strip() for part in printed.split("\n--- ")[1:]]
+    shown = [part.strip() for part in re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL)]
+    assert len(shown) == len(parts) == 6
+    for part, other in zip(parts, shown, strict=True):
+        assert max(map(len, part.splitlines())) <= 80
+        for line, said in zip(part.splitlines(), other.splitlines(), strict=True):
+            assert words(line) == words(said)
+            assert numbers(line) == pytest.approx(numbers(said), rel=0.02, abs=1)  # cuBLAS's workspaces
+
+
 def words(line: str) -> list[str]:
     return re.findall(r"[A-Za-z]\w*", line)
 

@@ -203,7 +203,7 @@ def test_a_combined_loader_that_gives_one_after_the_other():
         ({"a": SOURCES["a list"], "b": SOURCES["a subset"]}, 3),
         ({"a": SOURCES["a list"], "b": SOURCES["a stream"]}, 10),
     ],
-    ids=str,
+    ids=["a list", "a subset", "a sampler", "a stream", "a batch", "the shorter", "the one that has a length"],
 )
 def test_how_many_samples_there_are(source, length):
     assert dataset_size(source) == length

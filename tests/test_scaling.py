@@ -159,3 +159,38 @@ def test_what_is_made_once_has_no_counterpart():
     whole = Trace(2, (scaler, *step_events(1, 2, 100), *step_events(2, 2, 100)))
     begun = Trace(3, (scaler, *step_events(1, 3, 100)))
     assert [e.size for e in extended(whole, begun).events if e.size >= 0] == [4, 12, 100, 100, 12, 100, 100]
+
+
+# --------------------------------------------------------------------------------------------------- steps to come
+
+
+def steps(*sizes):
+    """Setup, then steps that make a gradient, and free the last one's when a batch is there."""
+    events = [Event(0, 100)]
+    for n, size in enumerate(sizes, 1):
+        batch = Event(10 * n, size, "batch", n), Event(10 * n, -1, "backward", n)
+        old = [Event(10 * (n - 1) + 1, -1, "forward", n)] if n > 1 else []
+        events += [batch[0], *old, Event(10 * n + 1, 7, "backward", n), batch[1]]
+    return Trace(2, tuple(events))
+
+
+def test_the_last_step_goes_on_as_it_was():
+    program = scale([steps(8, 8, 8)])
+    more = program.settled(2)
+    kinds = [(e.block, size) for e, (_, size, _) in zip(more.events, more.at(2), strict=True)]
+    assert kinds[: len(program.events)] == [
+        (e.block, size) for e, (_, size, _) in zip(program.events, program.at(2), strict=True)
+    ]
+    # a new batch; the gradient that was the newest goes; a new gradient; the batch goes: twice
+    new = kinds[len(program.events) :]
+    (batch, _), _, (gradient, _), _ = new[:4]
+    assert new[:4] == [(batch, 8), (31, -1), (gradient, 7), (batch, -1)]
+    assert new[5] == (gradient, -1)
+    blocks = [block for block, size in kinds if size >= 0]
+    assert len(blocks) == len(set(blocks))
+
+
+@pytest.mark.parametrize("sizes", [(8, 8), (8, 9, 10), ()])
+def test_steps_that_are_not_alike_are_not_gone_on_with(sizes):
+    program = scale([steps(*sizes)])
+    assert program.settled() is program

@@ -24,7 +24,7 @@ import lightning_memplan as mp
 from lightning_memplan._history import structure_hash
 from lightning_memplan._lightning import parallel_of
 from lightning_memplan._shards import _DTYPES
-from lightning_memplan._step import trace_steps, trace_validation
+from lightning_memplan._step import trace_steps, trace_test, trace_validation
 from lightning_memplan._types import Event, Parallel, StepSettings
 
 MiB = 2**20
@@ -152,6 +152,8 @@ def test_validation_gathers_too():
     batch = torch.zeros(4, 1024)
     trace = trace_validation(Validates(), batch, [(4, batch)], StepSettings(parallel=parallel))[0]
     assert made(list(trace.events), step=2, category="communication") == [FIRST, SECOND]
+    with pytest.raises(mp.TraceError, match="what each rank holds of sharded parameters in a test is not modelled"):
+        trace_test(Validates(), [(4, batch)], StepSettings(parallel=parallel))
     assert not torch.distributed.is_initialized()
 
 

@@ -129,7 +129,11 @@ def test_the_smallest_decides_and_all_fail_with_the_reason():
 
 KINDS = {
     "buckets": ("ddp", {}, {"find_unused_parameters": True}),
-    "views": ("ddp", {"precision": "16-mixed"}, {"gradient_as_bucket_view": True}),
+    "views, as in a notebook": (
+        "ddp",
+        {"precision": "16-mixed"},
+        {"gradient_as_bucket_view": True, "start_method": "fork"},
+    ),
     "mesh": ("mesh", {}, {"data_parallel_size": 2, "tensor_parallel_size": 1}),
     "shards": ("fsdp", {"precision": "bf16-mixed", "accumulate_grad_batches": 2}, {"checkpointed": True}),
 }
@@ -157,3 +161,5 @@ def test_two_ranks_are_predicted(nullgpu, tmp_path, kind):
             assert predicted_allocated == pytest.approx(allocated, rel=within)
             assert predicted_reserved == pytest.approx(reserved, rel=within)
     assert 0.9 * small["total"] <= max(m[3] for m in small["measured"]) <= small["total"]
+    (log,) = (tmp_path / "logs").glob("events*")  # the first rank's
+    assert log.read_bytes().count(b"custom_scalars__config__") == 1

@@ -9,53 +9,85 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lightning_memplan as mp
-from lightning_memplan._workspaces import convolution, transposed, winograd
+from lightning_memplan._workspaces import (
+    FILTER,
+    FORWARD,
+    INPUT,
+    LAST,
+    MOVED,
+    PLAIN,
+    convolution,
+    padded,
+    transposed,
+    winograd,
+)
 
 GiB = 2**30
 
 
-def test_half_precision_channels_first_is_transposed():
-    # input 2·16·64 = 2048 values, result 2·32·64 = 4096, filter 32·16 = 512; two bytes each
-    assert transposed(2, 16, 32, 64, 64, 1, groups=1, width=2) == 2 * (2048 + 4096 + 512)
-    assert convolution(2, 16, 32, 64, 64, 1, tiles=0, groups=1, width=2, moved=1).expected == 13312
+def expected(part, n, c, k, pixels, results, taps, *, tiles=0, groups=1, width=2, layout=MOVED):
+    return convolution(part, n, c, k, pixels, results, taps, tiles, groups, width, layout).expected
+
+
+@pytest.mark.parametrize("part", [FORWARD, INPUT, FILTER])
+def test_half_precision_channels_first_is_copied(part):
+    # input 2·16·64 = 2048 values, result 2·32·64 = 4096, filter 32·16·9 = 4608; two bytes each
+    assert transposed(2, 16, 32, 64, 64, 9, groups=1, width=2) == 2 * (2048 + 4096 + 4608)
+    assert expected(part, 2, 16, 32, 64, 64, 9) == 21504
 
 
 def test_channels_are_filled_up_to_a_vector_of_16_bytes():
-    # 3 channels are 8 in float16 and 4 in float32
-    assert transposed(1, 3, 8, 16, 16, 1, groups=1, width=2) == 2 * (8 * 16 + 8 * 16 + 64)
-    assert transposed(1, 3, 8, 16, 16, 1, groups=1, width=4) == 4 * (4 * 16 + 8 * 16 + 32)
+    # 3 channels are 8 in float16 and 4 in float32; a filter of one place is the same in either layout
+    assert transposed(1, 3, 8, 16, 16, 1, groups=1, width=2) == 2 * (8 * 16 + 8 * 16)
+    assert transposed(1, 3, 8, 16, 16, 4, groups=1, width=4) == 4 * (4 * 16 + 8 * 16 + 8 * 4 * 4)
+    # channels last: only the operand that has to be filled up is copied, 30 channels to 32
+    assert padded(1, 30, 64, 16, 16, width=2) == expected(FORWARD, 1, 30, 64, 16, 16, 9, layout=LAST) == 2 * 32 * 16
 
 
 def test_a_group_has_its_own_share_of_the_filter():
     # input and result 64·4·4 values each, filter 64·(64/4)·3·3
-    found = convolution(1, 64, 64, 16, 16, 9, tiles=1, groups=4, width=2, moved=1)
-    assert found == (0, 0, 2 * (1024 + 1024 + 9216))
+    found = convolution(FORWARD, 1, 64, 64, 16, 16, 9, 1, groups=4, width=2, layout=MOVED)
+    assert found == (0, *[2 * (1024 + 1024 + 9216)] * 2)
 
 
 def test_winograd_has_36_values_for_each_tile_and_filter():
     # 4 tiles of 1 + 1 channels and 1 filter, of 4 bytes
     assert winograd(1, 1, 1, tiles=4) == 4 * 36 * (4 * 2 + 1)
+    assert expected(FILTER, 1, 1, 1, 64, 64, 9, tiles=4, width=4, layout=PLAIN) == 4 * 36 * 9
+    assert expected(FORWARD, 1, 1, 1, 64, 64, 9, tiles=4, width=4, layout=PLAIN) == 0
 
 
-@pytest.mark.parametrize(("groups", "moved"), [(1, 0), (4, 1), (4, 0), (64, 1)])
-def test_nothing_is_expected_without_copies(groups, moved):
-    assert convolution(2, 64, 64, 64, 64, 9, tiles=4, groups=groups, width=2, moved=moved).expected == 0
+def test_a_pointwise_convolution_is_a_product_of_matrices():
+    # 14² places are an even number: nothing is copied, and the filter's gradient is a sum of 32 products in float32
+    assert expected(FORWARD, 32, 64, 128, 196, 196, 1) == expected(INPUT, 32, 64, 128, 196, 196, 1) == 0
+    assert expected(FILTER, 32, 64, 128, 196, 196, 1) == 4 * 32 * 64 * 128
+    # 7² are an odd one: both operands are copied
+    assert {expected(part, 32, 64, 128, 49, 49, 1) for part in (FORWARD, INPUT, FILTER)} == {2 * 32 * 49 * (64 + 128)}
+    # with a stride they are as well
+    assert expected(FORWARD, 32, 64, 128, 196, 49, 1) == 2 * 32 * (196 * 64 + 49 * 128)
 
 
 @pytest.mark.parametrize(("c", "k"), [(64, 64), (64, 128), (128, 64)])
 def test_depthwise_convolutions_have_none(c, k):
-    assert convolution(2, c, k, 64, 64, 9, tiles=4, groups=64, width=2, moved=1) == (0, 0, 0)
+    assert convolution(FORWARD, 2, c, k, 64, 64, 9, 4, groups=64, width=2, layout=MOVED) == (0, 0, 0)
+
+
+def test_a_depthwise_filters_gradient_is_summed_up_in_parts_where_channels_are_last():
+    # 32 · 49 / 2 = 784 parts of 64 · 25 float32 values, at most 1,024
+    assert expected(FILTER, 32, 64, 64, 49, 49, 25, groups=64, layout=LAST) == 784 * 64 * 25 * 4
+    assert expected(FILTER, 128, 64, 64, 49, 49, 25, groups=64, layout=LAST) == 1024 * 64 * 25 * 4
 
 
 @given(
+    part=st.sampled_from([FORWARD, INPUT, FILTER]),
     sizes=st.tuples(*[st.integers(1, 64)] * 7),
     groups=st.sampled_from([1, 2, 64]),
     width=st.sampled_from([2, 4]),
-    moved=st.sampled_from([0, 1]),
+    layout=st.sampled_from([PLAIN, MOVED, LAST]),
 )
-def test_the_range_is_in_order_and_grows_with_the_batch(sizes, groups, width, moved):
-    one = convolution(*sizes, groups, width, moved)
-    more = convolution(2 * sizes[0], *sizes[1:], groups, width, moved)
+def test_the_range_is_in_order_and_grows_with_the_batch(part, sizes, groups, width, layout):
+    one = convolution(part, *sizes, groups, width, layout)
+    more = convolution(part, 2 * sizes[0], *sizes[1:], groups, width, layout)
     assert 0 <= one.low <= one.expected <= one.high
     assert all(a <= b <= 2 * a for a, b in zip(one, more, strict=True))
 
@@ -72,23 +104,24 @@ def recorded(module, batch, precision="16-mixed", **options):
 def test_a_call_has_one_and_each_gradient_one():
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2))
     # batch 2: 3 to 8 channels on 10·10, 9 taps, 3·3 tiles; then 8 to 16 on 4·4, stride 2: no tiles.
-    first, second = (2, 3, 8, 100, 100, 9, 9, 1, 2, 1), (2, 8, 16, 100, 16, 9, 0, 1, 2, 1)
+    first, second = (2, 3, 8, 100, 100, 9, 9, 1, 2, MOVED), (2, 8, 16, 100, 16, 9, 0, 1, 2, MOVED)
     # the image needs no gradient, so the first convolution has one backwards, the second two
-    assert recorded(net, torch.zeros(4, 3, 10, 10)) == [first, second, second, second, first]
+    parts = [(FORWARD, *first), (FORWARD, *second), (INPUT, *second), (FILTER, *second), (FILTER, *first)]
+    assert recorded(net, torch.zeros(4, 3, 10, 10)) == parts
 
 
 def test_in_three_dimensions_and_transposed():
     # 4 channels of 6³ to 8 of 4³ by 27 taps; transposed, 4 of 6² to 8 of 12² by 4 taps, two samples
-    assert recorded(nn.Conv3d(4, 8, 3), torch.zeros(4, 4, 6, 6, 6))[0] == (2, 4, 8, 216, 64, 27, 0, 1, 2, 1)
+    assert recorded(nn.Conv3d(4, 8, 3), torch.zeros(4, 4, 6, 6, 6))[0][1:] == (2, 4, 8, 216, 64, 27, 0, 1, 2, 1)
     up = nn.ConvTranspose2d(4, 8, 2, stride=2)
-    assert recorded(up, torch.zeros(4, 4, 6, 6))[0] == (2, 4, 8, 36, 144, 4, 0, 1, 2, 1)
+    assert recorded(up, torch.zeros(4, 4, 6, 6))[0][1:] == (2, 4, 8, 36, 144, 4, 0, 1, 2, 1)
 
 
 def test_channels_last_and_what_no_tensor_core_computes_is_not_moved():
     net, batch = nn.Conv2d(16, 32, 3), torch.zeros(4, 16, 8, 8)
     last = net.to(memory_format=torch.channels_last), batch.to(memory_format=torch.channels_last)
-    assert recorded(*last)[0][-1] == 0
-    assert recorded(nn.Conv2d(16, 32, 3), batch, "64-true")[0][-1] == 0
+    assert recorded(*last)[0][-1] == LAST
+    assert recorded(nn.Conv2d(16, 32, 3), batch, "64-true")[0][-1] == PLAIN
     assert recorded(nn.Conv2d(16, 32, 3), batch, "32-true")[0][-2:] == (4, 1)  # TF32
     turing = mp.Device("Turing", total=GiB, capability=(7, 5))
     assert recorded(nn.Conv2d(16, 32, 3), batch, "32-true", device=turing)[0][-2:] == (4, 0)
@@ -97,7 +130,7 @@ def test_channels_last_and_what_no_tensor_core_computes_is_not_moved():
 
 def test_float32_without_tf32_is_not_moved(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    assert recorded(nn.Conv2d(16, 32, 3), torch.zeros(4, 16, 8, 8), "32-true")[0][-1] == 0
+    assert recorded(nn.Conv2d(16, 32, 3), torch.zeros(4, 16, 8, 8), "32-true")[0][-1] == PLAIN
 
 
 # ----------------------------------------------------------------------------------------------------------- in a plan

@@ -1,7 +1,8 @@
 """What would take less memory: each change is made on a copy, and its whole step is traced and replayed.
 
-So no figure here is a rule of thumb. A change that cannot be traced, or that does not apply, is left out; so is
-``channels_last``, whose effect is in cuDNN's workspaces, which no trace sees.
+So no figure here is a rule of thumb. A change that cannot be traced, or that does not apply, is left out. What is not
+traced is not advised: sharding over several GPUs, and what cuDNN's workspaces become (``channels_last`` counts by what
+its tensors take).
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_memplan._errors import TraceError
 from lightning_memplan._estimate import Estimate
-from lightning_memplan._lightning import configured_optimizers, is_lightning_module, is_overridden
+from lightning_memplan._lightning import (
+    apply_to_collection,
+    configured_optimizers,
+    is_lightning_module,
+    is_overridden,
+)
 from lightning_memplan._order import MakeOptimizer
 from lightning_memplan._planner import largest_fitting
 from lightning_memplan._scaling import scale
@@ -67,7 +73,9 @@ class _DoesNotApplyError(Exception):
 
 
 def advise_job(job: Job, batch_size: int, budget: int | None = None) -> tuple[Advice, ...]:
-    """What saves at least a hundredth of the peak at ``batch_size``, the best first; nothing where there is no trace.
+    """What saves at least a hundredth of the peak at ``batch_size``; nothing where there is no trace.
+
+    The best first, and last what changes the samples.
 
     With a ``budget`` (bytes) each says the largest batch size that would then fit.
     """
@@ -86,7 +94,7 @@ def advise_job(job: Job, batch_size: int, budget: int | None = None) -> tuple[Ad
             continue
         largest = None if budget is None else partial(_largest, after, budget)
         advice.append((saved, change, size, after, largest))
-    advice.sort(key=lambda item: -item[0])
+    advice.sort(key=lambda item: (item[1].kind == "samples", -item[0]))
     return tuple(
         Advice(
             kind=change.kind,
@@ -111,13 +119,17 @@ def _changes(job: Job, batch_size: int) -> Iterator[_Change]:
     for precision, cost in _precisions(settings):
         changed = replace(settings, precision=parse_precision(precision))
         yield _Change("precision", f"precision={precision!r}", cost, partial(job.again, settings=changed))
-    if blocks := _repeated_blocks(job.module):
-        names = ", ".join(dict.fromkeys(type(block).__name__ for _, block in blocks))
-        text = f"torch.utils.checkpoint around each of the {len(blocks)} blocks ({names}), use_reentrant=False"
+    if blocks := checkpointed(job.module):
+        text = f"torch.utils.checkpoint around each of {_named(blocks)}, use_reentrant=False"
         yield _Change("checkpointing", text, "their forward runs twice", partial(_with_checkpoints, job, blocks))
     for text, cost, change in (
         ("the optimizer with fused=True", "none: the same steps, in one kernel", _fused),
         ("the optimizer with foreach=False", "more, smaller kernels: a slower optimizer step", _one_by_one),
+        (
+            "bitsandbytes' optimizer of that name in 8 bits (Adam8bit, AdamW8bit, SGD8bit)",
+            "its state is rounded: see that it still learns",
+            _in_eight_bits,
+        ),
         ("torch.optim.SGD without momentum", "another optimizer: it may train worse", _stateless),
     ):
         yield _Change("optimizer", text, cost, partial(_with_optimizer, job, change))
@@ -130,10 +142,17 @@ def _changes(job: Job, batch_size: int) -> Iterator[_Change]:
         text = f"accumulate_grad_batches={parts} at batch size {batch_size // 2}"
         cost = "smaller batches use the GPU less well; batch norm sees fewer samples"
         yield _Change("accumulation", text, cost, partial(job.again, settings=changed), parts=2)
+    if formats := _formats(job.module):
+        text = " and ".join(f"module.to(memory_format=torch.{name})" for name in formats)
+        yield _Change("layout", text, "none; with half precision it is faster", partial(_in_formats, job, formats))
     if not job.found.settings.expandable_segments:
         expandable = replace(job.found, settings=replace(job.found.settings, expandable_segments=True), _replays={})
         text = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
         yield _Change("allocator", text, "none on Linux", lambda: expandable)
+    if size := _sample_size(job.batches[0][1]):
+        halves = tuple(n // 2 for n in size)
+        text = f"samples of {_by(halves)} in place of {_by(size)}"
+        yield _Change("samples", text, "each sees less", partial(_with_smaller_samples, job, size, halves))
 
 
 # --- precision
@@ -154,6 +173,29 @@ def _precisions(settings: StepSettings) -> Iterator[tuple[str, str]]:
 
 def _copied(job: Job) -> Any:
     return detached_copy(job.module, FakeTensorMode(allow_non_fake_inputs=True), trainer=job.trainer)
+
+
+def checkpointed(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules to set checkpoints around, with their paths: blocks that repeat, else the network's own parts.
+
+    >>> down, up = (torch.nn.Sequential(torch.nn.Linear(8, 8)) for _ in range(2))
+    >>> [path for path, _ in checkpointed(torch.nn.ModuleDict({"down": down, "up": up, "head": torch.nn.Linear(8, 2)}))]
+    ['down', 'up']
+    """
+    if blocks := _repeated_blocks(module):
+        return blocks
+    path = ""
+    while len(parts := [(name, child) for name, child in module.named_children() if any(child.children())]) == 1:
+        path, module = f"{path}{parts[0][0]}.", parts[0][1]
+    return [(path + name, child) for name, child in parts if not isinstance(child, (nn.ModuleList, nn.ModuleDict))]
+
+
+def _named(blocks: Sequence[tuple[str, nn.Module]]) -> str:
+    """Blocks by their classes, or by their paths where classes say little."""
+    classes = {type(block) for _, block in blocks}
+    if len(classes) == len(blocks) or nn.Sequential in classes:
+        return ", ".join(path for path, _ in blocks)
+    return f"the {len(blocks)} blocks ({', '.join(sorted(kind.__name__ for kind in classes))})"
 
 
 def _repeated_blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -190,6 +232,68 @@ def _with_gradients_freed(job: Job) -> Estimate:
     twin = _copied(job)
     twin.__dict__["optimizer_zero_grad"] = lambda epoch, batch_idx, optimizer: optimizer.zero_grad(set_to_none=True)
     return job.again(module=twin)
+
+
+_FORMATS = {4: "channels_last", 5: "channels_last_3d"}
+_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def _formats(module: nn.Module) -> list[str]:
+    """The layouts that convolutions have, and this module's parameters do not."""
+    weights = [m.weight for m in module.modules() if isinstance(m, _CONVOLUTIONS)]
+    return sorted(
+        {
+            name
+            for dim, name in _FORMATS.items()
+            if any(w.dim() == dim and not w.is_contiguous(memory_format=getattr(torch, name)) for w in weights)
+        }
+    )
+
+
+def _in_formats(job: Job, formats: Sequence[str]) -> Estimate:
+    twin = _copied(job)
+    with torch.no_grad():
+        for parameter in twin.parameters():  # ``Module.to`` cannot exchange fake ones
+            name = _FORMATS.get(parameter.dim(), "")
+            if name in formats:
+                parameter.data = parameter.detach().contiguous(memory_format=getattr(torch, name))
+    return job.again(module=twin)
+
+
+# --- the samples
+
+
+_SMALLEST = 16  # pixels or tokens: what measures less is no image and no text, or cannot be halved
+
+
+def _sample_size(batch: Any) -> tuple[int, ...]:
+    """What images and volumes measure, or the length of sequences of tokens; empty where a batch has neither.
+
+    >>> _sample_size((torch.zeros(2, 3, 64, 96), torch.zeros(2))), _sample_size({"ids": torch.zeros(2, 128).long()})
+    ((64, 96), (128,))
+    """
+    tensors: list[torch.Tensor] = []
+    apply_to_collection(batch, torch.Tensor, tensors.append, allow_frozen=True)
+    images = [t.shape[2:] for t in tensors if t.dim() >= 4 and t.is_floating_point()]
+    tokens = [t.shape[1:] for t in tensors if t.dim() == 2 and not t.is_floating_point()]
+    size = max(images or tokens, key=lambda size: size.numel(), default=())
+    return tuple(size) if size and min(size) >= _SMALLEST else ()
+
+
+def _with_smaller_samples(job: Job, size: tuple[int, ...], halves: tuple[int, ...]) -> Estimate:
+    def cut(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() <= len(size) or tensor.shape[-len(size) :] != size:
+            return tensor
+        for place, length in enumerate(halves, tensor.dim() - len(halves)):
+            tensor = tensor.narrow(place, 0, length)
+        return tensor.clone()
+
+    smaller = partial(apply_to_collection, dtype=torch.Tensor, function=cut, allow_frozen=True)
+    return job.again(batches=[(k, smaller(batch)) for k, batch in job.batches])
+
+
+def _by(size: Sequence[int]) -> str:
+    return " x ".join(map(str, size)) if len(size) > 1 else f"{size[0]} tokens"
 
 
 # --- the optimizer
@@ -233,3 +337,47 @@ def _stateless(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     if isinstance(optimizer, torch.optim.SGD) and not any(group["momentum"] for group in optimizer.param_groups):
         raise _DoesNotApplyError
     return torch.optim.SGD([{"params": group["params"]} for group in optimizer.param_groups], lr=1e-3)
+
+
+_STATES = {torch.optim.Adam: 2, torch.optim.AdamW: 2, torch.optim.SGD: 1}  #: tensors for each parameter
+
+
+def _in_eight_bits(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    states = _STATES.get(type(optimizer), 0)
+    if not states or not all(group.get("momentum", True) for group in optimizer.param_groups):
+        raise _DoesNotApplyError
+    return _EightBit([{"params": group["params"]} for group in optimizer.param_groups], states)
+
+
+class _EightBit(torch.optim.Optimizer):
+    """What bitsandbytes' 8-bit optimizers allocate, without their arithmetic, which needs nothing.
+
+    Source: bitsandbytes 0.50, ``optim/optimizer.py``, ``init_state``: a byte for each value and a float32 for 256 of
+    them, and float32 where a parameter has less than 4096.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], states: int) -> None:
+        super().__init__(groups, {})
+        self._states = states
+        self._maps: list[torch.Tensor] = []  # from bytes to values: one for each state, shared by all parameters
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        value = None
+        if closure is not None:
+            with torch.enable_grad():
+                value = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and not self.state[parameter]:
+                    self._begin(parameter)
+        return value
+
+    def _begin(self, parameter: torch.Tensor) -> None:
+        state, size, small = self.state[parameter], parameter.numel(), parameter.numel() < 4096
+        if not small and not self._maps:
+            self._maps += [torch.zeros(256, device=parameter.device) for _ in range(self._states)]
+        for k in range(self._states):
+            state[f"state{k}"] = torch.zeros_like(parameter, dtype=torch.float32 if small else torch.uint8)
+        for k in range(0 if small else self._states):
+            state[f"absmax{k}"] = torch.zeros(-(-size // 256), device=parameter.device)

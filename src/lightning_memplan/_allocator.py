@@ -74,6 +74,7 @@ class AllocatorSettings:
     max_non_split_rounding: int = _LARGE_SEGMENT  #: bytes that a block over ``max_split_size`` may be too large
     large_segment_size: int = _LARGE_SEGMENT
     per_process_memory_fraction: float = 1.0
+    by_address: bool = False  #: of free blocks of one size the one at the lowest address is used: torch before 2.14
 
     @classmethod
     def from_text(cls, text: str) -> AllocatorSettings:
@@ -337,11 +338,47 @@ class _Pool:
         self.unmapped: list[int] = []  # addresses of the holes in expandable segments, ascending
 
 
+_APART = 4  # addresses are multiplied by it, so that no two segments touch
+
+
+class _Driver:
+    """Where the card's driver lays what cudaMalloc asks for: in chunks of whole 32 MiB, each below those before it, and
+    first of all in what is left of one.
+
+    Seen on an H200 with driver 580 in 2026-11: recorded steps replayed so have the real allocator's bytes.
+    """
+
+    _CHUNK = 32 * _MIB
+
+    def __init__(self) -> None:
+        self.lowest = 2**47
+        self.left: dict[int, int] = {}  # bytes that are left, by their address
+
+    def take(self, size: int) -> int:
+        address = min((at for at, room in self.left.items() if room >= size), default=None)
+        if address is None:
+            chunk = -(-size // self._CHUNK) * self._CHUNK
+            self.lowest = address = self.lowest - chunk
+            self.left[address] = chunk
+        if room := self.left.pop(address) - size:
+            self.left[address + size] = room
+        return address
+
+    def give_back(self, address: int, size: int) -> None:
+        after = self.left.pop(address + size, 0)
+        before = next((at for at, room in self.left.items() if at + room == address), None)
+        if before is None:
+            self.left[address] = size + after
+        else:
+            self.left[before] += size + after
+
+
 class _Heap:
     """The card's memory as the allocator holds it: free blocks by their start and by their end, and segments.
 
-    Addresses are not the card's. Of free blocks of one size torch 2.15 takes the one in the oldest segment, wherever
-    the card laid it, and therein the first: so each new segment lies above those before it. Of several expandable
+    Addresses are not the card's. Of free blocks of one size torch 2.14 takes the one in the oldest segment, wherever
+    the card laid it, and therein the first: so each new segment lies above those before it. Before, the lowest address
+    decided, so segments lie in the order in which the driver lays them (see ``_Driver``). Of several expandable
     segments of a pool, which exist only where addresses run out, it searches the newest first: these lie below those
     before. A gap is left between any two, so whatever starts where a block ends is its neighbour in the same segment.
     """
@@ -369,6 +406,7 @@ class _Heap:
         self.alignment = math.lcm(_SMALL_SEGMENT, settings.large_segment_size)
         self.top = 0  # segments lie below ...
         self.bottom = 2**62 // self.alignment * self.alignment  # ... and expandable ones above
+        self.driver = _Driver() if settings.by_address else None
         self.reserved = self.peak = self.retries = self.segments = 0
         self.searches = 0  # of large pools for a free block: garbage collection's clock
         self.since: dict[int, int] = {}  # that clock when a block was freed
@@ -398,6 +436,8 @@ class _Heap:
     def new_address(self, size: int) -> int:
         """The start of a new segment, apart from all others, on a multiple of every granule."""
         step = (size // self.alignment + 1) * self.alignment
+        if self.driver is not None and not self.settings.expandable_segments:
+            return _APART * self.driver.take(size)
         if self.settings.expandable_segments:
             self.bottom -= step
             return self.bottom
@@ -451,6 +491,8 @@ class _Heap:
         self.remove(pool, address)
         self.journal.append(Move("segment_free", address, size))
         self.reserved -= size
+        if self.driver is not None:
+            self.driver.give_back(address // _APART, size)
         return size
 
     def release(self) -> None:

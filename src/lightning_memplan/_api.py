@@ -28,11 +28,11 @@ from lightning_memplan._lightning import (
 from lightning_memplan._loaders import dataset_size
 from lightning_memplan._order import PARTS, MakeOptimizer
 from lightning_memplan._planner import Found, largest_dividing, largest_fitting
-from lightning_memplan._probe import can_probe, probe_steps
+from lightning_memplan._probe import SIZES, can_probe, probe_steps
 from lightning_memplan._report import advice_lines, does_not_fit_message
 from lightning_memplan._sample import SAMPLE_SIZE, Samples, Which, check_sample, read_samples
 from lightning_memplan._scaling import interleaved, scale
-from lightning_memplan._step import prepared, run_formula, trace_steps, trace_validation
+from lightning_memplan._step import prepared, run_formula, trace_steps, trace_test, trace_validation
 from lightning_memplan._twin import explain
 from lightning_memplan._types import Advice, Device, Plan, StepSettings, parse_precision
 from lightning_memplan._workspaces import Choice
@@ -82,9 +82,9 @@ def estimate(
         batch: what the user's dataloader yields, its first dimension the batch; or a DataLoader, a collection of them,
             or a LightningDataModule.
         method: ``"probe"`` runs the step on the GPU with a few samples, ``"trace"`` on fake tensors, ``"formula"`` adds
-            up feature maps. ``"auto"`` traces, and probes too where the device is a GPU of this machine (and torch is
-            2.14 or later): the estimate is that of the two by which fewer samples fit, and ``methods`` tells what each
-            says. Where neither can be had it is the formula's.
+            up feature maps. ``"auto"`` traces, and probes too where the device is a GPU of this machine: the estimate
+            is that of the two by which fewer samples fit, and ``methods`` tells what each says. Where neither can be
+            had it is the formula's.
         precision: a Trainer's ``precision``; ``"32-true"`` where nothing is said.
         optimizer: for a module that is no LightningModule: makes its optimizer from its parameters.
         trainer: a Trainer, from which precision, clipping and accumulation are taken.
@@ -172,16 +172,21 @@ def estimate_step(
     stage: str | None = None,
     sample: Which = "first",
     sample_size: int = SAMPLE_SIZE,
+    largest: int | None = None,
 ) -> Estimate:
-    """``estimate`` with every setting in hand; ``stage`` names what ``setup`` is called with, on a copy."""
+    """``estimate`` with every setting in hand; ``stage`` names what ``setup`` is called with, on a copy.
+
+    No batch of more than ``largest`` samples is probed.
+    """
     samples = read_samples(source, sample, sample_size)
     common: dict[str, Any] = {"trainer": trainer, "datamodule": datamodule, "optimizer": optimizer}
     probed, why_not = None, ""
     if method == "probe" or (method == "auto" and _can_be_probed(device, settings)):
         try:
-            index = _probed_index(device)
-            traces, formula = probe_steps(module, samples.batches, settings, index, stage=stage, **common)
-            probed = Estimate("probe", formula, scale(traces), _allocator(), samples.notes)
+            index, capacity = _probed_index(device), (device or default_device()).capacity
+            where: dict[str, Any] = {"capacity": capacity, "largest": largest, "stage": stage}
+            traces, formula = probe_steps(module, samples.batches, settings, index, **where, **common)
+            probed = Estimate("probe", formula, scale(traces), _allocator(), traces[0].notes + samples.notes)
         except (TraceError, *_OF_A_COPY) as error:
             if method == "probe":
                 raise
@@ -195,8 +200,10 @@ def estimate_step(
         return replace(traced, notes=notes + traced.notes)
     if traced.method != "trace":
         return probed
-    first, second = _tightest_first((probed, traced), device or default_device())
-    return replace(first, others=(second,), notes=traced.notes)
+    first, second = probed, traced
+    if probed.largest_seen <= max(SIZES[0]):  # what kernels a large batch takes only the trace knows
+        first, second = _tightest_first((probed, traced), device or default_device())
+    return replace(first, others=(second,), notes=tuple(dict.fromkeys(probed.notes + traced.notes)))
 
 
 def _tightest_first(found: Sequence[Estimate], device: Device) -> list[Estimate]:
@@ -274,8 +281,36 @@ def estimate_validation(
     )
 
 
+def estimate_test(
+    module: nn.Module,
+    source: Any,
+    settings: StepSettings,
+    *,
+    trainer: Any = None,
+    datamodule: Any = None,
+    stage: str | None = None,
+    sample: Which = "first",
+    sample_size: int = SAMPLE_SIZE,
+) -> Estimate:
+    """What a test on ``source`` takes, at any batch size.
+
+    Raises:
+        TraceError: the step cannot be traced.
+    """
+    samples = read_samples(source, sample, sample_size)
+    begun = prepared(module, settings, trainer=trainer, stage=stage)
+    try:
+        traces, formula = trace_test(begun, samples.batches(), settings, trainer=trainer, datamodule=datamodule)
+    except TraceError as error:
+        raise TraceError(f"a test of {type(module).__name__} cannot be traced: {error}") from error
+    return Estimate("trace", formula, scale(traces), _allocator(), traces[0].notes + samples.notes)
+
+
 def _allocator() -> AllocatorSettings:
-    return AllocatorSettings.from_environment(os.environ)
+    """How this torch's allocator works: 2.14's ``BlockComparatorSizeCounterAddress`` was ``BlockComparatorSize``, by
+    address, in 2.11 (symbols of libc10_cuda.so)."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return replace(AllocatorSettings.from_environment(os.environ), by_address=version < (2, 14))
 
 
 def plan(

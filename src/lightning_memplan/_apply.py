@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_memplan._errors import ApplyError
-from lightning_memplan._lightning import Phase, change_loaders, loaders_are_made, train_loaders
+from lightning_memplan._lightning import Phase, change_loaders, kept_loaders, loaders_are_made, train_loaders
 from lightning_memplan._loaders import (
     batch_size_of_loader,
     batches_of_epoch,
@@ -58,6 +58,11 @@ class Holder:
                     "another attribute with batch_arg_name=..."
                 ) from error
 
+    def restore(self, value: int) -> None:
+        """Set it to what it held before, where it can be set."""
+        with suppress(ApplyError):
+            self.write(value)
+
     def __str__(self) -> str:
         kind = type(self.owner).__name__
         return f"{kind}[{self.key!r}]" if isinstance(self.owner, Mapping) else f"{kind}.{self.key}"
@@ -104,8 +109,8 @@ class Place:
     before: tuple[int, ...]  #: what the holders held
     phase: Phase = "train"
 
-    def write(self, batch_size: int) -> None:
-        """Set it on all that hold it, and see to it that the Trainer's loaders have it; where one cannot be, on none.
+    def write(self, batch_size: int, undo: ExitStack) -> None:
+        """Set it on all that hold it, and see to it that the Trainer's loaders have it; ``undo`` puts all of it back.
 
         Raises:
             ApplyError: a holder or a loader cannot be set, or an epoch has too few batches of that size.
@@ -114,17 +119,11 @@ class Place:
             check_batches(self.trainer, self.source, batch_size)
         unit = unit_of(self.source)
         sizes = planned_sizes(self.source, batch_size)
-        written: list[tuple[Holder, int]] = []
-        try:
-            for holder, old in zip(self.holders, self.before, strict=True):
-                written.append((holder, holder.read()))
-                holder.write(max(1, batch_size * old // unit) if unit else batch_size)
-            change_loaders(self.trainer, lambda loaders: resized_loaders(loaders, sizes), self.phase)
-        except BaseException:
-            for holder, old in written:
-                with suppress(ApplyError):  # the one that cannot be set
-                    holder.write(old)
-            raise
+        for holder, old in zip(self.holders, self.before, strict=True):
+            undo.callback(holder.restore, holder.read())
+            holder.write(max(1, batch_size * old // unit) if unit else batch_size)
+        undo.callback(kept_loaders(self.trainer, self.phase))
+        change_loaders(self.trainer, lambda loaders: resized_loaders(loaders, sizes), self.phase)
 
     def held(self, batch_size: int) -> int:
         """What the attribute holds at a batch size of the loaders'; that, where nothing holds it."""
@@ -153,9 +152,10 @@ def check_batches(trainer: Any, source: Any, batch_size: int) -> None:
         return
     few = f"and an epoch has {count} of the planned batch size {batch_size}"
     if isinstance(limit, float) and int(count * limit) == 0:
+        name = "overfit_batches" if trainer.overfit_batches else "limit_train_batches"
         raise ApplyError(
-            f"limit_train_batches={limit} is a part of an epoch's batches, {few}, which is not one: give a number of "
-            "batches (limit_train_batches=1), or a max_batch_size"
+            f"{name}={limit} is a part of an epoch's batches, {few}, which is not one: give a number of batches "
+            f"({name}=1), or a max_batch_size"
         )
     count = min(count, limit) if isinstance(limit, int) else int(count * limit)
     validates = trainer.limit_val_batches > 0 and trainer.check_val_every_n_epoch is not None

@@ -104,7 +104,10 @@ def on_all_ranks(make: Callable[[], Draft]) -> Draft:
         failure, word = error, Word(reason=f"{type(error).__name__}: {error}")
     words = over_ranks(word)
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # else it would hold this call, and this call it, with all that the call that failed holds
     rank = agreed(words)
     decides = words[rank]
     if decides.batch_size == found.plan.batch_size:

@@ -62,6 +62,11 @@ class Estimate:
         return structure_hash([self.method, self.formula.input_bytes, *settings, *layers, *steps])
 
     @property
+    def largest_seen(self) -> int:
+        """The largest batch size at which the step was recorded, 0 for the formula."""
+        return 0 if self.program is None else max(self.program.batch_sizes)
+
+    @property
     def has_workspaces(self) -> bool:
         """Whether the step has convolutions whose workspaces are not known to the byte."""
         return self.program is not None and self.program.has_workspaces
@@ -123,7 +128,11 @@ class Estimate:
             return self.formula.memory(batch_size) <= (capacity if limit is None else min(capacity, limit))
         if self._beyond(batch_size):
             return False
-        return self.replay(batch_size, capacity, limit, workspaces).out_of_memory is None
+        found = self.replay(batch_size, capacity, limit, workspaces)
+        if found.out_of_memory is not None or not found.retries:
+            return found.out_of_memory is None
+        more = self._program().settled().at(batch_size, workspaces)
+        return replay(more, capacity, self.settings, limit).out_of_memory is None
 
     def steps(self, batch_size: int, capacity: int | None = None) -> tuple[tuple[int, int], ...]:
         """Peak ``(allocated, reserved)`` bytes of each step: the first, the second, and those that follow.

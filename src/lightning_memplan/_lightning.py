@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection as apply_to_collection
+from torch import nn
 
 from lightning_memplan._types import Parallel, StepSettings, parse_precision
 
@@ -245,18 +246,19 @@ def _wrapped_by(strategy: Any, ranks: int, *, on_cuda: bool) -> Parallel | None:
     return None
 
 
-Phase = Literal["train", "val"]  #: whose loaders
+Phase = Literal["train", "val", "test"]  #: whose loaders
 
 
 def _loop(trainer: Any, phase: Phase) -> Any:
-    return trainer.fit_loop if phase == "train" else trainer.fit_loop.epoch_loop.val_loop
+    loops = {"train": trainer.fit_loop, "val": trainer.fit_loop.epoch_loop.val_loop, "test": trainer.test_loop}
+    return loops[phase]
 
 
 def loader_source(trainer: Any, module: Callable[[], Any], datamodule: Any, phase: Phase = "train") -> Any:
-    """What the Trainer trains or validates on: the loaders that were passed, or those that a hook makes.
+    """What the Trainer trains, validates or tests on: the loaders that were passed, or those that a hook makes.
 
     ``module`` gives the module as it is when its ``setup`` has run. It, or the datamodule, is asked on a shallow copy.
-    Validation takes one loader after the other, which a CombinedLoader says.
+    Validation and tests take one loader after the other, which a CombinedLoader says.
     """
     source = _loop(trainer, phase)._data_source.instance
     if loaders_are_made(trainer, phase):
@@ -282,6 +284,11 @@ def loaders_are_made(trainer: Any, phase: Phase = "train") -> bool:
 def validates(trainer: Any) -> bool:
     """Whether the Trainer validates while it trains."""
     return bool(trainer.enable_validation)
+
+
+def is_fitting(trainer: Any) -> bool:
+    """Whether the Trainer trains, and does not validate, test or predict alone."""
+    return bool(trainer.state.fn == "fit")
 
 
 def is_combined_loader(thing: object) -> bool:
@@ -327,6 +334,18 @@ def change_loaders(trainer: Any, change: Callable[[Any], Any], phase: Phase = "t
     source.dataloader = dataloader
 
 
+def kept_loaders(trainer: Any, phase: Phase = "train") -> Callable[[], None]:
+    """What undoes a ``change_loaders`` that is yet to come."""
+    source = _loop(trainer, phase)._data_source
+    before = dict(vars(source))
+
+    def put_back() -> None:
+        vars(source).clear()
+        vars(source).update(before)
+
+    return put_back
+
+
 def release_loaders(trainer: Any) -> None:
     """Undo ``change_loaders`` for the fits to come."""
     for phase in get_args(Phase):
@@ -338,20 +357,46 @@ def train_loaders(trainer: Any) -> Any:
     return trainer.fit_loop._combined_loader
 
 
-def averaging_bytes(trainer: Any, module: Any) -> int:
-    """What callbacks that average weights will hold on the training device from their ``setup`` on: a copy each.
+def averaging_bytes(trainer: Any, module: Callable[[], Any]) -> int:
+    """What callbacks that average weights will hold on the training device, beside the module: a copy each.
 
-    Source: pytorch_lightning/callbacks/weight_averaging.py (2.6): ``AveragedModel(pl_module, device)``.
+    ``module`` gives the module as it is when its ``setup`` has run; it is asked where there is such a callback.
+
+    Source: pytorch_lightning/callbacks/weight_averaging.py (2.6), ``AveragedModel(pl_module, device)`` at ``setup``;
+    stochastic_weight_avg.py, a copy that is moved to the device when averaging begins, unless it stays on the host.
     """
-    kinds = tuple(kind for f in _FLAVOURS if (kind := getattr(f.callbacks, "WeightAveraging", None)) is not None)
-    tensors = {id(t): t.nbytes for t in (*module.parameters(), *module.buffers())}
-    return sum(
-        sum(tensors.values())
-        for callback in trainer.callbacks
-        if isinstance(callback, kinds)
-        and callback._average_model is None  # what is there already is among the bytes that are held
-        and torch.device(callback._device or "cuda").type == "cuda"
+    average: tuple[Any, ...] = tuple(
+        kind for f in _FLAVOURS if (kind := getattr(f.callbacks, "WeightAveraging", None)) is not None
     )
+    stochastic: tuple[Any, ...] = tuple(f.callbacks.StochasticWeightAveraging for f in _FLAVOURS)
+    copies = 0
+    for callback in trainer.callbacks:
+        made = isinstance(callback, average) and callback._average_model is not None  # it is among the bytes held
+        if isinstance(callback, (*average, *stochastic)) and not made:
+            copies += torch.device(getattr(callback, "_device", None) or "cuda").type == "cuda"
+    if not copies:
+        return 0
+    weights: nn.Module = module()
+    return copies * sum({id(t): t.nbytes for t in (*weights.parameters(), *weights.buffers())}.values())
+
+
+def check_alone(trainer: Any) -> None:
+    """Raise MisconfigurationException where Lightning's finder would set the batch size anew, as training begins."""
+    finders = tuple(flavour.callbacks.BatchSizeFinder for flavour in _FLAVOURS)
+    if any(isinstance(callback, finders) for callback in trainer.callbacks):
+        raise misconfiguration(
+            "MemoryPlanner sets the batch size, and so does the callback BatchSizeFinder: leave one out, or pass "
+            "MemoryPlanner(apply=False)"
+        )
+
+
+def batches_into_epoch(checkpoint: dict[str, Any]) -> int:
+    """How many batches of an epoch a checkpoint has behind it; 0 where it was made between two epochs.
+
+    Source: pytorch_lightning/loops/progress.py and training_epoch_loop.py (2.6).
+    """
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    return 0 if progress.get("is_last_batch", True) else int(progress.get("current", {}).get("processed", 0))
 
 
 def cuda_index(trainer: Any) -> int | None:
@@ -363,6 +408,39 @@ def cuda_index(trainer: Any) -> int | None:
 def silent_logger() -> Any:
     """A logger of Lightning's that takes whatever is logged, and keeps nothing."""
     return importlib.import_module(f"{_FLAVOURS[0].__name__}.loggers.logger").DummyLogger()
+
+
+def tensorboard_writers(trainer: Any) -> list[Any]:
+    """The SummaryWriter of each TensorBoard logger; none on ranks but the first, which have none."""
+    return [logger.experiment for logger in _loggers(trainer, "TensorBoardLogger")] if trainer.is_global_zero else []
+
+
+def log_first_hyperparams(trainer: Any, module: Any, params: dict[str, Any]) -> None:
+    """Log hyperparameters to TensorBoard, with the module's and datamodule's own: it shows those that come first.
+
+    Call it at ``on_fit_start``, after which Lightning logs their own, as they were before the batch size was set
+    (pytorch_lightning/loggers/utilities.py, ``_log_hyperparams``).
+    """
+    own: dict[str, Any] = {}
+    for owner in (module, trainer.datamodule):
+        if getattr(owner, "_log_hyperparams", False):
+            own |= owner.hparams_initial
+    own.pop("_class_path", None)  # LightningCLI's
+    for logger in _loggers(trainer, "TensorBoardLogger"):
+        logger.log_hyperparams(own | params)
+
+
+def log_hyperparams(trainer: Any, params: dict[str, Any]) -> None:
+    """Log hyperparameters to every logger. MLflow keeps what it has: it refuses another value, with an exception."""
+    keeping = _loggers(trainer, "MLFlowLogger") if trainer.is_global_zero else []
+    for logger in trainer.loggers:
+        known = logger.experiment.get_run(logger.run_id).data.params if logger in keeping else ()
+        logger.log_hyperparams({name: value for name, value in params.items() if name not in known})
+
+
+def _loggers(trainer: Any, kind: str) -> list[Any]:
+    kinds = tuple(getattr(flavour.loggers, kind) for flavour in _FLAVOURS)
+    return [logger for logger in trainer.loggers if isinstance(logger, kinds)]
 
 
 def logged_step(trainer: Any) -> int:

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_memplan._device import AllocatorStats, CardMeter, driver_version, read_stats, reset_peaks
 from lightning_memplan._types import Measurement, Outcome, Peaks, Plan, Run
@@ -15,14 +16,16 @@ from lightning_memplan._units import MiB, format_bytes
 
 #: Steps of a run whose phases are measured whatever ``every_n_steps`` is: what the first two allocate stays.
 FIRST = 3
-_PHASES = ("forward", "backward", "optimizer")
+APART = 16  #: steps at least from one whose phases are measured to the next, after the first three
+PHASES = ("forward", "backward", "optimizer")  #: those that hooks tell apart
 
 
 class Meter:
     """Measures each step of one run on the device ``index``.
 
     ``begin``, ``enter`` and ``end`` are called as a step proceeds. The step's peaks are read in every step; those of
-    its phases, which take two readings more, in the first three steps and in those that are logged.
+    its phases, which take a reading more for each that begins, in the first three steps, in those that are logged and
+    ``APART`` from the last of these, and in the one after a step that took more than was predicted.
 
     >>> meter = Meter(0, lambda step: Peaks(100, 110))
     >>> meter.begin()
@@ -35,7 +38,7 @@ class Meter:
         index: the CUDA device.
         predict: the peaks predicted for the n-th batch of training, from 0.
         every_n_steps: which steps are logged.
-        phases: whether hooks tell where phases begin; not so with manual optimization.
+        manual: whether the step calls its optimizers itself: what follows an optimizer's step is forward again.
         resets: whether the allocator's peaks are reset; else a measurement is the highest peak so far, and so is what
             it is compared with.
         nvml: whether NVML is asked in the steps that are logged.
@@ -48,7 +51,7 @@ class Meter:
         predict: Callable[[int], Peaks],
         *,
         every_n_steps: int = 1,
-        phases: bool = True,
+        manual: bool = False,
         resets: bool = True,
         nvml: bool = False,
         margin: float | None = None,
@@ -59,10 +62,12 @@ class Meter:
         self.validates = False
         self._predict = predict
         self._every_n_steps = every_n_steps
-        self._phased = phases and resets
+        self._phases_every = every_n_steps * -(-APART // every_n_steps)
         self._resets = resets
+        self._stepped = register_optimizer_step_post_hook(lambda *_: self.enter("forward")) if manual else None
         self._card = CardMeter(index) if nvml else None
         self._margin = margin
+        self._drifted = ""  # said of a step without phases, which the next one is to have
         self._floor = Floor()
         self._foreseen = Peaks(0, 0)  # the highest predicted so far
         self._phase = ""  # the one that is measured now; empty where none is
@@ -97,8 +102,8 @@ class Meter:
         if self._resets:
             reset_peaks(self.index)
         self._peaks, self._reserved = {}, 0
-        if self._phased and (self.step < FIRST or self.logs(self.step)):
-            self._phase = _PHASES[0]
+        if self._resets and (self._drifted or self.step < FIRST or self.step % self._phases_every == 0):
+            self._phase = PHASES[0]
 
     def enter(self, phase: str) -> None:
         """A phase begins, and the one before it ends."""
@@ -136,10 +141,12 @@ class Meter:
     def remark(self) -> str | None:
         """What is wrong with the last step, in a sentence; each kind of thing is said once."""
         last = self.measurements[-1]
-        if self._margin is not None and (text := drift(last, self._margin)):
-            self._margin = None
-            return text
-        return self._floor.add(last.floor)
+        text = "" if self._margin is None else drift(last, self._margin)
+        if text and self._resets and not last.phases:  # the next step tells in which phase
+            self._drifted, text = text, ""
+        elif text := text or self._drifted:
+            self._drifted, self._margin = "", None
+        return text or self._floor.add(last.floor)
 
     def begin_validation(self) -> None:
         """A validation begins."""
@@ -155,9 +162,12 @@ class Meter:
         return self.validations[-1]
 
     def close(self) -> None:
-        """Let NVML go."""
+        """Let NVML and the optimizers go."""
         if self._card is not None:
             self._card.close()
+        if self._stepped is not None:
+            self._stepped.remove()
+            self._stepped = None
 
     def _read(self) -> AllocatorStats:
         stats = read_stats(self.index)
@@ -217,17 +227,17 @@ def run_record(
     )
 
 
-def drift(measurement: Measurement, margin: float) -> str | None:
+def drift(measurement: Measurement, margin: float) -> str:
     """By how much a step took more than was predicted, where that is more than a part ``margin`` of it, and 64 MiB.
 
     >>> print(drift(Measurement(7, 2**30, 2**31, 2**31, 2**31, {"forward": 2**30}, {"forward": 2**31}), margin=0.05))
     step 7 allocated 2.00 GiB where 1.00 GiB were predicted (+100.0 %), most of it more in the forward phase ...
 
-    Less is no drift: the last batch of an epoch is often smaller.
+    Less is no drift, and nothing is said: the last batch of an epoch is often smaller.
     """
     predicted, actual = measurement.predicted_allocated, measurement.allocated
     if actual - predicted <= max(margin * predicted, 64 * MiB):
-        return None
+        return ""
     more = {name: peak - measurement.predicted_phases.get(name, 0) for name, peak in measurement.phases.items()}
     name = max(more, key=more.__getitem__, default="")
     phase = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ from lightning_memplan._types import Category, Layer, Phase, StepSettings
 TRUE_DTYPE = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 AUTOCAST_DTYPE = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
+Evaluation = Literal["validation", "test"]
 MakeOptimizer = Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]
 
 STEPS = (
@@ -121,23 +122,26 @@ class StepRunner:
                 self.mark.step = index + 1
                 self.run(batch, index, first=index % parts == 0, last=index % parts == parts - 1)
 
-    def validate(self, batch: Any) -> None:
-        """A validation step after training, with the gradients of the last step and the optimizer's state alive.
+    def evaluate(self, batch: Any, kind: Evaluation = "validation") -> None:
+        """A step of validation between those of training, with the gradients of the last step and the optimizer's
+        state alive; or one of a test.
 
         Source: pytorch_lightning 2.6, loops/evaluation_loop.py (``_evaluation_step``).
         """
         mark, twin = self.mark, self.twin
-        indices = [0] * _indices(twin.validation_step)
         mark.step, mark.phase, mark.category, mark.path = mark.step + 1, "batch", "batch", ""
         twin.eval()
-        twin._trainer.training, twin._trainer.validating = False, True
+        twin._trainer.training, twin._trainer.validating = False, kind == "validation"
+        twin._trainer.testing = kind == "test"
+        step = getattr(twin, f"{kind}_step")
+        indices = [0] * _indices(step)
         with torch.no_grad():
             moved = self._to_device(batch)
             mark.phase, mark.category = "forward", "activations"
-            self._hook("on_validation_batch_start", moved, 0)
+            self._hook(f"on_{kind}_batch_start", moved, 0)
             with self._precision(), ranks_of(self.settings.parallel, self.device, mark):
-                outputs = self._through(moved, lambda moved: twin.validation_step(moved, *indices))
-            self._hook("on_validation_batch_end", outputs, moved, 0)
+                outputs = self._through(moved, lambda moved: step(moved, *indices))
+            self._hook(f"on_{kind}_batch_end", outputs, moved, 0)
 
     def run_counted(self, batch: Any, batch_size: int, steps: int) -> Formula:
         """``run_steps``, and the formula, whose layers are written down in the first step."""
@@ -361,10 +365,16 @@ class StepRunner:
             step = optimizer.step
 
             @wraps(step)
-            def stepped(*args: Any, step: Callable[..., Any] = step, **kwargs: Any) -> Any:
-                mark.phase, mark.category = "optimizer", "optimizer"
+            def stepped(
+                closure: Callable[[], Any] | None = None, *, step: Callable[..., Any] = step, **kwargs: Any
+            ) -> Any:
+                def whole() -> Any:
+                    value = None if closure is None else closure()
+                    mark.phase, mark.category = "optimizer", "optimizer"
+                    return value
+
                 try:
-                    return step(*args, **kwargs)
+                    return step(whole, **kwargs)
                 finally:
                     mark.phase, mark.category = "forward", "activations"
 

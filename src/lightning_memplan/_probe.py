@@ -3,91 +3,197 @@
 A probe sees what no rule has to know: cuDNN's workspaces, and every temporary of a kernel. It gives the same events as
 a trace, which are scaled and replayed in the same way.
 
-Source: torch/cuda/memory.py (``_record_memory_history``, ``_snapshot``, ``_set_memory_metadata``), torch 2.14 and 2.15.
+Source: torch/cuda/memory.py (``_record_memory_history``, ``_snapshot``), torch 2.11 and 2.14.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import Any, NamedTuple
+from fractions import Fraction
+from functools import partial
+from itertools import chain, groupby, takewhile
+from types import FunctionType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-from lightning_memplan._device import read_peaks, reset_peaks
+from lightning_memplan._allocator import replay
+from lightning_memplan._device import cpu_device, read_peaks, reset_peaks
 from lightning_memplan._errors import TraceError
 from lightning_memplan._formula import Formula
 from lightning_memplan._lightning import is_overridden, isolated_random_state
 from lightning_memplan._order import STEPS, TRUE_DTYPE, MakeOptimizer, StepRunner
 from lightning_memplan._record import labelled, module_paths
 from lightning_memplan._scaling import Polynomial
-from lightning_memplan._twin import twin_of
+from lightning_memplan._twin import explain, twin_of
 from lightning_memplan._types import EMPTY, FREE, Category, Event, Phase, StepSettings, Trace
 from lightning_memplan._units import parse_bytes
 
 #: Batch sizes that are run, and what is run instead where the larger ones do not fit on the card
 SIZES = ((2, 3, 5), (1, 2, 3), (1, 2), (1,))
 
+#: The most samples that the large batch of a probe has
+LARGEST = 4096
+
 _MOST_EVENTS = 10**7
+
+MakeBatches = Callable[[Sequence[int]], Sequence[tuple[int, Any]]]  #: batches of given sizes
+_T = TypeVar("_T")
 
 
 def can_probe() -> bool:
-    """Whether this torch can label what its allocator's history records, and there is a CUDA device.
+    """Whether there is a CUDA device, whose memory PyTorch's own caching allocator keeps.
 
     >>> can_probe() in (True, False)
     True
     """
-    supported = getattr(torch.cuda.memory, "_memory_metadata_supported", None)
-    return torch.cuda.is_available() and supported is not None and bool(supported())
+    return torch.cuda.is_available() and torch.cuda.get_allocator_backend() == "native"
 
 
 def probe_steps(
     module: nn.Module,
-    sample: Callable[[Sequence[int]], Sequence[tuple[int, Any]]],
+    sample: MakeBatches,
     settings: StepSettings,
     index: int,
     *,
+    capacity: int | None = None,
+    largest: int | None = None,
     trainer: Any = None,
     datamodule: Any = None,
     optimizer: MakeOptimizer | None = None,
     stage: str | None = None,
     steps: int = STEPS,
 ) -> tuple[list[Trace], Formula]:
-    """The formula, and one trace for each batch size that fits: setup, then training steps, run on ``cuda:index``.
+    """The formula, and one trace for each batch size that ran: setup, then training steps, on ``cuda:index``.
 
-    ``sample`` makes the batches of given sizes. The module is copied; the card is left as it was found, its caches
+    ``sample`` makes the batches of given sizes: a few samples, and half of what the tensors of these let expect in
+    ``capacity`` bytes, since libraries choose other kernels for large batches, with other workspaces; at most
+    ``largest``, where a plan has such a limit. The module is copied; the card is left as it was found, its caches
     empty. What the step raises, other than that memory ran out, is the user's own error and is raised unchanged.
 
     Raises:
-        TraceError: not even one sample fits, the module cannot be copied, or this torch cannot label its allocator's
-            history.
+        TraceError: not even one sample fits, the module cannot be copied, there is no device whose allocator keeps a
+            history, or someone else has it record one.
     """
+    if not torch.cuda.is_available():
+        raise TraceError("a probe needs a CUDA device, and torch.cuda.is_available() is False")
     if not can_probe():
-        raise TraceError(f"a probe needs a CUDA device and torch 2.14 or later; this is torch {torch.__version__}")
+        raise TraceError(f"a probe needs PyTorch's own allocator, not {torch.cuda.get_allocator_backend()!r}")
+    if _records_already():
+        raise TraceError(
+            "a probe records the allocator's history, which is being recorded already: stop that first, by "
+            "torch.cuda.memory._record_memory_history(None)"
+        )
     device = torch.device("cuda", index)
     run = _Run(module, device, settings, trainer, datamodule, optimizer, stage)
-    for sizes in SIZES:
-        refused = _refusals(device)
-        with _as_found(device):
-            try:
-                batches = sample(sizes)
-                traces, formula = _record(run, batches, steps)
-                return aligned(traces) or _each_anew(run, batches, steps), formula
-            except Exception as error:
-                if not ran_out_of_memory(error, refused=_refusals(device) > refused):
-                    raise
+    with _as_found(device):
+        for sizes in SIZES:
+            found = _unless_out_of_memory(device, partial(_recorded, run, sample, sizes, steps))
+            if found is not None:
+                traces, formula = found
+                most = 0 if capacity is None else _most(traces, formula.input_bytes, capacity, largest or LARGEST)
+                try:
+                    more = _larger(run, sample, traces, most, steps)
+                except Exception as error:  # of a batch that no plan may come to: real steps confirm the one that does
+                    if isinstance(error, getattr(torch, "AcceleratorError", ())):  # a card that failed stays so
+                        raise
+                    note = f"no large batch was probed: {explain(error, f'a probe of up to {most} samples')}"
+                    traces, more = [replace(trace, notes=(*trace.notes, note)) for trace in traces], None
+                return more or aligned(traces) or traces, formula  # where they differ, whoever scales them says where
     raise TraceError(f"not even a single sample's training step fits on {torch.cuda.get_device_name(device)}")
 
 
-def _each_anew(run: _Run, batches: Sequence[tuple[int, Any]], steps: int) -> list[Trace]:
-    """Each batch size on a copy of its own, for a step that one copy does not run twice in the same way."""
-    traces = [trace for batch in batches for trace in _record(run, [batch], steps)[0]]
-    return aligned(traces) or traces  # where they still differ, whoever scales them says where
+def _unless_out_of_memory(device: torch.device, record: Callable[[], _T]) -> _T | None:
+    """What ``record`` gives, None where memory runs out; all that it took is given back."""
+    refused = _refusals(device)
+    try:
+        return record()
+    except Exception as error:
+        if not ran_out_of_memory(error, refused=_refusals(device) > refused):
+            raise
+    finally:
+        give_back(device)
+    return None
+
+
+def _recorded(run: _Run, sample: MakeBatches, sizes: Sequence[int], steps: int) -> tuple[list[Trace], Formula]:
+    """All on one copy, or each on a copy of its own, for a step that one copy does not run twice in the same way."""
+    batches = sample(sizes)
+    traces, formula = _record(run, batches, steps)
+    if aligned(traces) is None:
+        traces = [trace for batch in batches for trace in _record(run, [batch], steps)[0]]
+    return traces, formula
+
+
+def _most(few: Sequence[Trace], sample_bytes: int, capacity: int, largest: int) -> int:
+    """How many samples the large batch may have: half of what is expected to fit, in a quarter of the host's memory."""
+    on_the_host = cpu_device().capacity // 4 // max(1, sample_bytes)
+    return min(LARGEST, largest, expected_to_fit(few, capacity) // 2, on_the_host)
+
+
+def _larger(run: _Run, sample: MakeBatches, few: Sequence[Trace], most: int, steps: int) -> list[Trace] | None:
+    """Traces of which one is of a large batch, if there can be: beside those of few samples, or alone."""
+    for size in map(prime_up_to, (most, most // 2, most // 4)):
+        if size < 2 * few[-1].batch_size:
+            break
+        found = _unless_out_of_memory(run.device, partial(_recorded, run, sample, (size,), steps))
+        if found is not None:
+            (large,), _ = found
+            return aligned([*few, large]) or [large, doubled(large, few)]
+    return None
+
+
+def prime_up_to(number: int) -> int:
+    """The largest prime that is not above ``number``, 0 where there is none.
+
+    >>> prime_up_to(100), prime_up_to(1)
+    (97, 0)
+    """
+    return next((n for n in range(number, 1, -1) if all(n % k for k in range(2, math.isqrt(n) + 1))), 0)
+
+
+def doubled(trace: Trace, few: Sequence[Trace]) -> Trace:
+    """What the trace of a prime number of samples tells of twice as many: what the prime divides grows with the batch,
+    and so does what is not of a size that traces of few samples have as well.
+
+    >>> large = Trace(7, (Event(0, 700), Event(1, 1000), Event(2, 65)))
+    >>> [event.size for event in doubled(large, [Trace(2, (Event(0, 200), Event(1, 1000)))]).events]
+    [1400, 1000, 130]
+    """
+    prime = trace.batch_size
+    fixed = set.intersection(*({event.size for event in one.events} for one in few))
+    grown = (
+        event._replace(size=2 * event.size)
+        if event.size > 0 and (event.size % prime == 0 or event.size not in fixed)
+        else event
+        for event in trace.events
+    )
+    return Trace(2 * prime, tuple(grown), trace.notes)
+
+
+def expected_to_fit(traces: Sequence[Trace], capacity: int) -> int:
+    """The largest batch size that fits in ``capacity`` bytes, if all but workspaces grows as in these traces.
+
+    >>> grown = [Trace(n, (Event(0, 2**20), Event(1, n * 2**20), Event(2, 7), Event(2, -1))) for n in (2, 4)]
+    >>> expected_to_fit(grown, 101 * 2**20)
+    100
+    """
+    peaks = []
+    for trace in (traces[0], traces[-1]):
+        events, _ = _without_workspaces(_renumbered(trace.events))
+        peaks.append(replay([(e.block, e.size, e.stream) for e in events]).peak_allocated)
+    growth = Fraction(peaks[1] - peaks[0], max(1, traces[-1].batch_size - traces[0].batch_size))
+    if growth <= 0:
+        return 0
+    return max(0, int((capacity - peaks[0]) / growth) + traces[0].batch_size)
 
 
 class Tried(NamedTuple):
@@ -156,18 +262,24 @@ def ran_out_of_memory(error: BaseException | None, *, refused: bool = False) -> 
     >>> ran_out_of_memory(error), ran_out_of_memory(error, refused=True)
     (False, True)
     """
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        text = str(error)
-        if isinstance(error, torch.OutOfMemoryError):
+    for one in _chain(error):
+        text = str(one)
+        if isinstance(one, torch.OutOfMemoryError):
             return True
-        if isinstance(error, RuntimeError) and any(part in text for part in _OUT_OF_MEMORY):
+        if isinstance(one, RuntimeError) and any(part in text for part in _OUT_OF_MEMORY):
             return True
         if refused and any(part in text for part in _PERHAPS_OUT_OF_MEMORY):
             return True
-        error = error.__cause__ or error.__context__
     return False
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those from which it was raised or while they were handled."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 _OUT_OF_MEMORY = (
@@ -193,24 +305,50 @@ def _refusals(device: torch.device) -> int:
 
 def _missing(error: BaseException | None) -> int:
     """What a failed request lacked of the card's free bytes, by the allocator's message (CUDACachingAllocator.cpp)."""
-    while error is not None:
-        found = re.search(r"Tried to allocate (\S+ \w+?)\. .*?of which (\S+ \w+) is free", str(error), re.DOTALL)
+    for one in _chain(error):
+        found = re.search(r"Tried to allocate (\S+ \w+?)\. .*?of which (\S+ \w+) is free", str(one), re.DOTALL)
         if found is not None:
             return max(1, parse_bytes(found[1].replace("bytes", "B")) - parse_bytes(found[2].replace("bytes", "B")))
-        error = error.__cause__ or error.__context__
     return 1
 
 
 @contextmanager
 def _as_found(device: torch.device) -> Iterator[None]:
     """Whatever happens inside, random states are restored, and the card is left with what was on it, no cache more."""
+    handled = sys.exc_info()[1]  # while this one is, all that follows happens
     with torch.cuda.device(device), _only_new_garbage():
         give_back(device)
         try:
             with isolated_random_state(), _cuda_random_state(device):
                 yield
+        except BaseException as error:
+            _let_go(takewhile(lambda one: one is not handled, _chain(error)))
+            raise
         finally:
             give_back(device)
+
+
+def _let_go(errors: Iterable[BaseException]) -> None:
+    """Errors keep their lines, and no longer the tensors in the calls that they ended.
+
+    Who catches one may hold it long: a notebook does (``sys.last_exc``), and on Ctrl+C so does the SystemExit that
+    Lightning makes of it.
+    """
+    ended = []
+    for error in errors:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            with suppress(RuntimeError):  # it runs yet
+                frame.clear()
+                ended.append(frame)
+    for frame in ended:
+        for function in gc.get_referents(frame):  # from Python 3.11 on a frame holds its function
+            if isinstance(function, FunctionType) and sys.getrefcount(function) <= _IN_ITS_FRAME_ONLY:
+                for cell in function.__closure__ or ():
+                    with suppress(ValueError):  # it is empty
+                        del cell.cell_contents
+
+
+_IN_ITS_FRAME_ONLY = 4  #: the frame, the list of what it refers to, a name, and the argument of getrefcount
 
 
 @contextmanager
@@ -307,29 +445,34 @@ class _Place:
 
 
 class _Mark(_Place):
-    """Labels what the allocator records from here on with where the step is: ``labels`` has what each label says."""
+    """Where a step is, marked in the allocator's history: by a block of ``_MARK`` bytes that is taken and given back.
 
-    def __init__(self) -> None:
-        self.__dict__["labels"] = []
+    ``labels`` has the address of each such block, and where the step is from there on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.__dict__.update(labels=[], device=device)
         super().__init__()
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.__dict__[name] = value
-        torch.cuda.memory._set_memory_metadata(f"{_LABEL}{len(self.labels)}")
-        self.labels.append((self.run, self.phase, self.step, self.category, self.path))
+        address = torch.cuda.caching_allocator_alloc(_MARK, self.device, 0)
+        torch.cuda.caching_allocator_delete(address)
+        self.labels.append((address, (self.run, self.phase, self.step, self.category, self.path)))
 
+    device: torch.device
     labels: list[_Label]
 
 
-_Label = tuple[int, Phase, int, Category, str]
-_LABEL = "memplan:"
+_Label = tuple[int, tuple[int, Phase, int, Category, str]]
+_MARK = 331  # bytes: a prime, which no tensor of the step is likely to have at the place of the very next mark
 
 
 def _record(run: _Run, batches: Sequence[tuple[int, Any]], steps: int) -> tuple[list[Trace], Formula]:
     """One trace for each ``(batch size, batch)``, all on one copy of the module, and the formula."""
     give_back(run.device)
-    twin, mark = run.copy(), _Mark()
-    with _history(run.device) as history, module_paths(twin, mark):
+    twin = run.copy()
+    with _recording(run.device) as (mark, events), module_paths(twin, mark):
         mark.category = "parameters"
         run.move(twin)
         for number, (size, batch) in enumerate(batches, 1):
@@ -342,21 +485,22 @@ def _record(run: _Run, batches: Sequence[tuple[int, Any]], steps: int) -> tuple[
             give_back(run.device)
             mark.run = number
             formula = runner.run_counted(batch, size, steps)
-        recorded = _events(history(), mark.labels)
+        recorded = events()
     return [Trace(size, labelled(recorded(number))) for number, (size, _) in enumerate(batches, 1)], formula
 
 
 class _Runner(StepRunner):
     """Lightning's order, with the real GradScaler.
 
-    It begins at a scale of 1: at its usual one the first steps' gradients overflow, and the optimizer is passed over.
+    Its optimizer steps whatever the gradients are: at the usual scale those of the first steps overflow, and a step
+    that is passed over makes no state.
     """
 
     _scaler: torch.amp.GradScaler | None = None
 
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         if self._scaler is None:
-            self._scaler = torch.amp.GradScaler(self.device.type, init_scale=1.0)
+            self._scaler = _Scaler(self.device.type, init_scale=1.0)
         return self._scaler.scale(loss)
 
     def _unscaled_step(self, optimizer: torch.optim.Optimizer, after: Callable[[], None]) -> None:
@@ -370,16 +514,28 @@ class _Runner(StepRunner):
         scaler.update()
 
 
+class _Scaler(torch.amp.GradScaler):
+    """Steps where gradients are infinite or no numbers as well (torch/amp/grad_scaler.py, 2.11 and 2.14)."""
+
+    def _maybe_opt_step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        _, *others = args  # the optimizer's state in the scaler
+        return optimizer.step(*others, **kwargs)
+
+
 @contextmanager
-def _history(device: torch.device) -> Iterator[Callable[[], Sequence[Mapping[str, Any]]]]:
-    """The allocator's history from here on."""
-    memory = torch.cuda.memory
-    memory._record_memory_history("all", context=None, max_entries=_MOST_EVENTS, clear_history=True)
+def _recording(device: torch.device) -> Iterator[tuple[_Mark, Callable[[], _Recorded]]]:
+    """The allocator's history from here on: what marks the places in it, and what gives its events."""
+    record = torch.cuda.memory._record_memory_history
+    record("all", context=None, max_entries=_MOST_EVENTS)
     try:
-        yield lambda: memory._snapshot(device)["device_traces"][device.index]
+        mark = _Mark(device)
+        yield mark, lambda: _events(torch.cuda.memory._snapshot(device)["device_traces"][device.index], mark.labels)
     finally:
-        memory._record_memory_history(None)
-        memory._set_memory_metadata("")
+        record(None)
+
+
+def _records_already() -> bool:
+    return torch.cuda.is_initialized() and bool(torch._C._cuda_isHistoryEnabled())
 
 
 @contextmanager
@@ -391,24 +547,29 @@ def _cuda_random_state(device: torch.device) -> Iterator[None]:
         torch.cuda.set_rng_state(state, device)
 
 
-def _events(history: Sequence[Mapping[str, Any]], labels: Sequence[_Label]) -> Callable[[int], list[Event]]:
+_Recorded = Callable[[int], list[Event]]
+
+
+def _events(history: Sequence[Mapping[str, Any]], labels: Sequence[_Label]) -> _Recorded:
     """The allocator's history as events: gives those of a run, which begin with the setup that all have in common.
 
-    An entry's label is the newest one up to it. A thread of autograd's has none, or the one that was the newest when it
-    last ran Python. A block is free when that is asked for: when a stream is done with it (``free_completed``) is a
-    matter of time, which is another one at another batch size. What was there before is no one's here.
+    An entry's label is that of the last mark before it, whichever thread it is of. A block is free when that is asked
+    for: when a stream is done with it (``free_completed``) is a matter of time, which is another one at another batch
+    size. What was there before is no one's here.
     """
     events: dict[int, list[Event]] = {0: []}
     blocks: dict[int, tuple[int, int]] = {}  # address -> run and block
     streams: dict[int, int] = {0: 0}  # in the order in which they are met: a copy may make its own
-    newest = count = 0
+    marks = iter(labels)
+    mark, label = next(marks)
+    run, phase, step, category, path = label
+    count = 0
     for entry in history:
-        text = entry.get("user_metadata", "")
-        if text.startswith(_LABEL):
-            newest = max(newest, int(text[len(_LABEL) :]))
-        run, phase, step, category, path = labels[newest]
         address = entry["addr"]
-        if entry["action"] == "alloc":
+        if entry["action"] == "alloc" and (address, entry["size"]) == (mark, _MARK):
+            run, phase, step, category, path = label
+            mark, label = next(marks, (-1, label))
+        elif entry["action"] == "alloc":
             stream = streams.setdefault(entry["stream"], len(streams))
             blocks[address] = run, count
             event = Event(count, entry["size"], phase, step, category, path, stream=stream)
@@ -430,13 +591,15 @@ def aligned(traces: Sequence[Trace]) -> list[Trace] | None:
     """Traces with the same events, where they differ only in workspaces; None where they differ in more.
 
     A library may choose another algorithm at another batch size, and take another workspace, or none. Where traces
-    differ in such blocks (freed before anything else happens), each place is given the largest workspace that was
-    taken there. Sizes that do not grow as a tensor's do lie on a line through or above all that were seen.
+    differ in such blocks (freed before anything else happens), each place has the largest workspace that was taken
+    there. What does not grow as a tensor does is taken as measured, on lines between (``_kernels.measured``).
 
     >>> a = Trace(2, (Event(0, 100), Event(1, 64), Event(1, -1)))
     >>> b = Trace(3, (Event(0, 150),))
     >>> [[event.size for event in trace.events] for trace in aligned([a, b])]
-    [[100, 64, -1], [150, 64, -1]]
+    [[100, 64, -1], [150, 0, -1]]
+    >>> aligned([a, b])[1].events[1].rule
+    ('measured', 3, 2, 64, 3, 0)
     """
     points = [trace.batch_size for trace in traces]
     columns = [_renumbered(trace.events) for trace in traces]
@@ -444,23 +607,22 @@ def aligned(traces: Sequence[Trace]) -> list[Trace] | None:
         split = [_without_workspaces(events) for events in columns]
         if len({_shape(events) for events, _ in split}) > 1:
             return None
-        places = sorted({place for _, found in split for place in found})
-        taken = {place: _regular(points, [found.get(place, 0) for _, found in split]) for place in places}
+        places = {place for _, found in split for place in found}
         columns = [
-            _with_workspaces(left, {place: sizes[k] for place, sizes in taken.items()}, columns[k][-1])
-            for k, (left, _) in enumerate(split)
+            _with_workspaces(left, {place: found.get(place, 0) for place in places}, column[-1])
+            for (left, found), column in zip(split, columns, strict=True)
         ]
     rows = [tuple(event.size for event in row) for row in zip(*columns, strict=True)]
-    changed = {row: sizes for row in set(rows) if (sizes := _regular(points, row)) is not row}
+    seen = {row: tuple(chain(*zip(points, row, strict=True))) for row in set(rows) if not _grows(points, row)}
     return [
         replace(
             trace,
             events=tuple(
-                event._replace(size=changed[row][k]) if row in changed else event
-                for event, row in zip(columns[k], rows, strict=True)
+                event._replace(rule=("measured", trace.batch_size, *seen[row])) if row in seen else event
+                for event, row in zip(column, rows, strict=True)
             ),
         )
-        for k, trace in enumerate(traces)
+        for trace, column in zip(traces, columns, strict=True)
     ]
 
 
@@ -509,31 +671,18 @@ def _with_workspaces(events: Sequence[Event], sizes: Mapping[int, int], last: Ev
     return _renumbered(result[:-1])
 
 
-def _regular(points: Sequence[int], sizes: Sequence[int]) -> Sequence[int]:
-    """Sizes that grow with the batch as a tensor's bytes do; on a line above them where they do not.
+def _grows(points: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Whether sizes grow with the batch as a tensor's bytes do.
 
-    A tensor's bytes are a polynomial without negative or broken coefficients, or those of all pairs of two samples. A
-    workspace's may be anything, and a parabola through them would tell nothing of a batch a hundred times as large.
+    Those are a polynomial without negative or broken coefficients, or that of all pairs of two samples. A workspace's
+    may be anything, and a parabola through them would tell nothing of a batch a hundred times as large.
     """
     if len(set(sizes)) == 1:
-        return sizes
+        return True
     polynomial = Polynomial.through(points, sizes)
     constant, *growing = polynomial.coefficients
+    if polynomial.degree == 1:
+        return growing[0] > 0
     whole = all(c % polynomial.divisor == 0 for c in polynomial.coefficients)
-    if polynomial.degree == 1 and growing[0] > 0:
-        return sizes
-    if (
-        polynomial.degree == 2
-        and whole
-        and (min(constant, *growing) >= 0 or (constant, growing[0]) == (0, -growing[1]))
-    ):
-        return sizes
-    return _line_above(points, sizes)
-
-
-def _line_above(points: Sequence[int], sizes: Sequence[int]) -> list[int]:
-    """Sizes on a line that grows no slower than from the smallest to the largest batch, and lies on or above all."""
-    span = points[-1] - points[0]
-    slope = max(0, -(-(sizes[-1] - sizes[0]) // span)) if span else 0
-    base = max(size - slope * point for point, size in zip(points, sizes, strict=True))
-    return [base + slope * point for point in points]
+    pairs = (constant, growing[0]) == (0, -growing[1])
+    return polynomial.degree == 2 and whole and (min(constant, *growing) >= 0 or pairs)

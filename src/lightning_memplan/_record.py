@@ -502,7 +502,7 @@ def module_paths(module: torch.nn.Module, recorder: HasPath) -> Iterator[None]:
 
 
 def labelled(events: Sequence[Event]) -> tuple[Event, ...]:
-    """Events with their final categories, operators as text, and frees in a row in the order of their blocks.
+    """Events with their final categories, operators as text, and a phase's frees in a row in the order of their blocks.
 
     Where many blocks die at once (autocast's cache of weights, a graph), their order means nothing to the allocator,
     and may differ between batch sizes.
@@ -528,7 +528,8 @@ def labelled(events: Sequence[Event]) -> tuple[Event, ...]:
         if op is None:
             op = names[e.op] = "" if e.op is None else str(e.op)
         result.append(e._replace(category=category, op=op))
-    return tuple(chain.from_iterable(_run(free, run) for free, run in groupby(result, attrgetter("is_free"))))
+    runs = groupby(result, attrgetter("is_free", "step", "phase"))
+    return tuple(chain.from_iterable(_run(kind[0], run) for kind, run in runs))
 
 
 def _run(free: bool, events: Iterator[Event]) -> Iterable[Event]:

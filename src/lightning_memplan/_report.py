@@ -297,7 +297,7 @@ def advice_lines(advice: Sequence[Advice], available: int, count: int = 3) -> li
     """
     best = {item.kind: item for item in reversed(advice)}
     lines = []
-    for item in sorted(best.values(), key=lambda item: -item.saved)[:count]:
+    for item in sorted(best.values(), key=lambda item: (item.kind == "samples", -item.saved))[:count]:
         lacks = item.peak_reserved - available
         then = "which fits" if lacks <= 0 else f"which still lacks {format_bytes(lacks)}"
         lines.append(f"{item.change}: {format_bytes(item.peak_reserved)}, {then}")
@@ -415,6 +415,34 @@ def step_metrics(measurement: Measurement, formula_bytes: int) -> dict[str, floa
         "memplan/retries": measurement.retries,
         "memplan/device_allocations": measurement.device_allocations,
         **{name: gib(size) for name, size in booked.items() if size is not None},
+    }
+
+
+def scalars_layout(phases: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
+    """TensorBoard's charts of predicted and actual together, for ``SummaryWriter.add_custom_scalars``.
+
+    Tags are regular expressions there, matched from the left: a logger may put a prefix before its metrics' names.
+
+    >>> charts = scalars_layout(["backward"])["memplan"]
+    >>> charts["peak reserved (GiB)"]
+    ['Multiline', ['.*memplan/predicted_reserved_gib$', '.*memplan/actual_reserved_gib$']]
+    >>> list(charts)
+    ['peak reserved (GiB)', 'peak allocated (GiB)', 'backward: peak allocated (GiB)', 'error (%)']
+    """
+
+    def chart(*names: str) -> list[Any]:
+        return ["Multiline", [f".*memplan/{name}$" for name in names]]
+
+    def pair(kind: str) -> list[Any]:
+        return chart(f"predicted_{kind}_gib", f"actual_{kind}_gib")
+
+    return {
+        "memplan": {
+            "peak reserved (GiB)": pair("reserved"),
+            "peak allocated (GiB)": pair("allocated"),
+            **{f"{phase}: peak allocated (GiB)": pair(phase) for phase in phases},
+            "error (%)": chart("error_percent"),
+        }
     }
 
 

@@ -8,7 +8,7 @@ or three traces determine it exactly, and the last one checks it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import lcm
 
@@ -111,6 +111,41 @@ class ScaledProgram:
         """The index at which each step begins, and one past the end."""
         starts = [i for i, e in enumerate(self.events) if i == 0 or e.step != self.events[i - 1].step]
         return (*starts, len(self.events))
+
+    def settled(self, times: int = 3) -> ScaledProgram:
+        """With the last optimizer step ``times`` more times, if it is like the one before it; else the same program.
+
+        On a full card the allocator gives back what it caches, and each step finds another cache than the one before:
+        that three steps fit does not say that a fourth does.
+
+        >>> step = [(Event(n, 8, step=n), Event(n - 1, -1, step=n)) for n in (1, 2, 3)]
+        >>> program = scale([Trace(2, (Event(0, 8), *(event for both in step for event in both)))])
+        >>> [(event.block, event.is_free) for event in program.settled(1).events[-4:]]
+        [(3, False), (2, True), (4, False), (3, True)]
+        """
+        starts = [i for i in self.steps() if i == len(self.events) or self.events[i].step > 0]
+        cycle, odd = divmod(len(starts) - 1, 3)
+        if odd or not cycle:
+            return self
+        before, begin = starts[-1 - 2 * cycle], starts[-1 - cycle]
+        last, previous = self.events[begin:], self.events[before:begin]
+        made = {e.block: place for place, e in enumerate(last) if e.size >= 0}
+        earlier = {e.block: place for place, e in enumerate(previous) if e.size >= 0}
+        frees = [e.block for e in last if e.is_free]
+        if self.sizes[begin:] != self.sizes[before:begin] or any(b not in made and b not in earlier for b in frees):
+            return self
+        events, free = list(self.events), 1 + max(e.block for e in self.events)
+        blocks = {place: block for block, place in made.items()}  # of the newest step, by their place in it
+        for _ in range(times):
+            newer = {place: free + number for number, place in enumerate(blocks)}
+            free += len(newer)
+            for event in last:
+                place = made.get(event.block)
+                if event.block >= 0:
+                    event = event._replace(block=blocks[earlier[event.block]] if place is None else newer[place])
+                events.append(event)
+            blocks = newer
+        return replace(self, events=tuple(events), sizes=self.sizes + self.sizes[begin:] * times)
 
     def stretches(self) -> tuple[int, ...]:
         """The index at which each step's phases begin, one after another, and one past the end."""

@@ -259,6 +259,39 @@ def trace_validation(
         ]
 
 
+def trace_test(
+    module: nn.Module,
+    batches: Sequence[tuple[int, Any]],
+    settings: StepSettings,
+    *,
+    trainer: Any = None,
+    datamodule: Any = None,
+) -> tuple[list[Trace], Formula]:
+    """One trace for each ``(batch size, batch)`` of a test step, before which nothing was trained; and the formula,
+    without gradients.
+
+    Raises:
+        TraceError: the step needs what a fake tensor cannot give; names the line of the user's code.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    if settings.parallel is not None and settings.parallel.shards:
+        raise TraceError("what each rank holds of sharded parameters in a test is not modelled")
+    settings = replace(settings, accumulate_grad_batches=1, parallel=None)  # no strategy wraps what is not trained
+    size, batch = batches[0]
+    with _as_on_the_card(settings), _no_collection():
+        traces = [
+            _Run(module, mode, settings, trainer, datamodule, None).record(*one, 0, tested=True) for one in batches
+        ]
+        run = _Run(module, mode, settings, trainer, datamodule, None)
+
+        def once() -> None:
+            with _explained(run.recorder), run.recorder:
+                run.evaluate(batch, "test")
+
+        formula = make_formula(run.twin, record_layers(run.twin, once, size), sample_bytes(batch, size))
+    return traces, replace(formula, gradient_bytes=0)
+
+
 def run_formula(
     module: nn.Module,
     sample: tuple[int, Any],
@@ -354,19 +387,22 @@ class _Run(StepRunner):
             foreach_by_default(optimizer)
         return optimizers
 
-    def record(self, size: int, batch: Any, steps: int, validated: Any = None) -> Trace:
+    def record(self, size: int, batch: Any, steps: int, validated: Any = None, *, tested: bool = False) -> Trace:
         recorder, twin = self.recorder, self.twin
         with _explained(recorder), recorder, module_paths(twin, recorder):
             for tensor, kind, path in _setup_order(twin):
                 recorder.category, recorder.path = kind, path  # type: ignore[assignment]
                 recorder.adopt(tensor)
-            self.run_steps(batch, steps)
+            if tested:
+                self.evaluate(batch, "test")
+            else:
+                self.run_steps(batch, steps)
             if validated is not None:
-                self.validate(validated)
+                self.evaluate(validated)
             recorder.stop()
         notes: tuple[str, ...] = ()
         if recorder.values_read:
-            if not any(event.phase == "backward" for event in recorder.events):
+            if not tested and not any(event.phase == "backward" for event in recorder.events):
                 raise TraceError("the step returns no loss, since it read values of tensors, which a trace has not")
             notes = (f"the step reads values of tensors ({recorder.values_read} times in {steps} steps): taken as 0",)
         if recorder.lengths_taken:

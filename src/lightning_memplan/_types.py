@@ -267,7 +267,9 @@ class Advice:
     1073741824
     """
 
-    kind: str  #: "precision", "checkpointing", "optimizer", "zero_grad", "accumulation" or "allocator"
+    kind: (
+        str  #: "precision", "checkpointing", "optimizer", "zero_grad", "accumulation", "layout", "allocator", "samples"
+    )
     change: str  #: what to write
     cost: str  #: what it costs other than memory
     batch_size: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from lightning_memplan._api import (
     check_margin,
     check_method,
     estimate_step,
+    estimate_test,
     estimate_validation,
     estimates,
     named_device,
@@ -28,24 +30,31 @@ from lightning_memplan._device import cpu_device, detect_devices
 from lightning_memplan._draft import Draft, confirmed, held_bytes, on_all_ranks
 from lightning_memplan._errors import MemplanError, TraceError
 from lightning_memplan._estimate import Estimate
+from lightning_memplan._figures import plot_timeline
 from lightning_memplan._history import Lesson, append, history, history_path, lesson
 from lightning_memplan._lightning import (
     CallbackBase,
     agree_on_smallest,
     averaging_bytes,
+    batches_into_epoch,
     check_accumulation,
+    check_alone,
     cuda_index,
+    is_fitting,
     loader_source,
+    log_first_hyperparams,
+    log_hyperparams,
     logged_step,
     misconfiguration,
     over_ranks,
     release_loaders,
     say,
+    tensorboard_writers,
     trainer_settings,
     validates,
 )
 from lightning_memplan._loaders import dataset_size
-from lightning_memplan._measure import Meter, run_record
+from lightning_memplan._measure import PHASES, Meter, run_record
 from lightning_memplan._order import STEPS, traced_step
 from lightning_memplan._probe import Tried, ran_out_of_memory, try_step
 from lightning_memplan._report import (
@@ -53,6 +62,7 @@ from lightning_memplan._report import (
     plan_hparams,
     plan_table,
     ranks_metrics,
+    scalars_layout,
     step_metrics,
     validation_metrics,
 )
@@ -100,6 +110,8 @@ class MemoryPlanner(CallbackBase):
             (``DeviceStatsMonitor``, ``torch.cuda.max_memory_allocated``); ``False`` measures the highest peak so far.
         val_batch_arg_name: The attribute or hyperparameter that holds validation's own batch size, which is planned for
             a validation step and set; where nothing is said, validation's loaders are left as they are.
+        test_batch_arg_name: The attribute or hyperparameter that holds the batch size of tests, which is planned and
+            set when ``trainer.test`` is called: with nothing but the module on the card.
         nvml: Whether NVML is asked, in the steps that are logged, for the bytes of this process and of the card.
         history: Whether a line is kept of each run on a CUDA device (predicted and measured peaks, versions, settings):
             ``True`` in ``~/.local/share/lightning-memplan/history.jsonl`` or where ``MEMPLAN_HISTORY`` says, or the
@@ -108,6 +120,7 @@ class MemoryPlanner(CallbackBase):
     Attributes:
         plan: The ``Plan``, from setup on.
         val_plan: Validation's own, where ``val_batch_arg_name`` is given.
+        test_plan: That of the last ``trainer.test``, where ``test_batch_arg_name`` is given.
         estimate: The ``Estimate`` behind it.
         measurements: One ``Measurement`` for each CUDA step.
         validations: The ``Peaks`` of each validation on a CUDA device.
@@ -140,6 +153,7 @@ class MemoryPlanner(CallbackBase):
         nvml: bool = False,
         val_batch_arg_name: str | None = None,
         history: bool | str | Path = True,
+        test_batch_arg_name: str | None = None,
     ) -> None:
         super().__init__()
         if margin is not None:
@@ -175,9 +189,11 @@ class MemoryPlanner(CallbackBase):
         self.reset_peaks = reset_peaks
         self.nvml = nvml
         self.val_batch_arg_name = val_batch_arg_name
+        self.test_batch_arg_name = test_batch_arg_name
         self.history = history
         self.plan: Plan | None = None
         self.val_plan: Plan | None = None
+        self.test_plan: Plan | None = None
         self.estimate: Estimate | None = None
         self._meter: Meter | None = None
         self._predicted: list[Peaks] = []
@@ -188,12 +204,15 @@ class MemoryPlanner(CallbackBase):
         self._lesson = Lesson(MARGIN)
         self._place: Place | None = None
         self._val_place: Place | None = None
+        self._test_place: Place | None = None
         self._accumulates = 1
         self._draft: Draft | None = None
 
     # -- plan, at setup: before any loader is built
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "test" and self.test_batch_arg_name is not None and self.apply and not trainer.fast_dev_run:
+            self._plan_test(trainer, pl_module, self.test_batch_arg_name)
         if stage != "fit":
             return
         self.plan = self.val_plan = self._place = self._val_place = self._draft = self._meter = None
@@ -205,13 +224,16 @@ class MemoryPlanner(CallbackBase):
             raise misconfiguration(
                 f"confirm=True runs real steps on a CUDA device, and the Trainer runs on {trainer.strategy.root_device}"
             )
+        if self.apply:
+            check_alone(trainer)
         draft = on_all_ranks(partial(self._make_draft, trainer, pl_module))
         if self.confirm or (self.confirm is None and self.device is None and self._index is not None):
             draft = confirmed(draft, strict=self.confirm is True)
         self._apply_plan(trainer, draft)
         self._draft = draft if self._place is not None else None
-        if draft.validated is not None:
-            self._plan_validation(draft)
+        if self._index is not None:
+            for writer in tensorboard_writers(trainer):  # now: the last layout counts, and the user's may come later
+                writer.add_custom_scalars(scalars_layout(PHASES if self.reset_peaks else ()))
 
     def _make_draft(self, trainer: Any, module: Any) -> Draft:
         holders = find_holders(self.batch_arg_name, module, trainer.datamodule) if self.apply else ()
@@ -230,9 +252,12 @@ class MemoryPlanner(CallbackBase):
         where: dict[str, Any] = {"trainer": trainer, "datamodule": datamodule, "stage": "fit"}
         how: dict[str, Any] = {"sample": self.sample, "sample_size": self.sample_size, **where}
 
+        samples = samples_of_a_rank(dataset_size(source), ranks)
+        most = min((size for size in (self.max_batch_size, samples) if size is not None), default=None)
+
         def estimated(parts: int) -> Estimate:
             accumulating = replace(settings, accumulate_grad_batches=parts)
-            return estimate_step(module, source, accumulating, method=self.method, device=device, **how)
+            return estimate_step(module, source, accumulating, method=self.method, device=device, largest=most, **how)
 
         def tried(plan: Plan) -> Tried:
             return try_step(
@@ -246,7 +271,7 @@ class MemoryPlanner(CallbackBase):
 
         estimate_at = estimates(estimated, parts, self.effective_batch_size, ranks)
         first = estimate_at((self.effective_batch_size or ranks) // ranks)
-        beside = averaging_bytes(trainer, module) if self._index is not None else 0
+        beside = averaging_bytes(trainer, begun) if self._index is not None else 0
         held, own = held_bytes(self._index, module)
         self._held = held + beside
         if self.method == "auto" and first.method == "formula" and trainer.is_global_zero:
@@ -263,7 +288,7 @@ class MemoryPlanner(CallbackBase):
             **limits,
             failed=self._lesson.failed,
             min_batch_size=self.min_batch_size,
-            samples=samples_of_a_rank(dataset_size(source), ranks),
+            samples=samples,
             accumulate_grad_batches=parts,
             effective_batch_size=self.effective_batch_size,
             ranks=ranks,
@@ -294,20 +319,31 @@ class MemoryPlanner(CallbackBase):
         return holders if validates(trainer) else ()
 
     def _apply_plan(self, trainer: Any, draft: Draft) -> None:
-        self.plan, self.estimate = plan, estimate = draft.plan, draft.estimate
-        if self._place is not None:
-            self._place.write(plan.batch_size)
-            if self.effective_batch_size is not None:
-                trainer.accumulate_grad_batches = self._accumulates = plan.accumulate_grad_batches
-        self._predicted = [
+        """Set what is planned: all of it, or nothing."""
+        plan, estimate, capacity = draft.plan, draft.estimate, draft.plan.device.capacity
+        val_plan, val_size = self._plan_validation(draft)
+        predicted = [
             Peaks(
                 step.allocated + self._held,
                 step.reserved + self._held,
                 {name: peak + self._held for name, peak in step.phases.items()},
             )
-            for step in estimate.step_peaks(plan.batch_size, plan.device.capacity)
+            for step in estimate.step_peaks(plan.batch_size, capacity)
         ]
-        say(plan_table(plan, [("earlier runs", self._lesson.text)] if self._lesson.text else ()))
+        with ExitStack() as undo:
+            if self._place is not None:
+                self._place.write(plan.batch_size, undo)
+            if self._place is not None and self.effective_batch_size is not None:
+                undo.callback(setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches)
+                trainer.accumulate_grad_batches = plan.accumulate_grad_batches
+                self._accumulates = plan.accumulate_grad_batches
+            if self._val_place is not None:
+                self._val_place.write(val_size, undo)
+            say(plan_table(plan, [("earlier runs", self._lesson.text)] if self._lesson.text else ()))
+            if self._val_place is not None:
+                say(f"MemoryPlanner: validation's batch size is {val_size}")
+            undo.pop_all()
+        self.plan, self.val_plan, self.estimate, self._predicted = plan, val_plan, estimate, predicted
 
     def _learn(self, device: Device, method: str) -> Lesson:
         """What earlier runs teach, unless the margin was named."""
@@ -321,14 +357,14 @@ class MemoryPlanner(CallbackBase):
             runs = []
         return lesson(runs, self._structure, device.name, method=method, capacity=device.capacity, prior=MARGIN)
 
-    def _plan_validation(self, draft: Draft) -> None:
-        """Validation's own batch size; training's where it cannot be traced."""
-        assert draft.validated is not None
-        assert self._val_place is not None
-        size = 0
+    def _plan_validation(self, draft: Draft) -> tuple[Plan | None, int]:
+        """Validation's plan and batch size: training's where it cannot be traced, 0 where none is asked for."""
+        if draft.validated is None:
+            return None, 0
+        plan, size = None, 0
         try:
-            self.val_plan = draft.validated(draft)
-            size = self.val_plan.batch_size
+            plan = draft.validated(draft)
+            size = plan.batch_size
         except TraceError as error:
             size = draft.plan.batch_size
             remark = f"validation gets training's batch size, since it cannot be traced: {error}"
@@ -337,8 +373,41 @@ class MemoryPlanner(CallbackBase):
             size = agree_on_smallest(size)
         if not size:
             raise MemplanError("there is no batch size of validation for all ranks: another rank says why")
-        self._val_place.write(size)
-        say(f"MemoryPlanner: validation's batch size is {size}")
+        return plan, size
+
+    def _plan_test(self, trainer: Any, module: Any, name: str) -> None:
+        """The batch size of the test that is to come."""
+        holders = find_holders(name, module, trainer.datamodule)
+        device = self._device_of(trainer)
+        card = replace(device, context=device.context + held_bytes(cuda_index(trainer), module)[0])
+        settings = trainer_settings(trainer, device.capability)
+        where: dict[str, Any] = {"trainer": trainer, "datamodule": copy.copy(trainer.datamodule), "stage": "test"}
+        begun = partial(prepared, module, settings, trainer=trainer, stage="test")
+        source = loader_source(trainer, begun, where["datamodule"], "test")
+        place = find_place(trainer, source, holders, "test")
+        size = 0
+        try:
+            estimate = estimate_test(
+                module, source, settings, sample=self.sample, sample_size=self.sample_size, **where
+            )
+            self.test_plan = plan_estimate(
+                lambda batch_size: estimate,
+                card,
+                margin=MARGIN if self.margin is None else self.margin,
+                max_batch_size=self.max_batch_size,
+                samples=samples_of_a_rank(dataset_size(source), trainer.world_size),
+                model=f"{type(module).__name__} in a test",
+            )
+            size = self.test_plan.batch_size
+        finally:  # the other ranks wait for this one
+            size = agree_on_smallest(size)
+        if not size:
+            raise MemplanError("there is no batch size of a test for all ranks: another rank says why")
+        with ExitStack() as undo:
+            place.write(size, undo)
+            say(f"MemoryPlanner: the batch size of the test is {size}")
+            undo.pop_all()
+        self._test_place = place
 
     def _device_of(self, trainer: Any) -> Device:
         if self.device is not None:
@@ -355,15 +424,26 @@ class MemoryPlanner(CallbackBase):
     # -- resume: Lightning restores after setup, and before any loader is built
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.plan is None or self._place is None else {"batch_size": self.plan.batch_size}
+        return {} if self.plan is None or not self.apply else {"batch_size": self.plan.batch_size}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         size = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("batch_size")
-        if self._draft is not None and self.resume == "keep" and size not in (None, self._draft.plan.batch_size):
+        if self._draft is None or size in (None, self._draft.plan.batch_size):
+            return
+        if self.resume == "keep":
             self._apply_plan(trainer, self._draft.kept(size))
+        elif (count := batches_into_epoch(checkpoint)) and trainer.is_global_zero:
+            warnings.warn(
+                f"MemoryPlanner: the checkpoint was made within an epoch, after {count} batches of {size}, and "
+                f"resume='plan' goes on with batches of {self._draft.plan.batch_size}: some of that epoch's samples "
+                "are left out or seen again, as its loader may have it; resume='keep' goes on at the same sample",
+                stacklevel=2,
+            )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self._draft = None
+        if self.plan is not None:
+            log_first_hyperparams(trainer, pl_module, plan_hparams(self.plan) | self._applied())
 
     # -- measure, at every CUDA step
 
@@ -372,8 +452,8 @@ class MemoryPlanner(CallbackBase):
             return
         if self._place is not None:
             self._place.check(self.plan.batch_size)
-        for logger in trainer.loggers:
-            logger.log_hyperparams(plan_hparams(self.plan) | self._applied())
+        log_hyperparams(trainer, plan_hparams(self.plan) | self._applied())
+        self._draw(trainer)
         if self._index is None:
             if trainer.is_global_zero:
                 warnings.warn(
@@ -386,7 +466,7 @@ class MemoryPlanner(CallbackBase):
             self._index,
             self._predict,
             every_n_steps=self.every_n_steps,
-            phases=pl_module.automatic_optimization,
+            manual=not pl_module.automatic_optimization,
             resets=self.reset_peaks,
             nvml=self.nvml,
             margin=None if self.plan.method == "formula" else self.plan.margin,
@@ -416,6 +496,10 @@ class MemoryPlanner(CallbackBase):
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         if self._meter is not None:
+            self._meter.enter("optimizer" if pl_module.automatic_optimization else "forward")
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if self._meter is not None and not pl_module.automatic_optimization:
             self._meter.enter("optimizer")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -428,11 +512,11 @@ class MemoryPlanner(CallbackBase):
             self._log(trainer, step_metrics(measured, self.plan.formula_peak))
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        if self._meter is not None:
+        if self._meter is not None and is_fitting(trainer):
             self._meter.begin_validation()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._meter is not None:
+        if self._meter is not None and is_fitting(trainer):
             self._log(trainer, validation_metrics(self._meter.end_validation()))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -446,11 +530,10 @@ class MemoryPlanner(CallbackBase):
             say(measurement_summary(self.measurements, ranks))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        if self._meter is None:
-            return
-        out = ran_out_of_memory(exception) and not self._meter.validates
-        self._remember(trainer, pl_module, "out of memory" if out else "stopped")
-        self._meter.close()
+        if self._meter is not None:
+            out = ran_out_of_memory(exception) and not self._meter.validates
+            self._remember(trainer, pl_module, "out of memory" if out else "stopped")
+        self._release(trainer)
 
     def _remember(self, trainer: Any, module: Any, outcome: Outcome) -> None:
         """Add this run to the history, once; not where its figures are not those of its plan."""
@@ -482,16 +565,30 @@ class MemoryPlanner(CallbackBase):
             )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if self._place is not None:
+        self._release(trainer)
+
+    def _release(self, trainer: Any) -> None:
+        if self._place is not None or self._test_place is not None:
             release_loaders(trainer)
-            self._place = self._val_place = None
+        self._place = self._val_place = self._test_place = self._draft = None
         if self._meter is not None:
             self._meter.close()
 
     @staticmethod
     def _log(trainer: Any, metrics: dict[str, float]) -> None:
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=logged_step(trainer))
+            logger.log_metrics(dict(metrics), step=logged_step(trainer))
+
+    def _draw(self, trainer: Any) -> None:
+        """The plan's step as a figure for TensorBoard; none without matplotlib, or where there is no step to draw."""
+        assert self.plan is not None
+        assert self.estimate is not None
+        for writer in tensorboard_writers(trainer):
+            try:
+                limits: dict[str, Any] = {"device": self.plan.device, "budget": self.plan.budget}
+                writer.add_figure("memplan/timeline", plot_timeline(self.estimate, self.plan.batch_size, **limits))
+            except (ModuleNotFoundError, ValueError):  # by the formula; or a checkpoint's size, which does not fit
+                return
 
     def _applied(self) -> dict[str, int]:
         assert self.plan is not None

@@ -1,8 +1,10 @@
-"""The batch size that is chosen trains, and one that is 5 % larger does not: on a null GPU of 8 GiB.
+"""The batch size that is chosen trains, and one that is 5 % larger does not: on a card of 8 GiB, null or real.
 
     python -m tests.accuracy.chosen                                 # every row of nullgpu.txt, by what auto chooses
     python -m tests.accuracy.chosen --method trace --margin 0.05    # with a margin: never out of memory
     python -m tests.accuracy.chosen --only resnet
+    python -m tests.accuracy.chosen --here --margin 0.05 --jobs 8    # on this machine's GPU, in 8 GiB of its memory
+    python -m tests.accuracy.chosen --read tests/accuracy/rows/h200_chosen.txt    # what was printed there, summed up
 
 With no margin the prediction itself is tried: a size that runs out of memory was planned too large (``over``), and
 where 5 % more runs as well it was planned too small (``under``). With a margin only the first counts.
@@ -14,50 +16,68 @@ import argparse
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
+import time
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.accuracy.nullgpu import HERE, ROOT, Row, fit
+from tests.accuracy.nullgpu import HERE, ROOT, Row, fit, percentile
 
 MEMORY = 8 * 2**30
 MOST = 4096  #: samples: a row that fits more is limited by that
 
 
-def runs(row: Row, batch_size: int) -> bool:
+def runs(row: Row, batch_size: int) -> tuple[int, int] | None:
+    """Peak bytes allocated and reserved, None where memory runs out."""
     from lightning_memplan._probe import ran_out_of_memory
 
     try:
-        fit(row._replace(batch_size=batch_size))
+        return fit(row._replace(batch_size=batch_size))
     except RuntimeError as error:
         if not ran_out_of_memory(error, refused=True):
             raise
-        return False
-    return True
+        return None
 
 
 def judge(row: Row, method: Any, margin: float) -> str:
     """What became of the size that was chosen for a row."""
+    import torch
+
     import lightning_memplan as mp
     from tests.accuracy import networks
 
     module, sample = networks.build(row.network, row.optimizer)
+    device = mp.detect_devices()[0]
+    if device.total > 2 * MEMORY:
+        torch.cuda.set_per_process_memory_fraction(MEMORY / device.total)
+        device = replace(device, total=MEMORY, free=MEMORY, context=0)
+    began = time.perf_counter()
     plan = mp.plan(
         module,
         networks.loader(sample, 8, MOST // 8),
         method=method,
         margin=margin,
         max_batch_size=MOST,
+        device=device,
         precision=row.precision,
         gradient_clip_val=row.clip,
         accumulate_grad_batches=row.accumulate,
     )
-    chosen = f"{plan.method} chose {plan.batch_size}"
-    if not runs(row, plan.batch_size):
+    chosen = f"{plan.method} chose {plan.batch_size} in {time.perf_counter() - began:.1f} s"
+    measured = runs(row, plan.batch_size)
+    if not measured:
         return f"over: {chosen}, which runs out of memory"
+    for what, predicted, actual in zip(
+        ("allocated", "reserved"), (plan.predicted_allocated, plan.predicted_peak), measured, strict=True
+    ):
+        chosen += f", {what} {actual / 2**20:.0f} MiB ({100 * (predicted / actual - 1):+.2f} %)"
     if plan.limited_by != "memory":
         return f"limited: {chosen}, limited by {plan.limited_by}"
     more = max(plan.batch_size + 1, -(-105 * plan.batch_size // 100))
@@ -66,11 +86,11 @@ def judge(row: Row, method: Any, margin: float) -> str:
     return f"right: {chosen}"
 
 
-def judged(line: str, method: str, margin: float) -> str:
-    """The same, in a process of its own on the null GPU."""
+def judged(line: str, method: str, margin: float, here: bool) -> str:
+    """The same, in a process of its own, on the null GPU or on the one that is here."""
     command = [sys.executable, "-m", "tests.accuracy.chosen", "--method", method, "--margin", str(margin)]
     done = subprocess.run(
-        [str(ROOT / "tests/nullgpu/nullgpu"), *command, "--worker", line],
+        [*(() if here else (str(ROOT / "tests/nullgpu/nullgpu"),)), *command, "--worker", line],
         cwd=ROOT,
         env={
             **os.environ,
@@ -96,6 +116,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a regular expression: only the rows that it matches")
     parser.add_argument("--method", default="auto", help="what is planned by")
     parser.add_argument("--margin", type=float, default=0.0, help="the part of the card that is left free")
+    parser.add_argument("--here", action="store_true", help="on the GPU of this machine, in place of the null GPU")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--read", type=Path, help="only sum up what was printed before")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -103,14 +126,30 @@ def main() -> None:
         verdict = judge(Row.parse(arguments.worker), arguments.method, arguments.margin)
         print("JUDGED " + json.dumps(verdict), flush=True)
         return
-    counts: Counter[str] = Counter()
-    for text in arguments.models.read_text().splitlines():
-        line = text.split("#")[0].strip()
-        if line and re.search(arguments.only, line):
-            verdict = judged(line, arguments.method, arguments.margin)
-            counts[verdict.split(":")[0]] += 1
-            print(f"{line:72} {verdict}", flush=True)
-    print(", ".join(f"{count} {name}" for name, count in counts.most_common()))
+    if arguments.read:
+        print(summary(arguments.read.read_text().splitlines()))
+        return
+    lines = [text.split("#")[0].strip() for text in arguments.models.read_text().splitlines()]
+    lines = [line for line in lines if line and re.search(arguments.only, line)]
+    how = {"method": arguments.method, "margin": arguments.margin, "here": arguments.here}
+    printed = []
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for line, verdict in zip(lines, pool.map(partial(judged, **how), lines), strict=True):
+            printed.append(f"{line:72} {verdict}")
+            print(printed[-1], flush=True)
+    print(summary(printed))
+
+
+def summary(lines: list[str]) -> str:
+    """How many of the printed lines came out how, and how far predictions were off."""
+    verdicts = Counter(line[72:].split(":")[0].strip() for line in lines)
+    text = [f"{len(lines)} rows: " + ", ".join(f"{count} {name}" for name, count in verdicts.most_common())]
+    for what in ("allocated", "reserved"):
+        errors = [abs(float(e)) for e in re.findall(rf"{what} \d+ MiB \((\S+) %\)", "\n".join(lines))]
+        if errors:
+            shares = f"90th percentile {percentile(errors, 0.9):.2f} %, worst {max(errors):.2f} %"
+            text.append(f"{what}: median {statistics.median(errors):.2f} %, {shares}")
+    return "\n".join(text)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from lightning_memplan._cuda_rules import KERNELS, LONGEST, ORDER, SHAPES, WIDTH
 from lightning_memplan._record import Recorder, Rules, labelled, module_paths
 from lightning_memplan._scaling import Polynomial, ScaledProgram, scale
 from lightning_memplan._step import _no_collection, _setup_order, detached_copy
-from lightning_memplan._types import Trace
+from lightning_memplan._types import EMPTY, FREE, Trace
 
 #: cuBLAS's workspace for compute capability 8.x, which each thread that multiplies matrices keeps
 CUBLAS = (2 * 4096 + 8 * 16) * 1024
@@ -71,12 +71,15 @@ def _scale_prime(trace: Trace) -> ScaledProgram:
     table: list[Polynomial | tuple[str, tuple[Polynomial, ...]]] = []
     sizes = []
     for event in trace.events:
-        key = -1 if event.is_free else event.rule or event.size
-        if key != -1 and key not in entries:
-            rule = event.rule
+        if event.size < 0:
+            sizes.append((EMPTY, FREE).index(event.size))
+            continue
+        rule = event.rule
+        key = rule or event.size
+        if key not in entries:
             table.append((str(rule[0]), tuple(map(_grown, rule[1:]))) if rule else _grown(event.size))
-            entries[key] = len(table)
-        sizes.append(entries.get(key, 0))
+            entries[key] = len(table) + 1
+        sizes.append(entries[key])
     return ScaledProgram(trace.events, tuple(sizes), tuple(table), (trace.batch_size,))
 
 

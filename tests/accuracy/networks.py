@@ -45,8 +45,16 @@ def _logits(out: Any) -> torch.Tensor:
 
 
 def make_optimizer(name: str, parameters: Any) -> torch.optim.Optimizer:
-    """``AdamW``, ``SGD+momentum``, ``Adam+fused``, ``RMSprop+loop``, ...: of torch.optim, with options after a plus."""
+    """``AdamW``, ``SGD+momentum``, ``Adam+fused``, ``RMSprop+loop``, ...: of torch.optim, with options after a plus.
+
+    ``AdamW+8bit`` is of bitsandbytes.
+    """
     name, *options = name.split("+")
+    if "8bit" in options:
+        from bitsandbytes import optim
+
+        options.remove("8bit")
+        return getattr(optim, f"{name}8bit")(parameters, lr=1e-3, **({"momentum": 0.9} if options else {}))
     arguments: dict[str, Any] = {"lr": 1e-3}
     for option in options:
         if option == "loop":

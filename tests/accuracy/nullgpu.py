@@ -80,18 +80,28 @@ class Result(NamedTuple):
 
 def fit(row: Row) -> tuple[int, int]:
     """Peak bytes allocated and reserved in a few steps of training."""
+    from tests.accuracy import networks
 
+    return train(row, *networks.build(row.network, row.optimizer))
+
+
+def train(row: Row, module: Any, sample: Any) -> tuple[int, int]:
+    """The same of this module and sample."""
     import pytorch_lightning as pl
     import torch
 
+    from lightning_memplan._probe import _Scaler
     from tests.accuracy import networks
 
-    module, sample = networks.build(row.network, row.optimizer)
     loader = networks.loader(sample, row.batch_size, STEPS * row.accumulate)
+    how: dict[str, Any] = {"precision": row.precision}
+    if row.precision == "16-mixed":  # on a real card the first steps would be passed over: samples are zeros
+        scaler = _Scaler("cuda", init_scale=1.0)
+        how = {"plugins": [pl.plugins.precision.MixedPrecision("16-mixed", "cuda", scaler)]}
     trainer = pl.Trainer(
         accelerator="gpu",
         devices=1,
-        precision=row.precision,  # type: ignore[arg-type]
+        **how,
         max_steps=STEPS,
         gradient_clip_val=row.clip,
         accumulate_grad_batches=row.accumulate,
@@ -102,6 +112,7 @@ def fit(row: Row) -> tuple[int, int]:
         num_sanity_val_steps=0,
     )
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # which torch keeps for each thread, up to 2.14
     torch.cuda.empty_cache()
     kept = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()  # cuDNN's random states, which a process keeps
     torch.cuda.reset_peak_memory_stats()
@@ -110,7 +121,7 @@ def fit(row: Row) -> tuple[int, int]:
         return torch.cuda.max_memory_allocated() - kept[0], torch.cuda.max_memory_reserved() - kept[1]
     finally:
         del trainer, loader
-        torch._C._cuda_clearCublasWorkspaces()  # which torch keeps for each thread, up to 2.14
+        torch._C._cuda_clearCublasWorkspaces()
         module.cpu()
         module.zero_grad()
 
@@ -241,7 +252,7 @@ def _run(lines: list[str], most: int = 0, method: str = "trace") -> list[Result]
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
-                "NULLGPU_MEMORY": str(2**43),
+                "NULLGPU_MEMORY": str(2**35 if method == "probe" else 2**43),  # a probe tries a batch of half the card
                 "OMP_NUM_THREADS": "1",
                 "HF_HUB_OFFLINE": "1",
             },

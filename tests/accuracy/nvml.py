@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lightning_memplan._allocator import replay
+from lightning_memplan._allocator import AllocatorSettings, replay
 from lightning_memplan._record import DEVICE
 from lightning_memplan._step import run_formula
 from lightning_memplan._types import StepSettings
@@ -162,7 +162,7 @@ def predict(row: Row) -> Prediction:
     network, loop = loop_of(row)
     program = trace_loop(network, loop, sizes=(2, 3, 5), steps=3)
     peaks = [
-        replay(program.at(row.batch, choice), row.card - CONTEXT).peak_reserved
+        replay(program.at(row.batch, choice), row.card - CONTEXT, AllocatorSettings(by_address=True)).peak_reserved
         for choice in ("low", "expected", "high")
     ]
     parameters = sum(p.numel() * p.element_size() for p in network.parameters())

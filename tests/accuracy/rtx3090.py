@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lightning_memplan._allocator import replay
+from lightning_memplan._allocator import AllocatorSettings, replay
 from lightning_memplan._formula import Formula
 from lightning_memplan._record import DEVICE
 from lightning_memplan._scaling import ScaledProgram
@@ -147,7 +147,8 @@ def judge(task: tuple[Row, str, int, str, Path | None]) -> Verdict:
         program = _cached(row, cache)
     except Exception as error:  # noqa: BLE001 - whatever the network raises
         return Verdict(row, (0, 0), (False, False), f"{type(error).__name__}: {error}")
-    replays = [replay(program.at(size, choice), capacity) for size in (row.ran, row.failed)]
+    old = AllocatorSettings(by_address=True)  # torch 1.12
+    replays = [replay(program.at(size, choice), capacity, old) for size in (row.ran, row.failed)]
     peaks = [r.peak_allocated for r in replays]
     fits = [r.out_of_memory is None for r in replays]
     return Verdict(row, (peaks[0], peaks[1]), (fits[0], fits[1]))

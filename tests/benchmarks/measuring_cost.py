@@ -1,91 +1,127 @@
-"""What MemoryPlanner's two hooks cost in every training step, against the step itself.
+"""What MemoryPlanner's hooks cost in every training step, against the step itself.
 
-    python tests/benchmarks/measuring_cost.py [BATCH_SIZE]        # on a GPU, or on the null GPU
+    tests/nullgpu/nullgpu python -m tests.benchmarks.measuring_cost [--networks own.mlp ...] [--steps 300]
 
-A step of ResNet-50 (torchvision, 16-mixed, AdamW) runs under a Trainer with the callback; its hooks are timed within
-it. On a null GPU kernels take no time, so its step is the host's part alone: less than a step takes on any real card.
+Each network is fitted with the callback's default settings, and its hooks are timed within the run: what they take in
+all, what of it is asked of the CUDA allocator, and what the logger takes (Lightning's CSVLogger, in every step). On a
+null GPU kernels take no time, so a step is the host's part alone: less than it takes on any real card. Medians, of
+steps whose phases are measured and of the others, weighted by how many there are of each; without the first ten.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import logging
 import tempfile
 import time
+import timeit
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from pytorch_lightning.loggers import CSVLogger
-from torch.utils.data import DataLoader
 
 import lightning_memplan as mp
+from lightning_memplan import _measure
+from tests.accuracy.networks import build, loader
 
-STEPS = 60
+NETWORKS = ("torchvision.alexnet", "own.pointnet", "torchvision.resnet18", "torchvision.resnet50", "hf.bert")
+
+
+class Clock:
+    """Sums up how long functions take, step by step."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.steps: list[float] = []
+
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.now += time.perf_counter() - start
+
+        return call
+
+    def next(self) -> None:
+        self.steps.append(self.now)
+        self.now = 0.0
+
+    def usual(self, phased: Sequence[bool]) -> float:
+        kinds = [[t for t, kind in zip(self.steps[10:], phased[10:], strict=False) if kind is k] for k in (True, False)]
+        return sum(len(kind) * median(kind) for kind in kinds if kind) / sum(map(len, kinds))
 
 
 class Timed(mp.MemoryPlanner):
-    """Keeps how long its hooks took, and how long it was from one step's start to the next's."""
+    """Notes when steps begin, and keeps the clocks of hooks, of the allocator's interface and of logging."""
+
+    HOOKS = ("on_train_batch_start", "on_before_backward", "on_after_backward", "on_train_batch_end")
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.hooks: list[float] = []
         self.starts: list[float] = []
+        self.clocks = {name: Clock() for name in ("hooks", "allocator", "logger")}
+        for name in self.HOOKS:
+            setattr(self, name, self.clocks["hooks"].timed(getattr(self, name)))
+        begin = self.on_train_batch_start
+        self._log = self.clocks["logger"].timed(self._log)  # type: ignore[method-assign]
 
-    def on_train_batch_start(self, *args: Any) -> None:
-        self.starts.append(time.perf_counter())
-        self.hooks.append(self._time(super().on_train_batch_start, *args))
+        def first(*args: Any) -> None:
+            if self.starts:
+                for clock in self.clocks.values():
+                    clock.next()
+            self.starts.append(time.perf_counter())
+            begin(*args)
 
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.hooks[-1] += self._time(super().on_train_batch_end, *args)
-
-    @staticmethod
-    def _time(hook: Callable[..., None], *args: Any) -> float:
-        start = time.perf_counter()
-        hook(*args)
-        return time.perf_counter() - start
-
-
-class ResNet(pl.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        import torchvision
-
-        self.net = torchvision.models.resnet50()
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return F.cross_entropy(self.net(batch), torch.zeros(len(batch), dtype=torch.long, device=self.device))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+        self.on_train_batch_start = first  # type: ignore[method-assign]
 
 
-def measure(batch_size: int, every_n_steps: int, folder: str) -> tuple[float, float]:
-    """Median seconds of the hooks and of a whole step, without the first ten."""
-    planner = Timed(apply=False, every_n_steps=every_n_steps)
-    images = torch.zeros(3, 224, 224).expand(STEPS * batch_size, 3, 224, 224)
-    trainer = pl.Trainer(
-        accelerator="gpu", devices=1, precision="16-mixed", max_steps=STEPS, callbacks=planner,
-        logger=CSVLogger(folder, flush_logs_every_n_steps=STEPS), enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(ResNet(), DataLoader(images, batch_size=batch_size))
-    steps = [b - a for a, b in zip(planner.starts, planner.starts[1:], strict=False)]
-    return median(planner.hooks[10:]), median(steps[10:])
+def measure(name: str, batch_size: int, steps: int, **settings: Any) -> list[float]:
+    """Seconds of a step, of the hooks in it, of the allocator's interface and of the logger."""
+    planner = Timed(apply=False, history=False, method="trace", **settings)
+    asked = {"read_stats": _measure.read_stats, "reset_peaks": _measure.reset_peaks}
+    for function, plain in asked.items():
+        setattr(_measure, function, planner.clocks["allocator"].timed(plain))
+    module, sample = build(name, "AdamW")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = pl.Trainer(
+            accelerator="gpu", devices=1, precision="16-mixed", max_steps=steps, callbacks=planner,
+            logger=CSVLogger(folder, flush_logs_every_n_steps=steps), enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        try:
+            trainer.fit(module, loader(sample, batch_size, steps))
+        finally:
+            for function, plain in asked.items():
+                setattr(_measure, function, plain)
+    whole = [b - a for a, b in zip(planner.starts, planner.starts[1:], strict=False)]
+    phased = [bool(measured.phases) for measured in planner.measurements]
+    return [median(whole[10:]), *(clock.usual(phased) for clock in planner.clocks.values())]
 
 
-def main(batch_size: int) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", default=NETWORKS)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch-size", type=int, default=4)
+    args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    print(f"ResNet-50, batch size {batch_size}, on {torch.cuda.get_device_name()}")
-    for every_n_steps, text in ((1, "logged in every step"), (50, "logged in every 50th step")):
-        with tempfile.TemporaryDirectory() as folder:
-            hooks, step = measure(batch_size, every_n_steps, str(Path(folder)))
-        print(f"  {text}: {hooks * 1e6:.0f} us of a step of {step * 1e3:.1f} ms: {100 * hooks / step:.3f} %")
+    logging.disable()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, batch size {args.batch_size}")
+    print(f"{'network':<22}{'step':>10}{'hooks':>10}{'allocator':>11}{'logger':>10}{'of a step':>11}")
+    for name in args.networks:
+        step, hooks, allocator, logger = measure(name, args.batch_size, args.steps)
+        measuring = hooks - logger
+        row = f"{measuring * 1e6:7.1f} us{allocator * 1e6:8.1f} us{logger * 1e6:7.1f} us{100 * measuring / step:9.2f} %"
+        print(f"{name:<22}{step * 1e3:7.2f} ms{row}", flush=True)
+    hot = min(timeit.repeat(lambda: _measure.read_stats(0), number=1000, repeat=20)) / 1000
+    print(f"one reading of the allocator's statistics, in a loop, where caches hold what it needs: {hot * 1e6:.1f} us")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 64)
+    main()

@@ -126,7 +126,7 @@ def planner(network: nn.Module, sample: torch.Tensor, method: Any) -> tuple[floa
             super().setup(*args, **kwargs)
             found.append(time.perf_counter() - began)
 
-    trainer(Timed(method=method)).fit(Task(network), datamodule=data)
+    trainer(Timed(method=method, history=False)).fit(Task(network), datamodule=data)
     return found[0], data.batch_size
 
 

@@ -194,7 +194,7 @@ cudaError_t cudaGetDriverEntryPoint(const char*s,void**fn,unsigned long long f,e
 // ---- NVML
 typedef struct{unsigned long long total,free,used;}nvml_memory;
 typedef struct{unsigned version;unsigned long long total,reserved,free,used;}nvml_memory_v2;
-int nvmlInit_v2(void){return 0;} int nvmlInitWithFlags(unsigned f){return 0;} int nvmlShutdown(void){return 0;}
+int nvmlInit_v2(void){return 0;} int nvmlInit(void){return 0;} int nvmlInitWithFlags(unsigned f){return 0;} int nvmlShutdown(void){return 0;}
 const char*nvmlErrorString(int e){return e?"null nvml error":"Success";}
 int nvmlSystemGetDriverVersion(char*s,unsigned n){snprintf(s,n,"580.00.00");return 0;}
 int nvmlSystemGetCudaDriverVersion_v2(int*v){*v=13000;return 0;}
@@ -278,7 +278,7 @@ CONV(Forward)CONV(BackwardData)CONV(BackwardFilter)
 int cudnnGetBatchNormalizationForwardTrainingExWorkspaceSize(void*h_,int m,int o,void*x,void*z,void*y,void*b,void*a,size_t*s){*s=0;return 0;}
 int cudnnGetBatchNormalizationBackwardExWorkspaceSize(void*h_,int m,int o,void*x,void*y,void*dy,void*dz,void*dx,void*b,void*a,size_t*s){*s=0;return 0;}
 int cudnnGetBatchNormalizationTrainingExReserveSpaceSize(void*h_,int m,int o,void*a,void*x,size_t*s){*s=0;return 0;}
-int cudnnDropoutGetStatesSize(void*h_,size_t*s){*s=(2<<20)+(1<<10);return 0;} // "slightly over 2MB" (aten/src/ATen/native/cudnn/RNN.cpp)
+int cudnnDropoutGetStatesSize(void*h_,size_t*s){*s=(size_t)sms*(cc_minor==0?2048:1536)*24;return 0;} // 24 bytes for each thread that runs at once: 6,488,064 on an H200
 // Recurrent layers: weights are laid out as cuDNN's are (per pseudo-layer: every gate's matrices, then its biases);
 // the reserve that training keeps is modelled as gates + 2 values per step, sample, layer, direction and hidden unit.
 struct rnn{int cell,bias,bi,dtype,in,hid,proj,layers;};
