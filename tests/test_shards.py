@@ -253,6 +253,11 @@ def test_several_cards_without_a_trainer():
     assert four.notes == ("where the host runs ahead of the card, FSDP may reserve up to 128.12 MiB more",)
     buckets = mp.estimate(net(), torch.zeros(4, 1024), optimizer=torch.optim.AdamW, devices=4)  # DDP
     assert buckets.notes == ()
+    ahead = pl.strategies.FSDPStrategy(auto_wrap_policy={nn.Linear}, limit_all_gathers=False)
+    (note,) = mp.estimate(net(), torch.zeros(4, 1024), optimizer=torch.optim.SGD, devices=4, strategy=ahead).notes
+    assert (
+        note == "with limit_all_gathers=False nothing limits what FSDP reserves where the host runs ahead of the card"
+    )
     assert buckets.breakdown(64)["communication"] >= FIRST + SECOND
 
 

@@ -69,8 +69,10 @@ def waiting(parallel: Parallel, events: Sequence[Event]) -> tuple[str, ...]:
     What several streams use is free only when all are done with it (``record_stream``), and the host may be two units
     ahead of the card (``_limiter_utils.py``): then two units' parameters, and their gradients, are held twice.
     """
-    if parallel.kind != "fsdp" or parallel.ranks == 1 or not parallel.arguments.get("limit_all_gathers", True):
+    if parallel.kind != "fsdp" or parallel.ranks == 1:
         return ()
+    if not parallel.arguments.get("limit_all_gathers", True):
+        return ("with limit_all_gathers=False nothing limits what FSDP reserves where the host runs ahead of the card",)
     largest = max((e.size for e in events if e.category == "communication" and e.stream), default=0)
     return (f"where the host runs ahead of the card, FSDP may reserve up to {format_bytes(4 * largest)} more",)
 
