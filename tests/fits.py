@@ -75,6 +75,17 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(2048, 4096), nn.ReLU(), nn.Dropout(0.1), nn.Linear(4096, 4096), nn.Linear(4096, 10))
 
 
+class Pooled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(1)
+
+
+def transformer() -> nn.Module:
+    """Six blocks of 3,152,384 parameters each, for sequences of 128 with 32 features."""
+    blocks = [nn.TransformerEncoderLayer(512, 8, 2048, batch_first=True) for _ in range(6)]
+    return nn.Sequential(nn.Linear(32, 512), *blocks, Pooled(), nn.Linear(512, 10))
+
+
 def resnet50() -> nn.Module:
     import torchvision
 

@@ -1,4 +1,4 @@
-"""A fit on two GPUs: ``python ranks.py FOLDER '{"precision": ...}' '{"gradient_as_bucket_view": true}'``.
+"""A fit on two GPUs: ``python ranks.py FOLDER ddp '{"precision": ...}' '{"gradient_as_bucket_view": true}'``.
 
 Each rank writes what was planned and measured to ``FOLDER/RANK.json``. Run by ``test_strategy.py`` on the null GPU.
 """
@@ -8,14 +8,17 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fits import Classifier, Data, mlp
+from fits import Classifier, Data, mlp, transformer
 
 import lightning_memplan as mp
 
@@ -41,12 +44,13 @@ class Writes(pl.Callback):
         Path(self.folder, f"{trainer.global_rank}.json").write_text(json.dumps(result))
 
 
-def main(folder: str, settings: str, arguments: str) -> None:
+def main(folder: str, name: str, settings: str, arguments: str) -> None:
     planner = mp.MemoryPlanner()
+    module, sample, strategy = STRATEGIES[name](json.loads(arguments))
     trainer = pl.Trainer(
         accelerator="gpu",
         devices=2,
-        strategy=DDPStrategy(process_group_backend="gloo", **json.loads(arguments)),
+        strategy=strategy,
         max_steps=4,
         logger=TensorBoardLogger(folder, name="", version="logs"),
         callbacks=[planner, Writes(folder, planner)],
@@ -55,7 +59,44 @@ def main(folder: str, settings: str, arguments: str) -> None:
         enable_model_summary=False,
         **json.loads(settings),
     )
-    trainer.fit(Classifier(mlp()), Data(torch.zeros(2048), 1000000))
+    trainer.fit(module, Data(sample, 1000000))
+
+
+Job = tuple[pl.LightningModule, torch.Tensor, Strategy]
+
+
+def ddp(arguments: dict[str, Any]) -> Job:
+    return Classifier(mlp()), torch.zeros(2048), DDPStrategy(process_group_backend="gloo", **arguments)
+
+
+def fsdp(arguments: dict[str, Any]) -> Job:
+    blocks = {nn.TransformerEncoderLayer}
+    if arguments.pop("checkpointed", False):
+        arguments["activation_checkpointing_policy"] = blocks
+    strategy = FSDPStrategy(process_group_backend="gloo", auto_wrap_policy=blocks, **arguments)
+    return Classifier(transformer()), torch.zeros(128, 32), strategy
+
+
+class Meshed(Classifier):
+    def __init__(self) -> None:
+        super().__init__(nn.Identity())
+
+    def configure_model(self) -> None:
+        if not isinstance(self.net, nn.Identity):
+            return
+        with torch.device("meta"):
+            self.net = transformer()
+        for layer in self.net:
+            if isinstance(layer, nn.TransformerEncoderLayer):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+def mesh(arguments: dict[str, Any]) -> Job:
+    return Meshed(), torch.zeros(128, 32), ModelParallelStrategy(process_group_backend="gloo", **arguments)
+
+
+STRATEGIES = {"ddp": ddp, "fsdp": fsdp, "mesh": mesh}
 
 
 if __name__ == "__main__":

@@ -46,6 +46,33 @@ def test_a_view_is_no_block_and_keeps_one(recorder):
     assert _sizes(mode) == [400, -1]
 
 
+def test_a_storage_that_is_resized_is_another_block(recorder):
+    with recorder() as mode:
+        x = torch.zeros(100, device=DEVICE)
+        storage = x.untyped_storage()
+        view = x[25:]
+        assert view.data_ptr() - x.data_ptr() == 100
+        storage.resize_(0)
+        assert storage.data_ptr() == 0
+        storage.resize_(800)
+        del x, view
+        assert [(e.block, e.size) for e in mode.events] == [(0, 400), (0, FREE), (1, 800)]
+        del storage
+    assert [(e.block, e.size) for e in mode.events][3:] == [(1, FREE)]
+    host = torch.zeros(2).untyped_storage()
+    assert host.resize_(16).nbytes() == 16  # outside, all is as it was
+    assert host.data_ptr() != host._cdata
+
+
+def test_data_are_where_those_were_that_they_are_set_to(recorder):
+    with recorder() as mode:
+        parameter = torch.nn.Parameter(mode._mode.from_tensor(torch.zeros(100)))
+        assert (parameter.device, mode.events) == (torch.device("cpu"), [])
+        parameter.data = parameter.to(DEVICE)
+        assert parameter.device == DEVICE
+        assert _sizes(mode) == [400]
+
+
 def test_what_stays_on_the_host_is_real_and_unseen(recorder):
     with recorder() as mode:
         x = torch.ones(3) + 1

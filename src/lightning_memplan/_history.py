@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -104,12 +105,13 @@ def append(run: Run, path: Path) -> None:
 
 
 def structure_hash(parts: Iterable[object]) -> str:
-    """Twelve hexadecimal digits that stand for a module's structure and a step's settings.
+    """Twelve hexadecimal digits that stand for a module's structure and a step's settings, wherever in memory they are.
 
     >>> structure_hash(["Linear", (3, 4)]) == structure_hash(["Linear", (3, 4)]) != structure_hash(["Linear", (4, 3)])
     True
     """
-    return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:12]
+    text = "\n".join(re.sub(r" at 0x[0-9a-f]+", "", repr(part)) for part in parts)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import copy
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -184,17 +185,64 @@ def check_accumulation(effective_batch_size: int, module: Any, trainer: Any, par
 
 
 def parallel_of(trainer: Any) -> Parallel | None:
-    """What the Trainer's strategy wraps around a module, None where that is nothing.
+    """What the Trainer's strategy wraps around a module, None where that is nothing."""
+    strategy, on_cuda = trainer.strategy, trainer.strategy.root_device.type == "cuda"
+    found = _wrapped_by(strategy, trainer.world_size, on_cuda=on_cuda)
+    if found is None:
+        return None
+    backend = strategy._get_process_group_backend() if hasattr(strategy, "_get_process_group_backend") else ""
+    return replace(found, rank=trainer.global_rank, backend=backend)
 
-    Source: pytorch_lightning/strategies/ddp.py (2.6).
+
+def parallel_named(strategy: Any, devices: int) -> Parallel | None:
+    """The same of a strategy by its name in Lightning, or a strategy that no Trainer has yet, on so many GPUs.
+
+    Raises:
+        ValueError: Lightning knows no strategy of that name, or cannot make it here.
     """
-    strategy = trainer.strategy
-    if any(isinstance(strategy, flavour.strategies.DDPStrategy) for flavour in _FLAVOURS):
-        hook = strategy._ddp_comm_hook if strategy.root_device.type == "cuda" else None
+    if strategy is None:
+        return _wrapped_by(_made("ddp"), devices, on_cuda=True) if devices > 1 else None
+    return _wrapped_by(_made(strategy) if isinstance(strategy, str) else strategy, devices, on_cuda=True)
+
+
+def _made(name: str) -> Any:
+    registry = importlib.import_module(f"{_FLAVOURS[0].__name__}.strategies").StrategyRegistry
+    if name not in registry:
+        raise ValueError(f"Lightning has no strategy {name!r}: it has {', '.join(sorted(registry))}")
+    try:
+        return registry.get(name)
+    except Exception as error:
+        raise ValueError(f"the strategy {name!r} cannot be made here: {error}") from error
+
+
+def _wrapped_by(strategy: Any, ranks: int, *, on_cuda: bool) -> Parallel | None:
+    """Source: pytorch_lightning/strategies/ddp.py, fsdp.py and model_parallel.py (2.6)."""
+
+    def has_kind(name: str) -> bool:
+        return any(isinstance(strategy, getattr(flavour.strategies, name)) for flavour in _FLAVOURS)
+
+    if has_kind("FSDPStrategy"):
+        arguments = {
+            **strategy.kwargs,
+            "cpu_offload": strategy.cpu_offload,
+            "mixed_precision": strategy.mixed_precision,
+            "sharding_strategy": strategy.sharding_strategy,
+        }
+        return Parallel("fsdp", ranks, arguments, checkpointing=strategy._activation_checkpointing_kwargs)
+    if has_kind("DDPStrategy") and not has_kind("DeepSpeedStrategy"):  # which inherits from it
+        hook = strategy._ddp_comm_hook if on_cuda else None
         if hook is not None and strategy._ddp_comm_wrapper is not None:
             hook = strategy._ddp_comm_wrapper(hook)
         state = strategy._ddp_comm_state
-        return Parallel("ddp", trainer.world_size, strategy._ddp_kwargs, None if hook is None else (state, hook))
+        return Parallel("ddp", ranks, strategy._ddp_kwargs, None if hook is None else (state, hook))
+    if has_kind("ModelParallelStrategy"):
+        data, parts = strategy._data_parallel_size, strategy._tensor_parallel_size
+        parts = parts if isinstance(parts, int) else ranks // data if isinstance(data, int) else ranks
+        if parts * (data if isinstance(data, int) else ranks // parts) != ranks:
+            raise ValueError(f"ModelParallelStrategy's sizes, {data} and {parts}, do not make up {ranks} devices")
+        return Parallel("model_parallel", ranks, tensor_parallel=parts)
+    if has_kind("DeepSpeedStrategy") or (ranks > 1 and not has_kind("SingleDeviceStrategy")):
+        return Parallel("other", ranks, name=type(strategy).__name__)
     return None
 
 

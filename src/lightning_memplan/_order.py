@@ -8,7 +8,7 @@ coexists with them and with the optimizer's state from the second step on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, Literal, Protocol
 
@@ -25,7 +25,8 @@ from lightning_memplan._lightning import (
     is_overridden,
     move_to_device,
 )
-from lightning_memplan._strategy import silent_ranks, through, without_reduction, wrapped
+from lightning_memplan._record import module_paths
+from lightning_memplan._strategy import local, ranks_of, through, without_reduction, wrapped
 from lightning_memplan._types import Category, Layer, Phase, StepSettings
 
 TRUE_DTYPE = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
@@ -105,9 +106,13 @@ class StepRunner:
         """The strategy wraps the module, optimizers are made, then ``steps`` optimizer steps run, each of as many
         batches as are accumulated."""
         parallel = self.settings.parallel
-        with nullcontext() if parallel is None else silent_ranks(parallel.ranks):
+        with ranks_of(parallel, self.device, self.mark), ExitStack() as stack:
             if parallel is not None:
-                self._wrapper = wrapped(self.twin, parallel, self.device, self.mark)
+                self._wrapper = wrapped(self.twin, parallel, self.device, self.mark, self.settings.precision)
+                if self.lightning:
+                    self.twin._trainer.model = self.twin if self._wrapper is None else self._wrapper
+                if parallel.kind == "model_parallel":  # whose layers are there only now
+                    stack.enter_context(module_paths(self.twin, self.mark))
             self.mark.category, self.mark.path = "optimizer", ""
             self.optimizers = self.configure()
             if self.lightning:
@@ -129,12 +134,13 @@ class StepRunner:
         twin._trainer.training, twin._trainer.validating = False, kind == "validation"
         twin._trainer.testing = kind == "test"
         step = getattr(twin, f"{kind}_step")
+        indices = [0] * _indices(step)
         with torch.no_grad():
             moved = self._to_device(batch)
             mark.phase, mark.category = "forward", "activations"
             self._hook(f"on_{kind}_batch_start", moved, 0)
-            with self._precision():
-                outputs = step(moved, *[0] * _indices(step))
+            with self._precision(), ranks_of(self.settings.parallel, self.device, mark):
+                outputs = self._through(moved, lambda moved: step(moved, *indices))
             self._hook(f"on_{kind}_batch_end", outputs, moved, 0)
 
     def run_counted(self, batch: Any, batch_size: int, steps: int) -> Formula:
@@ -148,7 +154,7 @@ class StepRunner:
         sizes = {
             leaf.untyped_storage()._cdata: leaf.untyped_storage().nbytes()
             for optimizer in self.optimizers
-            for leaf in tree_leaves([list(state.values()) for state in optimizer.state.values()])
+            for leaf in map(local, tree_leaves([list(state.values()) for state in optimizer.state.values()]))
             if isinstance(leaf, torch.Tensor) and leaf.device == self.device
         }
         return sum(sizes.values())
@@ -167,7 +173,8 @@ class StepRunner:
             if not self.twin.automatic_optimization:
                 self._manual(optimizers, schedulers)
         elif self._make_optimizer is not None:
-            optimizers = [self._make_optimizer(p for p in self.twin.parameters() if p.requires_grad)]
+            module = self.twin if self._wrapper is None else self._wrapper
+            optimizers = [self._make_optimizer(p for p in module.parameters() if p.requires_grad)]
         else:
             optimizers = []
         return optimizers
@@ -302,9 +309,10 @@ class StepRunner:
         return batch
 
     def _precision(self) -> AbstractContextManager[Any]:
-        autocast = AUTOCAST_DTYPE.get(self.settings.precision)
+        autocast, parallel = AUTOCAST_DTYPE.get(self.settings.precision), self.settings.parallel
         if autocast is not None:
-            return torch.autocast(self.device.type, dtype=autocast, cache_enabled=False)
+            cache = parallel is not None and parallel.kind == "fsdp"  # FSDPPrecision.forward_context
+            return torch.autocast(self.device.type, dtype=autocast, cache_enabled=cache)
         return _default_dtype(self.dtype) if self.dtype is not None else nullcontext()
 
     def _training_step(self, moved: Any, index: int) -> Any:
@@ -316,20 +324,10 @@ class StepRunner:
         return outputs.pop()
 
     def _wrapped_step(self, moved: Any, index: int) -> Any:
-        if self._wrapper is None:
-            return self._user_step(moved, index)
-        category, self.mark.category = self.mark.category, "communication"  # what the wrapper does before and after
+        return self._through(moved, lambda moved: self._user_step(moved, index))
 
-        def step(moved: Any) -> Any:
-            self.mark.category = category
-            try:
-                return self._user_step(moved, index)
-            finally:
-                self.mark.category = "communication"
-
-        outputs = through(self._wrapper, self.twin, step, moved)
-        self.mark.category = category
-        return outputs
+    def _through(self, moved: Any, step: Callable[[Any], Any]) -> Any:
+        return step(moved) if self._wrapper is None else through(self._wrapper, self.twin, step, moved, self.mark)
 
     def _user_step(self, moved: Any, index: int) -> Any:
         if not self.lightning:

@@ -391,8 +391,10 @@ class _Run:
     def copy(self) -> Any:
         """A copy that is set up and not yet moved to the card, as the module is before a Trainer's strategy is."""
         sets_up = self.stage is not None and is_overridden("setup", self.module)
-        configures = is_overridden("configure_model", self.module)
-        memo = {} if sets_up or configures else _shared(self.module)
+        parallel = self.settings.parallel
+        meshed = parallel is not None and parallel.kind == "model_parallel"  # configured with its mesh, and not before
+        configures = is_overridden("configure_model", self.module) and not meshed
+        memo = {} if sets_up or configures or meshed else _shared(self.module)
         twin: Any = twin_of(self.module, memo, trainer=self.trainer, device=self.device)
         if sets_up:
             twin.setup(self.stage)
@@ -401,7 +403,9 @@ class _Run:
         return twin
 
     def move(self, twin: Any) -> Any:
-        return twin.to(device=self.device, dtype=TRUE_DTYPE.get(self.settings.precision))
+        parallel = self.settings.parallel
+        device = None if parallel is not None and parallel.shards else self.device  # a wrapper that shards moves it
+        return twin.to(device=device, dtype=TRUE_DTYPE.get(self.settings.precision))
 
     def runner(self, twin: Any, mark: _Place) -> _Runner:
         return _Runner(twin, mark, self.device, self.settings, datamodule=self.datamodule, optimizer=self.optimizer)

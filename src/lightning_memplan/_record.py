@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import chain, groupby
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, Protocol
@@ -50,6 +51,7 @@ class Rules(NamedTuple):
     shapes: Mapping[Any, Callable[..., Sequence[tuple[torch.Tensor | torch.Size, torch.dtype] | None] | None]] = {}
 
 
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 _RAND = torch.ops.aten.rand.default
 _DEVICE_OF = torch.ops.prim.device.default
 _ADD = torch.ops.aten.add.Tensor
@@ -83,8 +85,9 @@ class Recorder(TorchDispatchMode):
         self._shapes = rules.shapes
         self._running: set[Any] = set()  # the kernels that are being told
         self._constructors = _Constructors()
+        self._storages = _Storages(self)
         self._made: set[tuple[str, bool]] = set()
-        self._blocks: dict[int, int] = {}  # a live storage's address -> its block
+        self._blocks: dict[int, int | None] = {}  # a live storage's address -> its block, None while it has no bytes
         self._owners: dict[int, int] = {}  # a block -> the number of storages that stand for it
         self._deaths: dict[int, weakref.ref[Any]] = {}
         self._changed: list[weakref.ref[torch.Tensor]] = []  # views that were written to since the last operator
@@ -101,6 +104,10 @@ class Recorder(TorchDispatchMode):
             return args[0].device
         kwargs = kwargs or {}
         out: Any
+        if torch._C._get_dispatch_mode(_FAKE) is not None:
+            return func(*args, **kwargs)  # only shapes are asked for, by a fake mode of someone else's
+        if any(map(_is_wrapper, types)):
+            return NotImplemented  # a distributed tensor says by itself what is done on this rank
         if FakeTensor not in types and kwargs.get("device") != DEVICE:
             if func is _RAND and not args[0]:
                 return torch.tensor(1 - 2**-24)  # one number, to leave out a layer by chance: every layer runs
@@ -142,17 +149,33 @@ class Recorder(TorchDispatchMode):
     def __enter__(self) -> Recorder:
         if not self._running:
             self._constructors.__enter__()  # type: ignore[no-untyped-call]
+            self._storages.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         if not self._running:
+            self._storages.__exit__()
             self._constructors.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def adopt(self, tensor: torch.Tensor) -> None:
         """Record a tensor that was made outside: a parameter, a buffer, a batch."""
         self._see(tensor, None)
+
+    def resize(self, storage: torch.UntypedStorage, size: int) -> None:
+        """Record that a storage is given other bytes, or none: so wrappers hold parameters while they are needed."""
+        key = storage._cdata
+        if key not in self._blocks:
+            return
+        before, block = self._blocks[key], None
+        if size:
+            block = self._next
+            self._next += 1
+            self._write(block, size, "communication", None)
+            self._owners[block] = 1
+        self._blocks[key] = block
+        self._release(before)
 
     def empty_cache(self) -> None:
         """Record that all that is cached goes back to the card."""
@@ -161,6 +184,7 @@ class Recorder(TorchDispatchMode):
     def stop(self) -> None:
         """Write nothing more: what is freed from here on is the end of the recording."""
         self._deaths.clear()
+        self._blocks.clear()
 
     # -- how it writes it down
 
@@ -240,14 +264,19 @@ class Recorder(TorchDispatchMode):
         self._blocks[key] = block
         self._owners[block] = self._owners.get(block, 0) + 1
 
-        def died(_: object, key: int = key, block: int = block) -> None:
-            del self._blocks[key], self._deaths[key]
-            self._owners[block] -= 1
-            if not self._owners[block]:
-                del self._owners[block]
-                self._write(block, -1, "other", None)
+        def died(_: object, key: int = key) -> None:
+            del self._deaths[key]
+            self._release(self._blocks.pop(key))
 
         self._deaths[key] = weakref.ref(storage, died)
+
+    def _release(self, block: int | None) -> None:
+        if block is None:
+            return
+        self._owners[block] -= 1
+        if not self._owners[block]:
+            del self._owners[block]
+            self._write(block, -1, "other", None)
 
     def _pass(self, sizes: Sequence[Any], func: Any, out: Any) -> None:
         """Allocate all of these, then free them, the last first; a list among them is a scope of its own."""
@@ -324,6 +353,12 @@ def _into_zeros(grads: Sequence[torch.Tensor | None], given: Sequence[torch.Tens
     )
 
 
+@cache
+def _is_wrapper(kind: type) -> bool:
+    """Whether tensors of this kind hold others, on which their operators work (DTensor)."""
+    return hasattr(kind, "__tensor_flatten__")
+
+
 _IN_PLACE: dict[Any, bool] = {}
 
 
@@ -363,11 +398,41 @@ _INTO_ZEROS = frozenset(
 )
 
 
+class _Storages:
+    """While it is entered, a storage that is resized says so, and is told apart from others by its address.
+
+    Source: torch/distributed/fsdp/_flat_param.py and torch/distributed/utils.py (``_alloc_storage``, ``_free_storage``;
+    2.14), which gather parameters into a storage that has bytes only while they are needed.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def __enter__(self) -> None:
+        recorder, kind = self._recorder, torch.UntypedStorage
+        resize, address = self._before = kind.resize_, kind.data_ptr
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+            resized = resize(storage, size)
+            recorder.resize(storage, size)
+            return resized
+
+        def data_ptr(storage: torch.UntypedStorage) -> int:
+            if storage.device.type != "meta":
+                return address(storage)
+            return storage._cdata if storage.nbytes() else 0
+
+        kind.resize_, kind.data_ptr = resize_, data_ptr  # type: ignore[method-assign, assignment]
+
+    def __exit__(self) -> None:
+        torch.UntypedStorage.resize_, torch.UntypedStorage.data_ptr = self._before  # type: ignore[method-assign]
+
+
 class _Constructors(TorchFunctionMode):
     """Where tensors are made and moved to, by the user's code.
 
     What it puts on ``"cuda"`` is put on ``DEVICE``. Tensors that are made of Python's numbers are made on the host by
-    torch, which forgets ``DEVICE``'s index there.
+    torch, which forgets ``DEVICE``'s index there. A fake tensor whose data are replaced is where these are.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -376,6 +441,12 @@ class _Constructors(TorchFunctionMode):
             kwargs = {**kwargs, "device": DEVICE}
         if func is torch.Tensor.cuda:
             return args[0].to(DEVICE)
+        if func is torch.Tensor.pin_memory and isinstance(args[0], FakeTensor):
+            return args[0]  # on the host, pinned or not
+        if func == _SET_DATA and isinstance(args[0], FakeTensor) and isinstance(args[1], FakeTensor):
+            args[0].fake_device = args[1].fake_device
+        if func is torch.Tensor.data_ptr and isinstance(args[0], FakeTensor):
+            return args[0].untyped_storage().data_ptr() + args[0].storage_offset() * args[0].element_size()
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], DEVICE, *args[2:])
         if func not in _FROM_NUMBERS:
@@ -396,6 +467,7 @@ def _is_cuda(device: object) -> bool:
     return type(device) is int or (isinstance(device, str) and device.partition(":")[0] == "cuda")
 
 
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _FROM_NUMBERS = frozenset({torch.tensor, torch.as_tensor, torch.Tensor.new_tensor})
 
 
@@ -420,7 +492,8 @@ def module_paths(module: torch.nn.Module, recorder: HasPath) -> Iterator[None]:
             recorder.path = stack.pop() if stack else ""
 
         handles.append(child.register_forward_pre_hook(enter))
-        handles.append(child.register_forward_hook(leave))
+        # whatever is raised: checkpointing stops a recomputation by an exception, when it has what it needs
+        handles.append(child.register_forward_hook(leave, always_call=True))
     try:
         yield
     finally:

@@ -80,6 +80,8 @@ def plan_table(plan: Plan, rows: Iterable[tuple[str, str]] = ()) -> str:
             f"{_share(plan.predicted_allocated, total)} of the {where}{phase}",
         ),
     ]
+    if plan.nccl:
+        lines.insert(2, _row("  NCCL", format_bytes(plan.nccl), "left to it beside the allocator: an allowance"))
     if plan.reserved_range is not None and plan.reserved_range.high > plan.predicted_peak:
         usual, most = map(format_bytes, plan.reserved_range[1:])
         lines.insert(-1, _row("  with cuDNN", usual, f"expected of its workspaces, {most} at most"))

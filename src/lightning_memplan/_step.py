@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -39,8 +39,10 @@ from lightning_memplan._lightning import (
 from lightning_memplan._order import STEPS, TRUE_DTYPE, MakeOptimizer, StepRunner
 from lightning_memplan._record import DEVICE, Recorder, Rules, labelled, module_paths
 from lightning_memplan._scaling import extended
+from lightning_memplan._shards import units_by_policy, waiting
+from lightning_memplan._strategy import ranks_of, unparallelized, wrapped
 from lightning_memplan._twin import explain, metric_states, twin_of
-from lightning_memplan._types import StepSettings, Trace
+from lightning_memplan._types import Parallel, StepSettings, Trace
 
 
 def _fake(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device, dtype: torch.dtype | None) -> FakeTensor:
@@ -52,9 +54,14 @@ def _fake(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device, dtyp
 
 
 def detached_copy(
-    module: nn.Module, mode: FakeTensorMode, *, dtype: torch.dtype | None = None, trainer: Any = None
+    module: nn.Module,
+    mode: FakeTensorMode,
+    *,
+    dtype: torch.dtype | None = None,
+    trainer: Any = None,
+    device: torch.device = DEVICE,
 ) -> nn.Module:
-    """A copy of the module whose parameters and buffers are fake tensors on ``DEVICE``; the original stays as it is.
+    """A copy of the module whose parameters and buffers are fake tensors on ``device``; the original stays as it is.
 
     Raises:
         TraceError: a part of the module cannot be copied, or its parameters are not there yet (lazy modules).
@@ -66,13 +73,13 @@ def detached_copy(
                 f"{name!r} has no shape yet (a lazy module): run the module once on a batch before planning"
             )
         if id(parameter) not in memo:
-            fake = nn.Parameter(_fake(parameter, mode, DEVICE, dtype), requires_grad=parameter.requires_grad)
+            fake = nn.Parameter(_fake(parameter, mode, device, dtype), requires_grad=parameter.requires_grad)
             own = fake.__dict__  # a fake tensor's mode is such an attribute, and that of a copy's copy is not its own
             own.update({k: v for k, v in parameter.__dict__.items() if not k.startswith("_") and k not in own})
             memo[id(parameter)] = fake
     for buffer in module.buffers():
         if id(buffer) not in memo:
-            memo[id(buffer)] = _fake(buffer, mode, DEVICE, dtype)
+            memo[id(buffer)] = _fake(buffer, mode, device, dtype)
     for state in metric_states(module):
         memo[id(state)] = _fake(state, mode, DEVICE, None)
     return twin_of(module, memo, trainer=trainer, device=DEVICE)
@@ -81,8 +88,13 @@ def detached_copy(
 def prepared(module: nn.Module, settings: StepSettings, *, trainer: Any = None, stage: str | None = None) -> nn.Module:
     """The module as it will be when training begins: itself, or a detached copy on which ``setup(stage)`` and
     ``configure_model`` have been called, where it has them. Weights that these make take no memory."""
+    parallel = settings.parallel
     calls_setup = stage is not None and is_overridden("setup", module)
-    if not calls_setup and not is_overridden("configure_model", module):
+    configures = is_overridden("configure_model", module)
+    configures = configures and (
+        parallel is None or parallel.kind != "model_parallel"
+    )  # that needs a mesh, at its time
+    if not calls_setup and not configures:
         return module
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     twin: Any = detached_copy(module, mode, dtype=TRUE_DTYPE.get(settings.precision), trainer=trainer)
@@ -90,9 +102,12 @@ def prepared(module: nn.Module, settings: StepSettings, *, trainer: Any = None, 
         with isolated_random_state(), _no_warnings():
             if calls_setup:
                 twin.setup(stage)
-            if is_overridden("configure_model", module):
-                with Recorder(mode, Rules()), DEVICE:
+            if configures:
+                shards = parallel is not None and parallel.shards
+                with Recorder(mode, Rules()), DEVICE, units_by_policy() if shards else nullcontext():
                     twin.configure_model()
+    except TraceError:
+        raise
     except Exception as error:
         raise TraceError(explain(error)) from error
     for child in twin.modules():
@@ -259,6 +274,8 @@ def trace_test(
         TraceError: the step needs what a fake tensor cannot give; names the line of the user's code.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    if settings.parallel is not None and settings.parallel.shards:
+        raise TraceError("what each rank holds of sharded parameters in a test is not modelled")
     settings = replace(settings, accumulate_grad_batches=1, parallel=None)  # no strategy wraps what is not trained
     size, batch = batches[0]
     with _as_on_the_card(settings), _no_collection():
@@ -294,8 +311,13 @@ def run_formula(
     size, batch = sample
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     notes: tuple[str, ...] = ()
-    with _as_on_the_card(settings):
+    with _as_on_the_card(settings), ExitStack() as stack:
+        parallel = settings.parallel
+        if parallel is not None:  # a module that is configured with a mesh is given one of a single rank
+            meshed = parallel.kind == "model_parallel"
+            settings = replace(settings, parallel=Parallel("model_parallel", ranks=1) if meshed else None)
         run = _Run(module, mode, settings, trainer, datamodule, optimizer)
+        stack.enter_context(run.alone())
         failed: list[Exception] = []
 
         def forward() -> None:
@@ -338,8 +360,26 @@ class _Run(StepRunner):
             temporaries(settings.capability), workspaces(settings.capability), WIDTHS, ORDER, KERNELS, LONGEST, SHAPES
         )
         self.recorder = Recorder(mode, rules)
-        twin = detached_copy(module, mode, dtype=TRUE_DTYPE.get(settings.precision), trainer=trainer)
+        shards = settings.parallel is not None and settings.parallel.shards
+        twin = detached_copy(
+            module,
+            mode,
+            dtype=TRUE_DTYPE.get(settings.precision),
+            trainer=trainer,
+            device=torch.device("cpu") if shards else DEVICE,  # a wrapper that shards moves what it shards
+        )
         super().__init__(twin, self.recorder, DEVICE, settings, datamodule=datamodule, optimizer=optimizer)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Where a forward pass can run by itself: the twin's layers are there."""
+        parallel = self.settings.parallel
+        with ranks_of(parallel, DEVICE, self.recorder):
+            if parallel is not None:
+                with self.recorder:
+                    wrapped(self.twin, parallel, DEVICE, self.recorder, self.settings.precision)
+                    unparallelized(self.twin)
+            yield
 
     def configure(self) -> list[torch.optim.Optimizer]:
         optimizers = super().configure()
@@ -367,6 +407,8 @@ class _Run(StepRunner):
             notes = (f"the step reads values of tensors ({recorder.values_read} times in {steps} steps): taken as 0",)
         if recorder.lengths_taken:
             notes += ("the step selects by values (a mask, nonzero, unique): planned as if all were selected",)
+        if self.settings.parallel is not None:
+            notes += waiting(self.settings.parallel, recorder.events)
         return Trace(size, labelled(recorder.events), notes)
 
     def optimizer_bytes(self) -> int:

@@ -1,5 +1,7 @@
 """What a strategy wraps around a module that several processes train together: its memory is the wrapper's own.
 
+DistributedDataParallel is here, what shards parameters in ``_shards``.
+
 The real wrapper runs around a copy of the module, in a group of ranks that says nothing: every collective is done as
 soon as it is asked for, and moves no byte. So buckets, their sizes, their order and the moment at which they are
 rebuilt are those of torch's own code, on fake tensors in a trace and on the GPU in a probe, and one process is enough.
@@ -11,30 +13,90 @@ pytorch_lightning/strategies/ddp.py (2.6).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
-from lightning_memplan._types import Category, Parallel
+from lightning_memplan._errors import TraceError
+from lightning_memplan._shards import Mark, begin, fully_sharded, let_go, noted_streams
+from lightning_memplan._types import Parallel, Precision
 
 #: The stream beside the default one on which Lightning makes DistributedDataParallel, as events number it
 SIDE_STREAM = 1
 
 
-class Mark(Protocol):
-    """What is told which kind of memory is taken from here on, and on which stream."""
+@contextmanager
+def ranks_of(parallel: Parallel | None, device: torch.device, mark: Mark) -> Iterator[None]:
+    """Where steps of what a strategy wraps can run in one process; nothing changes where it wraps nothing."""
+    with ExitStack() as stack:
+        if parallel is not None:
+            stack.enter_context(silent_ranks(parallel.ranks, parallel.rank, copies=parallel.backend == "gloo"))
+            if parallel.kind == "model_parallel":
+                stack.callback(_forget_mesh)
+            if parallel.shards:
+                stack.enter_context(let_go(device) if device.type == "cuda" else noted_streams(device, mark))
+        yield
 
-    category: Category
-    stream: int
+
+def wrapped(
+    twin: nn.Module, parallel: Parallel, device: torch.device, mark: Mark, precision: Precision
+) -> nn.Module | None:
+    """``twin``, wrapped as the strategy wraps it, None where it is changed in its place; in ``ranks_of`` only.
+
+    Raises:
+        TraceError: the strategy's memory is not modelled.
+    """
+    if parallel.kind == "other":
+        raise TraceError(
+            f"what {parallel.name} keeps on each of {parallel.ranks} cards is not modelled; what DDP and FSDP keep is "
+            "(strategy='fsdp' shards what DeepSpeed's stage 3 does)"
+        )
+    category = mark.category
+    try:
+        if parallel.kind == "ddp":
+            return _replicated(twin, parallel, device, mark)
+        if parallel.kind == "fsdp":
+            return fully_sharded(twin, parallel, device, mark, precision)
+        _parallelized(twin, parallel, device, mark)
+        return None
+    finally:
+        mark.category = category
 
 
-def wrapped(twin: nn.Module, parallel: Parallel, device: torch.device, mark: Mark) -> nn.Module:
-    """``twin``, wrapped as the strategy wraps it; in ``silent_ranks`` only."""
+def _parallelized(twin: Any, parallel: Parallel, device: torch.device, mark: Mark) -> None:
+    """As ModelParallelStrategy does: ``configure_model`` shards layers over a mesh, then they are given memory."""
+    mark.category = "parameters"
+    parts, whole = parallel.tensor_parallel, parallel.ranks
+    places = zip(divmod(parallel.rank, parts), (whole // parts, parts), strict=True)
+    groups: list[Any] = [_Silent(rank, size) for rank, size in places]  # type: ignore[call-arg]
+    for group, name in zip(groups, _DIMENSIONS, strict=True):
+        group.copies, group.group_name = parallel.backend == "gloo", f"silent {name}"
+        torch._C._distributed_c10d._register_process_group(group.group_name, group)
+    ranks = torch.arange(whole).view(-1, parts)
+    mesh = DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=_DIMENSIONS)
+    twin._device_mesh = mesh
+    with torch.device("meta"):
+        twin.configure_model()
+    twin.to_empty(device=device)
+
+
+_DIMENSIONS = ("data_parallel", "tensor_parallel")  # of ModelParallelStrategy's mesh
+
+
+def _forget_mesh() -> None:
+    for name in _DIMENSIONS:
+        with suppress(RuntimeError):  # the strategy had not come to it
+            torch._C._distributed_c10d._unregister_process_group(f"silent {name}")  # type: ignore[arg-type]
+
+
+def _replicated(twin: nn.Module, parallel: Parallel, device: torch.device, mark: Mark) -> nn.Module:
     real = device.type == "cuda"
-    category, mark.category = mark.category, "communication"
+    mark.category = "communication"
     arguments = dict(parallel.arguments)
     mark.stream = SIDE_STREAM  # Lightning makes it under a stream of its own, whose cache serves no other
     with torch.cuda.stream(torch.cuda.Stream()) if real else nullcontext():
@@ -44,7 +106,6 @@ def wrapped(twin: nn.Module, parallel: Parallel, device: torch.device, mark: Mar
     mark.stream = 0
     if parallel.hook is not None:
         wrapper.register_comm_hook(*parallel.hook)
-    mark.category = category
     return wrapper
 
 
@@ -56,22 +117,48 @@ def _broadcast_states(twin: nn.Module) -> None:
         torch.distributed._broadcast_coalesced(group, states, 250 * 2**20, 0)  # type: ignore[attr-defined]
 
 
-def through(wrapper: nn.Module, twin: nn.Module, step: Callable[..., Any], moved: Any) -> Any:
+def local(value: Any) -> Any:
+    """What of a distributed tensor is on this rank; anything else is itself."""
+    return value.to_local() if isinstance(value, torch.Tensor) and hasattr(value, "to_local") else value
+
+
+def unparallelized(twin: nn.Module) -> None:
+    """Undo what ``configure_model`` did with a mesh of a single rank: plain parameters, and no hook of torch's."""
+    for module in twin.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if str(hook.__module__).startswith("torch.distributed.")]:
+                del hooks[key]
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(local(parameter.detach()), parameter.requires_grad)
+
+
+def through(wrapper: nn.Module, twin: nn.Module, step: Callable[..., Any], moved: Any, mark: Mark) -> Any:
     """Run a step of ``twin`` through its wrapper's forward, as Lightning redirects ``training_step``."""
-    own = twin.__dict__.get("forward")
+    own, category = twin.__dict__.get("forward"), mark.category
 
     def forward(*args: Any) -> Any:
         del twin.__dict__["forward"]
         if own is not None:
             twin.__dict__["forward"] = own
-        return step(*args)
+        mark.category = category
+        try:
+            return step(*args)
+        finally:
+            mark.category = around
 
     twin.__dict__["forward"] = forward
-    return wrapper(moved)
+    mark.category = "communication"
+    begin(wrapper)
+    around = mark.category = "communication" if isinstance(wrapper, DistributedDataParallel) else category
+    try:
+        return wrapper(moved)
+    finally:
+        mark.category = category
 
 
 def without_reduction(wrapper: nn.Module | None) -> AbstractContextManager[Any]:
-    """A batch whose gradients are only added up: nothing is reduced."""
+    """A batch whose gradients are only added up: nothing is reduced (``ParallelStrategy.block_backward_sync``)."""
     return nullcontext() if wrapper is None else wrapper.no_sync()  # type: ignore[operator]
 
 
@@ -79,13 +166,15 @@ def without_reduction(wrapper: nn.Module | None) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def silent_ranks(count: int) -> Iterator[None]:
-    """Whatever is asked of ``torch.distributed`` inside is answered as by rank 0 of ``count``, and reaches no one.
+def silent_ranks(count: int, rank: int = 0, *, copies: bool = False) -> Iterator[None]:
+    """Whatever is asked of ``torch.distributed`` inside is answered as by one rank of ``count``, and reaches no one.
 
     The group that is there, if any, is put back afterwards. Nothing of the user's code can make other ranks wait.
+    ``copies`` says that gathering and scattering go through a copy of all of it on the card, as gloo's do.
     """
     world = torch.distributed.distributed_c10d._world
-    before, group = world.default_pg, _Silent(0, count)  # type: ignore[call-arg]
+    before, group = world.default_pg, _Silent(rank, count)  # type: ignore[call-arg]
+    group.copies = copies
     world.default_pg = group
     world.pg_map[group] = ("silent", None)  # type: ignore[assignment]
     world.pg_group_ranks[group] = {rank: rank for rank in range(count)}
@@ -97,7 +186,20 @@ def silent_ranks(count: int) -> Iterator[None]:
 
 
 class _Silent(torch.distributed.ProcessGroup):
-    """A group whose collectives leave the tensors as they are."""
+    """A group whose collectives leave the tensors as they are.
+
+    Source of the copies: torch/csrc/distributed/c10d/ProcessGroupGloo.cpp (2.14), ``_allgather_base`` and
+    ``reduce_scatter_tensor_coalesced``.
+    """
+
+    copies = False
+    group_name: Any = "silent"
+
+    def _copy(self, whole: Any) -> None:
+        """A copy that is gone when the collective is done."""
+        if self.copies:
+            tensors = tree_leaves(whole)
+            torch.empty(sum(tensor.numel() for tensor in tensors), dtype=tensors[0].dtype, device=tensors[0].device)
 
     def getBackendName(self) -> str:  # noqa: N802 - torch's name
         return "silent"
@@ -109,13 +211,20 @@ class _Silent(torch.distributed.ProcessGroup):
         return _done(tensors)
 
     def allgather(self, outputs: Any, *_: Any) -> Any:
+        self._copy(outputs)
         return _done(outputs)
 
     def _allgather_base(self, output: Any, *_: Any) -> Any:
+        self._copy(output)
         return _done([output])
 
-    def _reduce_scatter_base(self, output: Any, *_: Any) -> Any:
+    def _reduce_scatter_base(self, output: Any, whole: Any, *_: Any) -> Any:
+        self._copy(whole)
         return _done([output])
+
+    # their names from 2.14 on
+    all_gather_single = _allgather_base  # type: ignore[assignment]
+    reduce_scatter_single = _reduce_scatter_base  # type: ignore[assignment]
 
     def barrier(self, *_: Any, **__: Any) -> Any:
         return _done([])

@@ -174,6 +174,7 @@ class Plan:
     effective_batch_size: int | None = None  #: samples that the optimizer sees a step, over all devices, if asked for
     confirmed: int | None = None  #: peak bytes reserved in real steps of that batch size, where they were run
     reserved_range: Range | None = None  #: peak bytes reserved, by what cuDNN's convolutions take beside their operands
+    nccl: int = 0  #: bytes of the card that are left to NCCL, beside the allocator: an allowance, in ``device.context``
 
 
 class Peaks(NamedTuple):
@@ -315,16 +316,32 @@ class Parallel:
     """How several processes, a card each, train a module together.
 
     ``arguments`` are what the strategy makes its wrapper with; ``hook`` is the state and the function of a
-    communication hook, where it registers one.
+    communication hook, where it registers one; ``checkpointing`` says which layers a strategy wraps to be computed
+    again in the backward pass. ``rank`` is the one that is planned for: shards differ by a few bytes. ``backend`` moves
+    tensors between cards.
 
     >>> Parallel("ddp", ranks=2, arguments={"gradient_as_bucket_view": True}).ranks
     2
+    >>> Parallel("fsdp", ranks=8).shards
+    True
+
+    ``"other"`` is a strategy, by its ``name``, whose memory is not modelled.
     """
 
-    kind: Literal["ddp"]
+    kind: Literal["ddp", "fsdp", "model_parallel", "other"]
     ranks: int
     arguments: Mapping[str, Any] = field(default_factory=dict)
     hook: tuple[Any, Any] | None = None
+    checkpointing: Mapping[str, Any] = field(default_factory=dict)
+    rank: int = 0
+    backend: str = "nccl"
+    name: str = ""
+    tensor_parallel: int = 1  #: of the ranks, how many share the work on a sample: ModelParallelStrategy's
+
+    @property
+    def shards(self) -> bool:
+        """Whether each rank holds a part of the parameters, which the wrapper moves to the card."""
+        return self.kind in ("fsdp", "model_parallel")
 
 
 @dataclass(frozen=True, slots=True)

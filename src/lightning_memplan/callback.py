@@ -21,6 +21,7 @@ from lightning_memplan._api import (
     estimate_validation,
     estimates,
     named_device,
+    nccl_allowance,
     plan_estimate,
     samples_of_a_rank,
 )
@@ -275,10 +276,12 @@ class MemoryPlanner(CallbackBase):
         self._held = held + beside
         if self.method == "auto" and first.method == "formula" and trainer.is_global_zero:
             warnings.warn(f"MemoryPlanner: {'; '.join(first.notes)}", stacklevel=2)
-        card = replace(device, context=device.context + self._held)
+        nccl = nccl_allowance(settings, device)
+        card = replace(device, context=device.context + self._held + nccl)
         self._settings, self._structure = settings, first.structure(type(module).__name__, settings, ranks)
         self._lesson = self._learn(card, first.method)
         limits: dict[str, Any] = {"device": card, "margin": self._lesson.margin, "multiple_of": self.multiple_of}
+        limits["nccl"] = nccl
         planned = partial(
             plan_estimate,
             estimate_at,
@@ -547,7 +550,7 @@ class MemoryPlanner(CallbackBase):
             structure=structure,
             model=type(module).__name__,
             outcome=outcome,
-            settings=asdict(self._settings),
+            settings=_on_record(self._settings),
             rank=trainer.global_rank,
             ranks=trainer.world_size,
             held=self._held,
@@ -598,3 +601,10 @@ class MemoryPlanner(CallbackBase):
             applied["accumulate_grad_batches"] = self.plan.accumulate_grad_batches
             applied["effective_batch_size"] = self.plan.effective_batch_size
         return applied
+
+
+def _on_record(settings: StepSettings) -> dict[str, Any]:
+    """The settings as history keeps them: what a strategy's arguments hold cannot always be copied."""
+    parallel = settings.parallel
+    ranks = None if parallel is None else f"{parallel.kind} on {parallel.ranks} ranks"
+    return asdict(replace(settings, parallel=None)) | {"parallel": ranks}

@@ -1,0 +1,216 @@
+"""Parameters of which each rank holds a part: torch's own FullyShardedDataParallel, around a copy of the module.
+
+It flattens, gathers and frees parameters, reduces gradients and prefetches by itself, as on a card. What it asks of the
+card are streams and events: in a trace they are only noted, so that each block is allocated on the stream on which it
+would be. The optimizer is made of the shards, so its state is sharded too.
+
+Source: torch/distributed/fsdp (2.14): ``_init_utils.py``, ``_flat_param.py``, ``_runtime_utils.py``;
+pytorch_lightning/strategies/fsdp.py and lightning_fabric/strategies/fsdp.py (2.6).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from lightning_memplan._errors import TraceError
+from lightning_memplan._types import Category, Event, Parallel, Precision
+from lightning_memplan._units import format_bytes
+
+#: In which FSDP gathers parameters, reduces gradients and keeps buffers (FSDPPrecision.mixed_precision_config)
+_DTYPES = {
+    "32-true": torch.float32,
+    "16-mixed": torch.float16,
+    "16-true": torch.float16,
+    "bf16-mixed": torch.bfloat16,
+    "bf16-true": torch.bfloat16,
+}
+
+
+class Mark(Protocol):
+    """What is told which kind of memory is taken from here on, and on which stream."""
+
+    category: Category
+    stream: int
+
+
+def fully_sharded(
+    twin: nn.Module, parallel: Parallel, device: torch.device, mark: Mark, precision: Precision
+) -> nn.Module:
+    """``twin``, whose parameters are on the host, wrapped as FSDPStrategy wraps it: unit by unit moved and sharded.
+
+    Raises:
+        TraceError: an argument of the strategy whose memory is not modelled; says which.
+    """
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+
+    _check(parallel.arguments)
+    if precision not in _DTYPES:
+        raise TraceError(f"FSDP does not train in precision {precision!r}")
+    mark.category = "parameters"
+    arguments, dtype = dict(parallel.arguments), _DTYPES[precision]
+    if arguments.get("mixed_precision") is None:
+        arguments["mixed_precision"] = MixedPrecision(param_dtype=dtype, reduce_dtype=dtype, buffer_dtype=dtype)
+    wrapper = FullyShardedDataParallel(twin, device_id=device, **arguments)
+    if parallel.checkpointing:
+        apply_activation_checkpointing(wrapper, **parallel.checkpointing)
+    return wrapper
+
+
+def waiting(parallel: Parallel, events: Sequence[Event]) -> tuple[str, ...]:
+    """A note on what a card may reserve more than a trace, in which no stream waits for another.
+
+    What several streams use is free only when all are done with it (``record_stream``), and the host may be two units
+    ahead of the card (``_limiter_utils.py``): then two units' parameters, and their gradients, are held twice.
+    """
+    if parallel.kind != "fsdp" or parallel.ranks == 1:
+        return ()
+    if not parallel.arguments.get("limit_all_gathers", True):
+        return ("with limit_all_gathers=False nothing limits what FSDP reserves where the host runs ahead of the card",)
+    largest = max((e.size for e in events if e.category == "communication" and e.stream), default=0)
+    return (f"where the host runs ahead of the card, FSDP may reserve up to {format_bytes(4 * largest)} more",)
+
+
+@contextmanager
+def units_by_policy() -> Iterator[None]:
+    """``configure_model`` may make layers, and leaves it to the strategy which of them are units of their own.
+
+    Raises:
+        TraceError: it calls ``wrap`` or ``auto_wrap``.
+    """
+    from torch.distributed.fsdp.wrap import enable_wrap
+
+    def refuse(module: nn.Module, **_: Any) -> nn.Module:
+        raise TraceError(
+            "wrap() in configure_model is not modelled: name the layers by FSDPStrategy(auto_wrap_policy=...)"
+        )
+
+    with enable_wrap(wrapper_cls=refuse):
+        yield
+
+
+def begin(wrapper: nn.Module) -> None:
+    """What a wrapper does once, when its first forward pass begins: it tries out what it gathers parameters into."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, _runtime_utils
+
+    if isinstance(wrapper, FullyShardedDataParallel):
+        _runtime_utils._lazy_init(wrapper, wrapper)
+
+
+def _check(arguments: Mapping[str, Any]) -> None:
+    """Raise TraceError where FSDP would talk to some of the ranks, name the user's own modules, or use the host."""
+    names = ("ignored_modules", "ignored_states", "process_group", "device_mesh")
+    named = [f"{name}=..." for name in names if arguments.get(name)]
+    strategy, offload = arguments.get("sharding_strategy"), arguments.get("cpu_offload")
+    if "HYBRID" in str(strategy):
+        named.append("sharding_strategy='HYBRID_SHARD'")
+    if offload is not None and offload.offload_params:
+        named.append("cpu_offload=True")
+    if named:
+        raise TraceError(f"the memory of FSDPStrategy({', '.join(named)}) is not modelled: plan without it")
+
+
+@contextmanager
+def let_go(device: torch.device) -> Iterator[None]:
+    """Let nothing hold the wrapper afterwards: autograd's thread keeps the last backward pass, with FSDP's callback at
+    its end, until it is given another (torch/csrc/autograd/engine.cpp, ``Engine::thread_main``)."""
+    try:
+        yield
+    finally:
+        with torch.enable_grad(), suppress(torch.OutOfMemoryError):
+            torch.zeros((), device=device, requires_grad=True).backward()
+
+
+# ----------------------------------------------------------------------------------------- streams that are only noted
+
+
+@contextmanager
+def noted_streams(device: torch.device, mark: Mark) -> Iterator[None]:
+    """FSDP takes ``device`` for a card: what it allocates on a stream is marked with the stream's number."""
+    from torch.distributed.fsdp import _common_utils
+
+    card = _Card(device, mark)
+    with ExitStack() as stack:
+        stack.enter_context(_in_place_of(_common_utils._FSDPDeviceHandle, "from_device", classmethod(lambda *_: card)))
+        for module in _FSDP2:
+            stack.enter_context(_in_place_of(importlib.import_module(module), "_get_device_handle", lambda _: card))
+        first = importlib.import_module(_FSDP2[0])
+        stack.enter_context(_in_place_of(first, "_get_device_from_mesh", lambda _: device))
+        yield
+
+
+_FSDP2 = tuple(
+    f"torch.distributed.fsdp._fully_shard.{name}"
+    for name in ("_fully_shard", "_fsdp_collectives", "_fsdp_init", "_fsdp_param_group", "_fsdp_state")
+)
+
+
+@contextmanager
+def _in_place_of(owner: Any, name: str, other: Any) -> Iterator[None]:
+    before = vars(owner).get(name)
+    setattr(owner, name, other)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before) if before is not None else delattr(owner, name)
+
+
+class _Card:
+    """What FSDP asks of ``torch.cuda``; streams are numbered in the order in which they are made."""
+
+    def __init__(self, device: torch.device, mark: Mark) -> None:
+        self._device, self._mark, self._made = device, mark, 0
+
+    def is_available(self) -> bool:
+        return True
+
+    def current_device(self) -> torch.device:
+        return self._device
+
+    def current_stream(self) -> _Stream:
+        return _Stream(self._mark.stream)
+
+    def Stream(self, **_: Any) -> _Stream:  # noqa: N802 - torch's name
+        self._made += 1
+        return _Stream(self._made)
+
+    def Event(self, **_: Any) -> _Event:  # noqa: N802 - torch's name
+        return _Event()
+
+    @contextmanager
+    def stream(self, stream: _Stream) -> Iterator[None]:
+        before, self._mark.stream = self._mark.stream, stream.number
+        try:
+            yield
+        finally:
+            self._mark.stream = before
+
+
+class _Stream:
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def nothing(self, *_: Any) -> None:
+        """No work is under way that could be waited for."""
+
+    wait_stream = wait_event = synchronize = nothing
+
+    def record_event(self, *_: Any) -> _Event:
+        return _Event()
+
+
+class _Event:
+    def record(self, *_: Any) -> _Event:
+        return self
+
+    def synchronize(self) -> None:
+        """No work is under way that could be waited for."""
+
+    def query(self) -> bool:
+        return True
