@@ -376,10 +376,12 @@ def plan(
         check_count("effective_batch_size", effective_batch_size)
         check_accumulation(effective_batch_size, module, trainer, parts, ranks)
 
+    samples = samples_of_a_rank(dataset_size(source), ranks)
+    most = min((size for size in (max_batch_size, samples) if size is not None), default=None)
+
     def estimated(parts: int) -> Estimate:
-        return estimate_step(
-            module, source, replace(how, accumulate_grad_batches=parts), method=method, **sampled, **job
-        )
+        accumulating = replace(how, accumulate_grad_batches=parts)
+        return estimate_step(module, source, accumulating, method=method, largest=most, **sampled, **job)
 
     return plan_estimate(
         estimates(estimated, parts, effective_batch_size, ranks),
@@ -389,7 +391,7 @@ def plan(
         min_batch_size=min_batch_size,
         max_batch_size=max_batch_size,
         multiple_of=multiple_of,
-        samples=samples_of_a_rank(dataset_size(source), ranks),
+        samples=samples,
         accumulate_grad_batches=parts,
         effective_batch_size=effective_batch_size,
         ranks=ranks,
