@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader
 
 import lightning_memplan as mp
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # batches vary in size
 HERE = Path(__file__).parent
 WIDTH, HEIGHT = 1040, 700
 STEPS = 60
@@ -109,4 +108,5 @@ def main(file: Path) -> None:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # batches vary in size
     main(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "images" / "tensorboard.png")
