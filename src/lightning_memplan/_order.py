@@ -21,9 +21,11 @@ from lightning_memplan._formula import Formula, make_formula, record_layers, sam
 from lightning_memplan._lightning import (
     apply_to_collection,
     configured_optimizers,
+    finetuning,
     is_lightning_module,
     is_overridden,
     move_to_device,
+    unfreeze,
 )
 from lightning_memplan._strategy import silent_ranks, through, without_reduction, wrapped
 from lightning_memplan._types import Category, Layer, Phase, StepSettings
@@ -165,7 +167,11 @@ class StepRunner:
 
     def configure(self) -> list[torch.optim.Optimizer]:
         if self.lightning:
+            callbacks = finetuning(self.twin)
+            for callback in callbacks:
+                callback.freeze_before_training(self.twin)
             optimizers, schedulers = configured_optimizers(self.twin)
+            unfreeze(callbacks, self.twin, optimizers)
             self.twin._trainer.optimizers = optimizers
             if not self.twin.automatic_optimization:
                 self._manual(optimizers, schedulers)
