@@ -340,6 +340,18 @@ def test_whole_numbers_of_the_batch_are_the_largest_of_its_samples():
         assert any("whole numbers of the batch" in note for note in trace.notes)
 
 
+def test_batches_may_be_lists_of_samples():
+    class Each(Net):
+        def training_step(self, batch, batch_idx):
+            features, targets = batch
+            return self.layer(features).sum() + sum(target.sum() for target in targets[:2])
+
+    def batch(size):
+        return size, (torch.zeros(size, 1024), [torch.tensor([1, 2, 3])] * size)
+
+    assert [trace.batch_size for trace in traced(Each(), [batch(2), batch(3)])] == [2, 3]
+
+
 def test_numbers_that_are_written_to_are_not_known():
     class Writes(Net):
         def training_step(self, batch, batch_idx):

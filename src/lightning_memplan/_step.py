@@ -191,10 +191,17 @@ def _explained(recorder: Recorder) -> Iterator[None]:
 def _numbers(batch: Any, most: Any) -> dict[int, torch.Tensor]:
     """For each tensor of the batch that has a whole number a sample (a length): as many times the largest of them, of
     all that the batch of the ``most`` samples has. So that batches of every size are alike, and none is too small."""
+    pairs = list(
+        zip(tensors_of(batch), tensors_of(most), strict=False)
+    )  # a list of samples is as long as they are many
     return {
         id(own): torch.full_like(own, int(whole.max()))
-        for own, whole in zip(tensors_of(batch), tensors_of(most), strict=True)
-        if own.dim() == 1 and own.numel() and not own.is_floating_point() and own.dtype is not torch.bool
+        for own, whole in pairs
+        if own.dim() == whole.dim() == 1
+        and min(own.numel(), whole.numel())
+        and len({own.dtype, whole.dtype}) == 1
+        and not own.is_floating_point()
+        and own.dtype is not torch.bool
     }
 
 
@@ -253,10 +260,12 @@ def trace_validation(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     settings = replace(settings, accumulate_grad_batches=1)
     with _as_on_the_card(settings), _no_collection():
-        return [
-            _Run(module, mode, settings, trainer, datamodule, None).record(size, training, 1, validated=batch)
-            for size, batch in batches
-        ]
+        most, traces = max(batches, key=itemgetter(0))[1], []
+        for size, batch in batches:
+            run = _Run(module, mode, settings, trainer, datamodule, None)
+            run.recorder.numbers = _numbers(training, training) | _numbers(batch, most)
+            traces.append(run.record(size, training, 1, validated=batch))
+    return traces
 
 
 def trace_test(
