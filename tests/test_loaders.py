@@ -513,6 +513,20 @@ def test_validation_that_cannot_be_traced_gets_the_size_of_training():
     assert (planner.val_plan, data.val_size) == (None, 7)
 
 
+def test_validation_that_takes_more_turns_for_more_samples_keeps_its_size(caplog):
+    class Slides(Wide):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            for window in batch.split(2):
+                self.validated.append(len(window))
+                self.layers(window)
+
+    module, data, planner = Slides(), Both(), planner_of(method="trace", val_batch_arg_name="val_size")
+    fit(module, {"datamodule": data}, planner, limit_train_batches=1, limit_val_batches=1, num_sanity_val_steps=0)
+    assert (planner.val_plan.batch_size, data.val_size) == (3, 3)
+    assert module.validated == [2, 1, 2, 1]  # of two loaders
+    assert "validation's batch size is 3; peak of both, in training" in caplog.text
+
+
 def test_validation_without_a_hook_of_its_own_is_left():
     class Bare(Both):
         val_dataloader = pl.LightningDataModule.val_dataloader

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from lightning_memplan._errors import TraceError
 from lightning_memplan._kernels import kernel_bytes
-from lightning_memplan._scaling import Polynomial, extended, scale
-from lightning_memplan._types import Event, Trace
+from lightning_memplan._scaling import Polynomial, extended, interleaved, scale
+from lightning_memplan._types import FREE, Event, Trace
 
 POINTS = (2, 3, 5)
 
@@ -194,3 +194,17 @@ def test_the_last_step_goes_on_as_it_was():
 def test_steps_that_are_not_alike_are_not_gone_on_with(sizes):
     program = scale([steps(*sizes)])
     assert program.settled() is program
+
+
+def test_gradients_that_validation_lets_go_of_are_gone_in_it():
+    def gradient(step, block):
+        return Event(block, 8, "backward", step, "gradients")
+
+    training = scale([Trace(2, (gradient(1, 0), Event(0, FREE, step=2), gradient(2, 1)))])
+    zeroes = (gradient(1, 0), Event(0, FREE, step=2), Event(5, 4, step=2))
+    keeps = (gradient(1, 0), Event(5, 4, step=2))
+    # the sanity check's 4 bytes, a step's gradient; then 4 bytes after it is freed, or before, and the next gradient
+    freed = [(size, block) for block, size, _ in interleaved(training, 2, scale([Trace(3, zeroes)])).at(3)]
+    assert freed == [(4, 2), (8, 0), (-1, 0), (4, 3), (8, 1)]
+    kept = [(size, block) for block, size, _ in interleaved(training, 2, scale([Trace(3, keeps)])).at(3)]
+    assert kept == [(4, 2), (8, 0), (4, 3), (-1, 0), (8, 1)]

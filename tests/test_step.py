@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import BackboneFinetuning
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
@@ -317,3 +318,89 @@ def test_a_copy_of_a_copy_is_traced_as_the_module_itself():
     copied = detached_copy(module, FakeTensorMode(allow_non_fake_inputs=True))
     ours, theirs = (trace_steps(each, [(2, torch.zeros(2, 8))], StepSettings())[0] for each in (module, copied))
     assert ours.events == theirs.events
+
+
+# -------------------------------------------------------------------------------------------- numbers, later epochs
+
+
+def test_whole_numbers_of_the_batch_are_the_largest_of_its_samples():
+    class Cut(Net):
+        def training_step(self, batch, batch_idx):
+            features, lengths = batch
+            longest = int((lengths + 1).max().item())
+            assert lengths.cpu().tolist() == [7] * len(lengths)
+            return self.layer(features[:, :longest].sum(1)).sum()
+
+    def batch(size):  # of lengths 3, 7, 5: the second sample's is the largest, whichever are taken
+        return size, (torch.zeros(size, 16, 1024), torch.tensor([3, 7, 5])[:size])
+
+    for trace in traced(Cut(), [batch(1), batch(2), batch(3)]):
+        features = trace.batch_size * 1024 * 4  # the sum over 8 steps, a vector of 1024 floats a sample
+        assert features in [e.size for e in trace.events if e.op == "aten.sum.dim_IntList"]
+        assert any("whole numbers of the batch" in note for note in trace.notes)
+
+
+def test_batches_may_be_lists_of_samples():
+    class Each(Net):
+        def training_step(self, batch, batch_idx):
+            features, targets = batch
+            return self.layer(features).sum() + sum(target.sum() for target in targets[:2])
+
+    def batch(size):
+        return size, (torch.zeros(size, 1024), [torch.tensor([1, 2, 3])] * size)
+
+    assert [trace.batch_size for trace in traced(Each(), [batch(2), batch(3)])] == [2, 3]
+
+
+def test_numbers_that_are_written_to_are_not_known():
+    class Writes(Net):
+        def training_step(self, batch, batch_idx):
+            features, lengths = batch
+            lengths.add_(1)
+            return self.layer(features[:, : int(lengths.max().item())].sum(1)).sum()
+
+    batch = torch.zeros(2, 16, 1024), torch.tensor([3, 7])
+    with pytest.raises(TraceError, match="the step needs the value of a tensor"):
+        traced(Writes(), [(2, batch)])
+
+
+def test_packed_sequences_are_as_long_as_the_longest_sample():
+    class Packed(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.GRU(64, 32, batch_first=True)
+
+        def training_step(self, batch, batch_idx):
+            packed = nn.utils.rnn.pack_padded_sequence(batch[0], batch[1].cpu(), batch_first=True)
+            return self.rnn(packed)[0].data.sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    (trace,) = traced(Packed(), [(3, (torch.zeros(3, 20, 64), torch.tensor([9, 8, 2])))])
+    # 9 steps of each of 3 samples: 64 features in and 32 out, 4 bytes each
+    sizes = [e.size for e in trace.events if e.step == 1 and e.phase == "forward"]
+    assert 9 * 3 * 64 * 4 in sizes
+    assert 9 * 3 * 32 * 4 in sizes
+
+
+def test_what_a_callback_unfreezes_later_is_trained():
+    class Tuned(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = nn.Linear(1024, 256, bias=False), nn.Linear(256, 64, bias=False)
+
+        def training_step(self, batch, batch_idx):
+            return self.head(self.backbone(batch)).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+
+    module, unfreeze = Tuned(), BackboneFinetuning(unfreeze_backbone_at_epoch=2)
+    unfreeze.freeze_before_training(module)  # as its setup does, before or after the plan is made
+    for epochs, sizes in ((2, [64]), (3, [64, 1024])):  # KiB: 256 · 64 and 1024 · 256 floats
+        trainer = SimpleNamespace(callbacks=[unfreeze], max_epochs=epochs, world_size=1)
+        (trace,) = trace_steps(module, BATCHES[:1], StepSettings(), trainer=trainer)
+        assert sorted(e.size for e in blocks(trace, "gradients", STEPS)) == [size * KiB for size in sizes]
+        assert sorted(e.size for e in blocks(trace, "optimizer")) == [size * KiB for size in sizes]
+    assert not module.backbone.weight.requires_grad

@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -258,10 +258,13 @@ def estimate_validation(
     stage: str | None = None,
     sample: Which = "first",
     sample_size: int = SAMPLE_SIZE,
+    own: int | None = None,
 ) -> Estimate:
     """What training at a batch size takes with validation in between, at any batch size of validation.
 
     ``training`` is the estimate of training on ``source``, with a program; ``validated`` is what validation reads.
+    Where more than sizes differs from one batch size to another (a sliding window takes more turns), the estimate is of
+    validation's ``own`` batch size alone, the only one among its program's.
 
     Raises:
         TraceError: a step cannot be traced.
@@ -271,11 +274,19 @@ def estimate_validation(
     (_, first), *_ = read_samples(source, sample, sample_size).batches()
     samples = read_samples(validated, sample, sample_size)
     module = prepared(module, settings, trainer=trainer, stage=stage)
-    traces = trace_validation(module, first, samples.batches(), settings, trainer=trainer, datamodule=datamodule)
+    traced = partial(trace_validation, module, first, settings=settings, trainer=trainer, datamodule=datamodule)
+    traces = traced(samples.batches())
+    try:
+        program = scale(traces)
+    except TraceError:
+        if own is None:
+            raise
+        traces = traced([(own, samples.make(own))])
+        program = scale(traces)
     return Estimate(
         training.method,
         training.formula,
-        interleaved(training.program, batch_size, scale(traces)),
+        interleaved(training.program, batch_size, program),
         training.settings,
         traces[0].notes + samples.notes,
     )

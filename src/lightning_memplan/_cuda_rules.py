@@ -437,6 +437,7 @@ def _recurrent(mode: int) -> Callable[..., Any]:
         train: bool,
         bidirectional: bool,
         batch_first: bool,
+        sizes: Sequence[int] = (),
     ) -> Any:
         hidden, cell = (hx[0], hx[1]) if mode == 2 else (hx, None)
         size = (cell if cell is not None else hidden).size(2)
@@ -445,10 +446,47 @@ def _recurrent(mode: int) -> Callable[..., Any]:
         if train and dropout > 0:
             aten._cudnn_init_dropout_state.default(dropout, train, 0, dtype=torch.uint8, device=input.device)
         shape = _RNN(mode, size, projected, num_layers, batch_first, dropout, train, bidirectional)
-        out = aten._cudnn_rnn.default(input, params, per_layer, None, hidden, cell, *shape, [], None)
+        out = aten._cudnn_rnn.default(input, params, per_layer, None, hidden, cell, *shape, sizes or [], None)
         return out[:3] if mode == 2 else out[:2]
 
     return kernel
+
+
+def _recurrent_packed(mode: int) -> Callable[..., Any]:
+    """The same over a packed sequence, whose numbers of samples at each step are on the host."""
+    whole = _recurrent(mode)
+
+    def kernel(
+        data: torch.Tensor,
+        batch_sizes: torch.Tensor,
+        hx: Any,
+        params: Sequence[torch.Tensor],
+        has_biases: bool,
+        num_layers: int,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+    ) -> Any:
+        how = (has_biases, num_layers, dropout, train, bidirectional, False)
+        return whole(data, hx, params, *how, sizes=batch_sizes.tolist())
+
+    return kernel
+
+
+def _pack_padded(input: torch.Tensor, lengths: torch.Tensor, batch_first: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """aten/src/ATen/native/PackedSequence.cpp: a copy of each stretch of steps that as many samples have, and one of
+    all of them."""
+    x = aten.transpose.int(input, 0, 1) if batch_first else input
+    parts, sizes, done = [], [], 0
+    for shorter, length in enumerate(reversed(lengths.tolist())):  # they fall: checked by the caller
+        if length > done:
+            count = x.size(1) - shorter
+            part = x[done:length, :count]
+            part = part if part.is_contiguous() else aten.clone.default(part, memory_format=torch.contiguous_format)
+            parts.append(part.view(-1, *x.shape[2:]))
+            sizes += [count] * (length - done)
+            done = length
+    return aten.cat.default(parts), torch.tensor(sizes)
 
 
 def _reflattened_rnn(
@@ -476,11 +514,15 @@ def _composites(capability: tuple[int, int]) -> dict[str, Callable[..., Any]]:
     return {
         "batch_norm": _batch_norm,
         "dropout": _dropout,
+        "gru.data": _recurrent_packed(3),
         "gru.input": _recurrent(3),
         "linear": _linear,
+        "lstm.data": _recurrent_packed(2),
         "lstm.input": _recurrent(2),
         "rms_norm": _rms_norm,
+        "rnn_relu.data": _recurrent_packed(0),
         "rnn_relu.input": _recurrent(0),
+        "rnn_tanh.data": _recurrent_packed(1),
         "rnn_tanh.input": _recurrent(1),
         "softmax.int": _half_softmax(aten._softmax.default, None),
         "log_softmax.int": _half_softmax(aten._log_softmax.default, None),
@@ -1003,11 +1045,11 @@ def _cudnn_rnn(
     gates and two states of every step, as of the null GPU's."""
     rnn = _RNN(*rest[:8])
     x = _steps_first(input, rnn)
-    steps, batch = x.shape[:2]
-    out = x.new_empty((steps, batch, (rnn.projected or rnn.hidden) * rnn.directions))
+    outer = x.shape[:-1]  # steps and samples, or both in one where the sequence is packed
+    out = x.new_empty((*outer, (rnn.projected or rnn.hidden) * rnn.directions))
     last = x.new_empty(hx.shape)
     last_cell = x.new_empty(cx.shape if cx is not None else (0,))
-    values = steps * batch * rnn.layers * rnn.directions * rnn.hidden * x.element_size()
+    values = math.prod(outer) * rnn.layers * rnn.directions * rnn.hidden * x.element_size()
     work = x.new_empty((values,), dtype=torch.uint8)
     reserve = x.new_empty(((rnn.gates + 2) * values if rnn.train else 0,), dtype=torch.uint8)
     del work
@@ -1044,7 +1086,7 @@ def _cudnn_rnn_backward(
 
     def of_weights() -> torch.Tensor:
         x = _steps_first(input, rnn)
-        flat = x.new_empty((rnn.weights(x.size(2)),))
+        flat = x.new_empty((rnn.weights(x.size(-1)),))
         work = x.new_empty((values,), dtype=torch.uint8)
         del work
         return flat
@@ -1137,6 +1179,7 @@ LONGEST: Mapping[Any, Callable[..., Any]] = {
 }
 
 KERNELS: Mapping[Any, Callable[..., Any]] = {
+    aten._pack_padded_sequence.default: _pack_padded,
     aten._cudnn_rnn.default: _cudnn_rnn,
     aten._cudnn_rnn_backward.default: _cudnn_rnn_backward,
     aten._cudnn_init_dropout_state.default: _no_dropout_state,

@@ -380,6 +380,28 @@ def averaging_bytes(trainer: Any, module: Callable[[], Any]) -> int:
     return copies * sum({id(t): t.nbytes for t in (*weights.parameters(), *weights.buffers())}.values())
 
 
+def finetuning(module: Any) -> list[Any]:
+    """Copies of the callbacks of the module's Trainer that freeze parts of it, and train them from some epoch on."""
+    real = getattr(module._trainer, "_real", None)
+    kinds = tuple(flavour.callbacks.BaseFinetuning for flavour in _FLAVOURS)
+    return [copy.deepcopy(callback) for callback in getattr(real, "callbacks", ()) if isinstance(callback, kinds)]
+
+
+def unfreeze(callbacks: list[Any], module: Any, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Begin every epoch for these callbacks, so that the module is as they leave it: with the highest peak.
+
+    Source: pytorch_lightning/callbacks/finetuning.py (2.6), ``on_train_epoch_start``.
+    """
+    epochs = module._trainer.max_epochs if callbacks else 0
+    for epoch in range(epochs if epochs is not None and 0 <= epochs < _EPOCHS else _EPOCHS):
+        for callback in callbacks:
+            for optimizer in optimizers:
+                callback.finetune_function(module, epoch, optimizer)
+
+
+_EPOCHS = 1000  #: what Lightning takes where no number of epochs is given
+
+
 def check_alone(trainer: Any) -> None:
     """Raise MisconfigurationException where Lightning's finder would set the batch size anew, as training begins."""
     finders = tuple(flavour.callbacks.BatchSizeFinder for flavour in _FLAVOURS)

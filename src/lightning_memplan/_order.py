@@ -21,9 +21,11 @@ from lightning_memplan._formula import Formula, make_formula, record_layers, sam
 from lightning_memplan._lightning import (
     apply_to_collection,
     configured_optimizers,
+    finetuning,
     is_lightning_module,
     is_overridden,
     move_to_device,
+    unfreeze,
 )
 from lightning_memplan._record import module_paths
 from lightning_memplan._strategy import local, ranks_of, through, without_reduction, wrapped
@@ -123,13 +125,16 @@ class StepRunner:
                 self.run(batch, index, first=index % parts == 0, last=index % parts == parts - 1)
 
     def evaluate(self, batch: Any, kind: Evaluation = "validation") -> None:
-        """A step of validation between those of training, with the gradients of the last step and the optimizer's
-        state alive; or one of a test.
+        """A step of validation between those of training, with the optimizer's state alive and the gradients of the
+        last step gone; or one of a test.
 
-        Source: pytorch_lightning 2.6, loops/evaluation_loop.py (``_evaluation_step``).
+        Source: pytorch_lightning 2.6, loops/training_epoch_loop.py (``on_validation_model_zero_grad``) and
+        loops/evaluation_loop.py (``_evaluation_step``).
         """
         mark, twin = self.mark, self.twin
         mark.step, mark.phase, mark.category, mark.path = mark.step + 1, "batch", "batch", ""
+        if kind == "validation":
+            twin.on_validation_model_zero_grad()
         twin.eval()
         twin._trainer.training, twin._trainer.validating = False, kind == "validation"
         twin._trainer.testing = kind == "test"
@@ -168,7 +173,11 @@ class StepRunner:
 
     def configure(self) -> list[torch.optim.Optimizer]:
         if self.lightning:
+            callbacks = finetuning(self.twin)
+            for callback in callbacks:
+                callback.freeze_before_training(self.twin)
             optimizers, schedulers = configured_optimizers(self.twin)
+            unfreeze(callbacks, self.twin, optimizers)
             self.twin._trainer.optimizers = optimizers
             if not self.twin.automatic_optimization:
                 self._manual(optimizers, schedulers)

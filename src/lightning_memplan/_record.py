@@ -21,7 +21,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_memplan._kernels import kernel_bytes
 from lightning_memplan._types import EMPTY, Category, Event, Phase
@@ -52,10 +52,12 @@ class Rules(NamedTuple):
 
 
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
+_HOST = torch.device("cpu")
 _RAND = torch.ops.aten.rand.default
 _DEVICE_OF = torch.ops.prim.device.default
 _ADD = torch.ops.aten.add.Tensor
 _TO_COPY = torch.ops.aten._to_copy.default
+_EQUAL = torch.ops.aten.equal.default
 _READ_VALUE = torch.ops.aten._local_scalar_dense.default
 
 
@@ -76,6 +78,8 @@ class Recorder(TorchDispatchMode):
         self.stream = 0
         self.values_read = 0  #: how often the step read a value of a tensor, and was given 0
         self.lengths_taken = 0  #: how often a result is as long as values say, and was taken at its longest
+        self.numbers: Mapping[int, torch.Tensor] = {}  #: id of a batch's tensor -> the values that stand for its own
+        self.numbers_taken = 0  #: how often the step read whole numbers of the batch
         self._temporaries = rules.temporaries
         self._workspaces = rules.workspaces
         self._widths = rules.widths
@@ -103,11 +107,25 @@ class Recorder(TorchDispatchMode):
         if func is _DEVICE_OF:
             return args[0].device
         kwargs = kwargs or {}
-        out: Any
         if torch._C._get_dispatch_mode(_FAKE) is not None:
             return func(*args, **kwargs)  # only shapes are asked for, by a fake mode of someone else's
         if any(map(_is_wrapper, types)):
             return NotImplemented  # a distributed tensor says by itself what is done on this rank
+        if not self.numbers:
+            return self._run(func, types, args, kwargs)
+        values = self._known(func, args, kwargs)
+        if values is not None and (func is _READ_VALUE or (func is _TO_COPY and kwargs.get("device") == _HOST)):
+            self.numbers_taken += 1
+            return values
+        out = self._run(func, types, args, kwargs)
+        if values is not None:
+            for made, value in zip(tree_leaves(out), tree_leaves(values), strict=True):
+                if isinstance(made, FakeTensor) and not made.is_floating_point():
+                    made.__dict__[_NUMBERS] = value
+        return out
+
+    def _run(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        out: Any
         if FakeTensor not in types and kwargs.get("device") != DEVICE:
             if func is _RAND and not args[0]:
                 return torch.tensor(1 - 2**-24)  # one number, to leave out a layer by chance: every layer runs
@@ -115,6 +133,10 @@ class Recorder(TorchDispatchMode):
         if func is _READ_VALUE and (args[0].is_floating_point() or args[0].dtype is torch.bool):
             self.values_read += 1
             return False if args[0].dtype is torch.bool else 0.0
+        if func is _EQUAL:
+            same = args[0].untyped_storage()._cdata == args[1].untyped_storage()._cdata
+            self.values_read += not same and args[0].shape == args[1].shape
+            return same
         if func in self._kernels and func not in self._running:
             out = self._tell(self._kernels[func], func, args, kwargs)
             self._beside(func, args, kwargs, out)
@@ -187,6 +209,27 @@ class Recorder(TorchDispatchMode):
         self._blocks.clear()
 
     # -- how it writes it down
+
+    def _known(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What an operator gives for whole numbers of the batch, on the host; None where it is not known."""
+        if func is _TO_COPY and id(args[0]) in self.numbers:
+            return self.numbers[id(args[0])]
+        if not any(map(_has_numbers, args)):
+            return None
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if func._schema.is_mutable:
+            for leaf in filter(_has_numbers, leaves):
+                del leaf.__dict__[_NUMBERS]
+            return None
+        if not all(map(_has_numbers, leaves)) or torch.Tag.nondeterministic_seeded in func.tags:
+            return None
+
+        def on_host(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.__dict__[_NUMBERS]
+            return _HOST if isinstance(value, torch.device) else value
+
+        return func(*tree_map(on_host, args), **tree_map(on_host, dict(kwargs)))
 
     def _write(self, block: int, size: int, category: Category, func: Any) -> None:
         self.events.append(Event(block, size, self.phase, self.step, category, self.path, func, self.stream))
@@ -327,7 +370,7 @@ class Recorder(TorchDispatchMode):
         """
         if self.phase != "backward" or len(args) != 2 or not isinstance(args[1], torch.Tensor):
             return False
-        if sys._getframe(2).f_code is not _ENGINE:
+        if sys._getframe(3).f_code is not _ENGINE:
             return False
         first = args[0]
         return bool(first.is_contiguous() or _dense(first)) and _sole_owner(first)
@@ -344,6 +387,15 @@ class Recorder(TorchDispatchMode):
         block = self._blocks.get(first.untyped_storage()._cdata)
         if block is not None:
             self._own(out.untyped_storage(), block)
+
+
+_NUMBERS = "_memplan_numbers"  # a fake tensor's attribute: its values, where they are known
+
+
+def _has_numbers(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_numbers, value))
+    return isinstance(value, FakeTensor) and _NUMBERS in value.__dict__
 
 
 def _into_zeros(grads: Sequence[torch.Tensor | None], given: Sequence[torch.Tensor | None]) -> Any:

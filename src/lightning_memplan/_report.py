@@ -99,6 +99,25 @@ def plan_table(plan: Plan, rows: Iterable[tuple[str, str]] = ()) -> str:
     return "\n".join(lines)
 
 
+def validation_text(batch_size: int, training: Plan, both: Plan | None) -> str:
+    """Validation's batch size, and which of the two has the peak; ``both`` is the plan with validation in between.
+
+    >>> from dataclasses import replace
+    >>> card = Device("my card", total=2**35)
+    >>> plan = Plan(batch_size=8, device=card, budget=2**34, margin=0.5, limited_by="memory", method="trace",
+    ...             predicted_peak=2**32, predicted_allocated=2**31, formula_peak=2**31)
+    >>> both = replace(plan, batch_size=4, predicted_allocated=3 * 2**31, predicted_peak=2**33)
+    >>> validation_text(4, plan, both)
+    "MemoryPlanner: validation's batch size is 4; peak of both, in validation: 6.00 GiB allocated, 8.00 GiB reserved"
+    """
+    text = f"MemoryPlanner: validation's batch size is {batch_size}"
+    if both is None or both.batch_size != batch_size:
+        return text
+    which = "validation" if both.predicted_allocated > training.predicted_allocated else "training"
+    allocated, reserved = format_bytes(both.predicted_allocated), format_bytes(both.predicted_peak)
+    return f"{text}; peak of both, in {which}: {allocated} allocated, {reserved} reserved"
+
+
 def _effective(plan: Plan) -> list[str]:
     """How the samples of an optimizer's step come together, where a number of them was asked for."""
     if plan.effective_batch_size is None:

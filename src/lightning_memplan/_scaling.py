@@ -191,7 +191,8 @@ def interleaved(training: ScaledProgram, batch_size: int, validation: ScaledProg
     """Training at one batch size with validation in between, as a program of validation's batch size.
 
     Validation is the last step of its program. It comes before the first step of training, as Lightning's sanity check
-    does, and again before the last one: what it leaves in the allocator's cache is what training then finds.
+    does, and again before the last one: what it leaves in the allocator's cache is what training then finds. Gradients
+    that are let go of when validation begins are gone in it.
 
     >>> training = scale([Trace(n, (Event(0, 8, step=1), Event(0, -1, step=1), Event(0, 8, step=2))) for n in (2, 3)])
     >>> validation = scale([Trace(n, (Event(5, 4 * n, step=7), Event(5, -1, step=7))) for n in (2, 3)])
@@ -219,8 +220,21 @@ def interleaved(training: ScaledProgram, batch_size: int, validation: ScaledProg
 
     begun = next(place for place, event in enumerate(training.events) if event.step)
     last = training.steps()[-2]
-    parts = (*sized[:begun], *run(0), *sized[begun:last], *run(1), *sized[last:])
+    old = _gradients(training.events[:last]) if _zeroes_gradients(validation.events) else set()
+    zeroed = [(e, k) for e, k in sized[last:] if e.is_free and e.block in old]
+    rest = [(e, k) for e, k in sized[last:] if not (e.is_free and e.block in old)]
+    parts = (*sized[:begun], *run(0), *sized[begun:last], *zeroed, *run(1), *rest)
     return ScaledProgram(tuple(e for e, _ in parts), tuple(k for _, k in parts), tuple(table), validation.batch_sizes)
+
+
+def _gradients(events: Sequence[Event]) -> set[int]:
+    return {e.block for e in events if e.category == "gradients" and not e.is_free}
+
+
+def _zeroes_gradients(validation: Sequence[Event]) -> bool:
+    """Whether its last step frees gradients, which are an earlier one's."""
+    gradients, last = _gradients(validation), validation[-1].step
+    return any(e.step == last and e.is_free and e.block in gradients for e in validation)
 
 
 def extended(whole: Trace, begun: Trace) -> Trace | None:

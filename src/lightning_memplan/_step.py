@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from lightning_memplan._cuda_rules import (
     workspaces,
 )
 from lightning_memplan._errors import TraceError
-from lightning_memplan._formula import Formula, make_formula, record_layers, sample_bytes
+from lightning_memplan._formula import Formula, make_formula, record_layers, sample_bytes, tensors_of
 from lightning_memplan._lightning import (
     is_overridden,
     isolated_random_state,
@@ -202,6 +203,23 @@ def _explained(recorder: Recorder) -> Iterator[None]:
         recorder.stop()
 
 
+def _numbers(batch: Any, most: Any) -> dict[int, torch.Tensor]:
+    """For each tensor of the batch that has a whole number a sample (a length): as many times the largest of them, of
+    all that the batch of the ``most`` samples has. So that batches of every size are alike, and none is too small."""
+    pairs = list(
+        zip(tensors_of(batch), tensors_of(most), strict=False)
+    )  # a list of samples is as long as they are many
+    return {
+        id(own): torch.full_like(own, int(whole.max()))
+        for own, whole in pairs
+        if own.dim() == whole.dim() == 1
+        and min(own.numel(), whole.numel())
+        and len({own.dtype, whole.dtype}) == 1
+        and not own.is_floating_point()
+        and own.dtype is not torch.bool
+    }
+
+
 def trace_steps(
     module: nn.Module,
     batches: Sequence[tuple[int, Any]],
@@ -222,8 +240,12 @@ def trace_steps(
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
+    most = max(batches, key=itemgetter(0))[1]
+
     def record(size: int, batch: Any, steps: int) -> Trace:
-        return _Run(module, mode, settings, trainer, datamodule, optimizer).record(size, batch, steps)
+        run = _Run(module, mode, settings, trainer, datamodule, optimizer)
+        run.recorder.numbers = _numbers(batch, most)
+        return run.record(size, batch, steps)
 
     with _as_on_the_card(settings), _no_collection():
         whole, *others = batches
@@ -253,10 +275,12 @@ def trace_validation(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     settings = replace(settings, accumulate_grad_batches=1)
     with _as_on_the_card(settings), _no_collection():
-        return [
-            _Run(module, mode, settings, trainer, datamodule, None).record(size, training, 1, validated=batch)
-            for size, batch in batches
-        ]
+        most, traces = max(batches, key=itemgetter(0))[1], []
+        for size, batch in batches:
+            run = _Run(module, mode, settings, trainer, datamodule, None)
+            run.recorder.numbers = _numbers(training, training) | _numbers(batch, most)
+            traces.append(run.record(size, training, 1, validated=batch))
+    return traces
 
 
 def trace_test(
@@ -317,6 +341,7 @@ def run_formula(
             meshed = parallel.kind == "model_parallel"
             settings = replace(settings, parallel=Parallel("model_parallel", ranks=1) if meshed else None)
         run = _Run(module, mode, settings, trainer, datamodule, optimizer)
+        run.recorder.numbers = _numbers(batch, batch)
         stack.enter_context(run.alone())
         failed: list[Exception] = []
 
@@ -405,6 +430,8 @@ class _Run(StepRunner):
             if not tested and not any(event.phase == "backward" for event in recorder.events):
                 raise TraceError("the step returns no loss, since it read values of tensors, which a trace has not")
             notes = (f"the step reads values of tensors ({recorder.values_read} times in {steps} steps): taken as 0",)
+        if recorder.numbers_taken:
+            notes += ("the step reads whole numbers of the batch (lengths): taken as the largest of its samples",)
         if recorder.lengths_taken:
             notes += ("the step selects by values (a mask, nonzero, unique): planned as if all were selected",)
         if self.settings.parallel is not None:

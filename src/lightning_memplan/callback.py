@@ -53,7 +53,7 @@ from lightning_memplan._lightning import (
     trainer_settings,
     validates,
 )
-from lightning_memplan._loaders import dataset_size
+from lightning_memplan._loaders import dataset_size, unit_of
 from lightning_memplan._measure import PHASES, Meter, run_record
 from lightning_memplan._order import STEPS, traced_step
 from lightning_memplan._probe import Tried, ran_out_of_memory, try_step
@@ -65,6 +65,7 @@ from lightning_memplan._report import (
     scalars_layout,
     step_metrics,
     validation_metrics,
+    validation_text,
 )
 from lightning_memplan._sample import SAMPLE_SIZE, Which, check_sample, read_samples
 from lightning_memplan._step import prepared
@@ -305,8 +306,11 @@ class MemoryPlanner(CallbackBase):
         limits["samples"] = samples_of_a_rank(dataset_size(val_source), ranks)
 
         def validated(draft: Draft) -> Plan:
-            size = draft.plan.batch_size
-            found = estimate_validation(draft.estimate, size, module, source, val_source, settings, **how)
+            size, own = draft.plan.batch_size, unit_of(val_source)
+            found = estimate_validation(draft.estimate, size, module, source, val_source, settings, own=own, **how)
+            assert found.program is not None
+            if found.program.batch_sizes == (own,):  # known at this size alone: it stays
+                limits.update(min_batch_size=own, max_batch_size=own, samples=None)
             return plan_estimate(lambda batch_size: found, **limits)
 
         return replace(draft, validated=validated)
@@ -341,7 +345,7 @@ class MemoryPlanner(CallbackBase):
                 self._val_place.write(val_size, undo)
             say(plan_table(plan, [("earlier runs", self._lesson.text)] if self._lesson.text else ()))
             if self._val_place is not None:
-                say(f"MemoryPlanner: validation's batch size is {val_size}")
+                say(validation_text(val_size, plan, val_plan))
             undo.pop_all()
         self.plan, self.val_plan, self.estimate, self._predicted = plan, val_plan, estimate, predicted
 

@@ -85,32 +85,44 @@ def fit(row: Row) -> tuple[int, int]:
     return train(row, *networks.build(row.network, row.optimizer))
 
 
-def train(row: Row, module: Any, sample: Any) -> tuple[int, int]:
-    """The same of this module and sample."""
+_PARTS = "accumulate_grad_batches"
+
+
+def _fit_with(module: Any) -> dict[str, Any]:
+    """What a way of training asks of the Trainer."""
+    return module.fit_with() if hasattr(module, "fit_with") else {}
+
+
+def _trainer(row: Row, module: Any) -> Any:
     import pytorch_lightning as pl
-    import torch
 
     from lightning_memplan._probe import _Scaler
-    from tests.accuracy import networks
 
-    loader = networks.loader(sample, row.batch_size, STEPS * row.accumulate)
     how: dict[str, Any] = {"precision": row.precision}
     if row.precision == "16-mixed":  # on a real card the first steps would be passed over: samples are zeros
         scaler = _Scaler("cuda", init_scale=1.0)
         how = {"plugins": [pl.plugins.precision.MixedPrecision("16-mixed", "cuda", scaler)]}
-    trainer = pl.Trainer(
+    how |= {"max_steps": STEPS, "gradient_clip_val": row.clip, _PARTS: row.accumulate}
+    return pl.Trainer(
         accelerator="gpu",
         devices=1,
-        **how,
-        max_steps=STEPS,
-        gradient_clip_val=row.clip,
-        accumulate_grad_batches=row.accumulate,
+        **(how | _fit_with(module)),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
+
+
+def train(row: Row, module: Any, sample: Any) -> tuple[int, int]:
+    """The same of this module and sample."""
+    import torch
+
+    from tests.accuracy import networks
+
+    loader = networks.loader(sample, row.batch_size, STEPS * row.accumulate * _fit_with(module).get(_PARTS, 1))
+    trainer = _trainer(row, module)
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()  # which torch keeps for each thread, up to 2.14
     torch.cuda.empty_cache()
@@ -128,20 +140,23 @@ def train(row: Row, module: Any, sample: Any) -> tuple[int, int]:
 
 def predict(row: Row, method: Any = "trace") -> tuple[int, int, float]:
     import lightning_memplan as mp
+    from lightning_memplan._lightning import averaging_bytes
     from tests.accuracy import networks
 
     module, sample = networks.build(row.network, row.optimizer)
+    how: dict[str, Any] = {
+        "precision": row.precision,
+        "gradient_clip_val": row.clip,
+        "accumulate_grad_batches": row.accumulate,
+    }
+    beside = 0
+    if _fit_with(module):
+        how = {"trainer": _trainer(row, module)}
+        beside = averaging_bytes(how["trainer"], lambda: module)  # as MemoryPlanner adds them
     began = time.perf_counter()
-    found = mp.estimate(
-        module,
-        networks.loader(sample, row.batch_size, 1),
-        method=method,
-        precision=row.precision,
-        gradient_clip_val=row.clip,
-        accumulate_grad_batches=row.accumulate,
-    )
+    found = mp.estimate(module, networks.loader(sample, row.batch_size, 1), method=method, **how)
     seconds = time.perf_counter() - began
-    return found.peak_allocated(row.batch_size), found.peak(row.batch_size), seconds
+    return found.peak_allocated(row.batch_size) + beside, found.peak(row.batch_size) + beside, seconds
 
 
 def _held() -> int:
@@ -318,6 +333,19 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def by_regime(results: list[Result]) -> str:
+    """A line a way of training: of its rows, the median and the worst error of allocated and of reserved."""
+    lines = [f"{'way of training':24} {'rows':>4} {'allocated: median, worst %':>26} {'reserved: median, worst %':>26}"]
+    for name, of_one in groupby(results, lambda r: r.row.split()[0].removeprefix("regime.")):
+        good = [r for r in of_one if not r.failed and not r.skipped]
+        shown = f"{name:24} {len(good):4}"
+        for k in range(2 if good else 0):
+            errors = [abs(r.errors[k]) for r in good]
+            shown += f" {f'{statistics.median(errors):.3f} {max(errors):8.3f}':>26}"
+        lines.append(shown)
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=HERE / "nullgpu.txt", help="rows, one a line")
@@ -336,7 +364,10 @@ def main() -> None:
     if arguments.diff:
         _run([str(row) for row in rows], arguments.diff)
         return
-    print(table(run(rows, arguments.jobs, arguments.method)))
+    results = run(rows, arguments.jobs, arguments.method)
+    print(table(results))
+    if any(row.network.startswith("regime.") for row in rows):
+        print(by_regime(results))
 
 
 if __name__ == "__main__":

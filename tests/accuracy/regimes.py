@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytorch_lightning as pl
@@ -18,6 +19,9 @@ from .networks import make_optimizer
 
 IMAGE = (torch.zeros(3, 64, 64), torch.tensor(0))
 TOKENS = (torch.zeros(128, dtype=torch.long), torch.tensor(0))
+VOLUME = (torch.zeros(1, 32, 32, 32), torch.zeros(1, 32, 32, 32, dtype=torch.long))
+TEXT = (torch.zeros(128, dtype=torch.long), torch.tensor(128), torch.tensor(0))  # tokens, their number, a label
+BOXES = (torch.zeros(3, 128, 128), torch.zeros(12, 4), torch.zeros(12, dtype=torch.long))
 WIDTH = 256
 
 
@@ -370,6 +374,178 @@ class Graph(Task):
         return F.cross_entropy(self.head(x.view(len(batch[0]), -1, WIDTH).mean(1)), batch[1])
 
 
+class Averaged(Task):
+    """A callback that keeps an average of the weights."""
+
+    def __init__(self, optimizer: str, kind: str) -> None:
+        super().__init__(Transformer(), optimizer)
+        self.kind = kind
+
+    def fit_with(self) -> dict[str, Any]:
+        from pytorch_lightning.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+
+        if self.kind == "stochastic":  # from its start on: the second of two epochs
+            average = StochasticWeightAveraging(1e-3, swa_epoch_start=1)
+            return {"callbacks": [average], "max_steps": -1, "max_epochs": 3, "limit_train_batches": 2}
+        return {"callbacks": [EMAWeightAveraging(decay=0.99) if self.kind == "ema" else WeightAveraging()]}
+
+
+class ClippedByValue(Task):
+    def fit_with(self) -> dict[str, Any]:
+        return {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value", "accumulate_grad_batches": 2}
+
+
+class Unfrozen(Task):
+    """A backbone that is frozen for an epoch, and trained from then on."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(Transformer(), optimizer)
+        self.backbone = self.net.blocks
+
+    def trained(self) -> Iterator[nn.Parameter]:
+        return (p for p in self.parameters() if p.requires_grad)
+
+    def fit_with(self) -> dict[str, Any]:
+        from pytorch_lightning.callbacks import BackboneFinetuning
+
+        unfreeze = BackboneFinetuning(unfreeze_backbone_at_epoch=1, initial_denom_lr=10)
+        return {"callbacks": [unfreeze], "max_steps": -1, "max_epochs": 3, "limit_train_batches": 2}
+
+
+class Packed(Task):
+    """A recurrent network over packed sequences, whose lengths must be on the host."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(nn.LSTM(64, 128, 2, batch_first=True), optimizer)
+        self.embed, self.head = nn.Embedding(1000, 64), nn.Linear(128, 10)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        from torch.nn.utils.rnn import pack_padded_sequence
+
+        tokens, lengths, labels = batch
+        packed = pack_padded_sequence(self.embed(tokens), lengths.cpu(), batch_first=True, enforce_sorted=False)
+        return F.cross_entropy(self.head(self.net(packed)[1][0][-1]), labels)
+
+
+class Longest(Task):
+    """Cuts its batch at the longest of the samples, whose lengths it reads."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        tokens, lengths, labels = batch
+        return F.cross_entropy(self.net(tokens[:, : lengths.cpu().max().item()]), labels)
+
+
+class Pyramid(nn.Module):
+    """Features at three scales, added from the coarsest to the finest, and a head that they share."""
+
+    def __init__(self, width: int = 32, outputs: int = 24) -> None:
+        super().__init__()
+        widths = (3, width, 2 * width, 4 * width)
+        self.down = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in pairwise(widths)
+        )
+        self.lateral = nn.ModuleList(nn.Conv2d(w, width, 1) for w in widths[1:])
+        self.head = nn.Conv2d(width, outputs, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        features = []
+        for down in self.down:
+            x = down(x)
+            features.append(x)
+        above, outputs = None, []
+        for lateral, feature in zip(reversed(self.lateral), reversed(features), strict=True):
+            here = lateral(feature)
+            above = here if above is None else here + F.interpolate(above, size=here.shape[-2:], mode="nearest")
+            outputs.append(self.head(above))
+        return outputs
+
+
+class Detects(Task):
+    """Boxes and classes at each place of a pyramid, matched with each image's own targets by their overlap."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(Pyramid(), optimizer)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        images, boxes, labels = batch
+        outputs = torch.cat([output.flatten(2).transpose(1, 2) for output in self.net(images)], 1)
+        places, scores = outputs[..., :4].sigmoid(), outputs[..., 4:]
+        low = torch.maximum(places[:, :, None, :2], boxes[:, None, :, :2])
+        high = torch.minimum(places[:, :, None, 2:], boxes[:, None, :, 2:])
+        across, down = (high - low).clamp(min=0).unbind(3)
+        best, index = (across * down).max(2)
+        matched = boxes.gather(1, index[..., None].expand(-1, -1, 4))
+        loss = F.cross_entropy(scores.transpose(1, 2), labels.gather(1, index))
+        return loss + ((places - matched).abs().sum(2) * best.detach()).mean()
+
+
+class DeeplySupervised(Task):
+    """A loss at each scale."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(Pyramid(outputs=4), optimizer)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        images = batch[0]
+        target = torch.zeros(len(images), *images.shape[-2:], dtype=torch.long, device=self.device)
+        return sum(
+            F.cross_entropy(F.interpolate(o, size=images.shape[-2:], mode="bilinear"), target) / 2**k
+            for k, o in enumerate(reversed(self.net(images)))
+        )
+
+
+class Denoises(Task):
+    """Diffusion: noise of a strength that is drawn for each sample, and the network's guess of it."""
+
+    def __init__(self, optimizer: str) -> None:
+        from .networks import Diffusion
+
+        super().__init__(Diffusion(), optimizer)
+        self.register_buffer("kept", torch.linspace(1, 0, 1000).cumprod(0))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        images = batch[0]
+        noise = torch.randn_like(images)
+        kept = self.kept[torch.randint(1000, (len(images),), device=self.device)][:, None, None, None]
+        return F.mse_loss(self.net(kept.sqrt() * images + (1 - kept).sqrt() * noise), noise)
+
+
+class Validates(Task):
+    """Validation between steps of training, with a batch size of its own: small, so that training has the peak."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def val_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader([IMAGE] * 16, batch_size=8)
+
+
+class Triplets(Task):
+    """Metric learning: for each sample the hardest of the others in its batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        features = F.normalize(self.net(batch[0]), dim=1)
+        distance = torch.cdist(features, features)
+        same = batch[1][:, None] == batch[1]
+        far = (distance * same).amax(1)
+        near = distance.masked_fill(same, float("inf")).amin(1)
+        return F.relu(far - near.clamp(max=2) + 0.2).mean()
+
+
+class Volume(Task):
+    """MONAI's Dice with cross-entropy over a U-Net of residual units, a crop a sample."""
+
+    def __init__(self, optimizer: str) -> None:
+        from monai.losses.dice import DiceCELoss
+        from monai.networks.nets.unet import UNet
+
+        super().__init__(UNet(3, 1, 2, (16, 32, 64), (2, 2), num_res_units=2), optimizer)
+        self.loss = DiceCELoss(to_onehot_y=True, softmax=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(self.net(batch[0]), batch[1])
+
+
 REGIMES: dict[str, Callable[[str], tuple[pl.LightningModule, Any]]] = {
     "plain": lambda o: (Task(cnn(), o), IMAGE),
     "gan": lambda o: (Gan(o), IMAGE),
@@ -393,6 +569,19 @@ REGIMES: dict[str, Callable[[str], tuple[pl.LightningModule, Any]]] = {
     "reads": lambda o: (Reads(cnn(), o), IMAGE),
     "compiled": lambda o: (Compiled(o), IMAGE),
     "graph": lambda o: (Graph(o), TOKENS),
+    "volume": lambda o: (Volume(o), VOLUME),
+    "average": lambda o: (Averaged(o, "all"), TOKENS),
+    "average_ema": lambda o: (Averaged(o, "ema"), TOKENS),
+    "average_stochastic": lambda o: (Averaged(o, "stochastic"), TOKENS),
+    "clip_value": lambda o: (ClippedByValue(cnn(), o), IMAGE),
+    "unfrozen": lambda o: (Unfrozen(o), TOKENS),
+    "packed": lambda o: (Packed(o), TEXT),
+    "longest": lambda o: (Longest(Transformer(), o), TEXT),
+    "detection": lambda o: (Detects(o), BOXES),
+    "deep_supervision": lambda o: (DeeplySupervised(o), IMAGE),
+    "diffusion": lambda o: (Denoises(o), IMAGE),
+    "validation": lambda o: (Validates(cnn(), o), IMAGE),
+    "triplets": lambda o: (Triplets(cnn(classes=64), o), IMAGE),
 }
 
 
