@@ -222,8 +222,9 @@ class Estimate:
 
         >>> import torch, lightning_memplan as mp
         >>> found = mp.estimate(torch.nn.Linear(1000, 1000), torch.zeros(4, 1000)).snapshot(batch_size=64)
-        >>> found["segments"][0]["blocks"][0]["frames"][-1]["name"], found["device_traces"][0][1]["size"]
-        ('parameters', 4000000)
+        >>> first = found["device_traces"][0][1]
+        >>> first["action"], first["size"], first["frames"][-1]["name"]
+        ('alloc', 4000000, 'parameters')
 
         Raises:
             ValueError: the estimate is by the formula, which has no events.
