@@ -81,10 +81,10 @@ def estimate(
             module, whose forward is run on the batch and whose outputs' sum (or the ``loss`` it returns) is the loss.
         batch: what the user's dataloader yields, its first dimension the batch; or a DataLoader, a collection of them,
             or a LightningDataModule.
-        method: ``"probe"`` runs the step on the GPU with a few samples, ``"trace"`` on fake tensors, ``"formula"`` adds
+        method: ``"probe"`` runs the step on the GPU, ``"trace"`` on fake tensors, ``"formula"`` adds
             up feature maps. ``"auto"`` traces, and probes too where the device is a GPU of this machine: the estimate
-            is that of the two by which fewer samples fit, and ``methods`` tells what each says. Where neither can be
-            had it is the formula's.
+            is the probe's if a large batch ran, else that of the two by which fewer samples fit, and ``methods`` tells
+            what each says. Where neither can be had it is the formula's.
         precision: a Trainer's ``precision``; ``"32-true"`` where nothing is said.
         optimizer: for a module that is no LightningModule: makes its optimizer from its parameters.
         trainer: a Trainer, from which precision, clipping and accumulation are taken.

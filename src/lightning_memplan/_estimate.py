@@ -6,6 +6,7 @@ import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -131,8 +132,12 @@ class Estimate:
         found = self.replay(batch_size, capacity, limit, workspaces)
         if found.out_of_memory is not None or not found.retries:
             return found.out_of_memory is None
-        more = self._program().settled().at(batch_size, workspaces)
+        more = self._settled.at(batch_size, workspaces)
         return replay(more, capacity, self.settings, limit).out_of_memory is None
+
+    @cached_property
+    def _settled(self) -> ScaledProgram:
+        return self._program().settled()
 
     def steps(self, batch_size: int, capacity: int | None = None) -> tuple[tuple[int, int], ...]:
         """Peak ``(allocated, reserved)`` bytes of each step: the first, the second, and those that follow.

@@ -1,4 +1,4 @@
-"""Training steps of a few samples on the real GPU, recorded from the allocator's own history.
+"""Training steps of a few samples and of one large batch on the real GPU, recorded from the allocator's own history.
 
 A probe sees what no rule has to know: cuDNN's workspaces, and every temporary of a kernel. It gives the same events as
 a trace, which are scaled and replayed in the same way.

@@ -26,7 +26,7 @@ _LIMITS = {
 
 
 _METHODS = {
-    "probe": "a few samples on the GPU",
+    "probe": "real steps on the GPU",
     "trace": "a step on fake tensors",
     "formula": "params + grads + bs x (I1 + 2 x sum Ii)",
 }
