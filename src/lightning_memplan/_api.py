@@ -32,7 +32,7 @@ from lightning_memplan._probe import SIZES, can_probe, probe_steps
 from lightning_memplan._report import advice_lines, does_not_fit_message
 from lightning_memplan._sample import SAMPLE_SIZE, Samples, Which, check_sample, read_samples
 from lightning_memplan._scaling import interleaved, scale
-from lightning_memplan._step import prepared, run_formula, trace_steps, trace_test, trace_validation
+from lightning_memplan._step import prepared, run_formula, trace_counted, trace_test, trace_validation
 from lightning_memplan._twin import explain
 from lightning_memplan._types import Advice, Device, Plan, StepSettings, parse_precision
 from lightning_memplan._workspaces import Choice
@@ -214,7 +214,9 @@ def _tightest_first(found: Sequence[Estimate], device: Device) -> list[Estimate]
     """
 
     def largest(estimate: Estimate) -> int:
-        return largest_fitting(lambda size: estimate.fits(size, device.capacity), max_batch_size=2**30).batch_size
+        near = estimate.near(device.capacity)
+        fits = partial(estimate.fits, capacity=device.capacity)
+        return largest_fitting(fits, max_batch_size=2**30, near=near).batch_size
 
     return sorted(found, key=largest)
 
@@ -224,25 +226,17 @@ def _traced(
 ) -> Estimate:
     """By trace, or by the formula where ``method`` says so, or leaves it open and the step cannot be traced."""
     batches = samples.batches()
-    program = None
     notes: tuple[str, ...] = ()
     if method != "formula":
         try:
-            traces = trace_steps(module, batches, settings, **common)
-            program = scale(traces)
-            notes = traces[0].notes
+            traces, formula = trace_counted(module, batches, settings, **common)
+            return Estimate("trace", formula, scale(traces), _allocator(), traces[0].notes + samples.notes)
         except TraceError as error:
             if method == "trace":
                 raise TraceError(f"{type(module).__name__} cannot be traced: {error}") from error
             notes = (f"planned by the formula, since the step cannot be traced: {error}",)
     formula, more = run_formula(module, batches[0], settings, **common)
-    return Estimate(
-        "formula" if program is None else "trace",
-        formula,
-        program,
-        _allocator(),
-        (notes + more if program is None else notes) + samples.notes,
-    )
+    return Estimate("formula", formula, None, _allocator(), notes + more + samples.notes)
 
 
 def estimate_validation(
@@ -476,9 +470,8 @@ def advise(
     found = estimate_step(module, source, settings, method="trace", **options, **job)
     budget = int(card.capacity * (1 - margin))
     if batch_size is None:
-        batch_size = largest_fitting(
-            lambda size: found.fits(size, budget), dataset_size=dataset_size(source)
-        ).batch_size
+        fits = partial(found.fits, capacity=budget)
+        batch_size = largest_fitting(fits, dataset_size=dataset_size(source), near=found.near(budget)).batch_size
     return advised_step(module, source, settings, budget=budget, **options, **job)(found, batch_size or 1)
 
 
@@ -547,7 +540,8 @@ def cards_for(
     @cache
     def largest(capability: tuple[int, int] | None, budget: int) -> int:
         found = estimated(capability)
-        return largest_fitting(lambda size: found.fits(size, budget), **limits).batch_size
+        fits = partial(found.fits, capacity=budget)
+        return largest_fitting(fits, near=found.near(budget), **limits).batch_size
 
     ordered = sorted(gpus() if cards is None else cards, key=lambda card: card.capacity)
     return tuple((card, largest(card.capability, int(max(0, card.capacity - nccl) * (1 - margin)))) for card in ordered)
@@ -610,7 +604,11 @@ def plan_estimate(
                 return False
             return not found.has_workspaces or found.fits(batch_size, device.capacity, workspaces=workspaces)
 
-        return largest_fitting(fits, **limits) if share is None else largest_dividing(fits, share, **limits)
+        if share is not None:
+            return largest_dividing(fits, share, **limits)
+        any_size = estimate_at(min_batch_size)
+        bounds = any_size.near(budget), any_size.near(device.capacity, workspaces)
+        return largest_fitting(fits, near=min((size for size in bounds if size is not None), default=None), **limits)
 
     limits: dict[str, Any] = {
         "min_batch_size": min_batch_size,

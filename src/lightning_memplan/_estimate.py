@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_memplan._allocator import AllocatorSettings, Move, Replay, replay
 from lightning_memplan._history import structure_hash
+from lightning_memplan._planner import largest_fitting
 from lightning_memplan._scaling import ScaledProgram
 from lightning_memplan._snapshot import make_snapshot
 from lightning_memplan._types import Event, Layer, Peaks, Range
@@ -127,13 +128,35 @@ class Estimate:
         _check_batch_size(batch_size)
         if self.program is None:
             return self.formula.memory(batch_size) <= (capacity if limit is None else min(capacity, limit))
-        if self._beyond(batch_size):
+        given = capacity if limit is None else min(capacity, limit)
+        if self._beyond(batch_size) or self._least(batch_size, workspaces) > given:
             return False
         found = self.replay(batch_size, capacity, limit, workspaces)
         if found.out_of_memory is not None or not found.retries:
             return found.out_of_memory is None
         more = self._settled.at(batch_size, workspaces)
         return replay(more, capacity, self.settings, limit).out_of_memory is None
+
+    def near(self, capacity: int, workspaces: Choice = "low") -> int | None:
+        """A batch size that is at least the largest that fits in ``capacity`` bytes, and near it; None if none is known.
+
+        What it takes at any moment is that little, before the allocator cuts it up.
+        """
+        if self.program is None:
+            return None
+        try:
+            return largest_fitting(
+                lambda size: not self._beyond(size) and self._least(size, workspaces) <= capacity
+            ).batch_size
+        except ValueError:  # it does not grow
+            return None
+
+    def _least(self, batch_size: int, workspaces: Choice) -> int:
+        return self._program().least(batch_size, self._turns, workspaces)
+
+    @cached_property
+    def _turns(self) -> tuple[int, ...]:
+        return self._program().turns()
 
     @cached_property
     def _settled(self) -> ScaledProgram:

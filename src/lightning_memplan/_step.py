@@ -74,7 +74,8 @@ def detached_copy(
                 f"{name!r} has no shape yet (a lazy module): run the module once on a batch before planning"
             )
         if id(parameter) not in memo:
-            fake = nn.Parameter(_fake(parameter, mode, device, dtype), requires_grad=parameter.requires_grad)
+            fake: Any = _fake(parameter, mode, device, dtype).requires_grad_(parameter.requires_grad)
+            fake._is_param = True  # as nn.Parameter makes one of a tensor subclass, by another copy
             own = fake.__dict__  # a fake tensor's mode is such an attribute, and that of a copy's copy is not its own
             own.update({k: v for k, v in parameter.__dict__.items() if not k.startswith("_") and k not in own})
             memo[id(parameter)] = fake
@@ -225,34 +226,62 @@ def trace_steps(
     batches: Sequence[tuple[int, Any]],
     settings: StepSettings,
     *,
-    trainer: Any = None,
-    datamodule: Any = None,
-    optimizer: MakeOptimizer | None = None,
     steps: int = STEPS,
+    **common: Any,
 ) -> list[Trace]:
     """One trace for each ``(batch size, batch)``: setup, then whole training steps.
 
     ``module`` is a LightningModule, which is asked for its ``training_step`` and ``configure_optimizers``, or any
-    module, whose forward is run on the batch and whose outputs' sum is the loss (``optimizer`` makes its optimizer).
+    module, whose forward is run on the batch and whose outputs' sum is the loss (``optimizer`` makes its optimizer;
+    ``trainer`` and ``datamodule`` are what it is trained with).
 
     Raises:
         TraceError: the step needs what a fake tensor cannot give; names the line of the user's code.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    traces, _ = _trace_steps(module, batches, settings, steps, counted=False, **common)
+    return traces
 
+
+def trace_counted(
+    module: nn.Module, batches: Sequence[tuple[int, Any]], settings: StepSettings, **common: Any
+) -> tuple[list[Trace], Formula]:
+    """``trace_steps``, and the formula, whose layers are written down in the first step of the first batch.
+
+    Where a strategy wraps the module the formula is that of the whole module, from a pass of its own.
+    """
+    traces, formula = _trace_steps(module, batches, settings, STEPS, counted=settings.parallel is None, **common)
+    return traces, formula or run_formula(module, batches[0], settings, **common)[0]
+
+
+def _trace_steps(
+    module: nn.Module,
+    batches: Sequence[tuple[int, Any]],
+    settings: StepSettings,
+    steps: int,
+    *,
+    counted: bool,
+    trainer: Any = None,
+    datamodule: Any = None,
+    optimizer: MakeOptimizer | None = None,
+) -> tuple[list[Trace], Formula | None]:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     most = max(batches, key=itemgetter(0))[1]
 
-    def record(size: int, batch: Any, steps: int) -> Trace:
+    def begun(batch: Any) -> _Run:
         run = _Run(module, mode, settings, trainer, datamodule, optimizer)
         run.recorder.numbers = _numbers(batch, most)
-        return run.record(size, batch, steps)
+        return run
 
     with _as_on_the_card(settings), _no_collection():
-        whole, *others = batches
-        traces = [record(*whole, steps)]
+        (size, batch), *others = batches
+        run = begun(batch)
+        traces = [run.record(size, batch, steps, counted=counted)]
+        formula = run.formula
         for size, batch in others:
-            traces.append(extended(traces[0], record(size, batch, 1)) or record(size, batch, steps))
-    return traces
+            traces.append(
+                extended(traces[0], begun(batch).record(size, batch, 1)) or begun(batch).record(size, batch, steps)
+            )
+    return traces, formula
 
 
 def trace_validation(
@@ -385,6 +414,7 @@ class _Run(StepRunner):
             temporaries(settings.capability), workspaces(settings.capability), WIDTHS, ORDER, KERNELS, LONGEST, SHAPES
         )
         self.recorder = Recorder(mode, rules)
+        self.formula: Formula | None = None
         shards = settings.parallel is not None and settings.parallel.shards
         twin = detached_copy(
             module,
@@ -412,7 +442,17 @@ class _Run(StepRunner):
             foreach_by_default(optimizer)
         return optimizers
 
-    def record(self, size: int, batch: Any, steps: int, validated: Any = None, *, tested: bool = False) -> Trace:
+    def record(
+        self,
+        size: int,
+        batch: Any,
+        steps: int,
+        validated: Any = None,
+        *,
+        tested: bool = False,
+        counted: bool = False,
+    ) -> Trace:
+        """Whole steps, as a trace; ``counted``, the formula is there afterwards as well."""
         recorder, twin = self.recorder, self.twin
         with _explained(recorder), recorder, module_paths(twin, recorder):
             for tensor, kind, path in _setup_order(twin):
@@ -420,6 +460,8 @@ class _Run(StepRunner):
                 recorder.adopt(tensor)
             if tested:
                 self.evaluate(batch, "test")
+            elif counted:
+                self.formula = self.run_counted(batch, size, steps)
             else:
                 self.run_steps(batch, steps)
             if validated is not None:
