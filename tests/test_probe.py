@@ -297,6 +297,10 @@ def test_what_a_probe_predicts_is_what_training_takes(shown, precision):
         assert abs(predicted_reserved / reserved - 1) < 0.01
 
 
+def test_a_batch_that_is_made_on_the_card_takes_what_another_takes(shown):
+    assert shown["repeated"] == shown["tried"]
+
+
 def test_a_real_step_takes_what_training_takes(shown):
     allocated, reserved, missing = shown["tried"]
     assert missing == 0

@@ -185,7 +185,7 @@ def estimate_step(
         try:
             index, capacity = _probed_index(device), (device or default_device()).capacity
             where: dict[str, Any] = {"capacity": capacity, "largest": largest, "stage": stage}
-            traces, formula = probe_steps(module, samples.batches, settings, index, **where, **common)
+            traces, formula = probe_steps(module, samples.for_the_card, settings, index, **where, **common)
             probed = Estimate("probe", formula, scale(traces), _allocator(), traces[0].notes + samples.notes)
         except (TraceError, *_OF_A_COPY) as error:
             if method == "probe":

@@ -138,9 +138,9 @@ class Estimate:
         return replay(more, capacity, self.settings, limit).out_of_memory is None
 
     def near(self, capacity: int, workspaces: Choice = "low") -> int | None:
-        """A batch size that is at least the largest that fits in ``capacity`` bytes, and near it; None if none is known.
+        """A batch size near the largest that fits in ``capacity`` bytes, and not below it; None if none is known.
 
-        What it takes at any moment is that little, before the allocator cuts it up.
+        It is the largest whose blocks fit in there, wherever they lie.
         """
         if self.program is None:
             return None

@@ -632,7 +632,7 @@ def _shape(events: Sequence[Event]) -> tuple[tuple[int, bool, int], ...]:
 
 def _renumbered(events: Sequence[Event]) -> tuple[Event, ...]:
     numbers: dict[int, int] = {}
-    return tuple(e._replace(block=numbers.setdefault(e.block, len(numbers))) for e in events)
+    return tuple(Event(numbers.setdefault(e[0], len(numbers)), *e[1:]) for e in events)
 
 
 def _without_workspaces(events: Sequence[Event]) -> tuple[tuple[Event, ...], dict[int, int]]:

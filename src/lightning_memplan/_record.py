@@ -58,8 +58,8 @@ _DEVICE_OF = torch.ops.prim.device.default
 _ADD = torch.ops.aten.add.Tensor
 _TO_COPY = torch.ops.aten._to_copy.default
 _EQUAL = torch.ops.aten.equal.default
-#: What is asked of the kernel for tensors without data itself, as views are: torch's fake mode does the same in the end,
-#: and takes several times as long
+#: What is asked of the kernel for tensors without data itself, as views are: torch's fake mode does the same in the
+#: end, and takes several times as long
 _DIRECT = frozenset(
     {
         torch.ops.aten._unsafe_view.default,
@@ -313,7 +313,7 @@ class Recorder(TorchDispatchMode):
 
     def _wrapped(self, meta: torch.Tensor, device: torch.device = DEVICE) -> FakeTensor:
         """``FakeTensor(mode, meta, device)``, without the time that its constructor takes (torch 2.11 to 2.14)."""
-        made: Any = torch.Tensor._make_subclass(  # type: ignore[attr-defined]
+        made: Any = torch.Tensor._make_subclass(
             FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=device
         )
         self._guard(made)
@@ -428,7 +428,7 @@ _NUMBERS = "_memplan_numbers"  # a fake tensor's attribute: its values, where th
 
 
 def _are_plain(args: Sequence[Any]) -> bool:
-    """Whether all tensors among the arguments of an operator, the first of which is one, are fake, and on one device."""
+    """Whether all tensors among an operator's arguments, the first of which is one, are fake, and on one device."""
     device = getattr(args[0], "fake_device", None)
     return device is not None and all(
         not isinstance(arg, torch.Tensor)
@@ -624,7 +624,7 @@ def labelled(events: Sequence[Event]) -> tuple[Event, ...]:
         op = names.get(e.op)
         if op is None:
             op = names[e.op] = "" if e.op is None else str(e.op)
-        result.append(e._replace(category=category, op=op))
+        result.append(Event(*e[:4], category, e.path, op, *e[7:]))
     runs = groupby(result, attrgetter("is_free", "step", "phase"))
     return tuple(chain.from_iterable(_run(kind[0], run) for kind, run in runs))
 

@@ -263,7 +263,7 @@ class MemoryPlanner(CallbackBase):
         def tried(plan: Plan) -> Tried:
             return try_step(
                 module,
-                read_samples(source, self.sample, self.sample_size).make(plan.batch_size),
+                read_samples(source, self.sample, self.sample_size).large(plan.batch_size),
                 replace(settings, accumulate_grad_batches=plan.accumulate_grad_batches),
                 index,
                 beside=beside,
