@@ -67,6 +67,7 @@ def estimate(
     strategy: Any = None,
     sample: Which = "first",
     sample_size: int = SAMPLE_SIZE,
+    max_batch_size: int | None = None,
 ) -> Estimate:
     """What training ``module`` takes, at any batch size, without running it on a GPU.
 
@@ -98,6 +99,8 @@ def estimate(
             copies of the largest of ``sample_size`` that are spread over it (where samples differ in size: texts,
             graphs, boxes).
         sample_size: how many samples ``"largest"`` looks at.
+        max_batch_size: the largest batch size that will be asked for, where that is known: no larger batch is probed,
+            and what a probe of that one sees holds for it.
 
     Raises:
         TraceError: ``method="trace"`` and the step cannot be traced: says what it needs, and at which line; or
@@ -107,6 +110,8 @@ def estimate(
     """
     check_method(method)
     check_sample(sample, sample_size)
+    if max_batch_size is not None:
+        check_count("max_batch_size", max_batch_size)
     source, settings, job = resolve_step(
         module,
         batch,
@@ -119,7 +124,8 @@ def estimate(
         devices,
         strategy,
     )
-    return estimate_step(module, source, settings, method=method, sample=sample, sample_size=sample_size, **job)
+    options: dict[str, Any] = {"sample": sample, "sample_size": sample_size, "largest": max_batch_size}
+    return estimate_step(module, source, settings, method=method, **options, **job)
 
 
 def resolve_step(
