@@ -51,10 +51,10 @@ def accumulated(settings: StepSettings) -> int:
     return min(settings.accumulate_grad_batches, PARTS)
 
 
-def traced_step(batch: int, whole: int, parts: int) -> int:
+def traced_step(batch: int, whole: int, parts: int, steps: int = STEPS) -> int:
     """Which of a trace's steps the ``batch``-th batch of training (from 0) is like.
 
-    ``whole`` batches are accumulated in training, ``parts`` in the trace.
+    ``whole`` batches are accumulated in training, ``parts`` in the trace, which has ``steps`` steps of the optimizer.
 
     >>> [traced_step(batch, 1, 1) for batch in range(5)]
     [0, 1, 2, 2, 2]
@@ -63,7 +63,7 @@ def traced_step(batch: int, whole: int, parts: int) -> int:
     """
     cycle, part = divmod(batch, whole)
     place = part if part == 0 else parts - 1 if part == whole - 1 else 1
-    return min(cycle, STEPS - 1) * parts + place
+    return min(cycle, steps - 1) * parts + place
 
 
 class Mark(Protocol):

@@ -467,11 +467,17 @@ class _Mark(_Place):
         torch.cuda.caching_allocator_delete(address)
         self.labels.append((address, (self.run, self.phase, self.step, self.category, self.path)))
 
+    def empty_cache(self) -> None:
+        super().empty_cache()
+        self.path = _EMPTIED
+        self.path = ""
+
     device: torch.device
     labels: list[_Label]
 
 
 _Label = tuple[int, tuple[int, Phase, int, Category, str]]
+_EMPTIED = "(the cache was emptied)"  # the path of a mark that says so
 _MARK = 331  # bytes: a prime, which no tensor of the step is likely to have at the place of the very next mark
 
 
@@ -576,6 +582,8 @@ def _events(history: Sequence[Mapping[str, Any]], labels: Sequence[_Label]) -> _
         if entry["action"] == "alloc" and (address, entry["size"]) == (mark, _MARK):
             run, phase, step, category, path = label
             mark, label = next(marks, (-1, label))
+            if path == _EMPTIED:
+                events.setdefault(run, []).append(Event(-1, EMPTY, phase, step))
         elif entry["action"] == "alloc":
             stream = streams.setdefault(entry["stream"], len(streams))
             blocks[address] = run, count
@@ -586,8 +594,6 @@ def _events(history: Sequence[Mapping[str, Any]], labels: Sequence[_Label]) -> _
             made, block = blocks.pop(address)
             if made in (0, run):
                 events.setdefault(run, []).append(Event(block, FREE, phase, step))
-        elif entry["action"] == "segment_free" and phase == "setup" and events.get(run, ())[-1:]:
-            events[run].append(Event(-1, EMPTY, phase, step))
     return lambda run: events[0] + events.get(run, [])
 
 

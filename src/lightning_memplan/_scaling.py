@@ -143,8 +143,8 @@ class ScaledProgram:
     def settled(self, times: int = 3) -> ScaledProgram:
         """With the last optimizer step ``times`` more times, if it is like the one before it; else the same program.
 
-        On a full card the allocator gives back what it caches, and each step finds another cache than the one before:
-        that three steps fit does not say that a fourth does.
+        Each step finds other free blocks than the one before, until it leaves what it found: that three steps fit does
+        not say that a fourth does, nor what that takes.
 
         >>> step = [(Event(n, 8, step=n), Event(n - 1, -1, step=n)) for n in (1, 2, 3)]
         >>> program = scale([Trace(2, (Event(0, 8), *(event for both in step for event in both)))])
@@ -164,14 +164,15 @@ class ScaledProgram:
             return self
         events, free = list(self.events), 1 + max(e.block for e in self.events)
         blocks = {place: block for block, place in made.items()}  # of the newest step, by their place in it
-        for _ in range(times):
+        for later in range(cycle, (times + 1) * cycle, cycle):
             newer = {place: free + number for number, place in enumerate(blocks)}
             free += len(newer)
             for event in last:
                 place = made.get(event.block)
-                if event.block >= 0:
-                    event = event._replace(block=blocks[earlier[event.block]] if place is None else newer[place])
-                events.append(event)
+                block = event.block
+                if block >= 0:
+                    block = blocks[earlier[block]] if place is None else newer[place]
+                events.append(event._replace(block=block, step=event.step + later))
             blocks = newer
         return replace(self, events=tuple(events), sizes=self.sizes + self.sizes[begin:] * times)
 
