@@ -30,7 +30,7 @@ from lightning_memplan._step import run_formula
 from lightning_memplan._types import EMPTY, StepSettings
 from lightning_memplan._workspaces import Choice
 
-from .loop import Loop, trace_loop
+from .loop import PRIME, Loop, trace_loop
 
 ROWS = Path(__file__).parent / "rows"
 TOTAL = 25_446_711_296  #: the card's bytes, as CUDA reports them
@@ -121,7 +121,10 @@ def network_of(row: Row) -> nn.Module:
 
 
 def trace_row(row: Row) -> ScaledProgram:
-    return trace_loop(network_of(row), timm_loop(row.layout, row.image_size), steps=3)
+    network = network_of(row)
+    recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
+    sizes = (2, 3) if recurrent else (PRIME,)  # a recurrent network's workspace has a part that does not grow
+    return trace_loop(network, timm_loop(row.layout, row.image_size), sizes=sizes, steps=3)
 
 
 def whole_run(program: ScaledProgram, size: int, capacity: int, choice: Choice = "expected") -> Replay:
