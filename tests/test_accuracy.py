@@ -90,7 +90,7 @@ def test_expected_workspaces_are_those_of_a_real_card():
     # 6.9 of 58.5 GiB
     assert sum(abs(s.expected.expected - s.measured) for s in half) < 0.13 * sum(s.measured for s in half)
     every = list(convolutions.compared())
-    assert sum(s.measured <= s.expected.high + 2**24 for s in every) >= 0.97 * len(every)
+    assert sum(s.measured <= s.expected.high + 2**24 for s in every) >= 0.985 * len(every)  # 99.0 %
 
 
 def test_what_was_chosen_on_a_real_card_is_summed_up():
