@@ -9,7 +9,10 @@ import json
 import pytest
 
 from lightning_memplan._allocator import AllocatorSettings, replay
-from tests.accuracy import chosen, convolutions, regimes
+from lightning_memplan._scaling import ScaledProgram, scale
+from lightning_memplan._types import Event, Trace
+from lightning_memplan._workspaces import FORWARD, MOVED
+from tests.accuracy import chosen, convolutions, nvml, regimes, rtx3090
 from tests.accuracy import nullgpu as accuracy
 
 SAMPLE = """
@@ -87,7 +90,7 @@ def test_expected_workspaces_are_those_of_a_real_card():
     # 6.9 of 58.5 GiB
     assert sum(abs(s.expected.expected - s.measured) for s in half) < 0.13 * sum(s.measured for s in half)
     every = list(convolutions.compared())
-    assert sum(s.measured <= s.expected.high + 2**24 for s in every) >= 0.97 * len(every)
+    assert sum(s.measured <= s.expected.high + 2**24 for s in every) >= 0.985 * len(every)  # 99.0 %
 
 
 def test_what_was_chosen_on_a_real_card_is_summed_up():
@@ -97,3 +100,52 @@ def test_what_was_chosen_on_a_real_card_is_summed_up():
         "allocated: median 0.02 %, 90th percentile 0.17 %, worst 7.84 %",
         "reserved: median 0.40 %, 90th percentile 4.01 %, worst 13.26 %",
     ]
+
+
+def test_nvmls_range_is_that_of_nine_in_ten_fits_on_another_card():
+    low, high = nvml.scatter()
+    rows = [line.split(",") for line in nvml.FITS.read_text().splitlines()[1:]]
+    shares = [int(got) / int(expected) for _, got, expected in rows if int(got) > 2**29]
+    assert (round(low, 3), round(high, 3)) == (0.894, 1.095)
+    assert (sum(low <= share <= high for share in shares), len(shares)) == (68, 76)  # 90 %
+
+
+# ---------------------------------------------------------- the benchmark that the RTX 3090's tables were measured with
+
+MIB = 2**20
+
+
+def benchmark_of() -> ScaledProgram:
+    """15 MiB a sample, given back; then three steps of a feature map, 20 MiB a sample, and a convolution beside it."""
+
+    def step(number: int, n: int) -> tuple[Event, ...]:
+        rule = ("convolution", FORWARD, n, 512, 512, 4096, 4096, 9, 0, 1, 2, MOVED)
+        a, b = 2 * number, 2 * number + 1
+        made = Event(a, 20 * MIB * n, step=number), Event(b, 0, step=number, rule=rule)
+        return *made, Event(b, -1, step=number), Event(a, -1, step=number)
+
+    def events(n: int) -> tuple[Event, ...]:
+        return Event(0, 15 * MIB * n), Event(0, -1), *(e for number in (1, 2, 3) for e in step(number, n))
+
+    return scale([Trace(n, events(n)) for n in (2, 3)])
+
+
+def test_a_convolution_whose_workspace_does_not_fit_runs_without():
+    # 4 samples: 80 MiB, and copies of 2 · (4 · 2 · 512 · 4096 + 9 · 512²) = 38,273,024 bytes, in a segment of 38 MiB
+    program = benchmark_of()
+    assert rtx3090.whole_run(program, 4, 118 * MIB).peak_allocated == 80 * MIB + 38_273_024
+    found = rtx3090.whole_run(program, 4, 117 * MIB)
+    assert (found.out_of_memory, found.peak_allocated, found.peak_reserved) == (None, 80 * MIB, 80 * MIB)
+    assert rtx3090.whole_run(program, 4, 79 * MIB).out_of_memory == 2
+
+
+def test_the_cache_is_given_back_when_a_convolution_is_met_first():
+    # the first 60 MiB are idle then, and go; without that the workspace would lie in them, and 140 MiB be reserved
+    found = rtx3090.benchmarked(benchmark_of(), 4, 200 * MIB)
+    assert (found.segments, found.reserved, found.retries) == (3, (80 + 38) * MIB, 0)
+
+
+def test_fifty_steps_are_replayed_where_the_cache_had_to_be_given_back():
+    assert len(benchmark_of().settled(rtx3090.STEPS - 3).events) == 2 + 50 * 4
+    # for 80 MiB beside the idle 60 in the first step, and for the workspace, which from then on is done without
+    assert rtx3090.whole_run(benchmark_of(), 4, 117 * MIB).retries == 2

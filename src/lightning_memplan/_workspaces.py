@@ -97,7 +97,8 @@ def convolution(
 
     * low: 0, of the implicit GEMM that precomputes nothing.
     * expected: what was measured (see above).
-    * high: the most of all copies, of Winograd's transforms and of the partial sums.
+    * high: the most of all copies, of Winograd's transforms and of the partial sums. In float32 a filter's gradient may
+      be computed in another layout than the operands', whichever it is: both were copied, to the byte, in one of eight.
 
     >>> convolution(FORWARD, 1, 64, 64, 56**2, 56**2, 9, tiles=14**2, groups=1, width=2, layout=MOVED)
     Range(low=0, expected=876544, high=4202496)
@@ -108,9 +109,10 @@ def convolution(
     if layout == LAST and groups == 1:
         copies = padded(n, c, k, pixels, results, width)
     transforms = winograd(n, c, k, tiles) if tiles and groups == 1 else 0
+    relaid = transposed(n, c, k, pixels, results, taps, groups, width) if (part, width) == (FILTER, 4) else 0
     if groups > 1 and groups in (c, k):
         usual = _depthwise(part, n, k, results, taps, layout)
-        return Range(0, usual, usual)
+        return Range(0, usual, max(usual, relaid))
     if layout == PLAIN:
         usual = transforms if part == FILTER else 0
     elif taps == 1 and pixels == results:
@@ -119,7 +121,7 @@ def convolution(
         usual = 0
     else:
         usual = copies
-    return Range(0, usual, max(usual, copies, transforms))
+    return Range(0, usual, max(usual, copies, transforms, relaid))
 
 
 def _depthwise(part: int, n: int, k: int, results: int, taps: int, layout: int) -> int:

@@ -27,7 +27,8 @@ _ATEN = torch.ops.aten
 _MATRIX_PRODUCTS = [_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm, _ATEN.addbmm, _ATEN.addmv, _ATEN.mv]
 
 
-#: a batch size at which one trace tells all sizes: what is divisible by this prime grows with the batch
+#: a batch size at which one trace tells all sizes: what is divisible by this prime grows with the batch, the rest does
+#: not grow at all
 PRIME = 7919
 
 

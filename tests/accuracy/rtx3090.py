@@ -15,24 +15,28 @@ import re
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from lightning_memplan._allocator import AllocatorSettings, replay
+from lightning_memplan._allocator import AllocatorSettings, Replay, replay
 from lightning_memplan._formula import Formula
 from lightning_memplan._record import DEVICE
-from lightning_memplan._scaling import ScaledProgram
+from lightning_memplan._scaling import Polynomial, ScaledProgram
 from lightning_memplan._step import run_formula
-from lightning_memplan._types import StepSettings
+from lightning_memplan._types import EMPTY, StepSettings
+from lightning_memplan._workspaces import Choice
 
-from .loop import Loop, trace_loop
+from .loop import PRIME, Loop, trace_loop
 
 ROWS = Path(__file__).parent / "rows"
 TOTAL = 25_446_711_296  #: the card's bytes, as CUDA reports them
 CAPACITY = 22 * 2**30  #: what CUDA 11.3 and its libraries leave: the one number taken from the tables
+STEPS = 50  #: of one run of the benchmark: ten to warm up, forty that are timed
+OLD = AllocatorSettings(by_address=True)  #: torch 1.12's allocator
 
 
 class Row(NamedTuple):
@@ -117,7 +121,51 @@ def network_of(row: Row) -> nn.Module:
 
 
 def trace_row(row: Row) -> ScaledProgram:
-    return trace_loop(network_of(row), timm_loop(row.layout, row.image_size))
+    network = network_of(row)
+    recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
+    sizes = (2, 3) if recurrent else (PRIME,)  # a recurrent network's workspace has a part that does not grow
+    return trace_loop(network, timm_loop(row.layout, row.image_size), sizes=sizes, steps=3)
+
+
+def whole_run(program: ScaledProgram, size: int, capacity: int, choice: Choice = "expected") -> Replay:
+    """The replay of a run of the benchmark: of three steps, and of all where the allocator had to give back its cache,
+    since then each step finds another one than the step before."""
+    found = benchmarked(program, size, capacity, choice)
+    if found.out_of_memory is not None or not found.retries:
+        return found
+    return benchmarked(program.settled(STEPS - 3), size, capacity, choice)
+
+
+def benchmarked(program: ScaledProgram, size: int, capacity: int, choice: Choice = "expected") -> Replay:
+    """The replay with what torch 1.12 does under ``cudnn.benchmark=True`` (aten/src/ATen/native/cudnn/Conv_v7.cpp).
+
+    When a convolution is met for the first time, all its algorithms are tried and the allocator's cache is given back
+    (``findAlgorithms``). An algorithm whose workspace cannot be had is left for one that does without (``try_all``),
+    from then on. ``out_of_memory`` is an entry of the program with these additions.
+    """
+    convolutions = {
+        place
+        for place, rule in enumerate(program.table, 2)
+        if not isinstance(rule, Polynomial) and rule[0] == "convolution"
+    }
+    entries: list[tuple[int, int, int]] = []
+    kinds: list[int] = []  # of each entry: its convolution's place in the table, 0 for anything else
+    met: set[int] = set()
+    for entry, place in zip(program.at(size, choice), program.sizes, strict=True):
+        kind = place if place in convolutions else 0
+        if kind and kind not in met:
+            met.add(kind)
+            entries.append((0, EMPTY, 0))
+            kinds.append(0)
+        entries.append(entry)
+        kinds.append(kind)
+    found, left_out = replay(entries, capacity, OLD), 0
+    while found.out_of_memory is not None and (kind := kinds[found.out_of_memory]):
+        for at in range(found.out_of_memory, len(entries)):
+            if kinds[at] == kind:
+                entries[at] = (entries[at][0], 0, entries[at][2])
+        found, left_out = replay(entries, capacity, OLD), left_out + 1
+    return replace(found, retries=found.retries + left_out)
 
 
 class Verdict(NamedTuple):
@@ -135,7 +183,7 @@ class Verdict(NamedTuple):
         return "too large" if self.fits[1] else "exact"
 
 
-def judge(task: tuple[Row, str, int, str, Path | None]) -> Verdict:
+def judge(task: tuple[Row, str, int, Choice, Path | None]) -> Verdict:
     """Does the first batch size of the row fit, and the second not?"""
     row, method, capacity, choice, cache = task
     torch.set_num_threads(1)
@@ -147,8 +195,7 @@ def judge(task: tuple[Row, str, int, str, Path | None]) -> Verdict:
         program = _cached(row, cache)
     except Exception as error:  # noqa: BLE001 - whatever the network raises
         return Verdict(row, (0, 0), (False, False), f"{type(error).__name__}: {error}")
-    old = AllocatorSettings(by_address=True)  # torch 1.12
-    replays = [replay(program.at(size, choice), capacity, old) for size in (row.ran, row.failed)]
+    replays = [whole_run(program, size, capacity, choice) for size in (row.ran, row.failed)]
     peaks = [r.peak_allocated for r in replays]
     fits = [r.out_of_memory is None for r in replays]
     return Verdict(row, (peaks[0], peaks[1]), (fits[0], fits[1]))

@@ -280,7 +280,7 @@ int cudnnGetBatchNormalizationBackwardExWorkspaceSize(void*h_,int m,int o,void*x
 int cudnnGetBatchNormalizationTrainingExReserveSpaceSize(void*h_,int m,int o,void*a,void*x,size_t*s){*s=0;return 0;}
 int cudnnDropoutGetStatesSize(void*h_,size_t*s){*s=(size_t)sms*(cc_minor==0?2048:1536)*24;return 0;} // 24 bytes for each thread that runs at once: 6,488,064 on an H200
 // Recurrent layers: weights are laid out as cuDNN's are (per pseudo-layer: every gate's matrices, then its biases);
-// the reserve that training keeps is modelled as gates + 2 values per step, sample, layer, direction and hidden unit.
+// the reserve that training keeps, and the workspace, are those of _cuda_rules.py, measured on an H200.
 struct rnn{int cell,bias,bi,dtype,in,hid,proj,layers;};
 struct rnn_data{int dtype,steps,batch,width;};
 struct dims{int dtype,n,d[8];};
@@ -301,4 +301,10 @@ int cudnnGetRNNWeightParams(void*h_,struct rnn*r,int pseudo,size_t size,char*w,i
   if(b){*b=(struct dims){r->dtype,3,{1,rows,1}};*ba=r->bias==0?0:w+(bo+(size_t)lin*r->hid)*e;}return 0;}
 int cudnnGetTensorNdDescriptor(struct dims*t,int want,int*dtype,int*n,int*d,int*st){*dtype=t->dtype;*n=t->n;for(int i=0;i<t->n&&i<want;i++)d[i]=t->d[i];return 0;}
 int cudnnGetFilterNdDescriptor(struct dims*t,int want,int*dtype,int*fmt,int*n,int*d){*dtype=t->dtype;*fmt=0;*n=t->n;for(int i=0;i<t->n&&i<want;i++)d[i]=t->d[i];return 0;}
-int cudnnGetRNNTempSpaceSizes(void*h_,struct rnn*r,int mode,struct rnn_data*x,size_t*w,size_t*rs){size_t u=(size_t)x->steps*x->batch*r->layers*(r->bi?2:1)*r->hid*bytes_of(r->dtype);if(w)*w=u;if(rs)*rs=mode==1?(gates(r)+2)*u:0;return 0;}
+int cudnnGetRNNTempSpaceSizes(void*h_,struct rnn*r,int mode,struct rnn_data*x,size_t*w,size_t*rs){
+  size_t dirs=r->bi?2:1,e=bytes_of(r->dtype),rows=(size_t)x->steps*x->batch,u=rows*dirs*r->hid*e,matrices=0,b,in=r->in;
+  for(int p=0;p<(int)(r->layers*dirs);p++)matrices+=layer_weights(r,p,&b);
+  if(r->layers>1&&dirs*r->hid>in)in=dirs*r->hid;
+  if(w)*w=((size_t)r->layers*dirs<<23)+288+matrices*e+(gates(r)+(r->cell==2?2:1))*u+rows*in*e;
+  if(rs)*rs=mode==1?((r->cell==2?5:r->cell==3?6:1)*r->layers+r->layers-1)*u+256:0;
+  return 0;}
