@@ -205,7 +205,7 @@ def test_what_the_first_steps_leave_is_no_leak():
 # ------------------------------------------------------------------------------------------------- on the null GPU
 
 LEAKING = """
-import dataclasses, json, sys, warnings
+import json, sys, warnings
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import pytorch_lightning as pl
@@ -237,7 +237,7 @@ with warnings.catch_warnings(record=True) as caught:
     ).fit(Leaks(mlp()), datamodule=WithValidation(torch.zeros(2048), 64 * 200))
 print(json.dumps({
     "said": [str(w.message) for w in caught if "MemoryPlanner" in str(w.message)],
-    "steps": [dataclasses.asdict(m) for m in planner.measurements],
+    "steps": [m._asdict() for m in planner.measurements],
     "validations": planner.validations,
 }))
 """

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from lightning_memplan._types import Advice, Device, Layer, Measurement, Peaks, Plan, Run
-from lightning_memplan._units import format_bytes, gib
+from lightning_memplan._units import GiB, format_bytes, gib
 
 WIDTH = 80
 
@@ -419,22 +419,26 @@ def step_metrics(measurement: Measurement, formula_bytes: int) -> dict[str, floa
     >>> step_metrics(Measurement(1, 2**30, 2**31, 2**30, 2**31), formula_bytes=2**29)["memplan/formula_gib"]
     0.5
     """
-    phases = {f"memplan/predicted_{name}_gib": gib(size) for name, size in measurement.predicted_phases.items()}
-    phases |= {f"memplan/actual_{name}_gib": gib(size) for name, size in measurement.phases.items()}
-    booked = {"memplan/process_gib": measurement.process, "memplan/card_gib": measurement.card}
-    return {
-        "memplan/predicted_reserved_gib": gib(measurement.predicted_reserved),
-        "memplan/actual_reserved_gib": gib(measurement.reserved),
-        "memplan/predicted_allocated_gib": gib(measurement.predicted_allocated),
-        "memplan/actual_allocated_gib": gib(measurement.allocated),
+    metrics = {
+        "memplan/predicted_reserved_gib": measurement.predicted_reserved / GiB,
+        "memplan/actual_reserved_gib": measurement.reserved / GiB,
+        "memplan/predicted_allocated_gib": measurement.predicted_allocated / GiB,
+        "memplan/actual_allocated_gib": measurement.allocated / GiB,
         "memplan/error_percent": measurement.error_percent,
-        "memplan/formula_gib": gib(formula_bytes),
-        **phases,
-        "memplan/floor_gib": gib(measurement.floor),
+        "memplan/formula_gib": formula_bytes / GiB,
+        "memplan/floor_gib": measurement.floor / GiB,
         "memplan/retries": measurement.retries,
         "memplan/device_allocations": measurement.device_allocations,
-        **{name: gib(size) for name, size in booked.items() if size is not None},
     }
+    for name, size in measurement.predicted_phases.items():
+        metrics[f"memplan/predicted_{name}_gib"] = size / GiB
+    for name, size in measurement.phases.items():
+        metrics[f"memplan/actual_{name}_gib"] = size / GiB
+    if measurement.process is not None:
+        metrics["memplan/process_gib"] = measurement.process / GiB
+    if measurement.card is not None:
+        metrics["memplan/card_gib"] = measurement.card / GiB
+    return metrics
 
 
 def scalars_layout(phases: Iterable[str]) -> dict[str, dict[str, list[Any]]]:

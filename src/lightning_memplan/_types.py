@@ -194,8 +194,7 @@ class Peaks(NamedTuple):
         return max(self.phases, key=self.phases.__getitem__, default="")
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
+class Measurement(NamedTuple):
     """One training step: what was predicted, and what the card's allocator reported (bytes).
 
     >>> Measurement(step=3, predicted_allocated=99, predicted_reserved=110, allocated=100, reserved=110).error_percent
@@ -207,8 +206,8 @@ class Measurement:
     predicted_reserved: int
     allocated: int
     reserved: int
-    predicted_phases: Mapping[str, int] = field(default_factory=dict)  #: peak allocated in each phase
-    phases: Mapping[str, int] = field(default_factory=dict)  #: likewise measured; empty where phases were not
+    predicted_phases: Mapping[str, int] = {}  #: peak allocated in each phase
+    phases: Mapping[str, int] = {}  #: likewise measured; empty where phases were not
     floor: int = 0  #: allocated when the step had ended: what it leaves
     retries: int = 0  #: times that the allocator gave back its cache to serve a request, since the step before
     device_allocations: int = 0  #: times that it asked the card for memory (cudaMalloc), since the step before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -468,7 +469,7 @@ class MemoryPlanner(CallbackBase):
             return
         self._meter = Meter(
             self._index,
-            self._predict,
+            self._predictor(),
             every_n_steps=self.every_n_steps,
             manual=not pl_module.automatic_optimization,
             resets=self.reset_peaks,
@@ -476,11 +477,13 @@ class MemoryPlanner(CallbackBase):
             margin=None if self.plan.method == "formula" else self.plan.margin,
         )
 
-    def _predict(self, batch: int) -> Peaks:
+    def _predictor(self) -> Callable[[int], Peaks]:
+        """What each batch of training is predicted to take; from the third optimizer step on each is like the third."""
         assert self.plan is not None
+        whole, last = self.plan.accumulate_grad_batches, len(self._predicted) - 1
         parts = max(1, len(self._predicted) // STEPS)  # the formula has but one step
-        like = traced_step(batch, self.plan.accumulate_grad_batches, parts)
-        return self._predicted[min(like, len(self._predicted) - 1)]
+        peaks = [self._predicted[min(traced_step(batch, whole, parts), last)] for batch in range(STEPS * whole)]
+        return lambda batch: peaks[batch if batch < len(peaks) else batch % whole - whole]
 
     @property
     def measurements(self) -> list[Measurement]:
