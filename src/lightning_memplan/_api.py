@@ -92,7 +92,8 @@ def estimate(
         gradient_clip_val: as a Trainer's.
         accumulate_grad_batches: as a Trainer's.
         devices: how many cards train together, without a Trainer; the estimate is of each, and so is the batch size.
-        strategy: how they do: ``"ddp"`` where nothing is said, ``"fsdp"``, or one of Lightning's strategies
+        strategy: how they do: ``"ddp"`` where nothing is said, ``"fsdp"``, ``"fsdp2"`` for a module that calls
+            ``fully_shard`` in ``configure_model``, or one of Lightning's strategies
             (``FSDPStrategy(auto_wrap_policy={Block})``).
         sample: which samples of a loader's dataset batches are made of: ``"first"``, its first five, or ``"largest"``,
             copies of the largest of ``sample_size`` that are spread over it (where samples differ in size: texts,
@@ -151,7 +152,13 @@ def resolve_step(
     if devices > 1 or strategy is not None:
         if trainer is not None:
             raise ValueError("a Trainer has its own devices and strategy: leave devices and strategy out")
-        settings = replace(settings, parallel=parallel_named(strategy, devices))
+        parallel = parallel_named(strategy, devices)
+        if parallel is not None and parallel.kind == "model_parallel" and not is_overridden("configure_model", module):
+            raise ValueError(
+                f"with ModelParallelStrategy (fsdp2) a module shards itself, and {type(module).__name__} has no "
+                "configure_model that does: add one that calls fully_shard, or use strategy='fsdp'"
+            )
+        settings = replace(settings, parallel=parallel)
     card = named_device(device)
     if card is not None and card.capability is not None:
         settings = replace(settings, capability=card.capability)

@@ -176,6 +176,7 @@ def plan_fields(plan: Plan) -> dict[str, Any]:
         "device": device_fields(plan.device),
         "margin": plan.margin,
         "budget": plan.budget,
+        "nccl": plan.nccl,
         "peak_reserved": plan.predicted_peak,
         "peak_allocated": plan.predicted_allocated,
         "formula": plan.formula_peak,
