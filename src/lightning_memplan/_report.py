@@ -318,7 +318,7 @@ def advice_lines(advice: Sequence[Advice], available: int, count: int = 3) -> li
     best = {item.kind: item for item in reversed(advice)}
     lines = []
     for item in sorted(best.values(), key=lambda item: (item.kind == "samples", -item.saved))[:count]:
-        lacks = item.peak_reserved - available
+        lacks = item.peak_reserved + item.nccl - available
         then = "which fits" if lacks <= 0 else f"which still lacks {format_bytes(lacks)}"
         lines.append(f"{item.change}: {format_bytes(item.peak_reserved)}, {then}")
     return lines
