@@ -647,6 +647,7 @@ def plan_estimate(
             phase=found.phase(smallest),
             breakdown=found.breakdown(smallest),
             suggestions=() if advised is None else advice_lines(advised(found, smallest, budget), budget),
+            card=_smallest_card(needed, margin, nccl) if device.kind == "cuda" else None,
         )
         raise DoesNotFitError(message, needed=needed, available=budget)
     size = search.batch_size
@@ -671,6 +672,12 @@ def plan_estimate(
         reserved_range=found.reserved_range(size, device.capacity),
         nccl=nccl,
     )
+
+
+def _smallest_card(needed: int, margin: float, nccl: int) -> Device | None:
+    """The smallest of the catalogue whose memory is enough; kernels, which differ from card to card, are left out."""
+    enough = (card for card in gpus() if int((card.capacity - nccl) * (1 - margin)) >= needed)
+    return min(enough, key=lambda card: card.capacity, default=None)
 
 
 def samples_of_a_rank(samples: int | None, ranks: int) -> int | None:

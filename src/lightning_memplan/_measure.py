@@ -16,7 +16,8 @@ from lightning_memplan._units import MiB, format_bytes
 
 #: Steps of a run whose phases are measured whatever ``every_n_steps`` is: what the first two allocate stays.
 FIRST = 3
-APART = 16  #: steps at least from one whose phases are measured to the next, after the first three
+#: Steps at least from one whose phases are measured to the next, after the first three: as Lightning logs by default.
+APART = 50
 PHASES = ("forward", "backward", "optimizer")  #: those that hooks tell apart
 
 

@@ -196,8 +196,11 @@ def does_not_fit_message(
     phase: str = "",
     breakdown: Mapping[str, int] | None = None,
     suggestions: Sequence[str] = (),
+    card: Device | None = None,
 ) -> str:
     """What a batch size needs, what the device has, what takes the most, and what would help (the best first).
+
+    ``card`` is the smallest of the catalogue that has enough memory.
 
     >>> card = Device("NVIDIA T4", total=15 * 2**30)
     >>> print(does_not_fit_message(needed=18 * 2**30, available=14 * 2**30, device=card, model="UNet3d",
@@ -222,6 +225,10 @@ def does_not_fit_message(
         lines.append("What would help, the best first:")
         for rank, text in enumerate(suggestions, 1):
             lines += _wrap(text, f"  {rank}. ")
+    if card is not None:
+        lines += _wrap(
+            f"The smallest card with memory for it: {card.name}, {format_bytes(card.capacity)} for training."
+        )
     return "\n".join(lines)
 
 

@@ -3,8 +3,6 @@
 Exit status: 0; 1 where the job does not fit; 2 where that cannot be told: wrong usage, or the job's own error.
 """
 
-# PYTHON_ARGCOMPLETE_OK
-
 from __future__ import annotations
 
 import argparse
@@ -221,6 +219,16 @@ def _report(args: argparse.Namespace) -> int:
         _say(args, list(rows))
     else:
         _say(args, lessons_table([(m, d, n, taught.text) for m, d, n, taught in found]) if found else _NO_RUNS)
+    return FITS
+
+
+def _completion(args: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ModuleNotFoundError as error:
+        text = "completion needs shtab: pip install 'lightning-memplan[completion]'"
+        raise ModuleNotFoundError(text) from error
+    _say(args, shtab.complete(args.parser, args.shell))
     return FITS
 
 
@@ -457,8 +465,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     added = command("estimate", _estimate, "what training takes at given batch sizes")
     _add_job(added)
     added.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 64], metavar="N", help="(default: 1 8 64)")
-    added.add_argument("--snapshot", metavar="FILE", help="write the last size's for pytorch.org/memory_viz")
-    added.add_argument("--plot", metavar="FILE.png", help="draw a step at the last size")
+    _of_files(added.add_argument("--snapshot", metavar="FILE", help="write the last size's for pytorch.org/memory_viz"))
+    _of_files(added.add_argument("--plot", metavar="FILE.png", help="draw a step at the last size"))
 
     added = command("advise", _advise, "what would take less memory, by a trace of each change")
     _add_job(added)
@@ -475,8 +483,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         ("report", _report, "what earlier runs teach the next plan: how exact they were, and the margin"),
     ):
         added = command(name, run, text)
-        added.add_argument("--file", metavar="FILE", help="(default: where MemoryPlanner keeps it)")
-    _complete(parser)
+        _of_files(added.add_argument("--file", metavar="FILE", help="(default: where MemoryPlanner keeps it)"))
+    added = command("completion", _completion, "what a shell reads to complete memplan's words")
+    added.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    added.set_defaults(parser=parser)
     return parser.parse_args(argv)
 
 
@@ -484,14 +494,15 @@ def _add_job(parser: argparse.ArgumentParser, option: str | None = None) -> None
     """What names a job: its target by position, or by an option."""
     job = parser.add_argument_group("the job")
     place: dict[str, Any] = {"nargs": "?", "metavar": "TARGET"} if option is None else {"dest": "target"}
-    job.add_argument(option or "target", help="what makes the module: package.module:Name or script.py:name", **place)
+    what = "what makes the module: package.module:Name or script.py:name"
+    _of_files(job.add_argument(option or "target", help=what, **place))
     job.add_argument("--arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of it")
-    job.add_argument("--data", metavar="TARGET", help="what makes its datamodule, loader or batch")
+    _of_files(job.add_argument("--data", metavar="TARGET", help="what makes its datamodule, loader or batch"))
     job.add_argument("--data-arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of it")
     job.add_argument("--input", metavar="SHAPE", help="in place of --data, one sample: 3x224x224, 512:int64")
     job.add_argument("--labels", nargs="?", const="", metavar="SHAPE", help="with --input, whole-numbered labels")
     job.add_argument("--sample", choices=("first", "largest"), help="which samples make the batch (default: first)")
-    job.add_argument("--config", metavar="YAML", help="a LightningCLI's: module, data and Trainer")
+    _of_files(job.add_argument("--config", metavar="YAML", help="a LightningCLI's: module, data and Trainer"))
     how = parser.add_argument_group("how it is trained")
     how.add_argument("--precision", metavar="P", help="as a Trainer's: 32-true, 16-mixed, bf16-mixed, ...")
     how.add_argument("--optimizer", metavar="NAME", help="torch.optim's, for what is no LightningModule")
@@ -520,13 +531,9 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     limits.add_argument("--multiple-of", type=int, default=1, metavar="N", help="(default: 1)")
 
 
-def _complete(parser: argparse.ArgumentParser) -> None:
-    """Completion in a shell, where argcomplete is installed: ``eval "$(register-python-argcomplete memplan)"``."""
-    try:
-        import argcomplete
-    except ModuleNotFoundError:
-        return
-    argcomplete.autocomplete(parser)
+def _of_files(action: argparse.Action) -> None:
+    """A shell completes it by files: ``shtab.FILE``."""
+    action.complete = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}  # type: ignore[attr-defined]
 
 
 # --- what is printed
