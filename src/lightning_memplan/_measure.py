@@ -71,7 +71,7 @@ class Meter:
         self._drifted = ""  # said of a step without phases, which the next one is to have
         self._floor = Floor()
         self._foreseen = Peaks(0, 0)  # the highest predicted so far
-        self._phase = ""  # the one that is measured now; empty where none is
+        self.phase = ""  #: the one that is measured now; empty where none is
         self._peaks: dict[str, int] = {}
         self._reserved = 0
         self._before = AllocatorStats()
@@ -105,22 +105,22 @@ class Meter:
         if self._resets:
             reset_peaks(self.index)
             if step < FIRST or step % self._phases_every == 0 or self._drifted:
-                self._phase = PHASES[0]
+                self.phase = PHASES[0]
 
     def enter(self, phase: str) -> None:
         """A phase begins, and the one before it ends."""
-        if self._phase:
+        if self.phase:
             stats = read_stats(self.index)
             reset_peaks(self.index)
             self._ended(stats)
-            self._phase = phase
+            self.phase = phase
 
     def end(self) -> Measurement:
         """The step has ended: what it took."""
-        stats, before = read_stats(self.index), self._before
-        step, predicted = len(self.measurements), self.predicted
+        stats, before, step = read_stats(self.index), self._before, len(self.measurements)
+        predicted = self._predict(step)
         allocated, reserved, phases, foreseen = stats.peak_allocated, stats.peak_reserved, self._peaks, {}
-        if self._phase:
+        if self.phase:
             self._ended(stats)
             allocated, reserved = max(phases.values()), self._reserved
             foreseen = {name: predicted.phases[name] for name in phases if name in predicted.phases}
@@ -141,7 +141,7 @@ class Meter:
             process,
             card,
         )
-        self._phase, self._before = "", stats
+        self.phase, self._before = "", stats
         self.measurements.append(measured)
         return measured
 
@@ -180,7 +180,7 @@ class Meter:
 
     def _ended(self, stats: AllocatorStats) -> None:
         """The phase that is measured has ended."""
-        self._peaks[self._phase] = max(stats.peak_allocated, self._peaks.get(self._phase, 0))
+        self._peaks[self.phase] = max(stats.peak_allocated, self._peaks.get(self.phase, 0))
         self._reserved = max(stats.peak_reserved, self._reserved)
 
 

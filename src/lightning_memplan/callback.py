@@ -498,11 +498,11 @@ class MemoryPlanner(CallbackBase):
             self._meter.begin()
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
-        if self._meter is not None:
+        if self._meter is not None and self._meter.phase:
             self._meter.enter("backward")
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        if self._meter is not None:
+        if self._meter is not None and self._meter.phase:
             self._meter.enter("optimizer" if pl_module.automatic_optimization else "forward")
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -583,8 +583,9 @@ class MemoryPlanner(CallbackBase):
 
     @staticmethod
     def _log(trainer: Any, metrics: dict[str, float]) -> None:
-        for logger in trainer.loggers:
-            logger.log_metrics(dict(metrics), step=logged_step(trainer))
+        loggers, step = trainer.loggers, logged_step(trainer)
+        for logger in loggers:
+            logger.log_metrics(metrics if len(loggers) == 1 else dict(metrics), step=step)
 
     def _draw(self, trainer: Any) -> None:
         """The plan's step as a figure for TensorBoard; none without matplotlib, or where there is no step to draw."""

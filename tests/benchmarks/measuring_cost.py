@@ -1,6 +1,7 @@
 """What MemoryPlanner's hooks cost in every training step, against the step itself.
 
     tests/nullgpu/nullgpu python -m tests.benchmarks.measuring_cost [--networks own.mlp ...] [--steps 450] [--runs 3]
+    NULLGPU_CALLS=1 tests/nullgpu/nullgpu python -m tests.benchmarks.measuring_cost   # calls of CUDA in place of times
 
 Each network is fitted with the callback's default settings, and its hooks are timed within the run: what they take in
 all, what of it is asked of the CUDA allocator, and what the logger takes (Lightning's CSVLogger, in every step). On a
@@ -16,12 +17,15 @@ in every other 50 steps, and what is within them in those between, so that no cl
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
+import os
 import tempfile
 import time
 import timeit
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -112,8 +116,7 @@ class Cost(NamedTuple):
     logger: float
 
 
-def measure(name: str, batch_size: int, steps: int, **settings: Any) -> Cost:
-    planner = Timed(apply=False, history=False, method="trace", **settings)
+def fit(planner: mp.MemoryPlanner, name: str, batch_size: int, steps: int) -> None:
     module, sample = build(name, "AdamW")
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
@@ -121,10 +124,15 @@ def measure(name: str, batch_size: int, steps: int, **settings: Any) -> Cost:
             logger=CSVLogger(folder, flush_logs_every_n_steps=steps), enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
-        try:
-            trainer.fit(module, loader(sample, batch_size, steps))
-        finally:
-            planner.ask(planner.asked)
+        trainer.fit(module, loader(sample, batch_size, steps))
+
+
+def measure(name: str, batch_size: int, steps: int, **settings: Any) -> Cost:
+    planner = Timed(apply=False, history=False, method="trace", **settings)
+    try:
+        fit(planner, name, batch_size, steps)
+    finally:
+        planner.ask(planner.asked)
     pairs = list(zip(planner.starts, planner.starts[1:], strict=False))[WARM:]
     phased = [bool(measured.phases) for measured in planner.measurements]
     nothing = median(time for time, _ in planner.clocks["nothing"].steps[WARM:])
@@ -147,6 +155,28 @@ def measure(name: str, batch_size: int, steps: int, **settings: Any) -> Cost:
     )
 
 
+def calls(name: str, batch_size: int, steps: int) -> tuple[float, int]:
+    """How often the null GPU's CUDA (driver, runtime, libraries) is called in a step, and in the hooks of all steps."""
+    count = ctypes.c_long.in_dll(ctypes.CDLL(os.environ["LD_PRELOAD"]), "nullgpu_calls")
+    planner, begun, within = mp.MemoryPlanner(apply=False, history=False, method="trace"), [], [0]
+
+    def counted(hook: Callable[..., Any], first: bool) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            before = count.value
+            begun.extend([before] if first else [])
+            try:
+                return hook(*args)
+            finally:
+                within[0] += count.value - before
+
+        return call
+
+    for hook in Timed.HOOKS:
+        setattr(planner, hook, counted(getattr(planner, hook), hook == Timed.HOOKS[0]))
+    fit(planner, name, batch_size, steps)
+    return median(after - before for before, after in pairwise(begun)), within[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", default=NETWORKS)
@@ -157,6 +187,13 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, batch size {args.batch_size}")
+    if os.environ.get("NULLGPU_CALLS"):
+        for name in args.networks:
+            whole, within = calls(name, args.batch_size, args.steps)
+            print(
+                f"{name}: {whole:,.0f} calls of CUDA in a step, {within} in the hooks of {args.steps} steps", flush=True
+            )
+        return
     columns = {"step": 10, "processor": 11, "hooks": 10, "allocator": 11, "logger": 10, "without": 9, "with it": 9}
     print(f"{'network':<22}{''.join(f'{name:>{width}}' for name, width in columns.items())}")
     for name in args.networks:

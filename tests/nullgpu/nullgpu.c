@@ -302,3 +302,9 @@ int cudnnGetRNNWeightParams(void*h_,struct rnn*r,int pseudo,size_t size,char*w,i
 int cudnnGetTensorNdDescriptor(struct dims*t,int want,int*dtype,int*n,int*d,int*st){*dtype=t->dtype;*n=t->n;for(int i=0;i<t->n&&i<want;i++)d[i]=t->d[i];return 0;}
 int cudnnGetFilterNdDescriptor(struct dims*t,int want,int*dtype,int*fmt,int*n,int*d){*dtype=t->dtype;*fmt=0;*n=t->n;for(int i=0;i<t->n&&i<want;i++)d[i]=t->d[i];return 0;}
 int cudnnGetRNNTempSpaceSizes(void*h_,struct rnn*r,int mode,struct rnn_data*x,size_t*w,size_t*rs){size_t u=(size_t)x->steps*x->batch*r->layers*(r->bi?2:1)*r->hid*bytes_of(r->dtype);if(w)*w=u;if(rs)*rs=mode==1?(gates(r)+2)*u:0;return 0;}
+
+// ---- with NULLGPU_CALLS=1, which has the compiler call these: how often anything above was called
+long nullgpu_calls;
+#define UNCOUNTED __attribute__((no_instrument_function))
+UNCOUNTED void __cyg_profile_func_enter(void*f,void*from){__atomic_fetch_add(&nullgpu_calls,1,__ATOMIC_RELAXED);}
+UNCOUNTED void __cyg_profile_func_exit(void*f,void*from){}
