@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,7 @@ def main(folder: Path) -> None:
     trainer.fit(Classifier(mlp()), datamodule=Data(torch.zeros(2048), 64 * STEPS))
     if "wandb" in found:
         found["wandb"].experiment.finish()
-    print(json.dumps({"loggers": list(found), "steps": [asdict(m) for m in planner.measurements]}))
+    print(json.dumps({"loggers": list(found), "steps": [m._asdict() for m in planner.measurements]}))
 
 
 if __name__ == "__main__":

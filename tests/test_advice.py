@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import pytorch_lightning as pl
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 import lightning_memplan as mp
 from lightning_memplan import _advice, _api
-from lightning_memplan._advice import _in_eight_bits, _sample_size, checkpointed
+from lightning_memplan._advice import _in_eight_bits, _sample_size, checkpoint_themselves, checkpointed
 from lightning_memplan._allocator import AllocatorSettings
 from tests.accuracy import advice as accuracy
 
@@ -155,6 +158,79 @@ def test_where_none_repeats_it_is_the_parts_of_the_network():
     assert checkpointed(nn.Sequential(nn.Linear(8, 8), nn.ReLU())) == []
 
 
+class Cached(nn.Module):
+    """As transformers' decoders: blocks keep keys, which a second forward would add again, and it knows how not to."""
+
+    supports_gradient_checkpointing = True
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.checkpointing = nn.ModuleList(Block() for _ in range(4)), False
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs):
+        assert gradient_checkpointing_kwargs == {"use_reentrant": False}
+        self.checkpointing = True
+
+    def forward(self, x):
+        keys = []
+
+        def run(block, x):
+            keys.extend([] if self.checkpointing else [x])
+            return block(x) + 0 * len(keys)
+
+        for block in self.blocks:
+            x = checkpoint(run, block, x, use_reentrant=False) if self.checkpointing else run(block, x)
+        return x
+
+
+def test_models_that_checkpoint_themselves_do():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder, self.head = Cached(), nn.Linear(256, 8)
+
+        def forward(self, x):
+            return self.head(self.decoder(x))
+
+    net, card = Net(), mp.Device("a card", total=2**32, capability=(8, 6))
+    (item,) = (
+        i for i in mp.advise(net, torch.zeros(2, 256), batch_size=4096, device=card) if i.kind == "checkpointing"
+    )
+    assert item.change == "decoder.gradient_checkpointing_enable({'use_reentrant': False})"
+    assert item.saved >= 3 * 4096 * 1024 * 4  # of each block but one, the 1024 values before the ReLU
+    assert not net.decoder.checkpointing
+    assert [path for path, _ in checkpoint_themselves(nn.ModuleList([net, Cached()]))] == ["0.decoder", "1"]
+    assert [path for path, _ in checkpoint_themselves(Cached())] == [""]
+
+
+class Large(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(8192, 32768), nn.Linear(32768, 8192)
+
+    def forward(self, x):
+        return x + self.two(self.one(x).relu())
+
+
+def test_shards_on_as_few_cards_as_do():
+    """Four blocks of 2.15 GB, each four times with gradients and AdamW's state, are 34 GB, and half of them 17.
+
+    Beside them are two blocks' parameters, gathered, and one's gradients, 6 GB: in 20 GiB they do not fit on two cards.
+    """
+    with torch.device("meta"):
+        net = nn.Sequential(*(Large() for _ in range(4)))
+    card = mp.Device("a card", total=20 * 2**30, capability=(8, 0))
+    job = {"optimizer": torch.optim.AdamW, "device": card}
+    (item,) = (i for i in mp.advise(net, torch.zeros(2, 8192), batch_size=2, **job) if i.kind == "sharding")
+    assert item.change == "sharded over 4 cards: strategy=FSDPStrategy(auto_wrap_policy={Large}), devices=4"
+    how = {"strategy": pl.strategies.FSDPStrategy(auto_wrap_policy={Large}), "devices": 4}
+    assert item.peak_reserved == mp.estimate(net, torch.zeros(2, 8192), **job, **how).peak(2)
+    assert item.saved == mp.estimate(net, torch.zeros(2, 8192), **job).peak(2) - item.peak_reserved
+    assert (item.nccl, item.largest_batch_size > 2) == (700_000_000, True)
+    with pytest.raises(mp.DoesNotFitError, match="sharded over 4 cards"):
+        mp.plan(net, torch.zeros(2, 8192), **job)
+
+
 class Convolves(nn.Module):
     def __init__(self):
         super().__init__()
@@ -271,7 +347,8 @@ def test_every_card():
 @pytest.mark.slow
 def test_what_is_saved_is_what_the_null_gpu_shows(nullgpu):
     """Reserved bytes saved by each change that is advised: a small sample of ``python -m tests.accuracy.advice``."""
-    results = accuracy.run(["own.encoder 32-true AdamW 16", "own.unet 16-mixed Adam 8 cc=7.5"])
+    rows = ["own.encoder 32-true AdamW 16", "own.unet 16-mixed Adam 8 cc=7.5"]
+    results = accuracy.run([*rows, *(["hf.gpt2 32-true AdamW 8"] if find_spec("transformers") else [])])
     shown = accuracy.table(results)
     assert not [r for r in results if r.failed], shown
     done = [r for r in results if not r.skipped]

@@ -6,6 +6,7 @@ import copy
 import csv
 import dataclasses
 import gc
+import inspect
 import json
 import multiprocessing
 import random
@@ -1217,6 +1218,29 @@ def test_lightning_cli_makes_it_from_yaml(tmp_path, monkeypatch):
     )
     made = next(callback for callback in cli.trainer.callbacks if isinstance(callback, mp.MemoryPlanner))
     assert (made.device, made.margin, made.max_batch_size) == (mp.gpu("RTX 3090"), 0.1, 512)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI calls what a newer jsonargparse deprecates
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--trainer.callbacks.help=lightning_memplan.MemoryPlanner"], 0, "The largest batch size allowed. (type: int"),
+        (["--trainer.callbacks=lightning_memplan.MemoryPlanner", "--trainer.callbacks.margin=much"], 2, "margin"),
+    ],
+)
+def test_lightning_cli_has_its_help_and_its_types(words, status, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setenv("COLUMNS", "120")
+    pytest.importorskip("jsonargparse")
+    from pytorch_lightning.cli import LightningCLI
+
+    with pytest.raises(SystemExit) as caught:
+        LightningCLI(pl.LightningModule, run=False, args=words, save_config_callback=None)
+    assert caught.value.code == status
+    printed = capsys.readouterr()
+    assert said in printed.out + printed.err
+    names = inspect.signature(mp.MemoryPlanner).parameters
+    assert status or all(f"--trainer.callbacks.{name} " in printed.out for name in names)
 
 
 # ------------------------------------------------------------------------------------------------- on the null GPU

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shlex
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
 
 import lightning_memplan as mp
-from lightning_memplan.cli import UsageError, _job, _parse, main
+from lightning_memplan.cli import UsageError, _job, _parse, _working, main
 
 JOB = """
 import pytorch_lightning as pl
@@ -43,6 +45,19 @@ class Data(pl.LightningDataModule):
 
 def plain(width=1024):
     return nn.Linear(1024, width)
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(1024, 4096), nn.Linear(4096, 1024)
+    def forward(self, x):
+        return x + self.two(self.one(x).relu())
+
+def blocks():
+    return nn.Sequential(*(Block() for _ in range(8)))
+
+def strategy():
+    return pl.strategies.FSDPStrategy(auto_wrap_policy={Block})
 
 def broken(width):
     raise RuntimeError("no such width")
@@ -89,6 +104,37 @@ def test_help(words, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert printed.startswith("usage: memplan")
     assert max(map(len, printed.splitlines())) <= 80
+
+
+COMPLETED = """
+source memplan.bash
+COMP_WORDS=(memplan "$@")
+COMP_CWORD=$#
+_shtab_memplan
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+def test_a_shell_completes_its_words(run, tmp_path):
+    pytest.importorskip("shtab")
+    status, text, _ = run("completion", "bash")
+    assert status == 0
+    (tmp_path / "memplan.bash").write_text(text)
+
+    def completed(*words):
+        command = ["bash", "-c", COMPLETED, "bash", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
+
+    assert completed("pl") == ["plan"]
+    assert completed("plan", "net.py:Net", "--pre") == ["--precision"]
+    assert completed("plan", "net.py:Net", "--method", "") == ["auto", "trace", "formula", "probe"]
+    assert completed("plan", "net.py:Net", "--config", "mem") == ["memplan.bash"]
+
+
+def test_completion_without_shtab(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    text = "memplan: error: completion needs shtab: pip install 'lightning-memplan[completion]'\n"
+    assert run("completion", "bash") == (2, "", text)
 
 
 def test_gpus(run):
@@ -155,7 +201,7 @@ def test_a_plan_as_json(run):
             "margin",
             "budget",
         ),
-        *("peak_reserved", "peak_allocated", "formula", "phase", "breakdown", "notes"),
+        *("nccl", "peak_reserved", "peak_allocated", "formula", "phase", "breakdown", "notes"),
     }
     assert (found["model"], found["batch_size"], found["limited_by"], found["method"]) == (
         "Net",
@@ -189,17 +235,70 @@ def test_a_plain_module_takes_an_optimizer(run):
         "none": (),
         "SGD": ("--optimizer", "SGD"),
         "momentum": ("--optimizer", "SGD", "--optimizer-arg", "momentum=0.9"),
-        "two cards": ("--optimizer", "SGD", "--devices", "2"),
     }.items():
         arguments = ("check", "JOB:plain", "--input", "1024:bfloat16", "--precision", "bf16-true", "--json", *options)
         status, text, _ = run(*arguments, "--memory", "1GiB", "--batch-size", "4")
         found = json.loads(text)
-        peaks[name] = found["breakdown"].get("optimizer", 0), found["device"]["capacity"]
+        peaks[name] = found["breakdown"].get("optimizer", 0)
         assert status == 0
-    # one moment for each of 1024 · 1024 + 1024 parameters of two bytes; as many of gradients in DDP's buckets, which
-    # are those of the module as it is made, in four bytes
-    assert [state for state, _ in peaks.values()] == [0, 0, 2 * (1024 * 1024 + 1024), 0]
-    assert peaks["two cards"][1] == 2**30 - 4 * (1024 * 1024 + 1024)
+    # one moment for each of 1024 · 1024 + 1024 parameters of two bytes
+    assert list(peaks.values()) == [0, 0, 2 * (1024 * 1024 + 1024)]
+
+
+#: 1024 x 4096 weights and 4096 biases, and back again, in four bytes
+BLOCK = 4 * (2 * 1024 * 4096 + 4096 + 1024)
+
+
+def test_several_cards(run):
+    """Eight blocks; no activation is as large as one of them."""
+    arguments = ("check", "JOB:blocks", "--input", "1024", "--batch-size", "8", "--memory", "4GiB", "--json")
+    found = {}
+    for name, options in {
+        "one": (),
+        "ddp": ("--devices", "2"),
+        "fsdp": ("--devices", "2", "--strategy", "fsdp"),
+        "units": ("--devices", "4", "--strategy", "fsdp", "--wrap", "Block"),
+        "made": ("--devices", "4", "--strategy", "JOB:strategy"),
+    }.items():
+        status, text, _ = run(*arguments, "--optimizer", "AdamW", *options)
+        assert status == 0
+        found[name] = json.loads(text)
+    assert [one["nccl"] for one in found.values()] == [0] + 4 * [700_000_000]
+    assert found["ddp"]["device"]["capacity"] == 2**32 - 700_000_000
+    parts = {name: one["breakdown"] for name, one in found.items()}
+    # two moments of each parameter, and their steps' numbers
+    assert parts["one"]["optimizer"] == pytest.approx(16 * BLOCK, rel=0.001)
+    assert parts["ddp"]["communication"] >= 8 * BLOCK  # buckets
+    assert parts["fsdp"]["optimizer"] == pytest.approx(parts["one"]["optimizer"] / 2, rel=0.001)
+    assert parts["units"]["parameters"] == pytest.approx(8 * BLOCK / 4, rel=0.001)
+    assert found["units"]["peak_reserved"] < found["fsdp"]["peak_reserved"] < found["ddp"]["peak_reserved"]
+    assert parts["made"] == parts["units"]
+    _, text, _ = run("plan", *arguments[1:4], "--memory", "4GiB", "--devices", "2", "--max-batch-size", "8")
+    assert "NCCL          667.57 MiB" in text
+
+
+def test_what_takes_long_is_said_where_someone_looks(monkeypatch):
+    told = threading.Event()
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+        def write(self, text):
+            if " s" in text:
+                told.set()
+            return super().write(text)
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with _working("planning Net", every=0.01):
+        assert told.wait(60)
+    assert terminal.getvalue().startswith("\r\x1b[Kplanning Net, 0 s")
+    assert terminal.getvalue().endswith("\r\x1b[K")  # the line is gone
+    monkeypatch.setattr(sys, "stderr", quiet := io.StringIO())
+    with _working("planning Net", every=0.0):
+        pass
+    assert quiet.getvalue() == ""
 
 
 def test_a_check(run):
@@ -235,8 +334,8 @@ def test_advice(run):
     assert max(map(len, text.splitlines())) <= 80
     found = json.loads(run("advise", "JOB:plain", "--input", "1024", *arguments[2:], "--json")[1])
     assert found["model"] == "Linear"
-    keys = ("kind", "change", "cost", "batch_size", "saved", "peak_reserved", "peak_allocated", "largest_batch_size")
-    assert all(tuple(item) == keys for item in found["advice"])
+    keys = "kind change cost batch_size saved peak_reserved peak_allocated largest_batch_size nccl"
+    assert all(" ".join(item) == keys for item in found["advice"])
 
 
 def test_the_cards_for_a_job(run):
@@ -247,7 +346,7 @@ def test_the_cards_for_a_job(run):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI calls what a newer jsonargparse deprecates
-def test_a_yaml_of_lightning_cli(run, tmp_path):
+def test_a_yaml_of_lightning_cli(run, job, tmp_path, monkeypatch):
     pytest.importorskip("jsonargparse")
     config = tmp_path / "config.yaml"
     trainer = "trainer:\n  accelerator: gpu\n  devices: 2\n  precision: bf16-mixed\n  gradient_clip_val: 0.5\n"
@@ -256,9 +355,15 @@ def test_a_yaml_of_lightning_cli(run, tmp_path):
     status, text, errors = run("plan", "JOB:Net", "--data", "JOB:Data", *arguments)
     assert (status, errors) == (0, "")
     found = json.loads(text)
-    assert (found["batch_size"], found["limited_by"]) == (50, "dataset")
-    # 1024 · 64 + 64 + 64 · 10 + 10 parameters of four bytes in DDP's buckets
-    assert found["device"]["capacity"] == 2**30 - 4 * (1024 * 64 + 64 + 640 + 10)
+    assert (found["batch_size"], found["limited_by"]) == (25, "dataset")
+    assert found["nccl"] == 700_000_000  # two ranks, each with half of the samples
+    monkeypatch.setattr(sys, "argv", ["memplan"])  # LightningCLI warns where it has words too
+    made = "strategy:\n    class_path: pytorch_lightning.strategies.FSDPStrategy\n"
+    config.write_text(
+        f"trainer:\n  devices: [0, 1]\n  num_nodes: 2\n  {made}model:\n  width: 64\ndata:\n  samples: 50\n"
+    )
+    settings = _job(_parse(["plan", f"{job}:Net", "--data", f"{job}:Data", "--config", str(config)])).settings
+    assert (settings["devices"], type(settings["strategy"]).__name__) == (4, "FSDPStrategy")
     config.write_text("trainer:\n  precisin: 16-mixed\n")
     status, _, errors = run("plan", "JOB:Net", "--data", "JOB:Data", *arguments)
     assert status == 2
@@ -280,7 +385,10 @@ CASES = {
         "'nowhere.net' cannot be imported: ModuleNotFoundError: No module named",
     ),
     "no file": (["plan", "nowhere.py:Net"], "there is no file 'nowhere.py'"),
-    "no name": (["plan", "JOB:Ned"], "'JOB' has no 'Ned': it has Data, DataLoader, Net, TensorDataset, broken, plain"),
+    "no name": (
+        ["plan", "JOB:Ned"],
+        "'JOB' has no 'Ned': it has Block, Data, DataLoader, Net, TensorDataset, blocks, broken, plain",
+    ),
     "no module in it": (["plan", "JOB:number"], "JOB:number made 7: it must be, or make, a LightningModule"),
     "no data": (["plan", "JOB:Net"], "nothing says what is trained on: name it by --data package.module:DataModule or"),
     "its own error": (["plan", "JOB:broken"], "JOB:broken cannot be made: TypeError: broken() missing 1 required"),
@@ -298,6 +406,22 @@ CASES = {
     "no precision": (
         ["plan", "JOB:plain", "--input", "1024", "--gpu", "T4", "--precision", "8"],
         "precision '8' cannot be planned for: use one of",
+    ),
+    "no strategy": (
+        ["plan", "JOB:plain", "--input", "1024", "--gpu", "T4", "--strategy", "fsdp3"],
+        "Lightning has no strategy 'fsdp3': try 'fsdp', 'fsdp2'\n",
+    ),
+    "no layer to wrap": (
+        ["plan", "JOB:blocks", "--input", "1024", "--gpu", "T4", "--wrap", "Blok"],
+        "Sequential has no layer of class 'Blok': try Block\n",
+    ),
+    "wrapped by another": (
+        ["plan", "JOB:blocks", "--input", "1024", "--gpu", "T4", "--strategy", "ddp", "--wrap", "Block"],
+        "--wrap names the units of --strategy fsdp, not of ddp: leave one out\n",
+    ),
+    "nothing that shards": (
+        ["plan", "JOB:plain", "--input", "1024", "--gpu", "T4", "--devices", "2", "--strategy", "fsdp2"],
+        "with ModelParallelStrategy (fsdp2) a module shards itself, and Linear has no configure_model that does: add",
     ),
     "no config": (
         ["plan", "--config", "nowhere.yaml"],

@@ -361,7 +361,14 @@ def test_peaks_follow_the_allocator(on_null_gpu):
         "reset_peaks(0); small = torch.empty(2**20, dtype=torch.uint8, device='cuda')\n"
         "print(json.dumps(read_peaks(0)))\n"
         "assert read_peaks(0) == (torch.cuda.max_memory_allocated(0), torch.cuda.max_memory_reserved(0))\n"
-        "torch.cuda.empty_cache(); reset_peaks(0); print(json.dumps(read_peaks(0)))"
+        "torch.cuda.empty_cache(); reset_peaks(0); print(json.dumps(read_peaks(0)))\n"
+        "from lightning_memplan import _device\n"
+        "assert _device._STATS is torch._C._cuda_memoryStats  # what a step's reading costs rests on these two\n"
+        "assert _device._RESET is torch._C._cuda_resetPeakMemoryStats\n"
+        "assert _device._STATS(0) == torch.cuda.memory_stats_as_nested_dict(0)\n"
+        "try: _device.read_stats(7)\n"
+        "except RuntimeError: pass\n"
+        "else: raise AssertionError('there is no such device')"
     )
     assert zero == [0, 0]
     assert high == [GiB, GiB]

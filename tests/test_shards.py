@@ -278,7 +278,11 @@ def test_which_cards_would_do_together():
     ("how", "message"),
     [
         ({"devices": 0}, "devices is an int of at least 1, not 0"),
-        ({"strategy": "fsdp2", "devices": 2}, "Lightning has no strategy 'fsdp2': it has .*ddp, .*fsdp"),
+        ({"strategy": "ddq", "devices": 2}, "Lightning has no strategy 'ddq': try 'ddp'"),
+        (
+            {"strategy": "fsdp2", "devices": 2},
+            "a module shards itself, and Sequential has no configure_model that does",
+        ),
         ({"strategy": "deepspeed", "devices": 2}, "the strategy 'deepspeed' cannot be made here: .*DeepSpeed"),
         (
             {"devices": 2, "trainer": SimpleNamespace(world_size=1)},

@@ -30,7 +30,6 @@ VALUES = [
     Layer("conv", "Conv3d", 840, 840, 3360, 3360, (30, 191, 227, 191), 993_742_440),
     Device("card", total=2**34),
     PLAN,
-    Measurement(1, 2, 3, 4, 5),
 ]
 
 
@@ -41,6 +40,14 @@ def test_values_are_frozen_equal_by_content_and_can_be_sent(value: Any) -> None:
         setattr(value, name, None)
     assert copy.deepcopy(value) == pickle.loads(pickle.dumps(value)) == value
     assert dataclasses.replace(value) == value
+
+
+def test_a_measurement_is_frozen_equal_by_content_and_can_be_sent() -> None:
+    value = Measurement(1, 2, 3, 4, 5, phases={"forward": 4})
+    with pytest.raises(AttributeError):
+        value.step = 2  # type: ignore[misc]
+    assert copy.deepcopy(value) == pickle.loads(pickle.dumps(value)) == value == value._replace()
+    assert value.predicted_phases == {}
 
 
 def test_a_plan_has_a_breakdown_and_notes_of_its_own() -> None:

@@ -1,8 +1,7 @@
 """What would take less memory: each change is made on a copy, and its whole step is traced and replayed.
 
 So no figure here is a rule of thumb. A change that cannot be traced, or that does not apply, is left out. What is not
-traced is not advised: sharding over several GPUs, and what cuDNN's workspaces become (``channels_last`` counts by what
-its tensors take).
+traced does not count: what cuDNN's workspaces become (``channels_last`` counts by what its tensors take).
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ from lightning_memplan._lightning import (
     configured_optimizers,
     is_lightning_module,
     is_overridden,
+    parallel_named,
+    sharding,
 )
 from lightning_memplan._order import MakeOptimizer
 from lightning_memplan._planner import largest_fitting
@@ -32,6 +33,9 @@ from lightning_memplan._step import detached_copy, prepared, trace_steps
 from lightning_memplan._types import Advice, StepSettings, parse_precision
 
 WORTH = 0.01  #: of the peak: what saves less is no advice
+_MUCH = 0.1  #: what takes more cards saves as much, or makes a batch fit
+_CARDS = (2, 4, 8)
+_SHARDED = ("parameters", "gradients", "optimizer", "communication")
 _MOST = 2**20  # samples in a batch: beyond, no larger batch is looked for
 
 ChangeOptimizer = Callable[[torch.optim.Optimizer], torch.optim.Optimizer]
@@ -66,24 +70,24 @@ class _Change:
     cost: str
     make: Callable[[], Estimate]
     parts: int = 1  #: into how many the batch is divided
+    nccl: int = 0  #: bytes of the card that are no longer there for the allocator
 
 
 class _DoesNotApplyError(Exception):
     pass
 
 
-def advise_job(job: Job, batch_size: int, budget: int | None = None) -> tuple[Advice, ...]:
+def advise_job(job: Job, batch_size: int, budget: int, *, largest: bool) -> tuple[Advice, ...]:
     """What saves at least a hundredth of the peak at ``batch_size``; nothing where there is no trace.
 
-    The best first, and last what changes the samples.
-
-    With a ``budget`` (bytes) each says the largest batch size that would then fit.
+    The best first, and last what changes the samples. With ``largest`` each says the largest batch size that would then
+    fit in the ``budget`` (bytes).
     """
     if job.found.method != "trace":
         return ()
     before = job.found.peak(batch_size)
     advice = []
-    for change in _changes(job, batch_size):
+    for change in (*_changes(job, batch_size), *_sharding(job, batch_size, budget)):
         try:
             after = change.make()
         except (TraceError, _DoesNotApplyError):
@@ -92,8 +96,7 @@ def advise_job(job: Job, batch_size: int, budget: int | None = None) -> tuple[Ad
         saved = before - after.peak(size)
         if saved < WORTH * before:
             continue
-        largest = None if budget is None else partial(_largest, after, budget)
-        advice.append((saved, change, size, after, largest))
+        advice.append((saved, change, size, after))
     advice.sort(key=lambda item: (item[1].kind == "samples", -item[0]))
     return tuple(
         Advice(
@@ -104,9 +107,10 @@ def advise_job(job: Job, batch_size: int, budget: int | None = None) -> tuple[Ad
             saved=saved,
             peak_reserved=after.peak(size),
             peak_allocated=after.peak_allocated(size),
-            largest_batch_size=None if largest is None else largest(),
+            largest_batch_size=_largest(after, budget - change.nccl) if largest else None,
+            nccl=change.nccl,
         )
-        for saved, change, size, after, largest in advice
+        for saved, change, size, after in advice
     )
 
 
@@ -120,7 +124,10 @@ def _changes(job: Job, batch_size: int) -> Iterator[_Change]:
     for precision, cost in _precisions(settings):
         changed = replace(settings, precision=parse_precision(precision))
         yield _Change("precision", f"precision={precision!r}", cost, partial(job.again, settings=changed))
-    if blocks := checkpointed(job.module):
+    if models := checkpoint_themselves(job.module):
+        text = " and ".join(f"{path}.".lstrip(".") + _ENABLE for path, _ in models)
+        yield _Change("checkpointing", text, "their forward runs twice", partial(_with_own_checkpoints, job, models))
+    elif blocks := checkpointed(job.module):
         text = f"torch.utils.checkpoint around each of {_named(blocks)}, use_reentrant=False"
         yield _Change("checkpointing", text, "their forward runs twice", partial(_with_checkpoints, job, blocks))
     for text, cost, change in (
@@ -174,6 +181,32 @@ def _precisions(settings: StepSettings) -> Iterator[tuple[str, str]]:
 
 def _copied(job: Job) -> Any:
     return detached_copy(job.module, FakeTensorMode(allow_non_fake_inputs=True), trainer=job.trainer)
+
+
+_ENABLE = "gradient_checkpointing_enable({'use_reentrant': False})"
+
+
+def checkpoint_themselves(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The models of transformers in a module, with their paths: they know how their blocks are to run twice.
+
+    A block of theirs fills a cache of keys and values, which a second forward would fill again: their own checkpoints
+    leave it out (``GradientCheckpointingLayer`` in transformers/modeling_layers.py, 5.24).
+    """
+    found: dict[str, nn.Module] = {}
+    for path, child in module.named_modules():
+        can = getattr(child, "supports_gradient_checkpointing", False) and hasattr(
+            child, "gradient_checkpointing_enable"
+        )
+        if can and not any(not outer or path.startswith(f"{outer}.") for outer in found):
+            found[path] = child
+    return list(found.items())
+
+
+def _with_own_checkpoints(job: Job, models: Sequence[tuple[str, nn.Module]]) -> Estimate:
+    twin = _copied(job)
+    for path, _ in models:
+        twin.get_submodule(path).gradient_checkpointing_enable({"use_reentrant": False})
+    return job.again(module=twin)
 
 
 def checkpointed(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -259,6 +292,45 @@ def _in_formats(job: Job, formats: Sequence[str]) -> Estimate:
             if name in formats:
                 parameter.data = parameter.detach().contiguous(memory_format=getattr(torch, name))
     return job.again(module=twin)
+
+
+# --- more cards
+
+
+def _sharding(job: Job, batch_size: int, budget: int) -> Iterator[_Change]:
+    """FSDP on the fewest cards with which the batch fits, else on the most; on as many as there are, with DDP.
+
+    Where all that is sharded is no more than what NCCL takes and what would be worth it, nothing is traced.
+    """
+    ddp = job.settings.parallel
+    if ddp is not None and ddp.kind != "ddp":
+        return
+    counts = _CARDS if ddp is None else (ddp.ranks,)
+    parts, peak, fitted = (
+        job.found.breakdown(batch_size),
+        job.found.peak(batch_size),
+        job.found.fits(batch_size, budget),
+    )
+    units = {type(block) for _, block in _repeated_blocks(job.module)}
+    for cards in counts:
+        parallel = parallel_named(sharding(units), cards)
+        assert parallel is not None
+        nccl = parallel.nccl - (0 if ddp is None else ddp.nccl)
+        if sum(parts.get(name, 0) for name in _SHARDED) - nccl < _MUCH * peak:
+            return
+        try:
+            after = job.again(settings=replace(job.settings, parallel=parallel))
+        except TraceError:
+            return
+        fits = after.fits(batch_size, budget - nccl)
+        helps = (fits and not fitted) or peak - after.peak(batch_size) - nccl >= _MUCH * peak
+        if helps and (fits or cards == counts[-1]):
+            names = ", ".join(sorted(kind.__name__ for kind in units))
+            policy = f"auto_wrap_policy={{{names}}}" if units else ""
+            text = f"sharded over {cards} cards: strategy=FSDPStrategy({policy}), devices={cards}"
+            cost = "cards, which wait for one another's parameters in each forward and backward pass"
+            yield _Change("sharding", text, cost, lambda after=after: after, nccl=nccl)  # type: ignore[misc]
+            return
 
 
 # --- the samples

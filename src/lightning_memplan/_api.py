@@ -34,7 +34,7 @@ from lightning_memplan._sample import SAMPLE_SIZE, Samples, Which, check_sample,
 from lightning_memplan._scaling import interleaved, scale
 from lightning_memplan._step import prepared, run_formula, trace_counted, trace_test, trace_validation
 from lightning_memplan._twin import explain
-from lightning_memplan._types import Advice, Device, Plan, StepSettings, parse_precision
+from lightning_memplan._types import NCCL, Advice, Device, Plan, StepSettings, parse_precision
 from lightning_memplan._workspaces import Choice
 
 Method = Literal["auto", "trace", "formula", "probe"]
@@ -43,9 +43,6 @@ _METHODS = ("auto", "trace", "formula", "probe")
 #: What a step raises where something is not there yet: a copy's trainer has no loops and no logger, and the hooks and
 #: callbacks that come before the first batch have not run. It need not be an error of training's.
 _OF_A_COPY = (AttributeError, TypeError, KeyError)
-
-#: What NCCL takes of a card beside the allocator: 0.5 to 0.7 GB a rank were measured on A100s
-NCCL = 700_000_000
 
 #: The part of what the card can give that a plan leaves free by default: for cuDNN's workspaces, which no one knows
 #: before they are asked for, and for what the driver rounds up.
@@ -93,7 +90,8 @@ def estimate(
         gradient_clip_val: as a Trainer's.
         accumulate_grad_batches: as a Trainer's.
         devices: how many cards train together, without a Trainer; the estimate is of each, and so is the batch size.
-        strategy: how they do: ``"ddp"`` where nothing is said, ``"fsdp"``, or one of Lightning's strategies
+        strategy: how they do: ``"ddp"`` where nothing is said, ``"fsdp"``, ``"fsdp2"`` for a module that calls
+            ``fully_shard`` in ``configure_model``, or one of Lightning's strategies
             (``FSDPStrategy(auto_wrap_policy={Block})``).
         sample: which samples of a loader's dataset batches are made of: ``"first"``, its first five, or ``"largest"``,
             copies of the largest of ``sample_size`` that are spread over it (where samples differ in size: texts,
@@ -157,7 +155,13 @@ def resolve_step(
     if devices > 1 or strategy is not None:
         if trainer is not None:
             raise ValueError("a Trainer has its own devices and strategy: leave devices and strategy out")
-        settings = replace(settings, parallel=parallel_named(strategy, devices))
+        parallel = parallel_named(strategy, devices)
+        if parallel is not None and parallel.kind == "model_parallel" and not is_overridden("configure_model", module):
+            raise ValueError(
+                f"with ModelParallelStrategy (fsdp2) a module shards itself, and {type(module).__name__} has no "
+                "configure_model that does: add one that calls fully_shard, or use strategy='fsdp'"
+            )
+        settings = replace(settings, parallel=parallel)
     card = named_device(device)
     if card is not None and card.capability is not None:
         settings = replace(settings, capability=card.capability)
@@ -413,9 +417,7 @@ def plan(
 
 def nccl_allowance(settings: StepSettings, device: Device) -> int:
     """Bytes of the card that are left to NCCL, which it takes beside the allocator, where there are several ranks."""
-    parallel = settings.parallel
-    talks = parallel is not None and parallel.ranks > 1 and parallel.backend == "nccl" and device.kind == "cuda"
-    return NCCL if talks else 0
+    return 0 if settings.parallel is None or device.kind != "cuda" else settings.parallel.nccl
 
 
 def advise(
@@ -439,7 +441,8 @@ def advise(
 
     Each change (half precision, gradient checkpointing of repeated blocks, a fused optimizer, accumulation, expandable
     segments, ...) is made on a copy, and its whole step traced: no figure is a rule of thumb. What saves less than a
-    hundredth of the peak is left out.
+    hundredth of the peak is left out. FSDP on 2, 4 or 8 cards, the fewest that do, is advised where the batch then fits
+    on each and did not, or where it saves a tenth.
 
     >>> import torch
     >>> net = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.GELU(), torch.nn.Linear(256, 256))
@@ -478,7 +481,7 @@ def advise(
     if batch_size is None:
         fits = partial(found.fits, capacity=budget)
         batch_size = largest_fitting(fits, dataset_size=dataset_size(source), near=found.near(budget)).batch_size
-    return advised_step(module, source, settings, budget=budget, **options, **job)(found, batch_size or 1)
+    return advised_step(module, source, settings, largest=True, **options, **job)(found, batch_size or 1, budget)
 
 
 def advised_step(
@@ -486,7 +489,7 @@ def advised_step(
     source: Any,
     settings: StepSettings,
     *,
-    budget: int | None = None,
+    largest: bool = False,
     device: Device | None = None,
     trainer: Any = None,
     datamodule: Any = None,
@@ -495,12 +498,15 @@ def advised_step(
     sample: Which = "first",
     sample_size: int = SAMPLE_SIZE,
 ) -> Advised:
-    """What advises on an estimate that ``estimate_step`` made of the same; nothing is done before it is asked."""
+    """What advises on an estimate that ``estimate_step`` made of the same; nothing is done before it is asked.
 
-    def advised(found: Estimate, batch_size: int) -> tuple[Advice, ...]:
+    With ``largest`` each advice says the largest batch size that would then fit in the budget.
+    """
+
+    def advised(found: Estimate, batch_size: int, budget: int) -> tuple[Advice, ...]:
         batches = read_samples(source, sample, sample_size).batches()
         job = Job(found, module, batches, settings, trainer, datamodule, optimizer, stage)
-        return advise_job(job, batch_size, budget)
+        return advise_job(job, batch_size, budget, largest=largest)
 
     return advised
 
@@ -554,7 +560,7 @@ def cards_for(
 
 
 EstimateAt = Callable[[int], Estimate]
-Advised = Callable[[Estimate, int], tuple[Advice, ...]]
+Advised = Callable[[Estimate, int, int], tuple[Advice, ...]]
 
 
 def estimates(
@@ -644,7 +650,8 @@ def plan_estimate(
             batch_size=smallest,
             phase=found.phase(smallest),
             breakdown=found.breakdown(smallest),
-            suggestions=() if advised is None else advice_lines(advised(found, smallest), budget),
+            suggestions=() if advised is None else advice_lines(advised(found, smallest, budget), budget),
+            card=_smallest_card(needed, margin, nccl) if device.kind == "cuda" else None,
         )
         raise DoesNotFitError(message, needed=needed, available=budget)
     size = search.batch_size
@@ -669,6 +676,12 @@ def plan_estimate(
         reserved_range=found.reserved_range(size, device.capacity),
         nccl=nccl,
     )
+
+
+def _smallest_card(needed: int, margin: float, nccl: int) -> Device | None:
+    """The smallest of the catalogue whose memory is enough; kernels, which differ from card to card, are left out."""
+    enough = (card for card in gpus() if int((card.capacity - nccl) * (1 - margin)) >= needed)
+    return min(enough, key=lambda card: card.capacity, default=None)
 
 
 def samples_of_a_rank(samples: int | None, ranks: int) -> int | None:

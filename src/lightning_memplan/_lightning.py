@@ -9,8 +9,9 @@ Checked on 2.6.6 of both; a test fails loudly where one of these moves.
 from __future__ import annotations
 
 import copy
+import difflib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
@@ -137,7 +138,8 @@ def read_cli_config(
         )
     except jsonargparse.ArgumentError as error:
         raise ValueError(f"LightningCLI cannot read {path}: {error}") from error
-    return read.model, read.datamodule, dict(read.config["fit"]["trainer"])
+    strategy = read.config_init["fit"]["trainer"].get("strategy")  # made, where the YAML has its class
+    return read.model, read.datamodule, {**read.config["fit"]["trainer"], "strategy": strategy}
 
 
 def trainer_settings(trainer: Any, capability: tuple[int, int] | None = None) -> StepSettings:
@@ -197,20 +199,31 @@ def parallel_of(trainer: Any) -> Parallel | None:
 def parallel_named(strategy: Any, devices: int) -> Parallel | None:
     """The same of a strategy by its name in Lightning, or a strategy that no Trainer has yet, on so many GPUs.
 
+    ``"fsdp2"``, which has no name there, is ``ModelParallelStrategy`` with its data on all of them.
+
     Raises:
         ValueError: Lightning knows no strategy of that name, or cannot make it here.
     """
     if strategy is None:
-        return _wrapped_by(_made("ddp"), devices, on_cuda=True) if devices > 1 else None
-    return _wrapped_by(_made(strategy) if isinstance(strategy, str) else strategy, devices, on_cuda=True)
+        return _wrapped_by(_made("ddp", devices), devices, on_cuda=True) if devices > 1 else None
+    return _wrapped_by(_made(strategy, devices) if isinstance(strategy, str) else strategy, devices, on_cuda=True)
 
 
-def _made(name: str) -> Any:
-    registry = importlib.import_module(f"{_FLAVOURS[0].__name__}.strategies").StrategyRegistry
-    if name not in registry:
-        raise ValueError(f"Lightning has no strategy {name!r}: it has {', '.join(sorted(registry))}")
+def sharding(units: Iterable[type[nn.Module]]) -> Any:
+    """FSDP whose units are layers of these classes; the whole module is one where there are none."""
+    return _FLAVOURS[0].strategies.FSDPStrategy(auto_wrap_policy=set(units) or None)
+
+
+def _made(name: str, devices: int) -> Any:
+    strategies = importlib.import_module(f"{_FLAVOURS[0].__name__}.strategies")
+    names = [*strategies.StrategyRegistry, "fsdp2"]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3) or ["ddp", "fsdp", "fsdp2"]
+        raise ValueError(f"Lightning has no strategy {name!r}: try {', '.join(map(repr, near))}")
     try:
-        return registry.get(name)
+        if name == "fsdp2":
+            return strategies.ModelParallelStrategy(data_parallel_size=devices, tensor_parallel_size=1)
+        return strategies.StrategyRegistry.get(name)
     except Exception as error:
         raise ValueError(f"the strategy {name!r} cannot be made here: {error}") from error
 

@@ -16,7 +16,8 @@ from lightning_memplan._units import MiB, format_bytes
 
 #: Steps of a run whose phases are measured whatever ``every_n_steps`` is: what the first two allocate stays.
 FIRST = 3
-APART = 16  #: steps at least from one whose phases are measured to the next, after the first three
+#: Steps at least from one whose phases are measured to the next, after the first three: as Lightning logs by default.
+APART = 50
 PHASES = ("forward", "backward", "optimizer")  #: those that hooks tell apart
 
 
@@ -70,7 +71,7 @@ class Meter:
         self._drifted = ""  # said of a step without phases, which the next one is to have
         self._floor = Floor()
         self._foreseen = Peaks(0, 0)  # the highest predicted so far
-        self._phase = ""  # the one that is measured now; empty where none is
+        self.phase = ""  #: the one that is measured now; empty where none is
         self._peaks: dict[str, int] = {}
         self._reserved = 0
         self._before = AllocatorStats()
@@ -97,51 +98,59 @@ class Meter:
 
     def begin(self) -> None:
         """A step begins, its batch on the device."""
-        if not self.step:
+        step = len(self.measurements)
+        if not step:
             self._before = read_stats(self.index)
+        self._peaks, self._reserved = {}, 0
         if self._resets:
             reset_peaks(self.index)
-        self._peaks, self._reserved = {}, 0
-        if self._resets and (self._drifted or self.step < FIRST or self.step % self._phases_every == 0):
-            self._phase = PHASES[0]
+            if step < FIRST or step % self._phases_every == 0 or self._drifted:
+                self.phase = PHASES[0]
 
     def enter(self, phase: str) -> None:
         """A phase begins, and the one before it ends."""
-        if self._phase:
-            self._read()
+        if self.phase:
+            stats = read_stats(self.index)
             reset_peaks(self.index)
-            self._phase = phase
+            self._ended(stats)
+            self.phase = phase
 
     def end(self) -> Measurement:
         """The step has ended: what it took."""
-        stats = self._read()
-        step, predicted = self.step, self.predicted
+        stats, before, step = read_stats(self.index), self._before, len(self.measurements)
+        predicted = self._predict(step)
+        allocated, reserved, phases, foreseen = stats.peak_allocated, stats.peak_reserved, self._peaks, {}
+        if self.phase:
+            self._ended(stats)
+            allocated, reserved = max(phases.values()), self._reserved
+            foreseen = {name: predicted.phases[name] for name in phases if name in predicted.phases}
         if not self._resets:
             self._foreseen = predicted = _higher(self._foreseen, predicted)
         process, card = self._card.read() if self._card is not None and self.logs(step) else (None, None)
-        phases = {name: peak for name, peak in self._peaks.items() if name}
         measured = Measurement(
             step,
             predicted.allocated,
             predicted.reserved,
-            max(self._peaks.values()),
-            self._reserved,
-            {name: predicted.phases[name] for name in phases if name in predicted.phases},
+            allocated,
+            reserved,
+            foreseen,
             phases,
-            floor=stats.allocated,
-            retries=stats.retries - self._before.retries,
-            device_allocations=stats.device_allocations - self._before.device_allocations,
-            process=process,
-            card=card,
+            stats.allocated,
+            stats.retries - before.retries,
+            stats.device_allocations - before.device_allocations,
+            process,
+            card,
         )
-        self._phase, self._before = "", stats
+        self.phase, self._before = "", stats
         self.measurements.append(measured)
         return measured
 
     def remark(self) -> str | None:
         """What is wrong with the last step, in a sentence; each kind of thing is said once."""
         last = self.measurements[-1]
-        text = "" if self._margin is None else drift(last, self._margin)
+        text = ""
+        if self._margin is not None and last.allocated > last.predicted_allocated:
+            text = drift(last, self._margin)
         if text and self._resets and not last.phases:  # the next step tells in which phase
             self._drifted, text = text, ""
         elif text := text or self._drifted:
@@ -169,11 +178,10 @@ class Meter:
             self._stepped.remove()
             self._stepped = None
 
-    def _read(self) -> AllocatorStats:
-        stats = read_stats(self.index)
-        self._peaks[self._phase] = max(stats.peak_allocated, self._peaks.get(self._phase, 0))
+    def _ended(self, stats: AllocatorStats) -> None:
+        """The phase that is measured has ended."""
+        self._peaks[self.phase] = max(stats.peak_allocated, self._peaks.get(self.phase, 0))
         self._reserved = max(stats.peak_reserved, self._reserved)
-        return stats
 
 
 def run_record(
@@ -269,25 +277,24 @@ class Floor:
     WINDOWS = 6
 
     def __init__(self) -> None:
-        self._steps = 0
+        self._window: list[int] = []
+        self._length = 2 * FIRST + self.WINDOW  # the first steps' gradients and optimizer state stay, and do not count
         self._lows: list[int] = []
-        self._low = self._high = self._spread = 0
+        self._spread = 0
         self._said = False
 
     def add(self, floor: int) -> str | None:
         """One step's floor, in bytes; a sentence when the rise is certain, once."""
-        self._steps += 1
-        if self._said or self._steps <= FIRST * 2:  # the first steps' gradients and optimizer state stay
+        self._window.append(floor)
+        if len(self._window) < self._length:
             return None
-        place = (self._steps - FIRST * 2 - 1) % self.WINDOW
-        self._low, self._high = (floor, floor) if not place else (min(self._low, floor), max(self._high, floor))
-        if place < self.WINDOW - 1:
-            return None
-        if not self._lows or self._low <= self._lows[-1]:
-            self._lows, self._spread = [], self._high - self._low
-        self._lows.append(self._low)
-        rise = self._low - self._lows[0]
-        if len(self._lows) < self.WINDOWS or rise < max(MiB, self._spread):
+        window, self._window, self._length = self._window[-self.WINDOW :], [], self.WINDOW
+        low = min(window)
+        if not self._lows or low <= self._lows[-1]:
+            self._lows, self._spread = [], max(window) - low
+        self._lows.append(low)
+        rise = low - self._lows[0]
+        if self._said or len(self._lows) < self.WINDOWS or rise < max(MiB, self._spread):
             return None
         self._said = True
         rate = rise / ((len(self._lows) - 1) * self.WINDOW)

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from lightning_memplan._types import Advice, Device, Layer, Measurement, Peaks, Plan, Run
-from lightning_memplan._units import format_bytes, gib
+from lightning_memplan._units import GiB, format_bytes, gib
 
 WIDTH = 80
 
@@ -176,6 +176,7 @@ def plan_fields(plan: Plan) -> dict[str, Any]:
         "device": device_fields(plan.device),
         "margin": plan.margin,
         "budget": plan.budget,
+        "nccl": plan.nccl,
         "peak_reserved": plan.predicted_peak,
         "peak_allocated": plan.predicted_allocated,
         "formula": plan.formula_peak,
@@ -195,8 +196,11 @@ def does_not_fit_message(
     phase: str = "",
     breakdown: Mapping[str, int] | None = None,
     suggestions: Sequence[str] = (),
+    card: Device | None = None,
 ) -> str:
     """What a batch size needs, what the device has, what takes the most, and what would help (the best first).
+
+    ``card`` is the smallest of the catalogue that has enough memory.
 
     >>> card = Device("NVIDIA T4", total=15 * 2**30)
     >>> print(does_not_fit_message(needed=18 * 2**30, available=14 * 2**30, device=card, model="UNet3d",
@@ -221,6 +225,10 @@ def does_not_fit_message(
         lines.append("What would help, the best first:")
         for rank, text in enumerate(suggestions, 1):
             lines += _wrap(text, f"  {rank}. ")
+    if card is not None:
+        lines += _wrap(
+            f"The smallest card with memory for it: {card.name}, {format_bytes(card.capacity)} for training."
+        )
     return "\n".join(lines)
 
 
@@ -317,7 +325,7 @@ def advice_lines(advice: Sequence[Advice], available: int, count: int = 3) -> li
     best = {item.kind: item for item in reversed(advice)}
     lines = []
     for item in sorted(best.values(), key=lambda item: (item.kind == "samples", -item.saved))[:count]:
-        lacks = item.peak_reserved - available
+        lacks = item.peak_reserved + item.nccl - available
         then = "which fits" if lacks <= 0 else f"which still lacks {format_bytes(lacks)}"
         lines.append(f"{item.change}: {format_bytes(item.peak_reserved)}, {then}")
     return lines
@@ -419,22 +427,26 @@ def step_metrics(measurement: Measurement, formula_bytes: int) -> dict[str, floa
     >>> step_metrics(Measurement(1, 2**30, 2**31, 2**30, 2**31), formula_bytes=2**29)["memplan/formula_gib"]
     0.5
     """
-    phases = {f"memplan/predicted_{name}_gib": gib(size) for name, size in measurement.predicted_phases.items()}
-    phases |= {f"memplan/actual_{name}_gib": gib(size) for name, size in measurement.phases.items()}
-    booked = {"memplan/process_gib": measurement.process, "memplan/card_gib": measurement.card}
-    return {
-        "memplan/predicted_reserved_gib": gib(measurement.predicted_reserved),
-        "memplan/actual_reserved_gib": gib(measurement.reserved),
-        "memplan/predicted_allocated_gib": gib(measurement.predicted_allocated),
-        "memplan/actual_allocated_gib": gib(measurement.allocated),
+    metrics = {
+        "memplan/predicted_reserved_gib": measurement.predicted_reserved / GiB,
+        "memplan/actual_reserved_gib": measurement.reserved / GiB,
+        "memplan/predicted_allocated_gib": measurement.predicted_allocated / GiB,
+        "memplan/actual_allocated_gib": measurement.allocated / GiB,
         "memplan/error_percent": measurement.error_percent,
-        "memplan/formula_gib": gib(formula_bytes),
-        **phases,
-        "memplan/floor_gib": gib(measurement.floor),
+        "memplan/formula_gib": formula_bytes / GiB,
+        "memplan/floor_gib": measurement.floor / GiB,
         "memplan/retries": measurement.retries,
         "memplan/device_allocations": measurement.device_allocations,
-        **{name: gib(size) for name, size in booked.items() if size is not None},
     }
+    for name, size in measurement.predicted_phases.items():
+        metrics[f"memplan/predicted_{name}_gib"] = size / GiB
+    for name, size in measurement.phases.items():
+        metrics[f"memplan/actual_{name}_gib"] = size / GiB
+    if measurement.process is not None:
+        metrics["memplan/process_gib"] = measurement.process / GiB
+    if measurement.card is not None:
+        metrics["memplan/card_gib"] = measurement.card / GiB
+    return metrics
 
 
 def scalars_layout(phases: Iterable[str]) -> dict[str, dict[str, list[Any]]]:

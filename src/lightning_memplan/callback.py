@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -471,7 +472,7 @@ class MemoryPlanner(CallbackBase):
             return
         self._meter = Meter(
             self._index,
-            self._predict,
+            self._predictor(),
             every_n_steps=self.every_n_steps,
             manual=not pl_module.automatic_optimization,
             resets=self.reset_peaks,
@@ -479,11 +480,14 @@ class MemoryPlanner(CallbackBase):
             margin=None if self.plan.method == "formula" else self.plan.margin,
         )
 
-    def _predict(self, batch: int) -> Peaks:
+    def _predictor(self) -> Callable[[int], Peaks]:
+        """What each batch of training is predicted to take; the steps beyond those that were replayed are like the last."""
         assert self.plan is not None
+        whole, last = self.plan.accumulate_grad_batches, len(self._predicted) - 1
         steps = len(self._predicted) // self._parts
-        like = traced_step(batch, self.plan.accumulate_grad_batches, self._parts, steps)
-        return self._predicted[min(like, len(self._predicted) - 1)]
+        like = (traced_step(batch, whole, self._parts, steps) for batch in range(steps * whole))
+        peaks = [self._predicted[min(step, last)] for step in like]
+        return lambda batch: peaks[batch if batch < len(peaks) else batch % whole - whole]
 
     @property
     def measurements(self) -> list[Measurement]:
@@ -498,11 +502,11 @@ class MemoryPlanner(CallbackBase):
             self._meter.begin()
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
-        if self._meter is not None:
+        if self._meter is not None and self._meter.phase:
             self._meter.enter("backward")
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        if self._meter is not None:
+        if self._meter is not None and self._meter.phase:
             self._meter.enter("optimizer" if pl_module.automatic_optimization else "forward")
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -583,8 +587,9 @@ class MemoryPlanner(CallbackBase):
 
     @staticmethod
     def _log(trainer: Any, metrics: dict[str, float]) -> None:
-        for logger in trainer.loggers:
-            logger.log_metrics(dict(metrics), step=logged_step(trainer))
+        loggers, step = trainer.loggers, logged_step(trainer)
+        for logger in loggers:
+            logger.log_metrics(metrics if len(loggers) == 1 else dict(metrics), step=step)
 
     def _draw(self, trainer: Any) -> None:
         """The plan's step as a figure for TensorBoard; none without matplotlib, or where there is no step to draw."""

@@ -3,22 +3,23 @@
 Exit status: 0; 1 where the job does not fit; 2 where that cannot be told: wrong usage, or the job's own error.
 """
 
-# PYTHON_ARGCOMPLETE_OK
-
 from __future__ import annotations
 
 import argparse
 import ast
+import difflib
 import importlib
 import importlib.util
 import json
 import sys
+import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any, NoReturn
 
 import torch
@@ -31,6 +32,7 @@ from lightning_memplan._api import (
     cards_for,
     default_device,
     estimate,
+    nccl_allowance,
     plan,
     plan_estimate,
     resolve_step,
@@ -39,7 +41,7 @@ from lightning_memplan._device import detect_devices, gpu, gpus
 from lightning_memplan._errors import DoesNotFitError, MemplanError
 from lightning_memplan._figures import plot_timeline
 from lightning_memplan._history import history, lesson
-from lightning_memplan._lightning import read_cli_config
+from lightning_memplan._lightning import read_cli_config, sharding
 from lightning_memplan._report import (
     advice_table,
     cards_table,
@@ -97,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _estimate(args: argparse.Namespace) -> int:
     job, device = _job(args), _device(args, default=False)
-    found = job.estimated(device)
+    with _working(f"estimating {job.name}"):
+        found = job.estimated(device)
     if args.snapshot:
         found.save_snapshot(args.snapshot, args.batch_size[-1])
     if args.plot:
@@ -122,29 +125,30 @@ def _estimate(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     job, device = _job(args), _device(args)
-    found = plan(
-        job.module,
-        job.batch,
-        device=job.beside(device),
-        margin=args.margin,
-        min_batch_size=args.min_batch_size,
-        max_batch_size=args.max_batch_size,
-        multiple_of=args.multiple_of,
-        effective_batch_size=args.effective_batch_size,
-        **job.settings,
-    )
+    with _working(f"planning {job.name}"):
+        found = plan(
+            job.module,
+            job.batch,
+            device=device,
+            margin=args.margin,
+            min_batch_size=args.min_batch_size,
+            max_batch_size=args.max_batch_size,
+            multiple_of=args.multiple_of,
+            effective_batch_size=args.effective_batch_size,
+            **job.settings,
+        )
     _say(args, {"model": job.name, "fits": True, **plan_fields(found)} if args.json else plan_table(found))
     return FITS
 
 
 def _check(args: argparse.Namespace) -> int:
-    job, size = _job(args), args.batch_size
-    device = job.beside(_device(args))
-    only = {"min_batch_size": size, "max_batch_size": size}
-    estimated = job.estimated(device)
-    found = plan_estimate(
-        lambda _: estimated, device, margin=args.margin, model=job.name, advised=job.advised(device), **only
-    )
+    job, device, size = _job(args), _device(args), args.batch_size
+    with _working(f"checking {job.name}"):
+        estimated = job.estimated(device)
+        advised, nccl = job.advised(device)
+        card = replace(device, context=device.context + nccl)
+        only = {"min_batch_size": size, "max_batch_size": size, "nccl": nccl}
+        found = plan_estimate(lambda _: estimated, card, margin=args.margin, model=job.name, advised=advised, **only)
     if args.json:
         _say(args, {"model": job.name, "fits": True, **plan_fields(found)})
     else:
@@ -156,8 +160,9 @@ def _check(args: argparse.Namespace) -> int:
 def _advise(args: argparse.Namespace) -> int:
     job = _job(args)
     settings = {name: value for name, value in job.settings.items() if name != "method"}
-    device = job.beside(_device(args))
-    found = advise(job.module, job.batch, batch_size=args.batch_size, device=device, margin=args.margin, **settings)
+    limits = {"batch_size": args.batch_size, "device": _device(args), "margin": args.margin}
+    with _working(f"tracing changes to {job.name}"):
+        found = advise(job.module, job.batch, **limits, **settings)
     _say(args, {"model": job.name, "advice": [asdict(item) for item in found]} if args.json else advice_table(found))
     return FITS
 
@@ -170,7 +175,8 @@ def _gpus(args: argparse.Namespace) -> int:
     if args.target:
         job = _job(args)
         limits = {name: getattr(args, name) for name in ("margin", "min_batch_size", "max_batch_size", "multiple_of")}
-        found = cards_for(job.module, job.batch, cards=[job.beside(card) for card in cards], **limits, **job.settings)
+        with _working(f"planning {job.name}"):
+            found = cards_for(job.module, job.batch, cards=cards, **limits, **job.settings)
         rows = [device_fields(card) | {"batch_size": size} for card, size in found]
         _say(args, rows if args.json else cards_table(found))
         return FITS
@@ -216,6 +222,16 @@ def _report(args: argparse.Namespace) -> int:
     return FITS
 
 
+def _completion(args: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ModuleNotFoundError as error:
+        text = "completion needs shtab: pip install 'lightning-memplan[completion]'"
+        raise ModuleNotFoundError(text) from error
+    _say(args, shtab.complete(args.parser, args.shell))
+    return FITS
+
+
 # --- the job: what is trained, on what, and how
 
 
@@ -224,8 +240,6 @@ class _Job:
     module: nn.Module
     batch: Any
     settings: dict[str, Any] = field(default_factory=dict)
-    devices: object = 1
-    buckets: int = 0  #: bytes beside the job's own that DDP keeps on each card
 
     @property
     def name(self) -> str:
@@ -234,7 +248,8 @@ class _Job:
     def estimated(self, device: Device | None) -> Any:
         return estimate(self.module, self.batch, device=device, **self.settings)
 
-    def advised(self, device: Device) -> Any:
+    def advised(self, device: Device) -> tuple[Any, int]:
+        """What advises on the job, and the bytes of the card that are left to NCCL."""
         given = self.settings
         sampled = {"sample": given["sample"]} if "sample" in given else {}
         source, settings, rest = resolve_step(
@@ -246,11 +261,10 @@ class _Job:
             device=device,
             gradient_clip_val=given.get("gradient_clip_val"),
             accumulate_grad_batches=given.get("accumulate_grad_batches", 1),
+            devices=given.get("devices", 1),
+            strategy=given.get("strategy"),
         )
-        return advised_step(self.module, source, settings, **rest, **sampled)
-
-    def beside(self, device: Device) -> Device:
-        return replace(device, context=device.context + self.buckets)
+        return advised_step(self.module, source, settings, **rest, **sampled), nccl_allowance(settings, device)
 
 
 def _job(args: argparse.Namespace) -> _Job:
@@ -272,13 +286,10 @@ def _job(args: argparse.Namespace) -> _Job:
         "accumulate_grad_batches": args.accumulate_grad_batches,
         "optimizer": _optimizer(args),
         "sample": args.sample,
+        "devices": args.devices,
+        "strategy": _strategy(args, job.module),
     }
-    settings = job.settings | {name: value for name, value in given.items() if value is not None}
-    devices = job.devices if args.devices is None else args.devices
-    buckets = 0
-    if isinstance(devices, int) and devices > 1:
-        buckets = sum(p.numel() * p.element_size() for p in job.module.parameters() if p.requires_grad)
-    return replace(job, settings=settings, buckets=buckets)
+    return replace(job, settings=job.settings | {name: value for name, value in given.items() if value is not None})
 
 
 def _from_target(args: argparse.Namespace) -> _Job:
@@ -297,10 +308,12 @@ def _from_config(args: argparse.Namespace) -> _Job:
     model = _named(args.target) if args.target else None
     data = _named(args.data) if args.data else None
     module, datamodule, trainer = read_cli_config(args.config, model, data)
-    names = ("precision", "gradient_clip_val", "accumulate_grad_batches")
+    names = ("precision", "gradient_clip_val", "accumulate_grad_batches", "strategy")
     batch = _plain_batch(args.input, args.labels) if args.input is not None else datamodule
-    settings = {name: trainer[name] for name in names if trainer.get(name) is not None}
-    return _Job(module, batch, settings, trainer.get("devices", 1))
+    settings = {name: trainer[name] for name in names if trainer.get(name) not in (None, "auto")}
+    devices, nodes = trainer.get("devices"), trainer.get("num_nodes")
+    cards = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) and devices > 0 else 1
+    return _Job(module, batch, settings | {"devices": cards * (nodes or 1)})
 
 
 def _named(path: str) -> Any:
@@ -334,6 +347,9 @@ def _imported(name: str) -> Any:
 def _from_file(path: Path) -> Any:
     if not path.is_file():
         raise UsageError(f"there is no file {str(path)!r}")
+    known = sys.modules.get(path.stem)  # a second run would make other classes of the same names
+    if known is not None and Path(getattr(known, "__file__", None) or "").resolve() == path.resolve():
+        return known
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -396,6 +412,20 @@ def _optimizer(args: argparse.Namespace) -> Callable[..., torch.optim.Optimizer]
     return partial(found, **{"lr": 1e-3, **dict(_pair(pair, "--optimizer-arg") for pair in args.optimizer_arg)})
 
 
+def _strategy(args: argparse.Namespace, module: nn.Module) -> Any:
+    """A strategy's name, or what makes one; with ``--wrap`` FSDP, whose units are layers of these classes."""
+    if args.wrap:
+        if args.strategy not in (None, "fsdp"):
+            raise UsageError(f"--wrap names the units of --strategy fsdp, not of {args.strategy}: leave one out")
+        kinds = {type(layer).__name__: type(layer) for layer in module.modules()}
+        unknown = [name for name in args.wrap if name not in kinds]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], kinds, n=3, cutoff=0.4) or sorted(kinds)[:8]
+            raise UsageError(f"{type(module).__name__} has no layer of class {unknown[0]!r}: try {', '.join(near)}")
+        return sharding(kinds[name] for name in args.wrap)
+    return _made(args.strategy, (), "") if args.strategy and ":" in args.strategy else args.strategy
+
+
 def _device(args: argparse.Namespace, *, default: bool = True) -> Any:
     if args.memory:
         return Device(f"a card of {args.memory}", total=parse_bytes(args.memory))
@@ -426,7 +456,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     added = command("plan", _plan, "the largest batch size that fits")
     _add_job(added)
     _add_limits(added)
-    added.add_argument("--effective-batch-size", type=int, metavar="N", help="of an optimizer's step on each card")
+    added.add_argument("--effective-batch-size", type=int, metavar="N", help="of an optimizer's step, on all cards")
 
     added = command("check", _check, "whether a batch size fits: exit status 0, or 1 where it does not")
     _add_job(added)
@@ -435,8 +465,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     added = command("estimate", _estimate, "what training takes at given batch sizes")
     _add_job(added)
     added.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 64], metavar="N", help="(default: 1 8 64)")
-    added.add_argument("--snapshot", metavar="FILE", help="write the last size's for pytorch.org/memory_viz")
-    added.add_argument("--plot", metavar="FILE.png", help="draw a step at the last size")
+    _of_files(added.add_argument("--snapshot", metavar="FILE", help="write the last size's for pytorch.org/memory_viz"))
+    _of_files(added.add_argument("--plot", metavar="FILE.png", help="draw a step at the last size"))
 
     added = command("advise", _advise, "what would take less memory, by a trace of each change")
     _add_job(added)
@@ -453,8 +483,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         ("report", _report, "what earlier runs teach the next plan: how exact they were, and the margin"),
     ):
         added = command(name, run, text)
-        added.add_argument("--file", metavar="FILE", help="(default: where MemoryPlanner keeps it)")
-    _complete(parser)
+        _of_files(added.add_argument("--file", metavar="FILE", help="(default: where MemoryPlanner keeps it)"))
+    added = command("completion", _completion, "what a shell reads to complete memplan's words")
+    added.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    added.set_defaults(parser=parser)
     return parser.parse_args(argv)
 
 
@@ -462,14 +494,15 @@ def _add_job(parser: argparse.ArgumentParser, option: str | None = None) -> None
     """What names a job: its target by position, or by an option."""
     job = parser.add_argument_group("the job")
     place: dict[str, Any] = {"nargs": "?", "metavar": "TARGET"} if option is None else {"dest": "target"}
-    job.add_argument(option or "target", help="what makes the module: package.module:Name or script.py:name", **place)
+    what = "what makes the module: package.module:Name or script.py:name"
+    _of_files(job.add_argument(option or "target", help=what, **place))
     job.add_argument("--arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of it")
-    job.add_argument("--data", metavar="TARGET", help="what makes its datamodule, loader or batch")
+    _of_files(job.add_argument("--data", metavar="TARGET", help="what makes its datamodule, loader or batch"))
     job.add_argument("--data-arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of it")
     job.add_argument("--input", metavar="SHAPE", help="in place of --data, one sample: 3x224x224, 512:int64")
     job.add_argument("--labels", nargs="?", const="", metavar="SHAPE", help="with --input, whole-numbered labels")
     job.add_argument("--sample", choices=("first", "largest"), help="which samples make the batch (default: first)")
-    job.add_argument("--config", metavar="YAML", help="a LightningCLI's: module, data and Trainer")
+    _of_files(job.add_argument("--config", metavar="YAML", help="a LightningCLI's: module, data and Trainer"))
     how = parser.add_argument_group("how it is trained")
     how.add_argument("--precision", metavar="P", help="as a Trainer's: 32-true, 16-mixed, bf16-mixed, ...")
     how.add_argument("--optimizer", metavar="NAME", help="torch.optim's, for what is no LightningModule")
@@ -477,7 +510,12 @@ def _add_job(parser: argparse.ArgumentParser, option: str | None = None) -> None
     how.add_argument("--accumulate-grad-batches", type=int, metavar="N", help="as a Trainer's")
     how.add_argument("--gradient-clip-val", type=float, metavar="X", help="as a Trainer's")
     how.add_argument("--devices", type=int, metavar="N", help="cards that train together (default: 1)")
-    how.add_argument("--strategy", choices=("ddp",), default="ddp", help="how they do (default: ddp)")
+    how.add_argument(
+        "--strategy",
+        metavar="NAME",
+        help="how they do: ddp, fsdp, fsdp2 or another of Lightning's, or a TARGET that makes one (default: ddp)",
+    )
+    how.add_argument("--wrap", action="append", default=[], metavar="CLASS", help="a layer that FSDP shards as a unit")
     how.add_argument("--method", choices=("auto", "trace", "formula", "probe"), help="how it is told (default: auto)")
     card = parser.add_argument_group("the card; the first of this machine where none is named")
     which = card.add_mutually_exclusive_group()
@@ -493,16 +531,34 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     limits.add_argument("--multiple-of", type=int, default=1, metavar="N", help="(default: 1)")
 
 
-def _complete(parser: argparse.ArgumentParser) -> None:
-    """Completion in a shell, where argcomplete is installed: ``eval "$(register-python-argcomplete memplan)"``."""
-    try:
-        import argcomplete
-    except ModuleNotFoundError:
-        return
-    argcomplete.autocomplete(parser)
+def _of_files(action: argparse.Action) -> None:
+    """A shell completes it by files: ``shtab.FILE``."""
+    action.complete = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}  # type: ignore[attr-defined]
 
 
 # --- what is printed
+
+
+@contextmanager
+def _working(text: str, every: float = 1.0) -> Iterator[None]:
+    """Tell whoever looks what takes so long, and for how many seconds; the line is gone when it is done."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    done, begun = Event(), time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(every):
+            print(f"\r\x1b[K{text}, {time.monotonic() - begun:.0f} s", end="", file=sys.stderr, flush=True)
+
+    teller = Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _say(args: argparse.Namespace, what: Any) -> None:

@@ -6,7 +6,8 @@
 A row is a network, a precision, an optimizer and a batch size. Each change that ``mp.advise`` names is made to the
 network, its optimizer, its data or the Trainer, and both are trained for a few steps by a ``Trainer.fit``. What is
 saved are bytes reserved; errors are percent of what was saved. Rows with ``cc=7.5`` run on a card of that compute
-capability, where half precision is float16: bfloat16's convolutions are not cuDNN's on the null GPU.
+capability, where half precision is float16: bfloat16's convolutions are not cuDNN's on the null GPU. Shards, which take
+more cards, are compared in ``tests/test_strategy.py``, which trains on two.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def made(row: Row, change: Any) -> tuple[Row, Any, Any]:
     from torch.utils._pytree import tree_map
     from torch.utils.checkpoint import checkpoint
 
-    from lightning_memplan._advice import checkpointed
+    from lightning_memplan._advice import checkpoint_themselves, checkpointed
     from tests.accuracy import networks
 
     row = row._replace(batch_size=change.batch_size)
@@ -65,7 +66,10 @@ def made(row: Row, change: Any) -> tuple[Row, Any, Any]:
     elif change.kind == "allocator":
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     module, sample = networks.build(row.network, row.optimizer)
-    if change.kind == "checkpointing":
+    if "gradient_checkpointing_enable" in change.change:
+        for path, _ in checkpoint_themselves(module):
+            module.get_submodule(path).gradient_checkpointing_enable({"use_reentrant": False})
+    elif change.kind == "checkpointing":
         for path, _ in checkpointed(module):
             block = module.get_submodule(path)
             block.forward = partial(checkpoint, partial(type(block).forward, block), use_reentrant=False)
@@ -101,6 +105,9 @@ def compare(text: str) -> list[Result]:
     results = []
     for item in sorted(advice, key=lambda item: item.kind == "allocator"):  # which cannot be undone
         result = Result(text, item.change, item.batch_size, before, item.saved)
+        if item.kind == "sharding":
+            results.append(result._replace(skipped="takes more cards than one"))
+            continue
         try:
             after = train(*made(row, item))[1]
             results.append(result._replace(saved=before - after))

@@ -69,7 +69,12 @@ def key() -> str:
     digest = hashlib.sha256(str(package("torch")).encode())
     for source in (HERE / "nullgpu.c", HERE / "build.py"):
         digest.update(source.read_bytes())
-    return f"torch-{importlib.metadata.version('torch')}-{digest.hexdigest()[:12]}"
+    return f"torch-{importlib.metadata.version('torch')}-{digest.hexdigest()[:12]}{'-counted' if counted() else ''}"
+
+
+def counted() -> list[str]:
+    """What makes the compiler count calls, where that is asked for."""
+    return ["-finstrument-functions"] if os.environ.get("NULLGPU_CALLS") else []
 
 
 def build(root: Path) -> Path:
@@ -98,7 +103,7 @@ def compile_into(folder: Path) -> None:
     """Compile nullgpu.c, and stubs that answer 0 for every other entry point that torch or cuda.h names."""
     torch, include = package("torch"), package("triton") / "backends/nvidia/include"
     target, stubs = folder / "libnullgpu.so", folder / "stubs.c"
-    cc = ["cc", "-O1", "-w", "-shared", "-fPIC", f"-I{include}", HERE / "nullgpu.c", "-lpthread", "-ldl"]
+    cc = ["cc", "-O1", "-w", "-shared", "-fPIC", *counted(), f"-I{include}", HERE / "nullgpu.c", "-lpthread", "-ldl"]
     subprocess.run([*cc, "-o", target], check=True)
     wanted = {s for name in LIBRARIES for s in undefined(torch / f"lib/lib{name}.so")}
     header = (include / "cuda.h").read_text()

@@ -308,3 +308,9 @@ int cudnnGetRNNTempSpaceSizes(void*h_,struct rnn*r,int mode,struct rnn_data*x,si
   if(w)*w=((size_t)r->layers*dirs<<23)+288+matrices*e+(gates(r)+(r->cell==2?2:1))*u+rows*in*e;
   if(rs)*rs=mode==1?((r->cell==2?5:r->cell==3?6:1)*r->layers+r->layers-1)*u+256:0;
   return 0;}
+
+// ---- with NULLGPU_CALLS=1, which has the compiler call these: how often anything above was called
+long nullgpu_calls;
+#define UNCOUNTED __attribute__((no_instrument_function))
+UNCOUNTED void __cyg_profile_func_enter(void*f,void*from){__atomic_fetch_add(&nullgpu_calls,1,__ATOMIC_RELAXED);}
+UNCOUNTED void __cyg_profile_func_exit(void*f,void*from){}
