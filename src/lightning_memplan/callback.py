@@ -481,7 +481,7 @@ class MemoryPlanner(CallbackBase):
         )
 
     def _predictor(self) -> Callable[[int], Peaks]:
-        """What each batch of training is predicted to take; the steps beyond those that were replayed are like the last."""
+        """What each batch of training is predicted to take; steps beyond those that were replayed are like the last."""
         assert self.plan is not None
         whole, last = self.plan.accumulate_grad_batches, len(self._predicted) - 1
         steps = len(self._predicted) // self._parts
