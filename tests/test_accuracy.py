@@ -23,6 +23,8 @@ regime.checkpoint 16-mixed AdamW 64
 regime.gan 32-true Adam 64
 regime.reads 16-mixed AdamW 64
 regime.users_cuda 32-true AdamW 64
+regime.sparse 32-true SGD 64 accumulate=3
+regime.sparse 32-true Adagrad 64
 """
 
 

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_memplan._kernels import kernel_bytes
+from lightning_memplan._sparse import is_sparse, parts
 from lightning_memplan._types import EMPTY, Category, Event, Phase
 
 DEVICE = torch.device("cpu", 0)  #: where traced tensors lie: the stand-in for the GPU
@@ -41,8 +42,11 @@ class Rules(NamedTuple):
     widths: Mapping[Any, Mapping[int, int]] = {}
     #: the order in which the outputs are allocated, where it is not theirs
     order: Mapping[Any, Sequence[int]] = {}
-    #: what a kernel does, told by other operators: what these allocate is what it allocates
+    #: what a kernel does, told by other operators: what these allocate is what it allocates; NotImplemented where the
+    #: fake kernel tells
     kernels: Mapping[Any, Callable[..., Any]] = {}
+    #: the same where an argument is a sparse tensor
+    sparse: Mapping[Any, Callable[..., Any]] = {}
     #: the same, for operators whose result is as long as values say: at its longest, or NotImplemented where it is not
     longest: Mapping[Any, Callable[..., Any]] = {}
     #: outputs as ``(like, dtype)``: of a tensor's shape and strides, or of a size; None for an output that is not
@@ -58,6 +62,8 @@ _DEVICE_OF = torch.ops.prim.device.default
 _ADD = torch.ops.aten.add.Tensor
 _TO_COPY = torch.ops.aten._to_copy.default
 _EQUAL = torch.ops.aten.equal.default
+_CLONE = torch.ops.aten.clone.default
+_COALESCE = torch.ops.aten._coalesce.default
 _READ_VALUE = torch.ops.aten._local_scalar_dense.default
 
 
@@ -85,6 +91,8 @@ class Recorder(TorchDispatchMode):
         self._widths = rules.widths
         self._order = rules.order
         self._kernels = rules.kernels
+        self._sparse = rules.sparse
+        self._has_sparse = False
         self._longest = rules.longest
         self._shapes = rules.shapes
         self._running: set[Any] = set()  # the kernels that are being told
@@ -139,13 +147,21 @@ class Recorder(TorchDispatchMode):
             return same
         if func in self._kernels and func not in self._running:
             out = self._tell(self._kernels[func], func, args, kwargs)
-            self._beside(func, args, kwargs, out)
-            return out
+            if out is not NotImplemented:
+                self._beside(func, args, kwargs, out)
+                return out
         if func in self._longest and func not in self._running:
             longest = self._tell(self._longest[func], func, args, kwargs)
             if longest is not NotImplemented:
                 self.lengths_taken += 1
                 return longest
+        if self._has_sparse and func in self._sparse and func not in self._running and any(map(is_sparse, args)):
+            if func is _CLONE and self.phase == "backward" and sys._getframe(2).f_code is _ENGINE:
+                return args[0]  # a parameter's gradient: taken as it is (accumulate_grad.h), a subclass's is copied
+            out = self._tell(self._sparse[func], func, args, kwargs)
+            if out is not NotImplemented:
+                self.lengths_taken += func is _COALESCE
+                return out
         in_place = _IN_PLACE.get(func)
         if in_place is None:
             in_place = _IN_PLACE[func] = _is_in_place(func)
@@ -236,6 +252,11 @@ class Recorder(TorchDispatchMode):
 
     def _see(self, tensor: torch.Tensor, func: Any, width: int | None = None) -> None:
         if tensor.device != DEVICE:
+            return
+        if is_sparse(tensor):
+            self._has_sparse = True
+            for part in parts(tensor):
+                self._see(part, func)
             return
         storage = tensor.untyped_storage()
         if storage._cdata in self._blocks:
@@ -422,7 +443,7 @@ def _is_in_place(func: Any) -> bool:
         return False
     written = schema.arguments[0].alias_info
     return (
-        name not in ("resize_", "resize_as_", "resize_as_sparse_", "set_", "rename_")
+        name not in ("resize_", "resize_as_", "resize_as_sparse_", "set_", "rename_", "_coalesced_")
         and written is not None
         and written.is_write
         and len(schema.returns) <= 1

@@ -41,6 +41,7 @@ from lightning_memplan._order import STEPS, TRUE_DTYPE, MakeOptimizer, StepRunne
 from lightning_memplan._record import DEVICE, Recorder, Rules, labelled, module_paths
 from lightning_memplan._scaling import extended
 from lightning_memplan._shards import units_by_policy, waiting
+from lightning_memplan._sparse import SPARSE
 from lightning_memplan._strategy import ranks_of, unparallelized, wrapped
 from lightning_memplan._twin import explain, metric_states, twin_of
 from lightning_memplan._types import Parallel, StepSettings, Trace
@@ -382,7 +383,14 @@ class _Run(StepRunner):
         optimizer: MakeOptimizer | None,
     ) -> None:
         rules = Rules(
-            temporaries(settings.capability), workspaces(settings.capability), WIDTHS, ORDER, KERNELS, LONGEST, SHAPES
+            temporaries(settings.capability),
+            workspaces(settings.capability),
+            widths=WIDTHS,
+            order=ORDER,
+            kernels=KERNELS,
+            sparse=SPARSE,
+            longest=LONGEST,
+            shapes=SHAPES,
         )
         self.recorder = Recorder(mode, rules)
         shards = settings.parallel is not None and settings.parallel.shards
@@ -433,7 +441,8 @@ class _Run(StepRunner):
         if recorder.numbers_taken:
             notes += ("the step reads whole numbers of the batch (lengths): taken as the largest of its samples",)
         if recorder.lengths_taken:
-            notes += ("the step selects by values (a mask, nonzero, unique): planned as if all were selected",)
+            what = "a mask, nonzero, unique, coalesce"
+            notes += (f"the step selects by values ({what}): planned as if all were selected",)
         if self.settings.parallel is not None:
             notes += waiting(self.settings.parallel, recorder.events)
         return Trace(size, labelled(recorder.events), notes)
