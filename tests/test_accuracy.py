@@ -38,6 +38,13 @@ def test_a_sample_of_networks_is_predicted_to_half_a_percent(nullgpu):
     assert all(abs(r.errors[1]) < 4.0 for r in results), shown  # reserved, in segments of 2 and 20 MiB
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["regime.checkpoint 16-mixed AdamW 64", "regime.average_ema 32-true AdamW 64"])
+def test_a_batch_size_that_is_chosen_trains_and_fills_the_card(nullgpu, row):
+    verdict = chosen.judged(row, method="trace", margin=0.05, memory=2)  # GiB
+    assert verdict.startswith("right: "), verdict  # nine tenths of the card or more
+
+
 def test_every_row_of_the_list_is_one():
     lines = (accuracy.HERE / "nullgpu.txt").read_text().splitlines()
     rows = [accuracy.Row.parse(line) for line in lines if not line.startswith("#")]

@@ -138,21 +138,23 @@ def train(row: Row, module: Any, sample: Any) -> tuple[int, int]:
         module.zero_grad()
 
 
+def asked(row: Row, module: Any) -> tuple[dict[str, Any], int]:
+    """What is asked for a row beside module and samples; and what callbacks hold, as MemoryPlanner adds it."""
+    from lightning_memplan._lightning import averaging_bytes
+
+    if _fit_with(module):
+        trainer = _trainer(row, module)
+        return {"trainer": trainer}, averaging_bytes(trainer, lambda: module)
+    how = {"precision": row.precision, "gradient_clip_val": row.clip, _PARTS: row.accumulate}
+    return how, 0
+
+
 def predict(row: Row, method: Any = "trace") -> tuple[int, int, float]:
     import lightning_memplan as mp
-    from lightning_memplan._lightning import averaging_bytes
     from tests.accuracy import networks
 
     module, sample = networks.build(row.network, row.optimizer)
-    how: dict[str, Any] = {
-        "precision": row.precision,
-        "gradient_clip_val": row.clip,
-        "accumulate_grad_batches": row.accumulate,
-    }
-    beside = 0
-    if _fit_with(module):
-        how = {"trainer": _trainer(row, module)}
-        beside = averaging_bytes(how["trainer"], lambda: module)  # as MemoryPlanner adds them
+    how, beside = asked(row, module)
     began = time.perf_counter()
     found = mp.estimate(module, networks.loader(sample, row.batch_size, 1), method=method, **how)
     seconds = time.perf_counter() - began
