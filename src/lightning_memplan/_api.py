@@ -14,10 +14,12 @@ from torch import nn
 
 from lightning_memplan._advice import Job, advise_job
 from lightning_memplan._allocator import AllocatorSettings
+from lightning_memplan._compiled import COMPILED_SIZES, FUSED, Graphs, compiled_parts
 from lightning_memplan._device import cpu_device, detect_devices, gpu, gpus
 from lightning_memplan._errors import DoesNotFitError, TraceError
 from lightning_memplan._estimate import Estimate
 from lightning_memplan._lightning import (
+    as_lightning_module,
     check_accumulation,
     is_datamodule,
     is_lightning_module,
@@ -107,6 +109,7 @@ def estimate(
     """
     check_method(method)
     check_sample(sample, sample_size)
+    module = as_lightning_module(module)
     source, settings, job = resolve_step(
         module,
         batch,
@@ -223,14 +226,18 @@ def _traced(
     module: nn.Module, samples: Samples, settings: StepSettings, method: Method, common: Mapping[str, Any]
 ) -> Estimate:
     """By trace, or by the formula where ``method`` says so, or leaves it open and the step cannot be traced."""
-    batches = samples.batches()
-    program = None
+    batches = samples.batches(COMPILED_SIZES) if compiled_parts(module) else samples.batches()
+    program = least = None
     notes: tuple[str, ...] = ()
     if method != "formula":
         try:
-            traces = trace_steps(module, batches, settings, **common)
+            graphs = Graphs()
+            traces = trace_steps(module, batches, settings, graphs=graphs, **common)
             program = scale(traces)
             notes = traces[0].notes
+            if FUSED in notes:
+                graphs.least = True
+                least = scale(trace_steps(module, batches, settings, graphs=graphs, **common))
         except TraceError as error:
             if method == "trace":
                 raise TraceError(f"{type(module).__name__} cannot be traced: {error}") from error
@@ -242,6 +249,7 @@ def _traced(
         program,
         _allocator(),
         (notes + more if program is None else notes) + samples.notes,
+        least=least,
     )
 
 
@@ -376,6 +384,7 @@ def plan(
     check_sample(sample, sample_size)
     card = named_device(device) or default_device()
     parts, ranks = accumulate_grad_batches, getattr(trainer, "world_size", devices)
+    module = as_lightning_module(module)
     source, how, job = resolve_step(
         module, batch, precision, optimizer, trainer, card, gradient_clip_val, parts, devices, strategy
     )
@@ -459,6 +468,7 @@ def advise(
     """
     check_margin(margin)
     card = named_device(device) or default_device()
+    module = as_lightning_module(module)
     source, settings, job = resolve_step(
         module,
         batch,

@@ -93,6 +93,7 @@ class Recorder(TorchDispatchMode):
         self._kernels = rules.kernels
         self._sparse = rules.sparse
         self._has_sparse = False
+        self._unseen = False
         self._longest = rules.longest
         self._shapes = rules.shapes
         self._running: set[Any] = set()  # the kernels that are being told
@@ -219,6 +220,24 @@ class Recorder(TorchDispatchMode):
         """Record that all that is cached goes back to the card."""
         self.events.append(Event(-1, EMPTY, self.phase, self.step))
 
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """What is made in the meantime is in no block (inside a fused kernel), unless it is revealed."""
+        before, self._unseen = self._unseen, True
+        try:
+            yield
+        finally:
+            self._unseen = before
+
+    def reveal(self, tensor: torch.Tensor) -> None:
+        """Record a tensor that was made unseen."""
+        key = tensor.untyped_storage()._cdata
+        if key in self._blocks and self._blocks[key] is None and tensor.untyped_storage().nbytes():
+            self._blocks[key] = block = self._next
+            self._next += 1
+            self._write(block, tensor.untyped_storage().nbytes(), self.category, None)
+            self._owners[block] = 1
+
     def stop(self) -> None:
         """Write nothing more: what is freed from here on is the end of the recording."""
         self._deaths.clear()
@@ -264,6 +283,9 @@ class Recorder(TorchDispatchMode):
         size = storage.nbytes() if width is None else tensor.numel() * width
         if not size:
             return
+        if self._unseen:
+            self._own(storage, None)
+            return
         block = self._next
         self._next += 1
         self._write(block, size, self.category, func)
@@ -271,13 +293,13 @@ class Recorder(TorchDispatchMode):
 
     def _beside(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         rule = self._temporaries.get(func)
-        sizes = () if rule is None else rule(args, kwargs, out)
+        sizes = () if rule is None or self._unseen else rule(args, kwargs, out)
         if not any(type(size) is slice for size in sizes):
             self._see_all(out, func)
         if sizes:
             self._pass(sizes, func, out)
         workspace = self._workspaces.get(func)
-        if workspace is not None:
+        if workspace is not None and not self._unseen:
             self._stay(workspace, func)
 
     def _see_all(self, out: Any, func: Any) -> None:
@@ -323,10 +345,11 @@ class Recorder(TorchDispatchMode):
         finally:
             self._running.discard(func)
 
-    def _own(self, storage: torch.UntypedStorage, block: int) -> None:
+    def _own(self, storage: torch.UntypedStorage, block: int | None) -> None:
         key = storage._cdata
         self._blocks[key] = block
-        self._owners[block] = self._owners.get(block, 0) + 1
+        if block is not None:
+            self._owners[block] = self._owners.get(block, 0) + 1
 
         def died(_: object, key: int = key) -> None:
             del self._deaths[key]

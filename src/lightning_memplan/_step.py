@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from lightning_memplan._compiled import Graphs, as_graphs, as_written
 from lightning_memplan._cuda_rules import (
     KERNELS,
     LONGEST,
@@ -187,7 +188,7 @@ def _counts_as_asked() -> Iterator[None]:
 def _as_on_the_card(settings: StepSettings) -> Iterator[None]:
     """The user's code, run as it would be on the card, leaves nothing behind and says nothing."""
     semantics = cuda_semantics(settings.capability)
-    with isolated_random_state(), _no_warnings(), _counts_as_asked(), semantics:
+    with isolated_random_state(), _no_warnings(), _counts_as_asked(), as_written(), semantics:
         yield
 
 
@@ -230,21 +231,23 @@ def trace_steps(
     datamodule: Any = None,
     optimizer: MakeOptimizer | None = None,
     steps: int = STEPS,
+    graphs: Graphs | None = None,
 ) -> list[Trace]:
     """One trace for each ``(batch size, batch)``: setup, then whole training steps.
 
     ``module`` is a LightningModule, which is asked for its ``training_step`` and ``configure_optimizers``, or any
     module, whose forward is run on the batch and whose outputs' sum is the loss (``optimizer`` makes its optimizer).
+    ``graphs`` are those of what is compiled, made in another trace of it, and say which end is traced.
 
     Raises:
         TraceError: the step needs what a fake tensor cannot give; names the line of the user's code.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-
+    graphs = graphs or Graphs()
+    mode = graphs.mode
     most = max(batches, key=itemgetter(0))[1]
 
     def record(size: int, batch: Any, steps: int) -> Trace:
-        run = _Run(module, mode, settings, trainer, datamodule, optimizer)
+        run = _Run(module, mode, settings, trainer, datamodule, optimizer, graphs)
         run.recorder.numbers = _numbers(batch, most)
         return run.record(size, batch, steps)
 
@@ -381,6 +384,7 @@ class _Run(StepRunner):
         trainer: Any,
         datamodule: Any,
         optimizer: MakeOptimizer | None,
+        graphs: Graphs | None = None,
     ) -> None:
         rules = Rules(
             temporaries(settings.capability),
@@ -393,6 +397,7 @@ class _Run(StepRunner):
             shapes=SHAPES,
         )
         self.recorder = Recorder(mode, rules)
+        self.graphs = graphs or Graphs()
         shards = settings.parallel is not None and settings.parallel.shards
         twin = detached_copy(
             module,
@@ -422,7 +427,8 @@ class _Run(StepRunner):
 
     def record(self, size: int, batch: Any, steps: int, validated: Any = None, *, tested: bool = False) -> Trace:
         recorder, twin = self.recorder, self.twin
-        with _explained(recorder), recorder, module_paths(twin, recorder):
+        compiled = as_graphs(twin, recorder, self.graphs)
+        with _explained(recorder), recorder, module_paths(twin, recorder), compiled as said:
             for tensor, kind, path in _setup_order(twin):
                 recorder.category, recorder.path = kind, path  # type: ignore[assignment]
                 recorder.adopt(tensor)
@@ -433,11 +439,11 @@ class _Run(StepRunner):
             if validated is not None:
                 self.evaluate(validated)
             recorder.stop()
-        notes: tuple[str, ...] = ()
+        notes: tuple[str, ...] = tuple(sorted(said))
         if recorder.values_read:
             if not tested and not any(event.phase == "backward" for event in recorder.events):
                 raise TraceError("the step returns no loss, since it read values of tensors, which a trace has not")
-            notes = (f"the step reads values of tensors ({recorder.values_read} times in {steps} steps): taken as 0",)
+            notes += (f"the step reads values of tensors ({recorder.values_read} times in {steps} steps): taken as 0",)
         if recorder.numbers_taken:
             notes += ("the step reads whole numbers of the batch (lengths): taken as the largest of its samples",)
         if recorder.lengths_taken:

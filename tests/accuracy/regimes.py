@@ -350,7 +350,7 @@ class Reads(Task):
 
 class Compiled(Task):
     def __init__(self, optimizer: str) -> None:
-        super().__init__(torch.compile(cnn(), backend="aot_eager"), optimizer)
+        super().__init__(torch.compile(cnn()), optimizer)
 
 
 class Graph(Task):
