@@ -4,8 +4,8 @@ that it saves for the backward pass, and what of their inside is in memory, by i
 torch's own AOTAutograd and its partitioner make the graphs, with inductor's decompositions, so that what is saved is
 what inductor saves. Inductor then fuses operators, and what a fused kernel passes on inside is in no block. Blocks in
 any case are what the graphs return or save, and what kernels of libraries read and write. The lower end has no others,
-and a result takes the place of an operand that it is the last to read. The upper end has one for every result that
-more than one operator reads as well, and for every sum; what a single operator reads is always part of that. And a
+and a result takes the place of an operand that it is the last to read. The upper end has one as well for every sum,
+and for every other result but one that a single elementwise operator or sum reads: that is always a part of it. And a
 library's kernel copies its largest operand, whose layout inductor chooses (channels last, rows filled up).
 
 Source: torch/_functorch/partitioners.py and torch/_inductor (compile_fx.py, scheduler.py), 2.11 to 2.14.
@@ -28,7 +28,7 @@ from lightning_memplan._record import Recorder
 
 _STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
-#: Kernels of libraries, which inductor calls and does not make: their operands and results are blocks
+#: Kernels that inductor calls and does not make, beside its ``fallbacks``: their operands and results are blocks
 _OF_LIBRARIES = frozenset(
     """mm addmm bmm baddbmm _scaled_mm convolution convolution_backward _cudnn_rnn _cudnn_rnn_backward
     _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_backward
@@ -140,9 +140,12 @@ class _Interpreter(torch.fx.Interpreter):
 
 
 def _of_library(n: torch.fx.Node) -> bool:
+    from torch._inductor.lowering import fallbacks
+
     if not isinstance(n.target, torch._ops.OpOverload):
         return False
-    return n.target.namespace not in ("aten", "prims") or n.target.overloadpacket.__name__ in _OF_LIBRARIES
+    own = n.target.namespace not in ("aten", "prims") or n.target in fallbacks
+    return own or n.target.overloadpacket.__name__ in _OF_LIBRARIES
 
 
 def _kept(graph: torch.fx.GraphModule, least: bool) -> set[torch.fx.Node]:
@@ -151,16 +154,28 @@ def _kept(graph: torch.fx.GraphModule, least: bool) -> set[torch.fx.Node]:
     for n in reversed(graph.graph.nodes):
         if n.op == "output" or _of_library(n) or (n in kept and _is_view(n)):
             kept.update(n.all_input_nodes)
-        elif not least and not _is_view(n) and (_readers(n) > 1 or _REDUCTION in n.target.tags):
-            kept.add(n)
+        elif not least and n.op == "call_function" and not _is_view(n):
+            readers = _readers(n)
+            if len(readers) > 1 or _REDUCTION in n.target.tags or not all(map(_is_fused, readers)):
+                kept.add(n)
     return kept
 
 
-_REDUCTION = getattr(torch.Tag, "reduction", None)  # torch 2.9 and later tell; before, a sum is small
+def _readers(n: torch.fx.Node) -> list[torch.fx.Node]:
+    return [reader for user in n.users for reader in (_readers(user) if _is_view(user) else [user])]
 
 
-def _readers(n: torch.fx.Node) -> int:
-    return sum(_readers(user) if _is_view(user) else 1 for user in n.users)
+def _is_pointwise(n: torch.fx.Node) -> bool:
+    if not isinstance(n.target, torch._ops.OpOverload):
+        return False
+    return torch.Tag.pointwise in n.target.tags or n.target is torch.ops.prims.convert_element_type.default
+
+
+def _is_fused(n: torch.fx.Node) -> bool:
+    return _is_pointwise(n) or (n.op == "call_function" and _REDUCTION in n.target.tags)  # type: ignore[union-attr]
+
+
+_REDUCTION = getattr(torch.Tag, "reduction", None)  # torch 2.9 and later tell; before, no sum is taken as fused
 
 
 def _is_view(n: torch.fx.Node) -> bool:
