@@ -40,9 +40,7 @@ class Estimate:
     settings: AllocatorSettings = field(default_factory=AllocatorSettings)
     notes: tuple[str, ...] = ()
     others: tuple[Estimate, ...] = ()
-    least: ScaledProgram | None = (
-        None  #: the lower end of what ``torch.compile`` makes of the step, where it is compiled
-    )
+    least: ScaledProgram | None = None  #: the lower end of the step, where ``torch.compile`` compiles it
     _replays: dict[tuple[int, int | None, int | None, Choice], Replay] = field(
         default_factory=dict, repr=False, compare=False
     )
