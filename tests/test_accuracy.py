@@ -25,6 +25,7 @@ regime.reads 16-mixed AdamW 64
 regime.users_cuda 32-true AdamW 64
 regime.sparse 32-true SGD 64 accumulate=3
 regime.sparse 32-true Adagrad 64
+regime.compiled 16-mixed AdamW 64
 """
 
 
@@ -61,6 +62,12 @@ def test_a_row_is_read_as_it_is_written():
     row = accuracy.Row.parse("own.mlp 16-mixed AdamW 32 clip=1.0 accumulate=4")
     assert row == accuracy.Row("own.mlp", "16-mixed", "AdamW", 32, 1.0, 4)
     assert accuracy.Row.parse(str(row)) == row
+
+
+def test_of_a_range_the_error_is_what_is_beyond_its_ends():
+    result = accuracy.Result("a row", 200, 400, 180, 500, least_allocated=150, least_reserved=350)
+    assert result.errors == (pytest.approx(-10.0), 0.0)  # 200 are 20 beyond 150 to 180; 400 are within 350 to 500
+    assert "of 0 to 0, 0 to 0 MiB" in accuracy.line(result)
 
 
 def test_errors_are_percent_of_what_was_measured():
