@@ -10,7 +10,8 @@
 With no margin the prediction itself is tried: a size that runs out of memory was planned too large (``over``), and
 where 5 % more runs as well it was planned too small (``under``). With a margin only the first counts, and where the
 steps leave more than a tenth of the card, whether one sample more takes what is over the budget (``coarse``) or not
-(``empty``). Room that the plan leaves for cuDNN's workspaces counts as used.
+(``empty``). Room that the plan leaves for cuDNN's workspaces counts as used; ``ranged`` is what leaves room for what
+torch.compile may not fuse.
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ def judge(row: Row, method: Any, margin: float, memory: int) -> str:
     chosen += f", {100 * used:.0f} % of the card" + " with room for workspaces" * (left > 1.01 * measured[1])
     if plan.limited_by != "memory":
         return f"limited: {chosen}, limited by {plan.limited_by}"
+    if plan.reserved_range.low < plan.predicted_peak and measured[1] < 0.9 * device.capacity:
+        return f"ranged: {chosen}, and room for what torch.compile may not fuse"
     if not margin:
         more = max(plan.batch_size + 1, -(-105 * plan.batch_size // 100))
         return f"under: {chosen}, and {more} runs as well" if runs(row, more) else f"right: {chosen}"
