@@ -94,6 +94,8 @@ def main() -> None:
         shown[precision] = fit(precision)
 
     shown["tried"] = tried(Net())
+    rows = read_samples((torch.zeros(5, 3, 64, 64), torch.zeros(5, dtype=torch.long)))
+    shown["repeated"] = try_step(Net(), rows.large(512), StepSettings(gradient_clip_val=1.0), 0)
     free = torch.cuda.mem_get_info()[0]
     shown["tried too much"] = tried(Net(width=1024))
     shown["free"] = [free, torch.cuda.mem_get_info()[0]]

@@ -177,8 +177,7 @@ def probed(monkeypatch):
             assert capacity == GPU.capacity
             if isinstance(what, Exception):
                 raise what
-            traces = _api.trace_steps(module, sample(), settings, **common)
-            return traces, _api.run_formula(module, sample()[0], settings, **common)[0]
+            return _api.trace_counted(module, sample(), settings, **common)
 
         monkeypatch.setattr(_api, "can_probe", lambda: True)
         monkeypatch.setattr(_api, "probe_steps", probe_steps)

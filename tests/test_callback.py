@@ -986,12 +986,12 @@ def test_an_effective_batch_size_that_fits_is_one_batch():
 def test_it_is_traced_with_accumulation_only_where_it_has_to_be(monkeypatch):
     traced = []
 
-    def trace_steps(module, batches, settings, **kwargs):
+    def trace_counted(module, batches, settings, **kwargs):
         traced.append(settings.accumulate_grad_batches)
         return original(module, batches, settings, **kwargs)
 
-    original = mp._api.trace_steps
-    monkeypatch.setattr(mp._api, "trace_steps", trace_steps)
+    original = mp._api.trace_counted
+    monkeypatch.setattr(mp._api, "trace_counted", trace_counted)
     for effective, expected in ((7, [1]), (14, [1, 3]), (21, [1, 3])):
         traced.clear()
         fit(Net(), Data(), planner_of(effective_batch_size=effective))

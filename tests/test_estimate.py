@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lightning_memplan._estimate import Estimate
 from lightning_memplan._formula import Formula
+from lightning_memplan._planner import largest_fitting
 from lightning_memplan._scaling import scale
 from lightning_memplan._types import Event, Layer, Trace
 
@@ -108,6 +109,20 @@ def test_the_phase_of_the_peak(traced):
 def test_it_fits_in_what_it_reserves_and_not_in_less_than_it_holds(traced, batch_size):
     assert traced.fits(batch_size, traced.peak(batch_size))
     assert not traced.fits(batch_size, traced.peak_allocated(batch_size) - 1)
+
+
+@given(capacity=st.integers(0, 2**32))
+def test_a_size_is_near_the_largest_that_fits_and_not_below_it(traced, capacity):
+    near = traced.near(capacity)
+    assert largest_fitting(lambda size: traced.fits(size, capacity)).batch_size <= near
+    assert traced.peak_allocated(near + 1) > capacity  # wherever its blocks lie
+
+
+def test_no_size_is_near_where_none_is_known(by_formula):
+    assert by_formula.near(10**9) is None
+    fixed = Estimate("trace", FORMULA, scale([Trace(x, (Event(0, 100),)) for x in POINTS]))
+    assert fixed.near(10**9) is None  # every size fits
+    assert fixed.near(10) == 0
 
 
 def test_a_limit_of_the_process(traced):

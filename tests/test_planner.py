@@ -51,6 +51,22 @@ def test_the_largest_is_found_and_the_reason_named(limit, low, multiple, high, s
     assert found.tried <= 2 * math.log2(found.batch_size / multiple + 1) + 3
 
 
+@given(limit=st.integers(0, 10**6), near=st.integers(0, 10**6), low=st.integers(1, 100), high=optional)
+def test_a_search_from_nearby_finds_the_same(limit, near, low, high):
+    high = None if high is None else high + low
+    asked: list[int] = []
+
+    def fits(batch_size: int) -> bool:
+        assert batch_size not in asked, "asked twice"
+        asked.append(batch_size)
+        return batch_size <= limit
+
+    found = largest_fitting(fits, min_batch_size=low, max_batch_size=high, near=near)
+    assert found.tried == len(asked)
+    plain = largest_fitting(lambda n: n <= limit, min_batch_size=low, max_batch_size=high)
+    assert (found.batch_size, found.limited_by) == (plain.batch_size, plain.limited_by)
+
+
 def test_what_fits_need_not_be_one_interval():
     """A replay can refuse a size and take a larger one: the returned size still was itself found to fit."""
     asked = {}

@@ -297,6 +297,10 @@ def test_what_a_probe_predicts_is_what_training_takes(shown, precision):
         assert abs(predicted_reserved / reserved - 1) < 0.01
 
 
+def test_a_batch_that_is_made_on_the_card_takes_what_another_takes(shown):
+    assert shown["repeated"] == shown["tried"]
+
+
 def test_a_real_step_takes_what_training_takes(shown):
     allocated, reserved, missing = shown["tried"]
     assert missing == 0
@@ -330,7 +334,7 @@ def test_the_card_is_left_as_it_was_found(shown):
 
 
 def test_a_large_batch_is_probed_too(shown):
-    assert shown["large"] == [2, 3, 5, 61]  # the largest prime that is not above 64
+    assert shown["large"] == [2, 3, 5, 64]  # the largest that is allowed
 
 
 def test_an_error_of_the_large_batch_alone_is_noted(shown):

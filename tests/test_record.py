@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 from lightning_memplan._cuda_rules import LONGEST
 from lightning_memplan._record import DEVICE, Recorder, Rules, labelled, module_paths
@@ -44,6 +44,41 @@ def test_a_view_is_no_block_and_keeps_one(recorder):
         assert _sizes(mode) == [400]
         del view
     assert _sizes(mode) == [400, -1]
+
+
+def test_a_fake_tensor_is_as_its_own_constructor_makes_it(recorder):
+    mode = recorder()
+    ours = mode._wrapped(torch.empty(2, 3, device="meta"))
+    theirs = FakeTensor(mode._mode, torch.empty(2, 3, device="meta"), DEVICE)
+    assert type(ours) is type(theirs) is FakeTensor
+    assert ours.__dict__ == theirs.__dict__
+    assert torch._C._dispatch_keys(ours).raw_repr() == torch._C._dispatch_keys(theirs).raw_repr()
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda x: x.t(),
+        lambda x: x.view(2, 5, 10)[:, 1:, ::2],
+        lambda x: x.detach().unsqueeze(0).expand(3, 10, 10).permute(2, 0, 1),
+        lambda x: torch.cat([part.select(1, 0) for part in x.split(3)]),
+        lambda x: torch.stack(x.unbind(1)[2:4]),
+        lambda x: x.mm(x.t()) + x * x[0],
+        lambda x: torch.nn.functional.gelu(x).sum((0,), keepdim=True, dtype=torch.float64),
+    ],
+)
+def test_what_is_asked_of_kernels_directly_is_what_they_give(recorder, look):
+    expected = look(torch.zeros(10, 10))
+    with recorder():
+        found = look(torch.zeros(10, 10, device=DEVICE))
+    assert found.device == DEVICE
+    assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), expected.dtype)
+    assert found.storage_offset() == expected.storage_offset()
+
+
+def test_a_tensor_of_the_host_is_not_added_to_one_of_the_device(recorder):
+    with recorder(), pytest.raises(RuntimeError, match="at least two devices, cpu:0 and cpu"):
+        torch.zeros(3, device=DEVICE) + torch.zeros(3)
 
 
 def test_a_storage_that_is_resized_is_another_block(recorder):

@@ -27,6 +27,7 @@ from torch.utils.data import (
 
 import lightning_memplan as mp
 from lightning_memplan._loaders import borrowed, dataset_size
+from lightning_memplan._repeated import Repeated
 from lightning_memplan._sample import SIZES, batch_size_of, read_samples, resized
 
 
@@ -513,3 +514,32 @@ def test_a_network_of_graphs_is_traced():
     assert "samples differ in size" in estimate.notes[0]
     # a graph of 64 nodes of 4 floats and 192 edges of two int64: 1 KiB and 3 KiB, of which 512 are none too many
     assert estimate.breakdown(512)["batch"] == 512 * 4 * 1024
+
+
+# ------------------------------------------------------------------------------------------------------- a large batch
+
+
+def test_a_large_batch_of_plain_tensors_is_made_on_the_card():
+    samples = read_samples(DataLoader([(row, torch.tensor(1)) for row in rows], batch_size=4))
+    large = samples.large(23)
+    assert isinstance(large, Repeated)
+    assert (large.samples, large.size, large.few[0].shape) == (5, 23, (5, 4))
+    for made, whole in zip(large.on(torch.device("cpu"), large.few), large.whole(), strict=True):
+        assert torch.equal(made, whole)
+    assert [type(batch) for _, batch in samples.for_the_card((3, 23))] == [list, Repeated]
+
+
+@pytest.mark.parametrize(
+    "collate",
+    [
+        lambda items: (torch.stack(items), ["a name"] * len(items)),  # a list as long as the batch
+        lambda items: (torch.stack(items, 1),),  # the batch in the second dimension
+        lambda items: (torch.cat(items),),  # graphs: several rows a sample
+        lambda items: (torch.stack(items), torch.eye(len(items))),
+        lambda items: (torch.stack(items), len(items)),
+        lambda items: (torch.stack(items).expand(len(items), 4).t().contiguous().t(),),
+    ],
+)
+def test_another_large_batch_is_made_as_the_user_makes_it(collate):
+    large = read_samples(DataLoader(list(rows), batch_size=4, collate_fn=collate)).large(23)
+    assert not isinstance(large, Repeated)

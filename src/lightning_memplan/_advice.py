@@ -111,7 +111,8 @@ def advise_job(job: Job, batch_size: int, budget: int | None = None) -> tuple[Ad
 
 
 def _largest(after: Estimate, budget: int) -> int:
-    return largest_fitting(lambda size: after.fits(size, budget), max_batch_size=_MOST).batch_size
+    fits = partial(after.fits, capacity=budget)
+    return largest_fitting(fits, max_batch_size=_MOST, near=after.near(budget)).batch_size
 
 
 def _changes(job: Job, batch_size: int) -> Iterator[_Change]:

@@ -34,7 +34,7 @@ from lightning_memplan._probe import SIZES, can_probe, probe_steps
 from lightning_memplan._report import advice_lines, does_not_fit_message
 from lightning_memplan._sample import SAMPLE_SIZE, Samples, Which, check_sample, read_samples
 from lightning_memplan._scaling import interleaved, scale
-from lightning_memplan._step import prepared, run_formula, trace_steps, trace_test, trace_validation
+from lightning_memplan._step import prepared, run_formula, trace_counted, trace_steps, trace_test, trace_validation
 from lightning_memplan._twin import explain
 from lightning_memplan._types import Advice, Device, Plan, StepSettings, parse_precision
 from lightning_memplan._workspaces import Choice
@@ -69,6 +69,7 @@ def estimate(
     strategy: Any = None,
     sample: Which = "first",
     sample_size: int = SAMPLE_SIZE,
+    max_batch_size: int | None = None,
 ) -> Estimate:
     """What training ``module`` takes, at any batch size, without running it on a GPU.
 
@@ -100,6 +101,8 @@ def estimate(
             copies of the largest of ``sample_size`` that are spread over it (where samples differ in size: texts,
             graphs, boxes).
         sample_size: how many samples ``"largest"`` looks at.
+        max_batch_size: the largest batch size that will be asked for, where that is known: no larger batch is probed,
+            and what a probe of that one sees holds for it.
 
     Raises:
         TraceError: ``method="trace"`` and the step cannot be traced: says what it needs, and at which line; or
@@ -109,6 +112,8 @@ def estimate(
     """
     check_method(method)
     check_sample(sample, sample_size)
+    if max_batch_size is not None:
+        check_count("max_batch_size", max_batch_size)
     module = as_lightning_module(module)
     source, settings, job = resolve_step(
         module,
@@ -122,7 +127,8 @@ def estimate(
         devices,
         strategy,
     )
-    return estimate_step(module, source, settings, method=method, sample=sample, sample_size=sample_size, **job)
+    options: dict[str, Any] = {"sample": sample, "sample_size": sample_size, "largest": max_batch_size}
+    return estimate_step(module, source, settings, method=method, **options, **job)
 
 
 def resolve_step(
@@ -188,7 +194,7 @@ def estimate_step(
         try:
             index, capacity = _probed_index(device), (device or default_device()).capacity
             where: dict[str, Any] = {"capacity": capacity, "largest": largest, "stage": stage}
-            traces, formula = probe_steps(module, samples.batches, settings, index, **where, **common)
+            traces, formula = probe_steps(module, samples.for_the_card, settings, index, **where, **common)
             probed = Estimate("probe", formula, scale(traces), _allocator(), traces[0].notes + samples.notes)
         except (TraceError, *_OF_A_COPY) as error:
             if method == "probe":
@@ -217,7 +223,9 @@ def _tightest_first(found: Sequence[Estimate], device: Device) -> list[Estimate]
     """
 
     def largest(estimate: Estimate) -> int:
-        return largest_fitting(lambda size: estimate.fits(size, device.capacity), max_batch_size=2**30).batch_size
+        near = estimate.near(device.capacity)
+        fits = partial(estimate.fits, capacity=device.capacity)
+        return largest_fitting(fits, max_batch_size=2**30, near=near).batch_size
 
     return sorted(found, key=largest)
 
@@ -227,30 +235,22 @@ def _traced(
 ) -> Estimate:
     """By trace, or by the formula where ``method`` says so, or leaves it open and the step cannot be traced."""
     batches = samples.batches(COMPILED_SIZES) if compiled_parts(module) else samples.batches()
-    program = least = None
     notes: tuple[str, ...] = ()
     if method != "formula":
         try:
-            graphs = Graphs()
-            traces = trace_steps(module, batches, settings, graphs=graphs, **common)
-            program = scale(traces)
-            notes = traces[0].notes
+            graphs, least = Graphs(), None
+            traces, formula = trace_counted(module, batches, settings, graphs=graphs, **common)
+            notes = traces[0].notes + samples.notes
             if FUSED in notes:
                 graphs.least = True
                 least = scale(trace_steps(module, batches, settings, graphs=graphs, **common))
+            return Estimate("trace", formula, scale(traces), _allocator(), notes, least=least)
         except TraceError as error:
             if method == "trace":
                 raise TraceError(f"{type(module).__name__} cannot be traced: {error}") from error
             notes = (f"planned by the formula, since the step cannot be traced: {error}",)
     formula, more = run_formula(module, batches[0], settings, **common)
-    return Estimate(
-        "formula" if program is None else "trace",
-        formula,
-        program,
-        _allocator(),
-        (notes + more if program is None else notes) + samples.notes,
-        least=least,
-    )
+    return Estimate("formula", formula, None, _allocator(), notes + more + samples.notes)
 
 
 def estimate_validation(
@@ -486,9 +486,8 @@ def advise(
     found = estimate_step(module, source, settings, method="trace", **options, **job)
     budget = int(card.capacity * (1 - margin))
     if batch_size is None:
-        batch_size = largest_fitting(
-            lambda size: found.fits(size, budget), dataset_size=dataset_size(source)
-        ).batch_size
+        fits = partial(found.fits, capacity=budget)
+        batch_size = largest_fitting(fits, dataset_size=dataset_size(source), near=found.near(budget)).batch_size
     return advised_step(module, source, settings, budget=budget, **options, **job)(found, batch_size or 1)
 
 
@@ -557,7 +556,8 @@ def cards_for(
     @cache
     def largest(capability: tuple[int, int] | None, budget: int) -> int:
         found = estimated(capability)
-        return largest_fitting(lambda size: found.fits(size, budget), **limits).batch_size
+        fits = partial(found.fits, capacity=budget)
+        return largest_fitting(fits, near=found.near(budget), **limits).batch_size
 
     ordered = sorted(gpus() if cards is None else cards, key=lambda card: card.capacity)
     return tuple((card, largest(card.capability, int(max(0, card.capacity - nccl) * (1 - margin)))) for card in ordered)
@@ -620,7 +620,11 @@ def plan_estimate(
                 return False
             return not found.has_workspaces or found.fits(batch_size, device.capacity, workspaces=workspaces)
 
-        return largest_fitting(fits, **limits) if share is None else largest_dividing(fits, share, **limits)
+        if share is not None:
+            return largest_dividing(fits, share, **limits)
+        any_size = estimate_at(min_batch_size)
+        bounds = any_size.near(budget), any_size.near(device.capacity, workspaces)
+        return largest_fitting(fits, near=min((size for size in bounds if size is not None), default=None), **limits)
 
     limits: dict[str, Any] = {
         "min_batch_size": min_batch_size,

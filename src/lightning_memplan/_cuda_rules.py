@@ -1285,8 +1285,12 @@ def _like_each(tensors: Sequence[torch.Tensor]) -> list[Made] | None:
 
 
 def _new_like(tensor: torch.Tensor, **kwargs: Any) -> list[Made] | None:
-    plain = kwargs.get("memory_format") in (None, torch.preserve_format) and kwargs.get("layout") is None
-    if not plain or not _dense(tensor) or kwargs.get("device") not in (None, tensor.device):
+    if kwargs.get("layout") not in (None, torch.strided) or kwargs.get("device") not in (None, tensor.device):
+        return None
+    order = kwargs.get("memory_format")
+    if order is torch.contiguous_format:
+        return [(tensor.shape, kwargs.get("dtype") or tensor.dtype)]
+    if order not in (None, torch.preserve_format) or not _dense(tensor):
         return None
     return [(tensor, kwargs.get("dtype") or tensor.dtype)]
 
@@ -1384,6 +1388,7 @@ SHAPES: Mapping[Any, Callable[..., Sequence[Made | None] | None]] = {
     aten.threshold_backward.default: _like_first,
     aten.zeros_like.default: _new_like,
     aten.empty_like.default: _new_like,
+    aten.clone.default: _new_like,
     aten._to_copy.default: _new_like,
     aten._foreach_sqrt.default: _like_each,
 }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_memplan._allocator import AllocatorSettings, Move, Replay, most_alive, replay
 from lightning_memplan._history import structure_hash
+from lightning_memplan._planner import largest_fitting
 from lightning_memplan._scaling import ScaledProgram
 from lightning_memplan._snapshot import make_snapshot
 from lightning_memplan._types import Event, Layer, Peaks, Range
@@ -151,20 +152,43 @@ class Estimate:
         _check_batch_size(batch_size)
         if self.program is None:
             return self.formula.memory(batch_size) <= (capacity if limit is None else min(capacity, limit))
-        if self._beyond(batch_size):
+        given = capacity if limit is None else min(capacity, limit)
+        if self._beyond(batch_size) or self._least(batch_size, workspaces) > given:
             return False
-        found = self.replay(batch_size, capacity, limit, workspaces)
-        if found.out_of_memory is not None or not found.retries:
-            return found.out_of_memory is None
-        more = self._settled.at(batch_size, workspaces)
-        return replay(more, capacity, self.settings, limit).out_of_memory is None
+        return self.replay(batch_size, capacity, limit, workspaces).out_of_memory is None
+
+    def near(self, capacity: int, workspaces: Choice = "low") -> int | None:
+        """A batch size near the largest that fits in ``capacity`` bytes, and not below it; None if none is known.
+
+        It is the largest whose blocks fit in there, wherever they lie.
+        """
+        if self.program is None:
+            return None
+        try:
+            return largest_fitting(
+                lambda size: not self._beyond(size) and self._least(size, workspaces) <= capacity
+            ).batch_size
+        except ValueError:  # it does not grow
+            return None
+
+    def _least(self, batch_size: int, workspaces: Choice) -> int:
+        return self._program().least(batch_size, self._turns, workspaces)
+
+    @cached_property
+    def _turns(self) -> tuple[int, ...]:
+        return self._program().turns()
 
     @cached_property
     def _settled(self) -> ScaledProgram:
         return self._program().settled()
 
+    @cached_property
+    def _stretches(self) -> tuple[int, ...]:
+        return self._settled.stretches()
+
     def steps(self, batch_size: int, capacity: int | None = None) -> tuple[tuple[int, int], ...]:
-        """Peak ``(allocated, reserved)`` bytes of each step: the first, the second, and those that follow.
+        """Peak ``(allocated, reserved)`` bytes of each step: the first, the second, and so on; later ones are as the
+        last.
 
         The first has neither old gradients nor optimizer state; from the second on they coexist with the forward pass.
         """
@@ -186,14 +210,13 @@ class Estimate:
         return {name: max(step.phases.get(name, 0) for step in steps) for name in names}
 
     def step_peaks(self, batch_size: int, capacity: int | None = None) -> tuple[Peaks, ...]:
-        """Peak bytes of each step, and of its phases: the first, the second, and those that follow."""
+        """Peak bytes of each step, and of its phases: the first, the second, and so on; later ones are as the last."""
         _check_batch_size(batch_size)
         if self.program is None:
             return (Peaks(self.formula.memory(batch_size), self.formula.memory(batch_size)),)
         steps: dict[int, Peaks] = {}
-        stretches = zip(self.program.stretches(), self.replay(batch_size, capacity).peaks, strict=False)
-        for begin, (allocated, reserved) in stretches:
-            event = self.program.events[begin]
+        for begin, (allocated, reserved) in zip(self._stretches, self.replay(batch_size, capacity).peaks, strict=False):
+            event = self._settled.events[begin]
             if event.step:
                 before = steps.get(event.step, Peaks(0, 0))
                 phases = {**before.phases, event.phase: max(allocated, before.phases.get(event.phase, 0))}
@@ -206,7 +229,7 @@ class Estimate:
         _check_batch_size(batch_size)
         if self.program is None:
             return "backward"
-        return self.program.events[self.replay(batch_size).peak_at].phase
+        return self._settled.events[self.replay(batch_size).peak_at].phase
 
     def breakdown(self, batch_size: int) -> Mapping[str, int]:
         """Bytes by category at the peak of the allocated bytes, largest first.
@@ -230,7 +253,7 @@ class Estimate:
 
     def alive(self, batch_size: int) -> list[tuple[Event, int]]:
         """The blocks in use at the peak of the allocated bytes: the event that made each, and the bytes asked for."""
-        program, last = self._program(), self.replay(batch_size).peak_at
+        program, last = self._settled, self.replay(batch_size).peak_at
         live: dict[int, tuple[Event, int]] = {}
         for event, (block, size, _) in zip(program.events[: last + 1], program.at(batch_size), strict=False):
             if size < 0:
@@ -283,8 +306,10 @@ class Estimate:
     def replay(
         self, batch_size: int, capacity: int | None = None, limit: int | None = None, workspaces: Choice = "low"
     ) -> Replay:
-        """The allocator's replay at that batch size (see ``_allocator.replay``); ``peaks`` are by step and phase."""
-        program = self._program()
+        """The allocator's replay at that batch size (see ``_allocator.replay``); ``peaks`` are by step and phase.
+
+        It goes on beyond the recorded steps, until these leave what they find (``ScaledProgram.settled``).
+        """
         if self._beyond(batch_size):
             raise ValueError(
                 f"nothing is known of batch size {batch_size}: a probe of 2 samples ran out of memory, and one sample "
@@ -292,9 +317,8 @@ class Estimate:
             )
         key = (batch_size, capacity, limit, workspaces)
         if key not in self._replays:
-            marks = program.stretches()[1:-1]
-            entries = program.at(batch_size, workspaces)
-            self._replays[key] = replay(entries, capacity, self.settings, limit, marks)
+            entries = self._settled.at(batch_size, workspaces)
+            self._replays[key] = replay(entries, capacity, self.settings, limit, self._stretches[1:-1])
         return self._replays[key]
 
     def _program(self) -> ScaledProgram:

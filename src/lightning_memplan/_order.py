@@ -28,6 +28,7 @@ from lightning_memplan._lightning import (
     unfreeze,
 )
 from lightning_memplan._record import module_paths
+from lightning_memplan._repeated import Repeated
 from lightning_memplan._strategy import local, ranks_of, through, without_reduction, wrapped
 from lightning_memplan._types import Category, Layer, Phase, StepSettings
 
@@ -50,10 +51,10 @@ def accumulated(settings: StepSettings) -> int:
     return min(settings.accumulate_grad_batches, PARTS)
 
 
-def traced_step(batch: int, whole: int, parts: int) -> int:
+def traced_step(batch: int, whole: int, parts: int, steps: int = STEPS) -> int:
     """Which of a trace's steps the ``batch``-th batch of training (from 0) is like.
 
-    ``whole`` batches are accumulated in training, ``parts`` in the trace.
+    ``whole`` batches are accumulated in training, ``parts`` in the trace, which has ``steps`` steps of the optimizer.
 
     >>> [traced_step(batch, 1, 1) for batch in range(5)]
     [0, 1, 2, 2, 2]
@@ -62,7 +63,7 @@ def traced_step(batch: int, whole: int, parts: int) -> int:
     """
     cycle, part = divmod(batch, whole)
     place = part if part == 0 else parts - 1 if part == whole - 1 else 1
-    return min(cycle, STEPS - 1) * parts + place
+    return min(cycle, steps - 1) * parts + place
 
 
 class Mark(Protocol):
@@ -152,7 +153,8 @@ class StepRunner:
         """``run_steps``, and the formula, whose layers are written down in the first step."""
         self._counted_size = batch_size
         self.run_steps(batch, steps)
-        return make_formula(self.twin, self.layers, sample_bytes(batch, batch_size), self.state_bytes())
+        few = (batch.few, batch.samples) if isinstance(batch, Repeated) else (batch, batch_size)
+        return make_formula(self.twin, self.layers, sample_bytes(*few), self.state_bytes())
 
     def state_bytes(self) -> int:
         """Bytes on the device of the optimizers' state."""
@@ -298,11 +300,17 @@ class StepRunner:
     # -- the user's code
 
     def _to_device(self, batch: Any) -> Any:
+        repeated = batch if isinstance(batch, Repeated) else None
+        if repeated is not None:
+            hooked = self._overrides("on_before_batch_transfer") or self._overrides("transfer_batch_to_device")
+            batch, repeated = (repeated.whole(), None) if hooked else (repeated.few, repeated)
         if self.dtype is not None:
             batch = _convert(batch, self.dtype)
         batch = self._data_hook("on_before_batch_transfer", batch, 0)
         if self._overrides("transfer_batch_to_device"):
             batch = self._data_hook("transfer_batch_to_device", batch, self.device, 0)
+        elif repeated is not None:
+            batch = repeated.on(self.device, batch)
         else:
             batch = move_to_device(batch, self.device)
         return self._data_hook("on_after_batch_transfer", batch, 0)

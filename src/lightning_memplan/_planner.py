@@ -55,15 +55,19 @@ def largest_fitting(
     max_batch_size: int | None = None,
     dataset_size: int | None = None,
     multiple_of: int = 1,
+    near: int | None = None,
 ) -> Found:
     """The largest allowed batch size for which ``fits`` is true.
 
-    The size that is returned was itself asked, and so was the next larger one, unless a limit is what stopped it.
+    The size that is returned was itself asked, and so was the next larger one, unless a limit is what stopped it. Where
+    the answer is known to be ``near`` some size, the search begins there.
 
     >>> largest_fitting(lambda n: n <= 100, multiple_of=8)
     Found(batch_size=96, limited_by='memory', tried=8)
     >>> largest_fitting(lambda n: n <= 100, dataset_size=60)
     Found(batch_size=60, limited_by='dataset', tried=7)
+    >>> largest_fitting(lambda n: n <= 1000), largest_fitting(lambda n: n <= 1000, near=1020)
+    (Found(batch_size=1000, limited_by='memory', tried=20), Found(batch_size=1000, limited_by='memory', tried=8))
 
     Raises:
         ValueError: a limit that is no positive number, or limits that leave no batch size.
@@ -83,22 +87,30 @@ def largest_fitting(
         tried += 1
         return fits(unit * multiple_of)
 
-    if not ask(low):
-        return Found(0, "memory", tried)
-    good, step = low, max(1, low)
-    bad: int | None = None
-    while bad is None:
-        if good == top:
-            return Found(good * multiple_of, limited_by, tried)
-        unit = good + step if top is None else min(good + step, top)
+    start = low if near is None else max(low, near // multiple_of)
+    start = start if top is None else min(start, top)
+    good, bad = low - 1, None
+    unit, step = start, start if near is None else -(-start // 64)
+    while bad is None or (good < low and bad > low):  # ever further away, up or down
         if ask(unit):
-            good, step = unit, 2 * step
+            good = unit
+            if good == top:
+                return Found(good * multiple_of, limited_by, tried)
+            if bad is not None:
+                break
+            if good > 2**40:
+                raise ValueError(
+                    "every batch size fits: the prediction does not grow with the batch; name a max_batch_size"
+                )
+            unit = good + step if top is None else min(good + step, top)
         else:
             bad = unit
-        if good > 2**40:
-            raise ValueError(
-                "every batch size fits: the prediction does not grow with the batch; name a max_batch_size"
-            )
+            if good >= low:
+                break
+            unit = max(low, bad - step)
+        step *= 2
+    if good < low:
+        return Found(0, "memory", tried)
     while bad - good > 1:
         middle = (good + bad) // 2
         if ask(middle):

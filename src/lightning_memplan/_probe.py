@@ -101,7 +101,7 @@ def probe_steps(
                 traces, formula = found
                 most = 0 if capacity is None else _most(traces, formula.input_bytes, capacity, largest or LARGEST)
                 try:
-                    more = _larger(run, sample, traces, most, steps)
+                    more = _larger(run, sample, traces, most, steps, largest)
                 except Exception as error:  # of a batch that no plan may come to: real steps confirm the one that does
                     if isinstance(error, getattr(torch, "AcceleratorError", ())):  # a card that failed stays so
                         raise
@@ -139,10 +139,17 @@ def _most(few: Sequence[Trace], sample_bytes: int, capacity: int, largest: int) 
     return min(LARGEST, largest, expected_to_fit(few, capacity) // 2, on_the_host)
 
 
-def _larger(run: _Run, sample: MakeBatches, few: Sequence[Trace], most: int, steps: int) -> list[Trace] | None:
-    """Traces of which one is of a large batch, if there can be: beside those of few samples, or alone."""
-    for size in map(prime_up_to, (most, most // 2, most // 4)):
-        if size < 2 * few[-1].batch_size:
+def _larger(
+    run: _Run, sample: MakeBatches, few: Sequence[Trace], most: int, steps: int, largest: int | None
+) -> list[Trace] | None:
+    """Traces of which one is of a large batch, if there can be: beside those of few samples, or alone.
+
+    That is the largest which a plan may come to, where it is no more than may be run; else a prime number of samples.
+    """
+    least = 2 * few[-1].batch_size if aligned(few) else 1
+    first = most if most == largest else prime_up_to(most)
+    for size in (first, *map(prime_up_to, (most // 2, most // 4))):
+        if size < least and not (size == largest and size > few[-1].batch_size):
             break
         found = _unless_out_of_memory(run.device, partial(_recorded, run, sample, (size,), steps))
         if found is not None:
@@ -161,22 +168,22 @@ def prime_up_to(number: int) -> int:
 
 
 def doubled(trace: Trace, few: Sequence[Trace]) -> Trace:
-    """What the trace of a prime number of samples tells of twice as many: what the prime divides grows with the batch,
-    and so does what is not of a size that traces of few samples have as well.
+    """What a trace tells of twice as many samples: what is not of a size that traces of few samples have as well grows
+    with the batch, and so does what a prime number of samples divides.
 
     >>> large = Trace(7, (Event(0, 700), Event(1, 1000), Event(2, 65)))
     >>> [event.size for event in doubled(large, [Trace(2, (Event(0, 200), Event(1, 1000)))]).events]
     [1400, 1000, 130]
     """
-    prime = trace.batch_size
+    size, prime = trace.batch_size, prime_up_to(trace.batch_size)
     fixed = set.intersection(*({event.size for event in one.events} for one in few))
     grown = (
         event._replace(size=2 * event.size)
-        if event.size > 0 and (event.size % prime == 0 or event.size not in fixed)
+        if event.size > 0 and (event.size not in fixed or (size == prime and event.size % prime == 0))
         else event
         for event in trace.events
     )
-    return Trace(2 * prime, tuple(grown), trace.notes)
+    return Trace(2 * size, tuple(grown), trace.notes)
 
 
 def expected_to_fit(traces: Sequence[Trace], capacity: int) -> int:
@@ -460,11 +467,17 @@ class _Mark(_Place):
         torch.cuda.caching_allocator_delete(address)
         self.labels.append((address, (self.run, self.phase, self.step, self.category, self.path)))
 
+    def empty_cache(self) -> None:
+        super().empty_cache()
+        self.path = _EMPTIED
+        self.path = ""
+
     device: torch.device
     labels: list[_Label]
 
 
 _Label = tuple[int, tuple[int, Phase, int, Category, str]]
+_EMPTIED = "(the cache was emptied)"  # the path of a mark that says so
 _MARK = 331  # bytes: a prime, which no tensor of the step is likely to have at the place of the very next mark
 
 
@@ -569,6 +582,8 @@ def _events(history: Sequence[Mapping[str, Any]], labels: Sequence[_Label]) -> _
         if entry["action"] == "alloc" and (address, entry["size"]) == (mark, _MARK):
             run, phase, step, category, path = label
             mark, label = next(marks, (-1, label))
+            if path == _EMPTIED:
+                events.setdefault(run, []).append(Event(-1, EMPTY, phase, step))
         elif entry["action"] == "alloc":
             stream = streams.setdefault(entry["stream"], len(streams))
             blocks[address] = run, count
@@ -579,8 +594,6 @@ def _events(history: Sequence[Mapping[str, Any]], labels: Sequence[_Label]) -> _
             made, block = blocks.pop(address)
             if made in (0, run):
                 events.setdefault(run, []).append(Event(block, FREE, phase, step))
-        elif entry["action"] == "segment_free" and phase == "setup" and events.get(run, ())[-1:]:
-            events[run].append(Event(-1, EMPTY, phase, step))
     return lambda run: events[0] + events.get(run, [])
 
 
@@ -632,7 +645,7 @@ def _shape(events: Sequence[Event]) -> tuple[tuple[int, bool, int], ...]:
 
 def _renumbered(events: Sequence[Event]) -> tuple[Event, ...]:
     numbers: dict[int, int] = {}
-    return tuple(e._replace(block=numbers.setdefault(e.block, len(numbers))) for e in events)
+    return tuple(Event(numbers.setdefault(e[0], len(numbers)), *e[1:]) for e in events)
 
 
 def _without_workspaces(events: Sequence[Event]) -> tuple[tuple[Event, ...], dict[int, int]]:

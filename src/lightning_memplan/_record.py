@@ -12,13 +12,13 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from itertools import chain, groupby
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -64,6 +64,23 @@ _TO_COPY = torch.ops.aten._to_copy.default
 _EQUAL = torch.ops.aten.equal.default
 _CLONE = torch.ops.aten.clone.default
 _COALESCE = torch.ops.aten._coalesce.default
+#: What is asked of the kernel for tensors without data itself, as views are: torch's fake mode does the same in the
+#: end, and takes several times as long
+_DIRECT = frozenset(
+    {
+        torch.ops.aten._unsafe_view.default,
+        torch.ops.aten.add.Tensor,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten.bmm.default,
+        torch.ops.aten.gelu.default,
+        torch.ops.aten.gelu_backward.default,
+        torch.ops.aten.mm.default,
+        torch.ops.aten.mul.Tensor,
+        torch.ops.aten.select_backward.default,
+        torch.ops.aten.slice_backward.default,
+        torch.ops.aten.sum.dim_IntList,
+    }
+)
 _READ_VALUE = torch.ops.aten._local_scalar_dense.default
 
 
@@ -76,6 +93,11 @@ class Recorder(TorchDispatchMode):
     def __init__(self, mode: FakeTensorMode, rules: Rules) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._mode = mode
+        unsafe = mode._allow_unsafe_data_ptr_access
+        self._guard: Callable[[torch.Tensor], None] = (
+            torch._C._set_warn_deprecated_on_mutable_data_ptr if unsafe else torch._C._set_throw_on_mutable_data_ptr
+        )
+        self._attributes = dict(FakeTensor(mode, torch.empty(0, device="meta"), DEVICE).__dict__)
         self.events: list[Event] = []
         self.phase: Phase = "setup"
         self.category: Category = "other"
@@ -174,6 +196,11 @@ class Recorder(TorchDispatchMode):
                 self._changed.append(weakref.ref(args[0]))
         elif (made := self._made_like(func, args, kwargs)) is not None:
             out = made
+        elif (func.is_view or func in _DIRECT) and _are_plain(args):
+            with in_kernel_invocation_manager(self._mode):
+                out = func(*args, **kwargs)
+            wrap = partial(self._wrapped, device=args[0].fake_device)
+            out = wrap(out) if isinstance(out, torch.Tensor) else type(out)(map(wrap, out))
         else:
             out = self._mode.__torch_dispatch__(func, types, args, kwargs)
             if func is _TO_COPY and kwargs.get("device") == DEVICE and out.device != DEVICE:
@@ -322,11 +349,19 @@ class Recorder(TorchDispatchMode):
 
     def _like(self, like: torch.Tensor | torch.Size, dtype: torch.dtype) -> FakeTensor:
         if isinstance(like, torch.Size):
-            return FakeTensor(self._mode, torch.empty(like, dtype=dtype, device="meta"), DEVICE)
+            return self._wrapped(torch.empty(like, dtype=dtype, device="meta"))
         if like.is_meta:
-            return FakeTensor(self._mode, like, DEVICE)
-        meta = torch.empty_strided(like.size(), like.stride(), dtype=dtype, device="meta")
-        return FakeTensor(self._mode, meta, DEVICE)
+            return self._wrapped(like)
+        return self._wrapped(torch.empty_strided(like.size(), like.stride(), dtype=dtype, device="meta"))
+
+    def _wrapped(self, meta: torch.Tensor, device: torch.device = DEVICE) -> FakeTensor:
+        """``FakeTensor(mode, meta, device)``, without the time that its constructor takes (torch 2.11 to 2.14)."""
+        made: Any = torch.Tensor._make_subclass(
+            FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=device
+        )
+        self._guard(made)
+        made.__dict__.update(self._attributes, _fake_device=device)
+        return made  # type: ignore[no-any-return]
 
     def _made_like(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         shape = self._shapes.get(func)
@@ -434,6 +469,16 @@ class Recorder(TorchDispatchMode):
 
 
 _NUMBERS = "_memplan_numbers"  # a fake tensor's attribute: its values, where they are known
+
+
+def _are_plain(args: Sequence[Any]) -> bool:
+    """Whether all tensors among an operator's arguments, the first of which is one, are fake, and on one device."""
+    device = getattr(args[0], "fake_device", None)
+    return device is not None and all(
+        not isinstance(arg, torch.Tensor)
+        or (isinstance(arg, FakeTensor) and arg.constant is None and arg.fake_device == device)
+        for arg in args
+    )
 
 
 def _has_numbers(value: Any) -> bool:
@@ -623,7 +668,7 @@ def labelled(events: Sequence[Event]) -> tuple[Event, ...]:
         op = names.get(e.op)
         if op is None:
             op = names[e.op] = "" if e.op is None else str(e.op)
-        result.append(e._replace(category=category, op=op))
+        result.append(Event(*e[:4], category, e.path, op, *e[7:]))
     runs = groupby(result, attrgetter("is_free", "step", "phase"))
     return tuple(chain.from_iterable(_run(kind[0], run) for kind, run in runs))
 

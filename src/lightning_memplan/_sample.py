@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_memplan._formula import tensors_of
 from lightning_memplan._lightning import apply_to_collection, is_combined_loader, isolated_random_state
 from lightning_memplan._loaders import borrowed, common_multiple, samples_of_loader, share_of
+from lightning_memplan._repeated import Repeated, repeats
 from lightning_memplan._units import format_bytes
 
 SIZES = (2, 3, 5)  #: batch sizes that are traced: two determine a line, three a parabola, and the last checks
@@ -41,6 +43,18 @@ class Samples:
     def batches(self, sizes: Sequence[int] = SIZES) -> list[tuple[int, Any]]:
         """``(size, batch)`` for each size, times ``multiple``."""
         return [(size * self.multiple, self.make(size * self.multiple)) for size in sizes]
+
+    def for_the_card(self, sizes: Sequence[int] = SIZES) -> list[tuple[int, Any]]:
+        """``batches`` for steps on the card: a large one is ``Repeated`` there where it is made of plain tensors."""
+        return [(size * self.multiple, self.large(size * self.multiple)) for size in sizes]
+
+    def large(self, size: int) -> Any:
+        """A batch of ``size`` samples, ``Repeated`` where that says the same and saves time."""
+        few = self.batches() if self.multiple == 1 and size > 2 * max(SIZES) else ()
+        if not few or not repeats(few):
+            return self.make(size)
+        samples, batch = few[-1]
+        return Repeated(batch, samples, size, partial(self.make, size))
 
 
 def read_samples(source: Any, sample: Which = "first", sample_size: int = SAMPLE_SIZE) -> Samples:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from lightning_memplan._compiled import Graphs, as_graphs, as_written
+from lightning_memplan._compiled import Graphs, as_graphs, as_written, compiled_parts
 from lightning_memplan._cuda_rules import (
     KERNELS,
     LONGEST,
@@ -76,7 +76,8 @@ def detached_copy(
                 f"{name!r} has no shape yet (a lazy module): run the module once on a batch before planning"
             )
         if id(parameter) not in memo:
-            fake = nn.Parameter(_fake(parameter, mode, device, dtype), requires_grad=parameter.requires_grad)
+            fake: Any = _fake(parameter, mode, device, dtype).requires_grad_(parameter.requires_grad)
+            fake._is_param = True  # as nn.Parameter makes one of a tensor subclass, by another copy
             own = fake.__dict__  # a fake tensor's mode is such an attribute, and that of a copy's copy is not its own
             own.update({k: v for k, v in parameter.__dict__.items() if not k.startswith("_") and k not in own})
             memo[id(parameter)] = fake
@@ -227,36 +228,72 @@ def trace_steps(
     batches: Sequence[tuple[int, Any]],
     settings: StepSettings,
     *,
-    trainer: Any = None,
-    datamodule: Any = None,
-    optimizer: MakeOptimizer | None = None,
     steps: int = STEPS,
-    graphs: Graphs | None = None,
+    **common: Any,
 ) -> list[Trace]:
     """One trace for each ``(batch size, batch)``: setup, then whole training steps.
 
     ``module`` is a LightningModule, which is asked for its ``training_step`` and ``configure_optimizers``, or any
-    module, whose forward is run on the batch and whose outputs' sum is the loss (``optimizer`` makes its optimizer).
-    ``graphs`` are those of what is compiled, made in another trace of it, and say which end is traced.
+    module, whose forward is run on the batch and whose outputs' sum is the loss (``optimizer`` makes its optimizer;
+    ``trainer`` and ``datamodule`` are what it is trained with). ``graphs`` are those of what is compiled, made in
+    another trace of it, and say which end is traced.
 
     Raises:
         TraceError: the step needs what a fake tensor cannot give; names the line of the user's code.
     """
+    traces, _ = _trace_steps(module, batches, settings, steps, counted=False, **common)
+    return traces
+
+
+def trace_counted(
+    module: nn.Module,
+    batches: Sequence[tuple[int, Any]],
+    settings: StepSettings,
+    *,
+    graphs: Graphs | None = None,
+    **common: Any,
+) -> tuple[list[Trace], Formula]:
+    """``trace_steps``, and the formula, whose layers are written down in the first step of the first batch.
+
+    Where a strategy wraps the module the formula is that of the whole module, from a pass of its own; and so it is
+    where something is compiled, whose layers run more than once to make its graphs.
+    """
+    counted = settings.parallel is None and not compiled_parts(module)
+    traces, formula = _trace_steps(module, batches, settings, STEPS, counted=counted, graphs=graphs, **common)
+    return traces, formula or run_formula(module, batches[0], settings, **common)[0]
+
+
+def _trace_steps(
+    module: nn.Module,
+    batches: Sequence[tuple[int, Any]],
+    settings: StepSettings,
+    steps: int,
+    *,
+    counted: bool,
+    trainer: Any = None,
+    datamodule: Any = None,
+    optimizer: MakeOptimizer | None = None,
+    graphs: Graphs | None = None,
+) -> tuple[list[Trace], Formula | None]:
     graphs = graphs or Graphs()
     mode = graphs.mode
     most = max(batches, key=itemgetter(0))[1]
 
-    def record(size: int, batch: Any, steps: int) -> Trace:
+    def begun(batch: Any) -> _Run:
         run = _Run(module, mode, settings, trainer, datamodule, optimizer, graphs)
         run.recorder.numbers = _numbers(batch, most)
-        return run.record(size, batch, steps)
+        return run
 
     with _as_on_the_card(settings), _no_collection():
-        whole, *others = batches
-        traces = [record(*whole, steps)]
+        (size, batch), *others = batches
+        run = begun(batch)
+        traces = [run.record(size, batch, steps, counted=counted)]
+        formula = run.formula
         for size, batch in others:
-            traces.append(extended(traces[0], record(size, batch, 1)) or record(size, batch, steps))
-    return traces
+            traces.append(
+                extended(traces[0], begun(batch).record(size, batch, 1)) or begun(batch).record(size, batch, steps)
+            )
+    return traces, formula
 
 
 def trace_validation(
@@ -398,6 +435,7 @@ class _Run(StepRunner):
         )
         self.recorder = Recorder(mode, rules)
         self.graphs = graphs or Graphs()
+        self.formula: Formula | None = None
         shards = settings.parallel is not None and settings.parallel.shards
         twin = detached_copy(
             module,
@@ -425,7 +463,17 @@ class _Run(StepRunner):
             foreach_by_default(optimizer)
         return optimizers
 
-    def record(self, size: int, batch: Any, steps: int, validated: Any = None, *, tested: bool = False) -> Trace:
+    def record(
+        self,
+        size: int,
+        batch: Any,
+        steps: int,
+        validated: Any = None,
+        *,
+        tested: bool = False,
+        counted: bool = False,
+    ) -> Trace:
+        """Whole steps, as a trace; ``counted``, the formula is there afterwards as well."""
         recorder, twin = self.recorder, self.twin
         compiled = as_graphs(twin, recorder, self.graphs)
         with _explained(recorder), recorder, module_paths(twin, recorder), compiled as said:
@@ -434,6 +482,8 @@ class _Run(StepRunner):
                 recorder.adopt(tensor)
             if tested:
                 self.evaluate(batch, "test")
+            elif counted:
+                self.formula = self.run_counted(batch, size, steps)
             else:
                 self.run_steps(batch, steps)
             if validated is not None:

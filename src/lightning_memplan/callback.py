@@ -198,6 +198,7 @@ class MemoryPlanner(CallbackBase):
         self.estimate: Estimate | None = None
         self._meter: Meter | None = None
         self._predicted: list[Peaks] = []
+        self._parts = 1
         self._index: int | None = None
         self._held = 0
         self._settings = StepSettings()
@@ -263,7 +264,7 @@ class MemoryPlanner(CallbackBase):
         def tried(plan: Plan) -> Tried:
             return try_step(
                 module,
-                read_samples(source, self.sample, self.sample_size).make(plan.batch_size),
+                read_samples(source, self.sample, self.sample_size).large(plan.batch_size),
                 replace(settings, accumulate_grad_batches=plan.accumulate_grad_batches),
                 index,
                 beside=beside,
@@ -334,6 +335,7 @@ class MemoryPlanner(CallbackBase):
             )
             for step in estimate.step_peaks(plan.batch_size, capacity)
         ]
+        recorded = 0 if estimate.program is None else max(event.step for event in estimate.program.events)
         with ExitStack() as undo:
             if self._place is not None:
                 self._place.write(plan.batch_size, undo)
@@ -348,6 +350,7 @@ class MemoryPlanner(CallbackBase):
                 say(validation_text(val_size, plan, val_plan))
             undo.pop_all()
         self.plan, self.val_plan, self.estimate, self._predicted = plan, val_plan, estimate, predicted
+        self._parts = max(1, recorded // STEPS)  # batches of one of the optimizer's steps; the formula has but one
 
     def _learn(self, device: Device, method: str) -> Lesson:
         """What earlier runs teach, unless the margin was named."""
@@ -478,8 +481,8 @@ class MemoryPlanner(CallbackBase):
 
     def _predict(self, batch: int) -> Peaks:
         assert self.plan is not None
-        parts = max(1, len(self._predicted) // STEPS)  # the formula has but one step
-        like = traced_step(batch, self.plan.accumulate_grad_batches, parts)
+        steps = len(self._predicted) // self._parts
+        like = traced_step(batch, self.plan.accumulate_grad_batches, self._parts, steps)
         return self._predicted[min(like, len(self._predicted) - 1)]
 
     @property

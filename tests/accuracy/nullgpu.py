@@ -3,7 +3,7 @@
     python -m tests.accuracy.nullgpu                            # every row of nullgpu.txt
     python -m tests.accuracy.nullgpu --only resnet --jobs 2     # the rows whose text matches
     python -m tests.accuracy.nullgpu --models tests/accuracy/regimes.txt    # ways of training
-    python -m tests.accuracy.nullgpu --method probe             # by steps of a few samples, in place of the trace
+    python -m tests.accuracy.nullgpu --method probe             # by real steps, with max_batch_size, and no trace
     python -m tests.accuracy.nullgpu --only own.mlp --diff 20   # where the events first differ
 
 A row is a network, a precision, an optimizer and a batch size, and perhaps ``clip=1.0`` or ``accumulate=4``. It is
@@ -171,6 +171,7 @@ def predict(row: Row, method: Any = "trace") -> Predicted:
     module, sample = networks.build(row.network, row.optimizer)
     how, beside = asked(row, module)
     began = time.perf_counter()
+    how["max_batch_size"] = row.batch_size
     found = mp.estimate(module, networks.loader(sample, row.batch_size, 1), method=method, **how)
     seconds = time.perf_counter() - began
     allocated, reserved = found.allocated_range(row.batch_size), found.reserved_range(row.batch_size)
