@@ -26,6 +26,9 @@ regime.checkpoint 16-mixed AdamW 64
 regime.gan 32-true Adam 64
 regime.reads 16-mixed AdamW 64
 regime.users_cuda 32-true AdamW 64
+regime.sparse 32-true SGD 64 accumulate=3
+regime.sparse 32-true Adagrad 64
+regime.compiled 16-mixed AdamW 64
 """
 
 
@@ -37,6 +40,13 @@ def test_a_sample_of_networks_is_predicted_to_half_a_percent(nullgpu):
     assert not [r for r in results if r.failed or r.skipped], shown
     assert all(abs(r.errors[0]) < 0.5 for r in results), shown  # allocated
     assert all(abs(r.errors[1]) < 4.0 for r in results), shown  # reserved, in segments of 2 and 20 MiB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["regime.checkpoint 16-mixed AdamW 64", "regime.average_ema 32-true AdamW 64"])
+def test_a_batch_size_that_is_chosen_trains_and_fills_the_card(nullgpu, row):
+    verdict = chosen.judged(row, method="trace", margin=0.05, memory=2)  # GiB
+    assert verdict.startswith("right: "), verdict  # nine tenths of the card or more
 
 
 def test_every_row_of_the_list_is_one():
@@ -55,6 +65,12 @@ def test_a_row_is_read_as_it_is_written():
     row = accuracy.Row.parse("own.mlp 16-mixed AdamW 32 clip=1.0 accumulate=4")
     assert row == accuracy.Row("own.mlp", "16-mixed", "AdamW", 32, 1.0, 4)
     assert accuracy.Row.parse(str(row)) == row
+
+
+def test_of_a_range_the_error_is_what_is_beyond_its_ends():
+    result = accuracy.Result("a row", 200, 400, 180, 500, least_allocated=150, least_reserved=350)
+    assert result.errors == (pytest.approx(-10.0), 0.0)  # 200 are 20 beyond 150 to 180; 400 are within 350 to 500
+    assert "of 0 to 0, 0 to 0 MiB" in accuracy.line(result)
 
 
 def test_errors_are_percent_of_what_was_measured():

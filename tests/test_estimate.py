@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -55,6 +56,17 @@ def by_formula() -> Estimate:
 @pytest.mark.parametrize("batch_size", [1, 12, 100])
 def test_the_peak_of_what_is_allocated(traced, batch_size):
     assert traced.peak_allocated(batch_size) == (16 + batch_size) * MiB
+
+
+def test_of_a_compiled_step_both_ends_are_known(traced):
+    least = scale([Trace(x, steps_of(x)[:2]) for x in POINTS])
+    compiled = replace(traced, least=least)
+    # at 12, parameters and activations: 4 + 12 at least. At most 16 + 12, of four blocks of more than a MiB, each of
+    # which the allocator may leave up to one MiB larger
+    assert compiled.allocated_range(12) == (16 * MiB, (28 + 4) * MiB)
+    # both are cut out of one segment of 20 MiB; the peak is the upper end
+    assert compiled.reserved_range(12) == (20 * MiB, traced.peak(12), traced.peak(12))
+    assert traced.allocated_range(12) == (28 * MiB, 28 * MiB)
 
 
 def test_what_is_reserved_is_in_segments(traced):

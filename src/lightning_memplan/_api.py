@@ -14,10 +14,12 @@ from torch import nn
 
 from lightning_memplan._advice import Job, advise_job
 from lightning_memplan._allocator import AllocatorSettings
+from lightning_memplan._compiled import COMPILED_SIZES, FUSED, Graphs, compiled_parts
 from lightning_memplan._device import cpu_device, detect_devices, gpu, gpus
 from lightning_memplan._errors import DoesNotFitError, TraceError
 from lightning_memplan._estimate import Estimate
 from lightning_memplan._lightning import (
+    as_lightning_module,
     check_accumulation,
     is_datamodule,
     is_lightning_module,
@@ -32,7 +34,7 @@ from lightning_memplan._probe import SIZES, can_probe, probe_steps
 from lightning_memplan._report import advice_lines, does_not_fit_message
 from lightning_memplan._sample import SAMPLE_SIZE, Samples, Which, check_sample, read_samples
 from lightning_memplan._scaling import interleaved, scale
-from lightning_memplan._step import prepared, run_formula, trace_counted, trace_test, trace_validation
+from lightning_memplan._step import prepared, run_formula, trace_counted, trace_steps, trace_test, trace_validation
 from lightning_memplan._twin import explain
 from lightning_memplan._types import NCCL, Advice, Device, Plan, StepSettings, parse_precision
 from lightning_memplan._workspaces import Choice
@@ -110,6 +112,7 @@ def estimate(
     check_sample(sample, sample_size)
     if max_batch_size is not None:
         check_count("max_batch_size", max_batch_size)
+    module = as_lightning_module(module)
     source, settings, job = resolve_step(
         module,
         batch,
@@ -235,12 +238,17 @@ def _traced(
     module: nn.Module, samples: Samples, settings: StepSettings, method: Method, common: Mapping[str, Any]
 ) -> Estimate:
     """By trace, or by the formula where ``method`` says so, or leaves it open and the step cannot be traced."""
-    batches = samples.batches()
+    batches = samples.batches(COMPILED_SIZES) if compiled_parts(module) else samples.batches()
     notes: tuple[str, ...] = ()
     if method != "formula":
         try:
-            traces, formula = trace_counted(module, batches, settings, **common)
-            return Estimate("trace", formula, scale(traces), _allocator(), traces[0].notes + samples.notes)
+            graphs, least = Graphs(), None
+            traces, formula = trace_counted(module, batches, settings, graphs=graphs, **common)
+            notes = traces[0].notes + samples.notes
+            if FUSED in notes:
+                graphs.least = True
+                least = scale(trace_steps(module, batches, settings, graphs=graphs, **common))
+            return Estimate("trace", formula, scale(traces), _allocator(), notes, least=least)
         except TraceError as error:
             if method == "trace":
                 raise TraceError(f"{type(module).__name__} cannot be traced: {error}") from error
@@ -380,6 +388,7 @@ def plan(
     check_sample(sample, sample_size)
     card = named_device(device) or default_device()
     parts, ranks = accumulate_grad_batches, getattr(trainer, "world_size", devices)
+    module = as_lightning_module(module)
     source, how, job = resolve_step(
         module, batch, precision, optimizer, trainer, card, gradient_clip_val, parts, devices, strategy
     )
@@ -462,6 +471,7 @@ def advise(
     """
     check_margin(margin)
     card = named_device(device) or default_device()
+    module = as_lightning_module(module)
     source, settings, job = resolve_step(
         module,
         batch,

@@ -1163,6 +1163,53 @@ def _roll(input: torch.Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) 
     return input
 
 
+_SUM, _MEAN, _MAX = range(3)  # aten/src/ATen/native/EmbeddingBag.h, EmbeddingBagMode
+
+
+def _embedding_bag(
+    weight: torch.Tensor,
+    indices: torch.Tensor,
+    offsets: torch.Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = _SUM,
+    sparse: bool = False,
+    per_sample_weights: torch.Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int = -1,
+) -> tuple[torch.Tensor, ...]:
+    """aten/src/ATen/native/cuda/EmbeddingBag.cu, ``_embedding_bag_cuda``."""
+    bags = offsets.size(0) - include_last_offset
+    sizes, places = indices.new_empty(offsets.shape), indices.new_empty(indices.shape)
+    out = weight.new_empty((bags, weight.size(1)))
+    return out, places, sizes, indices.new_empty((bags, weight.size(1)) if mode == _MAX else (0,))
+
+
+def _embedding_bag_backward(
+    grad: torch.Tensor,
+    indices: torch.Tensor,
+    offsets: torch.Tensor,
+    offset2bag: torch.Tensor,
+    bag_size: torch.Tensor,
+    maximum_indices: torch.Tensor,
+    num_weights: int,
+    scale_grad_by_freq: bool,
+    mode: int,
+    sparse: bool,
+    per_sample_weights: torch.Tensor | None,
+    padding_idx: int = -1,
+) -> Any:
+    """aten/src/ATen/native/EmbeddingBag.cpp, ``_embedding_bag_sparse_backward``."""
+    if not sparse:
+        return NotImplemented
+    values = aten.index_select.default(grad, 0, offset2bag)
+    if mode == _MEAN:
+        sizes = aten.reciprocal.default(bag_size.to(grad.dtype))
+        aten.mul_.Tensor(values, aten.index_select.default(sizes.unsqueeze(1), 0, offset2bag))
+    if per_sample_weights is not None:
+        aten.mul_.Tensor(values, per_sample_weights.unsqueeze(1))
+    return aten.embedding_sparse_backward.default(values, indices, num_weights, padding_idx, scale_grad_by_freq)
+
+
 #: Kernels that are told by other operators: what these allocate and free is what CUDA's kernel does
 # ----------------------------------------------------------------------------------------- results of unknown length
 
@@ -1204,6 +1251,8 @@ LONGEST: Mapping[Any, Callable[..., Any]] = {
 }
 
 KERNELS: Mapping[Any, Callable[..., Any]] = {
+    aten._embedding_bag.default: _embedding_bag,
+    aten._embedding_bag_backward.default: _embedding_bag_backward,
     aten._pack_padded_sequence.default: _pack_padded,
     aten._cudnn_rnn.default: _cudnn_rnn,
     aten._cudnn_rnn_backward.default: _cudnn_rnn_backward,

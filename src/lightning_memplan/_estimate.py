@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_memplan._allocator import AllocatorSettings, Move, Replay, replay
+from lightning_memplan._allocator import AllocatorSettings, Move, Replay, most_alive, replay
 from lightning_memplan._history import structure_hash
 from lightning_memplan._planner import largest_fitting
 from lightning_memplan._scaling import ScaledProgram
@@ -41,6 +41,7 @@ class Estimate:
     settings: AllocatorSettings = field(default_factory=AllocatorSettings)
     notes: tuple[str, ...] = ()
     others: tuple[Estimate, ...] = ()
+    least: ScaledProgram | None = None  #: the lower end of the step, where ``torch.compile`` compiles it
     _replays: dict[tuple[int, int | None, int | None, Choice], Replay] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -95,22 +96,45 @@ class Estimate:
         ``_workspaces``): more where it tries out algorithms (``cudnn.benchmark``), and never what is not there. A probe
         has measured it, so its three are one, and so are those of a step without convolutions.
 
+        Where ``torch.compile`` compiles, ``peak`` is the upper end of what it can make of the step, and the low end is
+        what cannot be fused away (see ``_compiled``).
+
         >>> import torch, lightning_memplan as mp
         >>> est = mp.estimate(torch.nn.Conv2d(16, 32, 3), torch.zeros(4, 16, 64, 64), precision="16-mixed")
         >>> found = est.reserved_range(batch_size=64)
         >>> est.peak(batch_size=64) == found.low < found.expected <= found.high
         True
         """
-        low = self.peak(batch_size, capacity)
+        peak = self.peak(batch_size, capacity)
+        low = peak
+        if self.least is not None:
+            low = min(peak, replay(self.least.at(batch_size), capacity, self.settings).peak_reserved)
         if not self.has_workspaces:
-            return Range(low, low, low)
-        peaks = [low]
+            return Range(low, peak, peak)
+        peaks = [peak]
         choices: tuple[Choice, ...] = ("expected", "high")
         for choice in choices:
             found = self.replay(batch_size, capacity, workspaces=choice)
-            peak = found.peak_reserved if capacity is None or found.out_of_memory is None else capacity
-            peaks.append(max(peaks[-1], peak))
-        return Range(*peaks)
+            most = found.peak_reserved if capacity is None or found.out_of_memory is None else capacity
+            peaks.append(max(peaks[-1], most))
+        return Range(low, *peaks[1:])
+
+    def allocated_range(self, batch_size: int) -> tuple[int, int]:
+        """Bytes that are allocated at most: between which two, where ``torch.compile`` compiles; else the same twice.
+
+        The allocator gives a block of over 1 MiB up to 1 MiB more than was asked for, where that is all that is left of
+        a cached one: the low end has none of that, the high end the most.
+
+        >>> import torch, lightning_memplan as mp
+        >>> est = mp.estimate(torch.nn.Linear(1000, 1000), torch.zeros(4, 1000))
+        >>> est.allocated_range(batch_size=64) == (est.peak_allocated(batch_size=64),) * 2
+        True
+        """
+        peak = self.peak_allocated(batch_size)
+        if self.least is None:
+            return peak, peak
+        large = sum(size > 2**20 for _, size in self.alive(batch_size))
+        return min(peak, most_alive(self.least.at(batch_size))), peak + large * 2**20
 
     def peak_allocated(self, batch_size: int) -> int:
         """Bytes that are allocated at most (``torch.cuda.max_memory_allocated``)."""

@@ -52,6 +52,22 @@ def is_lightning_module(thing: object) -> bool:
     return any(isinstance(thing, flavour.LightningModule) for flavour in _FLAVOURS)
 
 
+def as_lightning_module(module: Any) -> Any:
+    """A LightningModule that ``torch.compile`` wrapped, with its steps compiled, as a Trainer unwraps it: on a shallow
+    copy. Any other module is itself.
+
+    Source: pytorch_lightning/utilities/compile.py (2.6), ``from_compiled``.
+    """
+    own = getattr(module, "_orig_mod", None)
+    if not is_lightning_module(own):
+        return module
+    unwrapped = copy.copy(own)
+    for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+        unwrapped.__dict__[name] = module.dynamo_ctx(getattr(type(own), name).__get__(unwrapped))
+    unwrapped.__dict__["_compiler_ctx"] = {"dynamo_ctx": module.dynamo_ctx}
+    return unwrapped
+
+
 def is_datamodule(thing: object) -> bool:
     """Whether ``thing`` is a LightningDataModule of either name."""
     return any(isinstance(thing, flavour.LightningDataModule) for flavour in _FLAVOURS)

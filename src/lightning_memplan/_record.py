@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_memplan._kernels import kernel_bytes
+from lightning_memplan._sparse import is_sparse, parts
 from lightning_memplan._types import EMPTY, Category, Event, Phase
 
 DEVICE = torch.device("cpu", 0)  #: where traced tensors lie: the stand-in for the GPU
@@ -41,8 +42,11 @@ class Rules(NamedTuple):
     widths: Mapping[Any, Mapping[int, int]] = {}
     #: the order in which the outputs are allocated, where it is not theirs
     order: Mapping[Any, Sequence[int]] = {}
-    #: what a kernel does, told by other operators: what these allocate is what it allocates
+    #: what a kernel does, told by other operators: what these allocate is what it allocates; NotImplemented where the
+    #: fake kernel tells
     kernels: Mapping[Any, Callable[..., Any]] = {}
+    #: the same where an argument is a sparse tensor
+    sparse: Mapping[Any, Callable[..., Any]] = {}
     #: the same, for operators whose result is as long as values say: at its longest, or NotImplemented where it is not
     longest: Mapping[Any, Callable[..., Any]] = {}
     #: outputs as ``(like, dtype)``: of a tensor's shape and strides, or of a size; None for an output that is not
@@ -58,6 +62,8 @@ _DEVICE_OF = torch.ops.prim.device.default
 _ADD = torch.ops.aten.add.Tensor
 _TO_COPY = torch.ops.aten._to_copy.default
 _EQUAL = torch.ops.aten.equal.default
+_CLONE = torch.ops.aten.clone.default
+_COALESCE = torch.ops.aten._coalesce.default
 #: What is asked of the kernel for tensors without data itself, as views are: torch's fake mode does the same in the
 #: end, and takes several times as long
 _DIRECT = frozenset(
@@ -107,6 +113,9 @@ class Recorder(TorchDispatchMode):
         self._widths = rules.widths
         self._order = rules.order
         self._kernels = rules.kernels
+        self._sparse = rules.sparse
+        self._has_sparse = False
+        self._unseen = False
         self._longest = rules.longest
         self._shapes = rules.shapes
         self._running: set[Any] = set()  # the kernels that are being told
@@ -161,13 +170,21 @@ class Recorder(TorchDispatchMode):
             return same
         if func in self._kernels and func not in self._running:
             out = self._tell(self._kernels[func], func, args, kwargs)
-            self._beside(func, args, kwargs, out)
-            return out
+            if out is not NotImplemented:
+                self._beside(func, args, kwargs, out)
+                return out
         if func in self._longest and func not in self._running:
             longest = self._tell(self._longest[func], func, args, kwargs)
             if longest is not NotImplemented:
                 self.lengths_taken += 1
                 return longest
+        if self._has_sparse and func in self._sparse and func not in self._running and any(map(is_sparse, args)):
+            if func is _CLONE and self.phase == "backward" and sys._getframe(2).f_code is _ENGINE:
+                return args[0]  # a parameter's gradient: taken as it is (accumulate_grad.h), a subclass's is copied
+            out = self._tell(self._sparse[func], func, args, kwargs)
+            if out is not NotImplemented:
+                self.lengths_taken += func is _COALESCE
+                return out
         in_place = _IN_PLACE.get(func)
         if in_place is None:
             in_place = _IN_PLACE[func] = _is_in_place(func)
@@ -230,6 +247,24 @@ class Recorder(TorchDispatchMode):
         """Record that all that is cached goes back to the card."""
         self.events.append(Event(-1, EMPTY, self.phase, self.step))
 
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """What is made in the meantime is in no block (inside a fused kernel), unless it is revealed."""
+        before, self._unseen = self._unseen, True
+        try:
+            yield
+        finally:
+            self._unseen = before
+
+    def reveal(self, tensor: torch.Tensor) -> None:
+        """Record a tensor that was made unseen."""
+        key = tensor.untyped_storage()._cdata
+        if key in self._blocks and self._blocks[key] is None and tensor.untyped_storage().nbytes():
+            self._blocks[key] = block = self._next
+            self._next += 1
+            self._write(block, tensor.untyped_storage().nbytes(), self.category, None)
+            self._owners[block] = 1
+
     def stop(self) -> None:
         """Write nothing more: what is freed from here on is the end of the recording."""
         self._deaths.clear()
@@ -264,11 +299,19 @@ class Recorder(TorchDispatchMode):
     def _see(self, tensor: torch.Tensor, func: Any, width: int | None = None) -> None:
         if tensor.device != DEVICE:
             return
+        if is_sparse(tensor):
+            self._has_sparse = True
+            for part in parts(tensor):
+                self._see(part, func)
+            return
         storage = tensor.untyped_storage()
         if storage._cdata in self._blocks:
             return
         size = storage.nbytes() if width is None else tensor.numel() * width
         if not size:
+            return
+        if self._unseen:
+            self._own(storage, None)
             return
         block = self._next
         self._next += 1
@@ -277,13 +320,13 @@ class Recorder(TorchDispatchMode):
 
     def _beside(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         rule = self._temporaries.get(func)
-        sizes = () if rule is None else rule(args, kwargs, out)
+        sizes = () if rule is None or self._unseen else rule(args, kwargs, out)
         if not any(type(size) is slice for size in sizes):
             self._see_all(out, func)
         if sizes:
             self._pass(sizes, func, out)
         workspace = self._workspaces.get(func)
-        if workspace is not None:
+        if workspace is not None and not self._unseen:
             self._stay(workspace, func)
 
     def _see_all(self, out: Any, func: Any) -> None:
@@ -337,10 +380,11 @@ class Recorder(TorchDispatchMode):
         finally:
             self._running.discard(func)
 
-    def _own(self, storage: torch.UntypedStorage, block: int) -> None:
+    def _own(self, storage: torch.UntypedStorage, block: int | None) -> None:
         key = storage._cdata
         self._blocks[key] = block
-        self._owners[block] = self._owners.get(block, 0) + 1
+        if block is not None:
+            self._owners[block] = self._owners.get(block, 0) + 1
 
         def died(_: object, key: int = key) -> None:
             del self._deaths[key]
@@ -467,7 +511,7 @@ def _is_in_place(func: Any) -> bool:
         return False
     written = schema.arguments[0].alias_info
     return (
-        name not in ("resize_", "resize_as_", "resize_as_sparse_", "set_", "rename_")
+        name not in ("resize_", "resize_as_", "resize_as_sparse_", "set_", "rename_", "_coalesced_")
         and written is not None
         and written.is_write
         and len(schema.returns) <= 1

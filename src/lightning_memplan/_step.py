@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from lightning_memplan._compiled import Graphs, as_graphs, as_written, compiled_parts
 from lightning_memplan._cuda_rules import (
     KERNELS,
     LONGEST,
@@ -41,6 +42,7 @@ from lightning_memplan._order import STEPS, TRUE_DTYPE, MakeOptimizer, StepRunne
 from lightning_memplan._record import DEVICE, Recorder, Rules, labelled, module_paths
 from lightning_memplan._scaling import extended
 from lightning_memplan._shards import units_by_policy, waiting
+from lightning_memplan._sparse import SPARSE
 from lightning_memplan._strategy import ranks_of, unparallelized, wrapped
 from lightning_memplan._twin import explain, metric_states, twin_of
 from lightning_memplan._types import Parallel, StepSettings, Trace
@@ -187,7 +189,7 @@ def _counts_as_asked() -> Iterator[None]:
 def _as_on_the_card(settings: StepSettings) -> Iterator[None]:
     """The user's code, run as it would be on the card, leaves nothing behind and says nothing."""
     semantics = cuda_semantics(settings.capability)
-    with isolated_random_state(), _no_warnings(), _counts_as_asked(), semantics:
+    with isolated_random_state(), _no_warnings(), _counts_as_asked(), as_written(), semantics:
         yield
 
 
@@ -233,7 +235,8 @@ def trace_steps(
 
     ``module`` is a LightningModule, which is asked for its ``training_step`` and ``configure_optimizers``, or any
     module, whose forward is run on the batch and whose outputs' sum is the loss (``optimizer`` makes its optimizer;
-    ``trainer`` and ``datamodule`` are what it is trained with).
+    ``trainer`` and ``datamodule`` are what it is trained with). ``graphs`` are those of what is compiled, made in
+    another trace of it, and say which end is traced.
 
     Raises:
         TraceError: the step needs what a fake tensor cannot give; names the line of the user's code.
@@ -243,13 +246,20 @@ def trace_steps(
 
 
 def trace_counted(
-    module: nn.Module, batches: Sequence[tuple[int, Any]], settings: StepSettings, **common: Any
+    module: nn.Module,
+    batches: Sequence[tuple[int, Any]],
+    settings: StepSettings,
+    *,
+    graphs: Graphs | None = None,
+    **common: Any,
 ) -> tuple[list[Trace], Formula]:
     """``trace_steps``, and the formula, whose layers are written down in the first step of the first batch.
 
-    Where a strategy wraps the module the formula is that of the whole module, from a pass of its own.
+    Where a strategy wraps the module the formula is that of the whole module, from a pass of its own; and so it is
+    where something is compiled, whose layers run more than once to make its graphs.
     """
-    traces, formula = _trace_steps(module, batches, settings, STEPS, counted=settings.parallel is None, **common)
+    counted = settings.parallel is None and not compiled_parts(module)
+    traces, formula = _trace_steps(module, batches, settings, STEPS, counted=counted, graphs=graphs, **common)
     return traces, formula or run_formula(module, batches[0], settings, **common)[0]
 
 
@@ -263,12 +273,14 @@ def _trace_steps(
     trainer: Any = None,
     datamodule: Any = None,
     optimizer: MakeOptimizer | None = None,
+    graphs: Graphs | None = None,
 ) -> tuple[list[Trace], Formula | None]:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    graphs = graphs or Graphs()
+    mode = graphs.mode
     most = max(batches, key=itemgetter(0))[1]
 
     def begun(batch: Any) -> _Run:
-        run = _Run(module, mode, settings, trainer, datamodule, optimizer)
+        run = _Run(module, mode, settings, trainer, datamodule, optimizer, graphs)
         run.recorder.numbers = _numbers(batch, most)
         return run
 
@@ -409,11 +421,20 @@ class _Run(StepRunner):
         trainer: Any,
         datamodule: Any,
         optimizer: MakeOptimizer | None,
+        graphs: Graphs | None = None,
     ) -> None:
         rules = Rules(
-            temporaries(settings.capability), workspaces(settings.capability), WIDTHS, ORDER, KERNELS, LONGEST, SHAPES
+            temporaries(settings.capability),
+            workspaces(settings.capability),
+            widths=WIDTHS,
+            order=ORDER,
+            kernels=KERNELS,
+            sparse=SPARSE,
+            longest=LONGEST,
+            shapes=SHAPES,
         )
         self.recorder = Recorder(mode, rules)
+        self.graphs = graphs or Graphs()
         self.formula: Formula | None = None
         shards = settings.parallel is not None and settings.parallel.shards
         twin = detached_copy(
@@ -454,7 +475,8 @@ class _Run(StepRunner):
     ) -> Trace:
         """Whole steps, as a trace; ``counted``, the formula is there afterwards as well."""
         recorder, twin = self.recorder, self.twin
-        with _explained(recorder), recorder, module_paths(twin, recorder):
+        compiled = as_graphs(twin, recorder, self.graphs)
+        with _explained(recorder), recorder, module_paths(twin, recorder), compiled as said:
             for tensor, kind, path in _setup_order(twin):
                 recorder.category, recorder.path = kind, path  # type: ignore[assignment]
                 recorder.adopt(tensor)
@@ -467,15 +489,16 @@ class _Run(StepRunner):
             if validated is not None:
                 self.evaluate(validated)
             recorder.stop()
-        notes: tuple[str, ...] = ()
+        notes: tuple[str, ...] = tuple(sorted(said))
         if recorder.values_read:
             if not tested and not any(event.phase == "backward" for event in recorder.events):
                 raise TraceError("the step returns no loss, since it read values of tensors, which a trace has not")
-            notes = (f"the step reads values of tensors ({recorder.values_read} times in {steps} steps): taken as 0",)
+            notes += (f"the step reads values of tensors ({recorder.values_read} times in {steps} steps): taken as 0",)
         if recorder.numbers_taken:
             notes += ("the step reads whole numbers of the batch (lengths): taken as the largest of its samples",)
         if recorder.lengths_taken:
-            notes += ("the step selects by values (a mask, nonzero, unique): planned as if all were selected",)
+            what = "a mask, nonzero, unique, coalesce"
+            notes += (f"the step selects by values ({what}): planned as if all were selected",)
         if self.settings.parallel is not None:
             notes += waiting(self.settings.parallel, recorder.events)
         return Trace(size, labelled(recorder.events), notes)

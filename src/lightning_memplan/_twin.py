@@ -79,6 +79,9 @@ def twin_of(module: nn.Module, memo: dict[int, Any], *, trainer: Any, device: to
         for value in child.__dict__.values():
             if isinstance(value, (Dataset, DataLoader)) or is_datamodule(value):
                 memo[id(value)] = value  # data is read, never written: no copy
+        for own in (child.__dict__, child.__dict__.get("_compiler_ctx") or {}):
+            if "dynamo_ctx" in own:
+                memo[id(own["dynamo_ctx"])] = own["dynamo_ctx"]  # how something is compiled
         real = child.__dict__.get("_trainer")
         if real is not None:
             memo[id(real)] = stand_in
@@ -91,6 +94,7 @@ def twin_of(module: nn.Module, memo: dict[int, Any], *, trainer: Any, device: to
             f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}): "
             "what cannot be copied should be made in setup() or training_step(), not kept on the module"
         ) from error
+    _compile_anew(module, twin)
     for child in twin.modules():
         for holder in (child.__dict__, *(child.__dict__[name] for name in _HOOKS if name in child.__dict__)):
             for key, value in holder.items():
@@ -104,6 +108,22 @@ def twin_of(module: nn.Module, memo: dict[int, Any], *, trainer: Any, device: to
         if getattr(child, "validate_args", None) is True and _is_metric(child):
             child.__dict__["validate_args"] = False  # torchmetrics: checks of values, which fake tensors do not have
     return twin
+
+
+def _compile_anew(module: nn.Module, twin: nn.Module) -> None:
+    """What of the module is compiled, compiled of its copy: ``Module.compile``, and Lightning's ``torch.compile`` of a
+    LightningModule (pytorch_lightning 2.6, utilities/compile.py, ``from_compiled``)."""
+    for real, child in zip(module.modules(), twin.modules(), strict=True):
+        call: Any = getattr(real, "_compiled_call_impl", None)
+        if call is not None:
+            own = child._call_impl
+            anew: Any = _rebound(call, {id(call._torchdynamo_orig_callable): own})
+            anew._torchdynamo_orig_callable = own
+            child._compiled_call_impl = anew
+        context = child.__dict__.get("_compiler_ctx")
+        if context is not None:
+            for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+                child.__dict__[name] = context["dynamo_ctx"](getattr(type(child), name).__get__(child))
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

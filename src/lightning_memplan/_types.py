@@ -131,13 +131,14 @@ class Device:
 
 
 class Range(NamedTuple):
-    """Bytes that are known by a range only: by how much cuDNN's convolutions take for themselves.
+    """Bytes that are known by a range only: by how much cuDNN's convolutions take for themselves, and by how much of
+    what ``torch.compile`` compiles is fused.
 
     >>> Range(low=20, expected=22, high=25).expected
     22
     """
 
-    low: int  #: they take nothing
+    low: int  #: they take nothing, and all is fused that can be
     expected: int  #: what their usual algorithms take
     high: int  #: what the hungriest of the common ones take
 

@@ -66,12 +66,20 @@ class Result(NamedTuple):
     trace_seconds: float = 0.0
     skipped: str = ""
     failed: str = ""
+    least_allocated: int = 0  #: the low end, where a range is predicted
+    least_reserved: int = 0
 
     @property
     def errors(self) -> tuple[float, float]:
+        """Percent of what was measured; of a range, how far it is off the nearer end, nothing within."""
+
+        def error(least: int, most: int, measured: int) -> float:
+            nearest = min(max(measured, least), most) if least else most
+            return 100 * (nearest / measured - 1)
+
         return (
-            100 * (self.predicted_allocated / self.allocated - 1),
-            100 * (self.predicted_reserved / self.reserved - 1),
+            error(self.least_allocated, self.predicted_allocated, self.allocated),
+            error(self.least_reserved, self.predicted_reserved, self.reserved),
         )
 
 
@@ -138,26 +146,37 @@ def train(row: Row, module: Any, sample: Any) -> tuple[int, int]:
         module.zero_grad()
 
 
-def predict(row: Row, method: Any = "trace") -> tuple[int, int, float]:
-    import lightning_memplan as mp
+def asked(row: Row, module: Any) -> tuple[dict[str, Any], int]:
+    """What is asked for a row beside module and samples; and what callbacks hold, as MemoryPlanner adds it."""
     from lightning_memplan._lightning import averaging_bytes
+
+    if _fit_with(module):
+        trainer = _trainer(row, module)
+        return {"trainer": trainer}, averaging_bytes(trainer, lambda: module)
+    how = {"precision": row.precision, "gradient_clip_val": row.clip, _PARTS: row.accumulate}
+    return how, 0
+
+
+class Predicted(NamedTuple):
+    allocated: int
+    reserved: int
+    seconds: float
+    least: tuple[int, int] = (0, 0)  #: the same two, where a range is predicted
+
+
+def predict(row: Row, method: Any = "trace") -> Predicted:
+    import lightning_memplan as mp
     from tests.accuracy import networks
 
     module, sample = networks.build(row.network, row.optimizer)
-    how: dict[str, Any] = {
-        "precision": row.precision,
-        "gradient_clip_val": row.clip,
-        "accumulate_grad_batches": row.accumulate,
-    }
-    beside = 0
-    if _fit_with(module):
-        how = {"trainer": _trainer(row, module)}
-        beside = averaging_bytes(how["trainer"], lambda: module)  # as MemoryPlanner adds them
+    how, beside = asked(row, module)
     began = time.perf_counter()
     how["max_batch_size"] = row.batch_size
     found = mp.estimate(module, networks.loader(sample, row.batch_size, 1), method=method, **how)
     seconds = time.perf_counter() - began
-    return found.peak_allocated(row.batch_size) + beside, found.peak(row.batch_size) + beside, seconds
+    allocated, reserved = found.allocated_range(row.batch_size), found.reserved_range(row.batch_size)
+    least = (0, 0) if found.least is None else (allocated[0] + beside, reserved.low + beside)
+    return Predicted(allocated[1] + beside, found.peak(row.batch_size) + beside, seconds, least)
 
 
 def _held() -> int:
@@ -181,7 +200,7 @@ def compare(row: Row, method: str) -> Result:
         place = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {str(error)[:300]} ({Path(place.filename).name}:{place.lineno})"
         return Result(str(row), failed=text)
-    return Result(str(row), *measured, *predicted)
+    return Result(str(row), *measured, *predicted[:3], "", "", *predicted.least)
 
 
 def difference(row: Row, most: int) -> None:
@@ -314,7 +333,11 @@ def line(r: Result) -> str:
         return f"{r.row:72} {'failed' if r.failed else 'skipped'}: {r.failed or r.skipped}"
     a, b = r.errors
     sizes = f"{r.allocated / 2**20:6.0f} MiB {a:8.3f} {r.reserved / 2**20:6.0f} MiB {b:8.3f}"
-    return f"{r.row:72} {sizes} {r.trace_seconds:8.1f}"
+    shown = f"{r.row:72} {sizes} {r.trace_seconds:8.1f}"
+    if not r.least_allocated:
+        return shown
+    ends = (r.least_allocated, r.predicted_allocated, r.least_reserved, r.predicted_reserved)
+    return shown + " of {} to {}, {} to {} MiB".format(*(end >> 20 for end in ends))
 
 
 def table(results: list[Result]) -> str:

@@ -350,7 +350,7 @@ class Reads(Task):
 
 class Compiled(Task):
     def __init__(self, optimizer: str) -> None:
-        super().__init__(torch.compile(cnn(), backend="aot_eager"), optimizer)
+        super().__init__(torch.compile(cnn()), optimizer)
 
 
 class Graph(Task):
@@ -532,6 +532,48 @@ class Triplets(Task):
         return F.relu(far - near.clamp(max=2) + 0.2).mean()
 
 
+class Sparse(Task):
+    """Tables whose gradients are sparse: rows that a batch names, as often as it names them."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(nn.Sequential(nn.Linear(2 * WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 10)), optimizer)
+        self.embed = nn.Embedding(20000, WIDTH, sparse=True)
+        self.bag = nn.EmbeddingBag(10000, WIDTH, sparse=True)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        tokens, labels = batch
+        return F.cross_entropy(self.net(torch.cat([self.embed(tokens).mean(1), self.bag(tokens)], 1)), labels)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch)
+
+    def on_after_backward(self) -> None:
+        if self.optimizer != "SGD":  # as if every row were named once: the null GPU counts, and finds none
+            for table in (self.embed, self.bag):
+                table.weight.grad._coalesced_(True)
+
+
+class SparseAdam(Sparse):
+    """The same with Adam's moments, of which a step changes only the rows that the batch names."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(optimizer)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizers = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        self.on_after_backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        tables = torch.optim.SparseAdam([self.embed.weight, self.bag.weight])
+        return [tables, make_optimizer(self.optimizer, self.net.parameters())]
+
+
 class Volume(Task):
     """MONAI's Dice with cross-entropy over a U-Net of residual units, a crop a sample."""
 
@@ -570,6 +612,8 @@ REGIMES: dict[str, Callable[[str], tuple[pl.LightningModule, Any]]] = {
     "compiled": lambda o: (Compiled(o), IMAGE),
     "graph": lambda o: (Graph(o), TOKENS),
     "volume": lambda o: (Volume(o), VOLUME),
+    "sparse": lambda o: (Sparse(o), TOKENS),
+    "sparse_adam": lambda o: (SparseAdam(o), TOKENS),
     "average": lambda o: (Averaged(o, "all"), TOKENS),
     "average_ema": lambda o: (Averaged(o, "ema"), TOKENS),
     "average_stochastic": lambda o: (Averaged(o, "stochastic"), TOKENS),

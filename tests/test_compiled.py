@@ -1,0 +1,120 @@
+"""What ``torch.compile`` compiles: what is saved, by its two ends; nothing of the user's is compiled or changed."""
+
+from __future__ import annotations
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.compile import from_compiled
+from torch import nn
+
+import lightning_memplan as mp
+from lightning_memplan._compiled import BROKEN, CUDA_GRAPHS, FUSED, OTHER
+
+WIDTH = 1024
+BATCH = torch.zeros(4, WIDTH)
+
+
+class Chain(nn.Module):
+    """Five operators on a batch, one after the other, after a product with one weight a column."""
+
+    def __init__(self, reads=False):
+        super().__init__()
+        self.weight, self.reads = nn.Parameter(torch.ones(WIDTH)), reads
+
+    def forward(self, x):
+        x = (self.weight * x).sin().cos().exp().tanh()
+        if self.reads and x.sum().item() > 0:
+            return x * 2
+        return x.sigmoid()
+
+
+class Net(pl.LightningModule):
+    def __init__(self, chain):
+        super().__init__()
+        self.chain = chain
+
+    def training_step(self, batch, batch_idx):
+        loss = self.chain(batch).sum()
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return mp.estimate(Net(torch.compile(Chain())), BATCH, method="trace")
+
+
+def test_what_is_saved_is_what_inductor_saves(compiled):
+    written = mp.estimate(Net(Chain()), BATCH, method="trace")
+    one = 1000 * WIDTH * 4  # bytes of a tensor of 1,000 samples in float32
+    # the batch; operands of sin, cos, and results of exp, tanh, sigmoid; one more in the backward pass
+    assert written.peak_allocated(1000) >= 7 * one
+    low, high = compiled.allocated_range(1000)
+    # the batch, from which all is computed again, the chain's result and its gradient
+    assert 3 * one < low < 3.01 * one
+    assert low <= compiled.peak_allocated(1000) <= high < 7 * one
+    assert compiled.reserved_range(1000).low <= compiled.peak(1000)
+    assert compiled.notes == (FUSED,)
+
+
+def test_nothing_of_the_users_is_compiled_or_changed():
+    module = Net(torch.compile(Chain()))
+    before = dict(module.chain.__dict__)
+    torch._dynamo.utils.counters.clear()
+    mp.estimate(module, BATCH, method="trace")
+    assert module.chain.__dict__ == before
+    assert not torch._dynamo.utils.counters["frames"]
+
+
+def in_place(module, **how):
+    module.compile(**how)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "tensors"),
+    [
+        pytest.param(lambda: Net(in_place(Chain())), 3, id="Module.compile"),
+        pytest.param(lambda: torch.compile(Chain()), 3, id="a module without a step"),
+        # the sum is in the same kernel: the batch alone
+        pytest.param(lambda: torch.compile(Net(Chain())), 1, id="a LightningModule"),
+        pytest.param(lambda: from_compiled(torch.compile(Net(Chain()))), 1, id="as a Trainer unwraps it"),
+    ],
+)
+def test_every_way_of_compiling(module, tensors):
+    found = mp.estimate(module(), BATCH, method="trace")
+    assert found.notes == (FUSED,)
+    assert found.allocated_range(1000)[0] == pytest.approx(tensors * 1000 * WIDTH * 4, rel=0.01)
+
+
+def test_cuda_graphs_are_named():
+    found = mp.estimate(Net(torch.compile(Chain(), mode="reduce-overhead")), BATCH, method="trace")
+    assert set(found.notes) == {CUDA_GRAPHS, FUSED}
+
+
+def test_what_is_no_graph_is_planned_as_it_is_written():
+    written = mp.estimate(Net(Chain(reads=True)), BATCH, method="trace")
+    found = mp.estimate(Net(torch.compile(Chain(reads=True))), BATCH, method="trace")
+    assert any(note.startswith(BROKEN) for note in found.notes)
+    assert found.peak_allocated(1000) == written.peak_allocated(1000)
+    assert found.allocated_range(1000) == (written.peak_allocated(1000),) * 2
+
+
+def test_another_backend_is_planned_as_it_is_written():
+    written = mp.estimate(Net(Chain()), BATCH, method="trace")
+    found = mp.estimate(Net(torch.compile(Chain(), backend="aot_eager")), BATCH, method="trace")
+    assert found.notes == (OTHER,)
+    assert found.peak_allocated(1000) == written.peak_allocated(1000)
+
+
+def test_a_plan_leaves_room_for_the_upper_end_and_names_the_lower(compiled):
+    card = mp.Device("a card", total=2**30)
+    found = mp.plan(Net(torch.compile(Chain())), BATCH, device=card, method="trace", max_batch_size=60_000)
+    assert found.predicted_peak == compiled.peak(found.batch_size) <= found.budget
+    low = compiled.reserved_range(found.batch_size).low
+    assert found.reserved_range.low == low < found.predicted_peak
+    assert f"compiled {mp._units.format_bytes(low):>15}" in mp.plan_table(found)
