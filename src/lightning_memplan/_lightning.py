@@ -241,7 +241,9 @@ def _wrapped_by(strategy: Any, ranks: int, *, on_cuda: bool) -> Parallel | None:
         if parts * (data if isinstance(data, int) else ranks // parts) != ranks:
             raise ValueError(f"ModelParallelStrategy's sizes, {data} and {parts}, do not make up {ranks} devices")
         return Parallel("model_parallel", ranks, tensor_parallel=parts)
-    if has_kind("DeepSpeedStrategy") or (ranks > 1 and not has_kind("SingleDeviceStrategy")):
+    if has_kind("DeepSpeedStrategy"):
+        return Parallel("deepspeed", ranks, strategy.config, name=type(strategy).__name__)
+    if ranks > 1 and not has_kind("SingleDeviceStrategy"):
         return Parallel("other", ranks, name=type(strategy).__name__)
     return None
 

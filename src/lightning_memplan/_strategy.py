@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
+from lightning_memplan._deepspeed import silent_engine
 from lightning_memplan._errors import TraceError
 from lightning_memplan._shards import Mark, begin, fully_sharded, let_go, noted_streams
 from lightning_memplan._types import Parallel, Precision
@@ -38,7 +39,9 @@ def ranks_of(parallel: Parallel | None, device: torch.device, mark: Mark) -> Ite
             stack.enter_context(silent_ranks(parallel.ranks, parallel.rank, copies=parallel.backend == "gloo"))
             if parallel.kind == "model_parallel":
                 stack.callback(_forget_mesh)
-            if parallel.shards:
+            if parallel.kind == "deepspeed":
+                stack.enter_context(silent_engine(device, mark))
+            elif parallel.shards:
                 stack.enter_context(let_go(device) if device.type == "cuda" else noted_streams(device, mark))
         yield
 
