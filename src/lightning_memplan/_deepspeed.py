@@ -125,12 +125,12 @@ def _label(optimizer: Any, mark: Mark) -> None:
     for state in optimizer.state.values():
         for tensor in state.values():
             mark.label(tensor, "optimizer")
-    if not hasattr(optimizer, "setup_buckets"):  # stage 3
-        mark.label(optimizer.grad_partitions_flat_buffer, "gradients")
-        for bucket in optimizer.ipg_buckets.values():
-            mark.label(bucket.buffer, "communication")
+    mark.label(getattr(optimizer, "grad_partitions_flat_buffer", None), "gradients")  # stage 3's
+    for bucket in getattr(optimizer, "ipg_buckets", {}).values():
+        mark.label(bucket.buffer, "communication")
+    make = getattr(optimizer, "setup_buckets", None)
+    if make is None:
         return
-    make = optimizer.setup_buckets
 
     def setup_buckets() -> None:
         mark.category, before = "communication", mark.category
@@ -178,6 +178,7 @@ def silent_engine(device: torch.device, mark: Mark) -> Iterator[None]:
         for name in ("_WORLD_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "mpu"):
             put(groups, name, None)
         put(logger, "disabled", True)
+        put(nn.functional, "linear", nn.functional.linear)  # stage 3 puts its own there, and leaves it
         if device.type != "cuda":
             put(_import("deepspeed.accelerator.real_accelerator"), "ds_accelerator", _accelerator(device, mark))
             put(torch.Tensor, "record_stream", lambda *_: None)  # no work is under way on any stream

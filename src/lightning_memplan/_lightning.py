@@ -202,7 +202,10 @@ def parallel_named(strategy: Any, devices: int) -> Parallel | None:
     """
     if strategy is None:
         return _wrapped_by(_made("ddp"), devices, on_cuda=True) if devices > 1 else None
-    return _wrapped_by(_made(strategy) if isinstance(strategy, str) else strategy, devices, on_cuda=True)
+    made = _made(strategy) if isinstance(strategy, str) else strategy
+    found = _wrapped_by(made, devices, on_cuda=True)
+    backend = getattr(made, "_process_group_backend", None) or "nccl"
+    return None if found is None else replace(found, backend=backend)
 
 
 def _made(name: str) -> Any:
@@ -216,7 +219,7 @@ def _made(name: str) -> Any:
 
 
 def _wrapped_by(strategy: Any, ranks: int, *, on_cuda: bool) -> Parallel | None:
-    """Source: pytorch_lightning/strategies/ddp.py, fsdp.py and model_parallel.py (2.6)."""
+    """Source: pytorch_lightning/strategies/ddp.py, fsdp.py, model_parallel.py and deepspeed.py (2.6)."""
 
     def has_kind(name: str) -> bool:
         return any(isinstance(strategy, getattr(flavour.strategies, name)) for flavour in _FLAVOURS)

@@ -1,6 +1,6 @@
 """What a strategy wraps around a module that several processes train together: its memory is the wrapper's own.
 
-DistributedDataParallel is here, what shards parameters in ``_shards``.
+DistributedDataParallel is here, what shards parameters in ``_shards``, DeepSpeed's engine in ``_deepspeed``.
 
 The real wrapper runs around a copy of the module, in a group of ranks that says nothing: every collective is done as
 soon as it is asked for, and moves no byte. So buckets, their sizes, their order and the moment at which they are
@@ -56,8 +56,8 @@ def wrapped(
     """
     if parallel.kind == "other":
         raise TraceError(
-            f"what {parallel.name} keeps on each of {parallel.ranks} cards is not modelled; what DDP and FSDP keep is "
-            "(strategy='fsdp' shards what DeepSpeed's stage 3 does)"
+            f"what {parallel.name} keeps on each of {parallel.ranks} cards is not modelled; what DDP, FSDP and "
+            "DeepSpeed keep is"
         )
     category = mark.category
     try:
