@@ -46,7 +46,8 @@ class Writes(pl.Callback):
 
 def main(folder: str, name: str, settings: str, arguments: str) -> None:
     # DeepSpeed decides by values, and prints tensors: on a null GPU, by what real steps have left in memory
-    planner = mp.MemoryPlanner(confirm=False if name == "zero" else None)
+    engine = name == "deepspeed"
+    planner = mp.MemoryPlanner(confirm=False if engine else None, max_batch_size=8 if engine else None)
     module, sample, strategy = STRATEGIES[name](json.loads(arguments))
     trainer = pl.Trainer(
         accelerator="gpu",
@@ -97,13 +98,13 @@ def mesh(arguments: dict[str, Any]) -> Job:
     return Meshed(), torch.zeros(128, 32), ModelParallelStrategy(process_group_backend="gloo", **arguments)
 
 
-def zero(arguments: dict[str, Any]) -> Job:
+def deepspeed(arguments: dict[str, Any]) -> Job:
     net, sample = NETS[arguments.pop("net")]
     return Classifier(net()), torch.zeros(sample), DeepSpeedStrategy(process_group_backend="gloo", **arguments)
 
 
 NETS = {"mlp": (mlp, (2048,)), "transformer": (transformer, (128, 32))}
-STRATEGIES = {"ddp": ddp, "fsdp": fsdp, "mesh": mesh, "zero": zero}
+STRATEGIES = {"ddp": ddp, "fsdp": fsdp, "mesh": mesh, "deepspeed": deepspeed}
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def _config(
 ) -> dict[str, Any]:
     """DeepSpeed's configuration, as Lightning completes it (``DeepSpeedStrategy._format_config``)."""
     zero = given.get("zero_optimization") or {}
-    named = [f"{name} on NVMe" for name in _OFFLOADED if (zero.get(name) or {}).get("device") == "nvme"]
+    named = [name for name in _OFFLOADED if (zero.get(name) or {}).get("device", "none") != "none"]
     named += [f"{name!r} of DeepSpeed's configuration" for name in _NOT_MODELLED if given.get(name)]
     if zero.get("stage", 0) not in (1, 2, 3):
         named.append(f"stage {zero.get('stage', 0)}")
