@@ -186,6 +186,7 @@ def silent_engine(device: torch.device, mark: Mark) -> Iterator[None]:
         put(utils, "assert_lst_len_same_as_other_ranks", lambda _: None)
         put(utils, "get_lst_from_rank0", list)
         stack.enter_context(_local_rank(device.index or 0))
+        stack.callback(_import("deepspeed.utils.debug").debug_clear_module_and_param_names)  # which hold the copy
         yield
 
 

@@ -117,6 +117,8 @@ class StepRunner:
         with ranks_of(parallel, self.device, self.mark), ExitStack() as stack:
             if parallel is not None:
                 self._wrap(parallel)
+                if self._engine is not None and self.device.type == "cuda":
+                    stack.callback(self._engine.destroy)  # its hooks would hold the copy, and this the card's memory
                 if self.lightning:
                     self.twin._trainer.model = self.twin if self._wrapper is None else self._wrapper
                 if parallel.kind == "model_parallel":  # whose layers are there only now

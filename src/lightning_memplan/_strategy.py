@@ -41,8 +41,10 @@ def ranks_of(parallel: Parallel | None, device: torch.device, mark: Mark) -> Ite
                 stack.callback(_forget_mesh)
             if parallel.kind == "deepspeed":
                 stack.enter_context(silent_engine(device, mark))
+            if parallel.shards and device.type == "cuda":
+                stack.enter_context(let_go(device))
             elif parallel.shards:
-                stack.enter_context(let_go(device) if device.type == "cuda" else noted_streams(device, mark))
+                stack.enter_context(noted_streams(device, mark))
         yield
 
 
