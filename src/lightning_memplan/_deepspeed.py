@@ -53,7 +53,9 @@ def engine_around(
     config = _config(parallel.arguments, precision, gradient_clip_val, parts)
     mark.category = "parameters"
     if device.type != "cuda":
-        twin.__dict__["to"] = partial(_moved, twin)  # a module's own puts a fake tensor in the place of the other
+        own = {"to": partial(_moved, twin)}  # a module's own puts a fake tensor in the place of the other
+        own |= {"half": partial(_moved, twin, torch.half), "bfloat16": partial(_moved, twin, torch.bfloat16)}  # 0.16's
+        twin.__dict__.update(own)
     engine, *_ = _import("deepspeed").initialize(
         config=config,
         model=twin,
@@ -62,7 +64,8 @@ def engine_around(
         dist_init_required=False,
     )
     if device.type != "cuda":
-        del twin.__dict__["to"]
+        for name in own:
+            del twin.__dict__[name]
         engine.step = partial(_unread, engine.step)
     _label(engine.optimizer, mark)
     return engine
@@ -95,14 +98,15 @@ _OFFLOADED = ("offload_optimizer", "offload_param")
 _NOT_MODELLED = ("optimizer", "pipeline", "tensor_parallel", "sequence_parallel_size", "compression_training")
 
 
-def _moved(module: nn.Module, device: torch.device) -> None:
+def _moved(module: nn.Module, device: torch.device | torch.dtype) -> None:
+    """The module on a device, or its floating-point tensors in a type."""
     for child in module.children():
         _moved(child, device)
     for parameter in module._parameters.values():
-        if parameter is not None:
+        if parameter is not None and (parameter.is_floating_point() or isinstance(device, torch.device)):
             parameter.data = parameter.data.to(device)
     for name, buffer in module._buffers.items():
-        if buffer is not None:
+        if buffer is not None and (buffer.is_floating_point() or isinstance(device, torch.device)):
             module._buffers[name] = buffer.to(device)
 
 
@@ -145,7 +149,7 @@ def rests_on(parallel: Parallel) -> tuple[str, ...]:
     if parallel.kind != "deepspeed":
         return ()
     stage = (parallel.arguments.get("zero_optimization") or {}).get("stage")
-    engine = f"ZeRO stage {stage}, as the engine of DeepSpeed {_import('deepspeed').__version__} runs it"
+    engine = f"ZeRO stage {stage}, as the engine of DeepSpeed {_import('deepspeed').__version__.strip()} runs it"
     return (f"{engine}: where the host runs ahead of the card, it may reserve more",)
 
 
