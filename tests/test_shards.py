@@ -296,23 +296,25 @@ def test_wrong_arguments(how, message, monkeypatch):
         mp.estimate(net(), torch.zeros(4, 1024), **how)
 
 
-def test_deepspeed_is_never_a_silent_number():
+def test_deepspeed_is_never_a_silent_number(monkeypatch):
     deepspeed = object.__new__(pl.strategies.DeepSpeedStrategy)  # no deepspeed is installed to make one
     deepspeed._parallel_devices, deepspeed.cluster_environment = [torch.device("cuda", 0)], None
-    deepspeed._process_group_backend = "nccl"
+    deepspeed._process_group_backend, deepspeed.config = "nccl", {"zero_optimization": {"stage": 3}}
     trainer = SimpleNamespace(strategy=deepspeed, world_size=4, global_rank=0)
     found = parallel_of(trainer)
     assert found is not None
-    assert (found.kind, found.ranks, found.name) == ("other", 4, "DeepSpeedStrategy")
+    assert (found.kind, found.ranks, found.shards) == ("deepspeed", 4, True)
+    assert found.arguments["zero_optimization"] == {"stage": 3}
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
     how = {"optimizer": torch.optim.AdamW, "strategy": deepspeed, "devices": 4}
     est = mp.estimate(net(), torch.zeros(4, 1024), **how)
     assert est.method == "formula"
     (note,) = est.notes
     assert note == (
-        "planned by the formula, since the step cannot be traced: what DeepSpeedStrategy keeps on each of 4 cards is "
-        "not modelled; what DDP and FSDP keep is (strategy='fsdp' shards what DeepSpeed's stage 3 does)"
+        "planned by the formula, since the step cannot be traced: DeepSpeedStrategy is traced with DeepSpeed's own "
+        "engine: pip install 'deepspeed>=0.16'"
     )
-    with pytest.raises(mp.TraceError, match="Sequential cannot be traced: what DeepSpeedStrategy keeps"):
+    with pytest.raises(mp.TraceError, match="Sequential cannot be traced: DeepSpeedStrategy is traced with"):
         mp.estimate(net(), torch.zeros(4, 1024), method="trace", **how)
 
 

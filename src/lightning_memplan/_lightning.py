@@ -222,7 +222,10 @@ def parallel_named(strategy: Any, devices: int) -> Parallel | None:
     """
     if strategy is None:
         return _wrapped_by(_made("ddp", devices), devices, on_cuda=True) if devices > 1 else None
-    return _wrapped_by(_made(strategy, devices) if isinstance(strategy, str) else strategy, devices, on_cuda=True)
+    made = _made(strategy, devices) if isinstance(strategy, str) else strategy
+    found = _wrapped_by(made, devices, on_cuda=True)
+    backend = getattr(made, "_process_group_backend", None) or "nccl"
+    return None if found is None else replace(found, backend=backend)
 
 
 def sharding(units: Iterable[type[nn.Module]]) -> Any:
@@ -245,7 +248,7 @@ def _made(name: str, devices: int) -> Any:
 
 
 def _wrapped_by(strategy: Any, ranks: int, *, on_cuda: bool) -> Parallel | None:
-    """Source: pytorch_lightning/strategies/ddp.py, fsdp.py and model_parallel.py (2.6)."""
+    """Source: pytorch_lightning/strategies/ddp.py, fsdp.py, model_parallel.py and deepspeed.py (2.6)."""
 
     def has_kind(name: str) -> bool:
         return any(isinstance(strategy, getattr(flavour.strategies, name)) for flavour in _FLAVOURS)
@@ -270,7 +273,9 @@ def _wrapped_by(strategy: Any, ranks: int, *, on_cuda: bool) -> Parallel | None:
         if parts * (data if isinstance(data, int) else ranks // parts) != ranks:
             raise ValueError(f"ModelParallelStrategy's sizes, {data} and {parts}, do not make up {ranks} devices")
         return Parallel("model_parallel", ranks, tensor_parallel=parts)
-    if has_kind("DeepSpeedStrategy") or (ranks > 1 and not has_kind("SingleDeviceStrategy")):
+    if has_kind("DeepSpeedStrategy"):
+        return Parallel("deepspeed", ranks, strategy.config, name=type(strategy).__name__)
+    if ranks > 1 and not has_kind("SingleDeviceStrategy"):
         return Parallel("other", ranks, name=type(strategy).__name__)
     return None
 

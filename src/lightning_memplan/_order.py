@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_memplan._deepspeed import engine_around
 from lightning_memplan._errors import TraceError
 from lightning_memplan._formula import Formula, make_formula, record_layers, sample_bytes
 from lightning_memplan._lightning import (
@@ -30,7 +31,7 @@ from lightning_memplan._lightning import (
 from lightning_memplan._record import module_paths
 from lightning_memplan._repeated import Repeated
 from lightning_memplan._strategy import local, ranks_of, through, without_reduction, wrapped
-from lightning_memplan._types import Category, Layer, Phase, StepSettings
+from lightning_memplan._types import Category, Layer, Parallel, Phase, StepSettings
 
 TRUE_DTYPE = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 AUTOCAST_DTYPE = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
@@ -77,6 +78,8 @@ class Mark(Protocol):
 
     def empty_cache(self) -> None: ...
 
+    def label(self, tensor: Any, category: Category) -> None: ...
+
 
 class StepRunner:
     """Runs training steps of ``twin``, a copy of the user's module, on ``device``, and marks where it is."""
@@ -97,6 +100,8 @@ class StepRunner:
         self.settings = settings
         self.datamodule = datamodule
         self.dtype = TRUE_DTYPE.get(settings.precision)
+        if settings.parallel is not None and settings.parallel.kind == "deepspeed":
+            self.dtype = self.dtype or AUTOCAST_DTYPE.get(settings.precision)  # DeepSpeedPrecision.convert_input
         self.lightning = is_lightning_module(twin)
         self.optimizers: list[torch.optim.Optimizer] = []
         self.layers: tuple[Layer, ...] = ()
@@ -104,6 +109,7 @@ class StepRunner:
         self._make_optimizer = optimizer
         self._scale: torch.Tensor | None = None
         self._wrapper: Any = None
+        self._engine: Any = None  #: DeepSpeed's, which is the wrapper, and which steps by itself
 
     def run_steps(self, batch: Any, steps: int) -> None:
         """The strategy wraps the module, optimizers are made, then ``steps`` optimizer steps run, each of as many
@@ -111,19 +117,39 @@ class StepRunner:
         parallel = self.settings.parallel
         with ranks_of(parallel, self.device, self.mark), ExitStack() as stack:
             if parallel is not None:
-                self._wrapper = wrapped(self.twin, parallel, self.device, self.mark, self.settings.precision)
+                self._wrap(parallel)
+                if self._engine is not None and self.device.type == "cuda":
+                    stack.callback(self._engine.destroy)  # its hooks would hold the copy, and this the card's memory
                 if self.lightning:
                     self.twin._trainer.model = self.twin if self._wrapper is None else self._wrapper
                 if parallel.kind == "model_parallel":  # whose layers are there only now
                     stack.enter_context(module_paths(self.twin, self.mark))
-            self.mark.category, self.mark.path = "optimizer", ""
-            self.optimizers = self.configure()
+            if self._engine is None:
+                self.mark.category, self.mark.path = "optimizer", ""
+                self.optimizers = self.configure()
             if self.lightning:
                 self.mark.empty_cache()  # when all states have been restored: checkpoint_connector.py, resume_end
             parts = accumulated(self.settings)
             for index in range(steps * parts):
                 self.mark.step = index + 1
                 self.run(batch, index, first=index % parts == 0, last=index % parts == parts - 1)
+
+    def _wrap(self, parallel: Parallel) -> None:
+        if parallel.kind != "deepspeed":
+            self._wrapper = wrapped(self.twin, parallel, self.device, self.mark, self.settings.precision)
+            return
+        self.mark.category, self.mark.path = "optimizer", ""
+        self._wrapper = self._engine = engine_around(
+            self.twin,
+            parallel,
+            self.configure(),
+            self.device,
+            self.mark,
+            precision=self.settings.precision,
+            gradient_clip_val=self.settings.gradient_clip_val,
+            parts=accumulated(self.settings),
+        )
+        self.optimizers = [self._engine.optimizer]
 
     def evaluate(self, batch: Any, kind: Evaluation = "validation") -> None:
         """A step of validation between those of training, with the optimizer's state alive and the gradients of the
@@ -220,7 +246,8 @@ class StepRunner:
                 loss = extra.pop("loss")
                 if loss is None:
                     return None
-                loss = loss / self.settings.accumulate_grad_batches
+                if self._engine is None:
+                    loss = loss / self.settings.accumulate_grad_batches
                 kept.extend((loss, loss.detach().clone(), extra))
                 del outputs
                 if first:
@@ -228,14 +255,19 @@ class StepRunner:
                         self._hook("on_before_zero_grad", optimizer)
                         self._zero_grad(index, optimizer)
                 mark.phase, mark.category, mark.path = "backward", "temporaries", ""
-                if self.settings.precision == "16-mixed":
+                if self.settings.precision == "16-mixed" and self._engine is None:
                     loss = self._scaled(loss)
                 self._backward(loss)
                 self._hook("on_after_backward")
             mark.phase, mark.category = "optimizer", "temporaries"
             return kept[1]
 
-        if not last:
+        if self._engine is not None:  # which counts batches by itself (DeepSpeedPrecision.optimizer_step)
+            closure()
+            self._hook("on_before_optimizer_step", self.optimizers[0])
+            mark.category = "optimizer"
+            self._engine.step()
+        elif not last:
             with without_reduction(self._wrapper):
                 closure()
         elif not self.optimizers:
@@ -327,6 +359,8 @@ class StepRunner:
 
     def _precision(self) -> AbstractContextManager[Any]:
         autocast, parallel = AUTOCAST_DTYPE.get(self.settings.precision), self.settings.parallel
+        if self._engine is not None:
+            return nullcontext()  # the parameters are in half precision, and so is the batch
         if autocast is not None:
             cache = parallel is not None and parallel.kind == "fsdp"  # FSDPPrecision.forward_context
             return torch.autocast(self.device.type, dtype=autocast, cache_enabled=cache)
@@ -358,7 +392,9 @@ class StepRunner:
             optimizer.zero_grad()
 
     def _backward(self, loss: torch.Tensor) -> None:
-        if self.lightning and is_overridden("backward", self.twin):
+        if self._engine is not None:
+            self._engine.backward(loss)
+        elif self.lightning and is_overridden("backward", self.twin):
             self.twin.backward(loss)
         else:
             loss.backward()

@@ -450,6 +450,9 @@ class _Place:
     def empty_cache(self) -> None:
         torch.cuda.empty_cache()
 
+    def label(self, tensor: Any, category: Category) -> None:
+        """The allocator's history tells no tensor from another."""
+
 
 class _Mark(_Place):
     """Where a step is, marked in the allocator's history: by a block of ``_MARK`` bytes that is taken and given back.

@@ -265,6 +265,15 @@ class Recorder(TorchDispatchMode):
             self._write(block, tensor.untyped_storage().nbytes(), self.category, None)
             self._owners[block] = 1
 
+    def label(self, tensor: Any, category: Category) -> None:
+        """Say afterwards which kind of memory a tensor has; nothing, if it has none on ``DEVICE``."""
+        storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+        block = None if storage is None else self._blocks.get(storage._cdata)
+        for place in range(len(self.events) - 1, -1, -1) if block is not None else ():
+            if self.events[place].block == block:
+                self.events[place] = self.events[place]._replace(category=category)
+                return
+
     def stop(self) -> None:
         """Write nothing more: what is freed from here on is the end of the recording."""
         self._deaths.clear()

@@ -38,6 +38,10 @@ class Mark(Protocol):
     category: Category
     stream: int
 
+    def empty_cache(self) -> None: ...
+
+    def label(self, tensor: Any, category: Category) -> None: ...
+
 
 def fully_sharded(
     twin: nn.Module, parallel: Parallel, device: torch.device, mark: Mark, precision: Precision
@@ -135,13 +139,13 @@ def noted_streams(device: torch.device, mark: Mark) -> Iterator[None]:
     """FSDP takes ``device`` for a card: what it allocates on a stream is marked with the stream's number."""
     from torch.distributed.fsdp import _common_utils
 
-    card = _Card(device, mark)
+    card = NotedCard(device, mark)
     with ExitStack() as stack:
-        stack.enter_context(_in_place_of(_common_utils._FSDPDeviceHandle, "from_device", classmethod(lambda *_: card)))
+        stack.enter_context(in_place_of(_common_utils._FSDPDeviceHandle, "from_device", classmethod(lambda *_: card)))
         for module in _FSDP2:
-            stack.enter_context(_in_place_of(importlib.import_module(module), "_get_device_handle", lambda _: card))
+            stack.enter_context(in_place_of(importlib.import_module(module), "_get_device_handle", lambda _: card))
         first = importlib.import_module(_FSDP2[0])
-        stack.enter_context(_in_place_of(first, "_get_device_from_mesh", lambda _: device))
+        stack.enter_context(in_place_of(first, "_get_device_from_mesh", lambda _: device))
         yield
 
 
@@ -152,16 +156,17 @@ _FSDP2 = tuple(
 
 
 @contextmanager
-def _in_place_of(owner: Any, name: str, other: Any) -> Iterator[None]:
-    before = vars(owner).get(name)
+def in_place_of(owner: Any, name: str, other: Any) -> Iterator[None]:
+    """``owner`` has ``other`` by that name, until what it had is put back."""
+    own, before = name in vars(owner), vars(owner).get(name)
     setattr(owner, name, other)
     try:
         yield
     finally:
-        setattr(owner, name, before) if before is not None else delattr(owner, name)
+        setattr(owner, name, before) if own else delattr(owner, name)
 
 
-class _Card:
+class NotedCard:
     """What FSDP asks of ``torch.cuda``; streams are numbered in the order in which they are made."""
 
     def __init__(self, device: torch.device, mark: Mark) -> None:
@@ -175,6 +180,9 @@ class _Card:
 
     def current_stream(self) -> _Stream:
         return _Stream(self._mark.stream)
+
+    def default_stream(self) -> _Stream:
+        return _Stream(0)
 
     def Stream(self, **_: Any) -> _Stream:  # noqa: N802 - torch's name
         self._made += 1
@@ -211,6 +219,8 @@ class _Event:
 
     def synchronize(self) -> None:
         """No work is under way that could be waited for."""
+
+    wait = record
 
     def query(self) -> bool:
         return True

@@ -32,6 +32,7 @@ from lightning_memplan._cuda_rules import (
     temporaries,
     workspaces,
 )
+from lightning_memplan._deepspeed import rests_on
 from lightning_memplan._errors import TraceError
 from lightning_memplan._formula import Formula, make_formula, record_layers, sample_bytes, tensors_of
 from lightning_memplan._lightning import (
@@ -500,7 +501,7 @@ class _Run(StepRunner):
             what = "a mask, nonzero, unique, coalesce"
             notes += (f"the step selects by values ({what}): planned as if all were selected",)
         if self.settings.parallel is not None:
-            notes += waiting(self.settings.parallel, recorder.events)
+            notes += waiting(self.settings.parallel, recorder.events) + rests_on(self.settings.parallel)
         return Trace(size, labelled(recorder.events), notes)
 
     def optimizer_bytes(self) -> int:

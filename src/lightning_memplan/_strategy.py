@@ -1,6 +1,6 @@
 """What a strategy wraps around a module that several processes train together: its memory is the wrapper's own.
 
-DistributedDataParallel is here, what shards parameters in ``_shards``.
+DistributedDataParallel is here, what shards parameters in ``_shards``, DeepSpeed's engine in ``_deepspeed``.
 
 The real wrapper runs around a copy of the module, in a group of ranks that says nothing: every collective is done as
 soon as it is asked for, and moves no byte. So buckets, their sizes, their order and the moment at which they are
@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
+from lightning_memplan._deepspeed import silent_engine
 from lightning_memplan._errors import TraceError
 from lightning_memplan._shards import Mark, begin, fully_sharded, let_go, noted_streams
 from lightning_memplan._types import Parallel, Precision
@@ -38,8 +39,12 @@ def ranks_of(parallel: Parallel | None, device: torch.device, mark: Mark) -> Ite
             stack.enter_context(silent_ranks(parallel.ranks, parallel.rank, copies=parallel.backend == "gloo"))
             if parallel.kind == "model_parallel":
                 stack.callback(_forget_mesh)
-            if parallel.shards:
-                stack.enter_context(let_go(device) if device.type == "cuda" else noted_streams(device, mark))
+            if parallel.kind == "deepspeed":
+                stack.enter_context(silent_engine(device, mark))
+            if parallel.shards and device.type == "cuda":
+                stack.enter_context(let_go(device))
+            elif parallel.shards:
+                stack.enter_context(noted_streams(device, mark))
         yield
 
 
@@ -53,8 +58,8 @@ def wrapped(
     """
     if parallel.kind == "other":
         raise TraceError(
-            f"what {parallel.name} keeps on each of {parallel.ranks} cards is not modelled; what DDP and FSDP keep is "
-            "(strategy='fsdp' shards what DeepSpeed's stage 3 does)"
+            f"what {parallel.name} keeps on each of {parallel.ranks} cards is not modelled; what DDP, FSDP and "
+            "DeepSpeed keep is"
         )
     category = mark.category
     try:

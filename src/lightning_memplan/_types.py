@@ -333,7 +333,7 @@ class Parallel:
     ``"other"`` is a strategy, by its ``name``, whose memory is not modelled.
     """
 
-    kind: Literal["ddp", "fsdp", "model_parallel", "other"]
+    kind: Literal["ddp", "fsdp", "model_parallel", "deepspeed", "other"]
     ranks: int
     arguments: Mapping[str, Any] = field(default_factory=dict)
     hook: tuple[Any, Any] | None = None
@@ -351,7 +351,7 @@ class Parallel:
     @property
     def shards(self) -> bool:
         """Whether each rank holds a part of the parameters, which the wrapper moves to the card."""
-        return self.kind in ("fsdp", "model_parallel")
+        return self.kind in ("fsdp", "model_parallel", "deepspeed")
 
 
 @dataclass(frozen=True, slots=True)
