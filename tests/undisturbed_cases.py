@@ -396,6 +396,8 @@ def picture(thing: Any, seen: dict[int, int] | None = None) -> Any:
             repr(value),
             picture(thing.grad, seen) if thing.is_leaf else None,
         )
+    if type(thing).__module__.startswith("torch._dynamo"):
+        return ("compiler", id(thing))  # which notes how it last compiled, whatever module that was of
     if isinstance(thing, np.ndarray):
         return (id(thing), thing.tolist())
     if isinstance(thing, random.Random):
