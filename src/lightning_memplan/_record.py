@@ -98,6 +98,7 @@ class Recorder(TorchDispatchMode):
             torch._C._set_warn_deprecated_on_mutable_data_ptr if unsafe else torch._C._set_throw_on_mutable_data_ptr
         )
         self._attributes = dict(FakeTensor(mode, torch.empty(0, device="meta"), DEVICE).__dict__)
+        self._device_name = next(name for name, value in self._attributes.items() if value == DEVICE)
         self.events: list[Event] = []
         self.phase: Phase = "setup"
         self.category: Category = "other"
@@ -369,7 +370,8 @@ class Recorder(TorchDispatchMode):
             FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=device
         )
         self._guard(made)
-        made.__dict__.update(self._attributes, _fake_device=device)
+        made.__dict__.update(self._attributes)
+        made.__dict__[self._device_name] = device
         return made  # type: ignore[no-any-return]
 
     def _made_like(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
