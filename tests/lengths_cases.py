@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import warnings
 from typing import Any
 
@@ -51,6 +52,10 @@ def trained(batches: list[torch.Tensor]) -> int | None:
     return torch.cuda.max_memory_reserved()
 
 
+def size_of(found: mp.Lengths, length: int) -> int:
+    return next(row.batch_size for row in found.rows if row.length == length)
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     card = mp.detect_devices()[0]
@@ -58,14 +63,23 @@ def main() -> None:
     curve = [
         {
             "predicted": row.peak,
-            "reserved": trained([tokens(row.length, row.batch_size)] * 4),
-            "with 5 % more": trained([tokens(row.length, -(-105 * row.batch_size // 100))] * 4),
+            "reserved": trained([tokens(row.length, row.batch_size)] * 3),
+            "with 5 % more": trained([tokens(row.length, -(-105 * row.batch_size // 100))] * 3),
         }
         for row in (whole.rows[0], whole.rows[-1])
     ]
+    order = (256, 1024, 512, 1024, 256, 512)
     found = mp.plan_lengths(Attention(), tokens, LENGTHS, device=card)
-    mixed = [tokens(length, found.token_budget // length) for length in (256, 1024, 512, 1024, 256, 512) * 3]
-    print("SHOWN", json.dumps({"curve": curve, "mixed": trained(mixed), "capacity": card.capacity}))
+    by_budget = trained([tokens(length, found.token_budget // length) for length in order])
+    own = trained([tokens(length, size_of(found, length)) for length in order])
+    gc.collect()
+    torch.cuda.empty_cache()
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    found = mp.plan_lengths(Attention(), tokens, LENGTHS, device=card)
+    growing = trained([tokens(length, size_of(found, length)) for length in order])
+    shown = {"curve": curve, "by the budget": by_budget, "own sizes": own, "own sizes, growing segments": growing}
+    print("SHOWN", json.dumps({**shown, "capacity": card.capacity}))
 
 
 if __name__ == "__main__":

@@ -429,4 +429,7 @@ def test_a_curve_is_what_the_null_gpu_trains(nullgpu):
     for point in shown["curve"]:  # the shortest and the longest, without a margin
         assert point["reserved"] == pytest.approx(point["predicted"], rel=0.005)
         assert point["with 5 % more"] is None
-    assert 0 < shown["mixed"] <= shown["capacity"]  # batches of all lengths in turn, by the token budget
+    # batches of all lengths in turn: by the budget; of each row's own size, whose blocks fit no other row's
+    assert 0 < shown["by the budget"] <= shown["capacity"]
+    assert shown["own sizes"] is None
+    assert 0 < shown["own sizes, growing segments"] <= shown["capacity"]
