@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -11,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import lightning_memplan as mp
 from lightning_memplan import _api
+from tests.lengths_cases import Attention, tokens
 
 MiB = 2**20
 CARD = mp.Device("a card", total=256 * MiB, context=56 * MiB)
@@ -335,3 +340,96 @@ def test_by_the_formula():
     assert plan.batch_size == (plan.budget - fixed) // sample
     assert plan.predicted_peak == plan.formula_peak == fixed + plan.batch_size * sample
     assert plan.method == "formula"
+
+
+# ------------------------------------------------------------------------------------------------------------- lengths
+
+
+def test_a_curve_over_lengths():
+    card = mp.Device("a card", total=1024 * MiB)
+    found = mp.plan_lengths(Attention(), tokens, [1024, 256, 4096, 256], device=card, margin=0.1)
+    assert [row.length for row in found.rows] == [256, 1024, 4096]
+    assert (found.device, found.budget) == (card, int(0.9 * card.capacity))
+    for row in found.rows:
+        estimate = mp.estimate(Attention(), tokens(row.length), method="trace", device=card)
+        assert estimate.fits(row.batch_size, found.budget)
+        assert not estimate.fits(row.batch_size + 1, found.budget)
+        assert row.peak == estimate.peak(row.batch_size, card.capacity) <= found.budget
+        assert (row.limited_by, row.tokens) == ("memory", row.length * row.batch_size)
+        # of a sample at least its scores, their softmax and the gradient of one are alive at once: 12 · length² bytes
+        assert row.batch_size <= found.budget // (12 * row.length**2)
+    # tokens are fewer the longer they are: 4 times the length is 16 times the scores
+    assert [row.tokens for row in found.rows] == sorted((row.tokens for row in found.rows), reverse=True)
+    assert found.token_budget == found.rows[-1].tokens
+    assert all(found.token_budget // row.length <= row.batch_size for row in found.rows)
+
+
+def test_a_length_of_which_no_sample_fits():
+    # of 8192 tokens the scores alone are 4 · 8192² bytes = 256 MiB
+    short, long = mp.plan_lengths(Attention(), tokens, [128, 8192], device=CARD).rows
+    assert short.batch_size > 0
+    assert (long.batch_size, long.tokens, long.limited_by) == (0, 0, "memory")
+    assert long.peak > 256 * MiB
+    assert mp.Lengths((short, long), CARD, CARD.capacity).token_budget == 0
+
+
+def test_a_largest_batch_size_is_no_limit_of_tokens():
+    found = mp.plan_lengths(Attention(), tokens, [64, 2048], device=CARD, max_batch_size=16)
+    short, long = found.rows
+    assert (short.batch_size, short.limited_by, short.tokens) == (16, "max_batch_size", 1024)
+    assert (long.limited_by, found.token_budget) == ("memory", long.tokens)
+    assert long.tokens > short.tokens
+    alone = mp.plan_lengths(Attention(), tokens, [64, 128], device=CARD, max_batch_size=16)
+    assert alone.token_budget == 16 * 128  # at most 16 samples of either are within it
+
+
+def test_room_for_nccl_at_each_length():
+    card = mp.Device("a card", total=2**30)
+    (one,) = mp.plan_lengths(Attention(), tokens, [1024], device=card).rows
+    found = mp.plan_lengths(Attention(), tokens, [1024], device=card, devices=2)
+    assert found.device.capacity == card.capacity - 700_000_000
+    assert found.rows[0].batch_size < one.batch_size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "text"),
+    [
+        ({"lengths": []}, ValueError, r"lengths is empty: name at least the longest, as in \[128, 512, 2048\]"),
+        ({"lengths": [128, 0]}, ValueError, "a length is an int of at least 1, not 0"),
+        ({"lengths": [128.0]}, ValueError, r"a length is an int of at least 1, not 128\.0"),
+        (
+            {"make_batch": torch.zeros(2, 8)},
+            TypeError,
+            r"make_batch makes a batch of a length \(make_batch\(512\)\): not",
+        ),
+        ({"margin": 1}, ValueError, "margin is the part of the device's memory to leave free"),
+        ({"method": "formula"}, ValueError, "plan_lengths plans each length by its trace: leave method out"),
+    ],
+    ids=str,
+)
+def test_lengths_that_are_none(arguments, kind, text):
+    with pytest.raises(kind, match=text):
+        mp.plan_lengths(Attention(), **{"make_batch": tokens, "lengths": [128], "device": CARD, **arguments})
+
+
+def test_a_step_that_cannot_be_traced_has_no_curve():
+    class Reads(Attention):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * self.head.bias.detach().numpy().sum()
+
+    with pytest.raises(mp.TraceError, match="Reads cannot be traced: "):
+        mp.plan_lengths(Reads(), tokens, [128], device=CARD)
+
+
+def test_a_curve_is_what_the_null_gpu_trains(nullgpu):
+    source, script = Path(mp.__file__).parents[1], Path(__file__).with_name("lengths_cases.py")
+    done = nullgpu([sys.executable, script], PYTHONPATH=source, NULLGPU_MEMORY=2**31)
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("SHOWN "))
+    shown = json.loads(line[6:])
+    for point in shown["curve"]:  # the shortest and the longest, without a margin
+        assert point["reserved"] == pytest.approx(point["predicted"], rel=0.005)
+        assert point["with 5 % more"] is None
+    # batches of all lengths in turn: by the budget; of each row's own size, whose blocks fit no other row's
+    assert 0 < shown["by the budget"] <= shown["capacity"]
+    assert shown["own sizes"] is None
+    assert 0 < shown["own sizes, growing segments"] <= shown["capacity"]

@@ -1,13 +1,13 @@
 """GPU memory planning for PyTorch Lightning: the largest batch size that fits, before the first step runs."""
 
-from lightning_memplan._api import advise, cards_for, estimate, plan
+from lightning_memplan._api import advise, cards_for, estimate, plan, plan_lengths
 from lightning_memplan._device import cpu_device, detect_devices, gpu, gpus
 from lightning_memplan._errors import ApplyError, DoesNotFitError, MemplanError, TraceError
 from lightning_memplan._estimate import Estimate
 from lightning_memplan._figures import plot_batch_sizes, plot_layers, plot_measurements, plot_timeline
 from lightning_memplan._history import history
 from lightning_memplan._report import layers_table, plan_table
-from lightning_memplan._types import Advice, Device, Layer, Measurement, Peaks, Plan, Run
+from lightning_memplan._types import Advice, Device, Layer, Length, Lengths, Measurement, Peaks, Plan, Run
 from lightning_memplan.callback import MemoryPlanner
 
 __all__ = [
@@ -17,6 +17,8 @@ __all__ = [
     "DoesNotFitError",
     "Estimate",
     "Layer",
+    "Length",
+    "Lengths",
     "Measurement",
     "MemoryPlanner",
     "MemplanError",
@@ -34,6 +36,7 @@ __all__ = [
     "history",
     "layers_table",
     "plan",
+    "plan_lengths",
     "plan_table",
     "plot_batch_sizes",
     "plot_layers",

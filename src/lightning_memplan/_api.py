@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, Literal
@@ -36,7 +36,7 @@ from lightning_memplan._sample import SAMPLE_SIZE, Samples, Which, check_sample,
 from lightning_memplan._scaling import interleaved, scale
 from lightning_memplan._step import prepared, run_formula, trace_counted, trace_steps, trace_test, trace_validation
 from lightning_memplan._twin import explain
-from lightning_memplan._types import NCCL, Advice, Device, Plan, StepSettings, parse_precision
+from lightning_memplan._types import NCCL, Advice, Device, Length, Lengths, Plan, StepSettings, parse_precision
 from lightning_memplan._workspaces import Choice
 
 Method = Literal["auto", "trace", "formula", "probe"]
@@ -567,6 +567,74 @@ def cards_for(
 
     ordered = sorted(gpus() if cards is None else cards, key=lambda card: card.capacity)
     return tuple((card, largest(card.capability, int(max(0, card.capacity - nccl) * (1 - margin)))) for card in ordered)
+
+
+def plan_lengths(
+    module: nn.Module,
+    make_batch: Callable[[int], Any],
+    lengths: Iterable[int],
+    *,
+    device: Device | str | None = None,
+    margin: float = MARGIN,
+    max_batch_size: int | None = None,
+    **settings: Any,
+) -> Lengths:
+    """The largest batch size at each length of samples, and the most tokens of a batch that fit at all of them.
+
+    >>> import torch
+    >>> net = torch.nn.TransformerEncoderLayer(64, 4, batch_first=True)
+    >>> card = Device("a small card", total=2**28)
+    >>> found = plan_lengths(net, lambda length: torch.zeros(2, length, 64), [128, 256], device=card)
+    >>> [row.length for row in found.rows], found.token_budget == min(row.tokens for row in found.rows)
+    ([128, 256], True)
+
+    Each length is traced by itself, in steps that all have it. A batch sampler that pads samples to one of the lengths
+    can take ``found.token_budget // length`` of them: no more than that row's ``batch_size``. Where batches of each
+    row's own ``batch_size`` come in turn, blocks that one leaves cached may be too small for the next: let segments
+    grow then (``PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True``, which is planned with).
+
+    Args:
+        module: as for ``estimate``, and so are ``settings``.
+        make_batch: ``make_batch(512)`` makes what the dataloader yields for a few samples of that length.
+        lengths: those that samples are padded to, in tokens; of pictures of several scales, their pixels.
+        device: as for ``plan``, and so is ``margin``.
+        max_batch_size: the largest batch size at any length, where short samples would make too large a batch.
+
+    Raises:
+        TraceError: a step cannot be traced. The formula does not stand in, since it does not count attention.
+        ValueError: an argument that is wrong in itself.
+    """
+    check_margin(margin)
+    if not callable(make_batch):
+        raise TypeError(f"make_batch makes a batch of a length (make_batch(512)): not {make_batch!r}")
+    asked = list(lengths)
+    for length in asked:
+        check_count("a length", length)
+    if not asked:
+        raise ValueError("lengths is empty: name at least the longest, as in [128, 512, 2048]")
+    if "method" in settings:
+        raise ValueError("plan_lengths plans each length by its trace: leave method out")
+    card = named_device(device) or default_device()
+    nccl = nccl_allowance(_ranks(**settings), card)
+    card = replace(card, context=card.context + nccl)
+
+    def row(length: int) -> Length:
+        found = estimate(module, make_batch(length), method="trace", device=card, **settings)
+        try:
+            plan = plan_estimate(lambda _: found, card, margin=margin, max_batch_size=max_batch_size, nccl=nccl)
+        except DoesNotFitError as error:
+            return Length(length, 0, error.needed, "memory")
+        limited_by: Literal["memory", "max_batch_size"] = "memory" if plan.limited_by == "memory" else "max_batch_size"
+        return Length(length, plan.batch_size, plan.predicted_peak, limited_by)
+
+    return Lengths(tuple(map(row, sorted(set(asked)))), card, int(card.capacity * (1 - margin)))
+
+
+def _ranks(trainer: Any = None, devices: int = 1, strategy: Any = None, **_: Any) -> StepSettings:
+    """Of the settings of ``estimate``, those that say how several cards train together."""
+    if trainer is not None:
+        return trainer_settings(trainer)
+    return StepSettings(parallel=parallel_named(strategy, devices))
 
 
 EstimateAt = Callable[[int], Estimate]

@@ -178,6 +178,51 @@ class Plan:
     nccl: int = 0  #: bytes of the card that are left to NCCL, beside the allocator: an allowance, in ``device.context``
 
 
+class Length(NamedTuple):
+    """One point of the curve over lengths: the largest batch size whose samples have this length.
+
+    ``batch_size`` is 0 where not even one sample fits; ``peak`` is then what that one takes.
+
+    >>> Length(length=512, batch_size=20, peak=2**33, limited_by="memory").tokens
+    10240
+    """
+
+    length: int
+    batch_size: int
+    peak: int  #: bytes that the allocator reserves at most
+    limited_by: Literal["memory", "max_batch_size"]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of such a batch: length times batch size."""
+        return self.length * self.batch_size
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """The largest batch size at each of some lengths, the shortest first, and a budget in tokens for all of them.
+
+    >>> short, long = Length(128, 64, 2**33, "max_batch_size"), Length(2048, 4, 2**33, "memory")
+    >>> Lengths((short, long), Device("card", total=2**34), budget=2**33).token_budget
+    8192
+    """
+
+    rows: tuple[Length, ...]
+    device: Device
+    budget: int  #: bytes that a step may reserve: the device's capacity less the margin
+
+    @property
+    def token_budget(self) -> int:
+        """The most tokens (length times batch size) with which a batch fits, whichever of the lengths it has.
+
+        It holds for the lengths that were asked for, and so for samples that are padded to one of them, in batches of
+        at most ``max_batch_size`` where one was named: rows that this limits need no budget. 0 where some length does
+        not fit at all.
+        """
+        by_memory = [row.tokens for row in self.rows if row.limited_by == "memory"]
+        return min(by_memory) if by_memory else max(row.tokens for row in self.rows)
+
+
 class Peaks(NamedTuple):
     """Peak bytes of a stretch of time: in tensors, held by the allocator, and in tensors in each phase of it.
 

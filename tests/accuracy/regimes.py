@@ -216,6 +216,47 @@ def lora() -> nn.Module:
     return net
 
 
+class Dequantised(torch.autograd.Function):
+    """A linear layer's product, for which the weight is dequantised on the way there and again on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight, scale)
+        return F.linear(x, weight.to(x.dtype) * scale.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,), (weight, scale) = gradients, ctx.saved_tensors
+        return gradient @ (weight.to(gradient.dtype) * scale.to(gradient.dtype)), None, None
+
+
+class Quantised(nn.Module):
+    """A linear layer that stays, in 8 bits with a scale for each output, as bitsandbytes keeps them (arXiv 2208.07339).
+
+    ``again``: dequantised again in the backward pass; else autograd keeps what was dequantised.
+    """
+
+    def __init__(self, base: nn.Linear, again: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.again = base.in_features, base.out_features, again
+        scale = base.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.weight = nn.Parameter((base.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.again:
+            return Dequantised.apply(x, self.weight, self.scale)
+        return F.linear(x, self.weight.to(x.dtype) * self.scale)
+
+
+def quantised() -> nn.Module:
+    net = lora()
+    for block in net.blocks:
+        block.mlp[0].base = Quantised(block.mlp[0].base, again=True)
+        block.mlp[2].base = Quantised(block.mlp[2].base, again=False)
+    return net
+
+
 class Contrastive(Task):
     """A loss over all pairs: quadratic in the batch size."""
 
@@ -597,6 +638,7 @@ REGIMES: dict[str, Callable[[str], tuple[pl.LightningModule, Any]]] = {
     "frozen": lambda o: (Frozen(o), IMAGE),
     "groups": lambda o: (Groups(cnn(), o), IMAGE),
     "lora": lambda o: (Task(lora(), o), TOKENS),
+    "quantised": lambda o: (Task(quantised(), o), TOKENS),
     "checkpoint": lambda o: (Task(Transformer(_checkpointed(False)), o), TOKENS),
     "checkpoint_reentrant": lambda o: (Task(Transformer(_checkpointed(True)), o), TOKENS),
     "checkpoint_sequential": lambda o: (Task(Transformer(_in_segments), o), TOKENS),
