@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
-from itertools import chain, groupby, takewhile
+from itertools import accumulate, chain, groupby, takewhile
 from types import FunctionType
 from typing import Any, NamedTuple, TypeVar
 
@@ -624,8 +624,11 @@ def aligned(traces: Sequence[Trace]) -> list[Trace] | None:
         if len({_shape(events) for events, _ in split}) > 1:
             return None
         places = {place for _, found in split for place in found}
+        alike = {p for p in places if len({_shape(_renumbered(found.get(p, ()))) for _, found in split}) == 1}
         columns = [
-            _with_workspaces(left, {place: found.get(place, 0) for place in places}, column[-1])
+            _with_workspaces(
+                left, {p: found[p] if p in alike else _as_one(found.get(p, ()), (*left, column[-1])[p]) for p in places}
+            )
             for (left, found), column in zip(split, columns, strict=True)
         ]
     rows = [tuple(event.size for event in row) for row in zip(*columns, strict=True)]
@@ -651,21 +654,29 @@ def _renumbered(events: Sequence[Event]) -> tuple[Event, ...]:
     return tuple(Event(numbers.setdefault(e[0], len(numbers)), *e[1:]) for e in events)
 
 
-def _without_workspaces(events: Sequence[Event]) -> tuple[tuple[Event, ...], dict[int, int]]:
-    """The events without blocks that are freed before anything else happens, and what these took before each place.
+def _without_workspaces(events: Sequence[Event]) -> tuple[tuple[Event, ...], dict[int, list[Event]]]:
+    """The events without blocks that are freed before anything else happens, and these, by the place they are before.
 
-    Blocks that live within such a block's life go with it: what they take together counts.
+    Blocks that live within such a block's life go with it.
     """
     left: list[Event] = []
-    found: dict[int, int] = {}
+    found: dict[int, list[Event]] = {}
     for event in _latest_freed_first(events):
         if event.is_free and left and left[-1].block == event.block and not left[-1].is_free:
             place = len(left) - 1
-            within = found.pop(place + 1, 0)
-            found[place] = max(found.get(place, 0), left.pop().size + within)
+            within = found.pop(place + 1, [])
+            found.setdefault(place, []).extend((left.pop(), *within, event))
         else:
             left.append(event)
     return _renumbered(left), found
+
+
+def _as_one(events: Sequence[Event], before: Event) -> list[Event]:
+    """Workspaces as a single one, of as many bytes as they take together at most; ``before`` is what comes after."""
+    sizes = {event.block: event.size for event in events if not event.is_free}
+    most = max(accumulate(sizes[event.block] * (-1 if event.is_free else 1) for event in events), default=0)
+    taken = (*events, before)[0]._replace(block=0, size=most, category="workspaces", op="")
+    return [taken, taken._replace(size=FREE)]
 
 
 def _latest_freed_first(events: Sequence[Event]) -> Iterator[Event]:
@@ -676,15 +687,14 @@ def _latest_freed_first(events: Sequence[Event]) -> Iterator[Event]:
         yield from sorted(run, key=lambda event: -made.get(event.block, -1)) if free else run
 
 
-def _with_workspaces(events: Sequence[Event], sizes: Mapping[int, int], last: Event) -> tuple[Event, ...]:
-    """The events, with a workspace that is taken and freed before each of these places."""
+def _with_workspaces(events: Sequence[Event], workspaces: Mapping[int, Sequence[Event]]) -> tuple[Event, ...]:
+    """The events, with those of workspaces before each of these places."""
     result: list[Event] = []
-    for place, event in enumerate((*events, last)):
-        if place in sizes:
-            taken = event._replace(block=-1 - place, size=sizes[place], category="workspaces", op="")
-            result += [taken, taken._replace(size=-1)]
-        result.append(event)
-    return _renumbered(result[:-1])
+    for place in range(len(events) + 1):
+        inserted = workspaces.get(place, ())
+        result += [one._replace(block=(place, one.block)) for one in inserted]  # type: ignore[arg-type]
+        result += events[place : place + 1]
+    return _renumbered(result)
 
 
 def _grows(points: Sequence[int], sizes: Sequence[int]) -> bool:
