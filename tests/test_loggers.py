@@ -25,7 +25,8 @@ STEPS = 5
 def logged(nullgpu, tmp_path_factory):
     """The folder, the loggers' names, and what each is to have: the metrics of each step by name."""
     folder, source = tmp_path_factory.mktemp("loggers"), Path(mp.__file__).parents[1]
-    result = json.loads(nullgpu([sys.executable, CASES, folder], PYTHONPATH=source).stdout.splitlines()[-1])
+    quiet = {"WANDB_ERROR_REPORTING": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    result = json.loads(nullgpu([sys.executable, CASES, folder], PYTHONPATH=source, **quiet).stdout.splitlines()[-1])
     steps = [mp.Measurement(**step) for step in result["steps"]]
     assert len(steps) == STEPS
     strict = json.loads((folder / "strict" / "strict.json").read_text())
