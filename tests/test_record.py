@@ -77,7 +77,7 @@ def test_what_is_asked_of_kernels_directly_is_what_they_give(recorder, look):
 
 
 def test_a_tensor_of_the_host_is_not_added_to_one_of_the_device(recorder):
-    with recorder(), pytest.raises(RuntimeError, match="two (different )?devices"):
+    with recorder(), pytest.raises(RuntimeError, match=r"two (different )?devices"):
         torch.zeros(3, device=DEVICE) + torch.zeros(3)
 
 
