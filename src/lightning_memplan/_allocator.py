@@ -307,24 +307,6 @@ def replay(
 _Place = tuple[int, int, list[int]] | None  # address, size and the pool's keys; None for a block without bytes
 
 
-def most_alive(program: Sequence[tuple[int, int, int]]) -> int:
-    """Bytes in use at most, each request rounded up to 512 bytes: what no allocator does with less.
-
-    >>> most_alive([(0, 100, 0), (1, 600, 0), (0, -1, 0), (2, 512, 0)])
-    1536
-    """
-    sizes: dict[int, int] = {}
-    alive = most = 0
-    for block, size, _ in program:
-        if size < 0:
-            alive -= sizes.pop(block, 0)
-        else:
-            sizes[block] = -(-size // _ROUND) * _ROUND
-            alive += sizes[block]
-            most = max(most, alive)
-    return most
-
-
 class _Journalled(dict[int, _Place]):
     """The live blocks, written down as they come and go: replays without a journal have a plain dictionary instead."""
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_memplan._allocator import AllocatorSettings, Move, Replay, most_alive, replay
+from lightning_memplan._allocator import AllocatorSettings, Move, Replay, replay
 from lightning_memplan._history import structure_hash
 from lightning_memplan._planner import largest_fitting
 from lightning_memplan._scaling import ScaledProgram
@@ -134,7 +134,7 @@ class Estimate:
         if self.least is None:
             return peak, peak
         large = sum(size > 2**20 for _, size in self.alive(batch_size))
-        return min(peak, most_alive(self.least.at(batch_size))), peak + large * 2**20
+        return min(peak, self.least.most_alive(batch_size, self.least.turns())), peak + large * 2**20
 
     def peak_allocated(self, batch_size: int) -> int:
         """Bytes that are allocated at most (``torch.cuda.max_memory_allocated``)."""
@@ -153,7 +153,7 @@ class Estimate:
         if self.program is None:
             return self.formula.memory(batch_size) <= (capacity if limit is None else min(capacity, limit))
         given = capacity if limit is None else min(capacity, limit)
-        if self._beyond(batch_size) or self._least(batch_size, workspaces) > given:
+        if self._beyond(batch_size) or self._most_alive(batch_size, workspaces) > given:
             return False
         return self.replay(batch_size, capacity, limit, workspaces).out_of_memory is None
 
@@ -166,13 +166,13 @@ class Estimate:
             return None
         try:
             return largest_fitting(
-                lambda size: not self._beyond(size) and self._least(size, workspaces) <= capacity
+                lambda size: not self._beyond(size) and self._most_alive(size, workspaces) <= capacity
             ).batch_size
         except ValueError:  # it does not grow
             return None
 
-    def _least(self, batch_size: int, workspaces: Choice) -> int:
-        return self._program().least(batch_size, self._turns, workspaces)
+    def _most_alive(self, batch_size: int, workspaces: Choice) -> int:
+        return self._program().most_alive(batch_size, self._turns, workspaces)
 
     @cached_property
     def _turns(self) -> tuple[int, ...]:

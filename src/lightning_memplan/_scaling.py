@@ -122,13 +122,13 @@ class ScaledProgram:
             turns.append(k - 2 if k > 1 else ~taken.get(event.block, nothing) if k else nothing)
         return tuple(turns)
 
-    def least(self, batch_size: int, turns: Sequence[int], workspaces: Choice = "low") -> int:
+    def most_alive(self, batch_size: int, turns: Sequence[int], workspaces: Choice = "low") -> int:
         """Bytes that are asked for and in use at once at most, each request a multiple of 512: no allocator takes less.
 
         ``turns`` are its own: made once for many batch sizes. Much quicker than a replay.
 
         >>> program = scale([Trace(n, (Event(0, 512 * n), Event(1, 100), Event(0, -1), Event(2, 1))) for n in (2, 3)])
-        >>> program.least(10, program.turns())
+        >>> program.most_alive(10, program.turns())
         5632
         """
         taken = [size + 511 & -512 for size in self._values(batch_size, workspaces)]

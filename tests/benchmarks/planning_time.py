@@ -1,6 +1,7 @@
 """How long a plan takes, beside Lightning's BatchSizeFinder (binsearch) in the same run.
 
     tests/nullgpu/nullgpu python -m tests.benchmarks.planning_time [--only PATTERN] [--no-finder]
+    python -m tests.benchmarks.planning_time --host-memory [--only PATTERN]   # what a trace takes beside the weights
 
 On the null GPU a training step computes nothing, so the finder's steps cost it next to nothing: on a real card it
 takes longer. Seconds depend on the machine; the ratio is what counts. Needs torchvision; monai and transformers for
@@ -130,6 +131,14 @@ def planner(network: nn.Module, sample: torch.Tensor, method: Any) -> tuple[floa
     return found[0], data.batch_size
 
 
+def traced_bytes(network: nn.Module, sample: torch.Tensor) -> int:
+    """Bytes by which the process is larger for a trace, at most."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    batch = (sample.expand(2, *sample.shape).clone(), torch.zeros(2))
+    mp.estimate(Task(network), batch, method="trace", precision="16-mixed", device="RTX 3090")
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
 def trainer(callback: pl.Callback) -> pl.Trainer:
     return pl.Trainer(
         accelerator="gpu",
@@ -148,17 +157,21 @@ def trainer(callback: pl.Callback) -> pl.Trainer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="networks whose name matches this")
+    parser.add_argument("--host-memory", action="store_true", help="no times, but what a trace takes of the host")
     parser.add_argument("--no-finder", action="store_true", help="leave BatchSizeFinder out")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}: seconds (batch size)")
-    print(
-        f"{'network':<18}{'parameters':>12}{'trace':>16}{'probe':>16}{'finder':>16}{'trace/finder':>14}{'probe/finder':>14}"
-    )
-    planner(nn.Linear(8, 8), torch.zeros(8), "probe")  # CUDA and imports are there before anything is timed
-    planner(nn.Linear(8, 8), torch.zeros(8), "trace")
+    if args.host_memory:
+        mp.estimate(nn.Linear(8, 8), torch.zeros(2, 8), method="trace")  # imports are there before
+    else:
+        print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}: seconds (batch size)")
+        print(
+            f"{'network':<18}{'parameters':>12}{'trace':>16}{'probe':>16}{'finder':>16}{'trace/finder':>14}{'probe/finder':>14}"
+        )
+        planner(nn.Linear(8, 8), torch.zeros(8), "probe")  # CUDA and imports are there before anything is timed
+        planner(nn.Linear(8, 8), torch.zeros(8), "trace")
     for name, make in NETWORKS.items():
         if not re.search(args.only, name):
             continue
@@ -167,9 +180,12 @@ def main() -> None:
         except ImportError as error:
             print(f"{name:<18}needs {error.name}")
             continue
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if args.host_memory:
+            print(
+                f"{name:<18}host memory beyond the weights {traced_bytes(network, sample) / 2**30:.2f} GiB", flush=True
+            )
+            continue
         trace = planner(network, sample, "trace")
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         probe = planner(network, sample, "probe")
         search = None if args.no_finder else finder(network, sample)
         count = sum(p.numel() for p in network.parameters())
@@ -178,7 +194,7 @@ def main() -> None:
             row += f"{'-':>16}" if timed is None else f"{timed[0]:>9.2f} ({timed[1]:>4})"
         if search is not None:
             row += f"{trace[0] / search[0]:>14.3f}{probe[0] / search[0]:>14.3f}"
-        print(f"{row}   host memory of the trace {grown / 2**20:.2f} GiB", flush=True)
+        print(row, flush=True)
 
 
 if __name__ == "__main__":
