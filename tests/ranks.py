@@ -71,6 +71,14 @@ def ddp(arguments: dict[str, Any]) -> Job:
     return Classifier(mlp()), torch.zeros(2048), DDPStrategy(process_group_backend="gloo", **arguments)
 
 
+def normed(arguments: dict[str, Any]) -> Job:
+    """Channels come last, so batch norm passes its sums from block to block."""
+    layers = [nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3, stride=2)]
+    net = nn.Sequential(*layers, nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2))
+    net.to(memory_format=torch.channels_last)
+    return Classifier(net), torch.zeros(3, 64, 64), DDPStrategy(process_group_backend="gloo", **arguments)
+
+
 def fsdp(arguments: dict[str, Any]) -> Job:
     blocks = {nn.TransformerEncoderLayer}
     if arguments.pop("checkpointed", False):
@@ -104,7 +112,7 @@ def deepspeed(arguments: dict[str, Any]) -> Job:
 
 
 NETS = {"mlp": (mlp, (2048,)), "transformer": (transformer, (128, 32))}
-STRATEGIES = {"ddp": ddp, "fsdp": fsdp, "mesh": mesh, "deepspeed": deepspeed}
+STRATEGIES = {"ddp": ddp, "normed": normed, "fsdp": fsdp, "mesh": mesh, "deepspeed": deepspeed}
 
 
 if __name__ == "__main__":

@@ -134,6 +134,7 @@ KINDS = {
         {"precision": "16-mixed"},
         {"gradient_as_bucket_view": True, "start_method": "fork"},
     ),
+    "norms over both": ("normed", {"precision": "bf16-mixed", "sync_batchnorm": True}, {}),
     "mesh": ("mesh", {}, {"data_parallel_size": 2, "tensor_parallel_size": 1}),
     "shards": ("fsdp", {"precision": "bf16-mixed", "accumulate_grad_batches": 2}, {"checkpointed": True}),
 }

@@ -346,7 +346,7 @@ def _batch_norm(
         and (training or running_mean is not None)
         and (input.dtype != torch.bfloat16)
         and not (input.dim() == 3 and not training)
-        and (input.dtype == weight.dtype or (input.dtype == torch.float16 and weight.dtype == torch.float32))
+        and weight.dtype == (torch.float32 if input.dtype == torch.float16 else input.dtype)
     )
     if cudnn and training:
         return aten.cudnn_batch_norm.default(input, weight, bias, running_mean, running_var, training, momentum, eps)[0]
@@ -783,9 +783,42 @@ def _group_norm_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: An
     return (*sums, of_groups, of_groups, of_groups if weight is None else sums[0]) if mask[0] else sums
 
 
+def _norm_blocks(source: torch.Tensor, values: int) -> Sequence[Any]:
+    """Where channels come last, blocks pass so many values for each channel: two sums, or what makes a mean."""
+    if not _channels_last(source):
+        return ()
+    shape = source.numel() // source.size(1), source.size(1), values * max(4, source.element_size())
+    return ("norm_blocks", 0, *shape), ("norm_blocks", 1, *shape)
+
+
+def _channels_last(source: torch.Tensor) -> bool:
+    """aten/src/ATen/native/cuda/Normalization.cu, ``batch_norm_use_channels_last_kernels``."""
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(source.dim())
+    if layout is not None and source.is_contiguous(memory_format=layout):
+        return True
+    return source.is_contiguous() and source.stride(1) == 1
+
+
+def _native_norm(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    return (slice(None), *_norm_blocks(args[0], 4)) if args[5] else ()
+
+
+def _native_norm_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    """Two passes where channels come last: the gradient of the input is made in the second."""
+    source, of_input, training = args[1], args[9][0], args[7]
+    if not (of_input and training and _channels_last(source)):
+        return ()
+    sums = (source.size(1) * max(4, source.element_size()),) * 2
+    return (*sums, slice(1, 3), [*_norm_blocks(source, 2)], slice(0, 1))
+
+
 _NORMS: dict[Any, Rule] = {
     aten.cudnn_batch_norm.default: _batch_norm_copies,
     aten.cudnn_batch_norm_backward.default: _batch_norm_backward,
+    aten.native_batch_norm.default: _native_norm,
+    aten.native_batch_norm_backward.default: _native_norm_backward,
+    aten.batch_norm_stats.default: lambda args, kwargs, out: _norm_blocks(args[0], 4),
+    aten.batch_norm_backward_reduce.default: lambda args, kwargs, out: _norm_blocks(args[1], 2),
     aten.native_group_norm.default: _group_norm,
     aten.native_group_norm_backward.default: _group_norm_backward,
 }
@@ -1057,6 +1090,40 @@ def _logsumexp(input: torch.Tensor, dim: Sequence[int], keepdim: bool = False) -
     return aten.sum.dim_IntList(aten.exp_.default(aten.sub.Tensor(input, largest)), dim, keepdim)
 
 
+# aten/src/ATen/native/cuda/Normalization.cu (2.14): batch norm in two passes, with what other ranks say between them
+
+
+def _norm_statistics(input: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return _wide(input), _wide(input)
+
+
+def _normalized(input: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(input)
+
+
+def _norm_sums(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    mean: torch.Tensor,
+    invstd: torch.Tensor,
+    weight: torch.Tensor | None,
+    of_input: bool,
+    of_weight: bool,
+    of_bias: bool,
+) -> tuple[torch.Tensor | None, ...]:
+    sums = [torch.empty_like(mean) if of_input else None for _ in range(2)]
+    of = [torch.empty_like(weight) if asked and weight is not None else None for asked in (of_weight, of_bias)]
+    return (*sums, *of)
+
+
+def _norm_gradient(grad: torch.Tensor, input: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(input)
+
+
+def _wide(input: torch.Tensor) -> torch.Tensor:
+    return input.new_empty(input.size(1), dtype=torch.float32 if input.element_size() == 2 else input.dtype)
+
+
 def _cudnn_rnn(
     input: torch.Tensor,
     weight: Sequence[torch.Tensor],
@@ -1257,6 +1324,11 @@ KERNELS: Mapping[Any, Callable[..., Any]] = {
     aten._cudnn_rnn.default: _cudnn_rnn,
     aten._cudnn_rnn_backward.default: _cudnn_rnn_backward,
     aten._cudnn_init_dropout_state.default: _no_dropout_state,
+    aten.batch_norm_stats.default: _norm_statistics,
+    aten.batch_norm_gather_stats_with_counts.default: _norm_statistics,
+    aten.batch_norm_elemt.default: _normalized,
+    aten.batch_norm_backward_reduce.default: _norm_sums,
+    aten.batch_norm_backward_elemt.default: _norm_gradient,
     aten.logsumexp.default: _logsumexp,
     aten.mse_loss.default: _pointwise_loss,
     aten.smooth_l1_loss.default: _pointwise_loss,

@@ -105,6 +105,32 @@ def _joined(shape: list[int], strides: list[int], reduced: int) -> tuple[list[in
     return [size for size, _ in pairs], [stride for _, stride in pairs], len(parts[0])
 
 
+def norm_blocks(part: int, rows: int, channels: int, width: int) -> int:
+    """Bytes through which blocks pass the sums of a batch norm whose channels come last: ``part`` 0, or counters: 1.
+
+    ``width`` bytes for each channel and block. 0 where one block does a channel alone.
+
+    Source: ``flexible_launch_configs`` and the templates of ``batch_norm_stats_channels_last`` and
+    ``batch_norm_backward_reduce_channels_last`` in aten/src/ATen/native/cuda/Normalization.cuh (2.14).
+
+    Four images of 64 x 64 (16,384 rows) and 64 channels: blocks of 32 x 16 threads, 16 rows a thread, so 2 blocks of
+    channels and 64 of rows, each with a mean, a sum of squares and a count (in a place for 4) of 64 channels.
+
+    >>> norm_blocks(0, 16384, 64, 16), norm_blocks(1, 16384, 64, 16)
+    (65536, 8)
+    """
+    if min(rows, channels) <= 0:
+        return 0
+    wide = min(_last_power_of_two(channels), 32)
+    high = min(_last_power_of_two(_up(rows, 16)), 512 // wide)
+    if wide * high != 512:
+        wide = min(_last_power_of_two(channels), 512 // high)
+    blocks = min(_up(rows, high * 16), 128)
+    if blocks < 8:
+        return 0
+    return 4 * _up(channels, wide) if part else width * channels * blocks
+
+
 def rounded_rows(count: int, rows: int, multiple: int, width: int) -> int:
     """``count`` times ``rows`` rounded up to ``multiple``, of ``width`` bytes.
 
@@ -214,6 +240,7 @@ KERNELS: Mapping[str, Callable[..., int | Range]] = {
     "embedding_segments": embedding_segments,
     "layer_norm_rows": layer_norm_rows,
     "measured": measured,
+    "norm_blocks": norm_blocks,
     "reduction": reduction,
     "rounded_rows": rounded_rows,
     "scan": scan,

@@ -209,7 +209,8 @@ def parallel_of(trainer: Any) -> Parallel | None:
     if found is None:
         return None
     backend = strategy._get_process_group_backend() if hasattr(strategy, "_get_process_group_backend") else ""
-    return replace(found, rank=trainer.global_rank, backend=backend)
+    sync = getattr(strategy, "_layer_sync", None) if found.kind in ("ddp", "fsdp") else None  # the others ignore it
+    return replace(found, rank=trainer.global_rank, backend=backend, layer_sync=sync)
 
 
 def parallel_named(strategy: Any, devices: int) -> Parallel | None:

@@ -94,7 +94,8 @@ class StepRunner:
         datamodule: Any = None,
         optimizer: MakeOptimizer | None = None,
     ) -> None:
-        self.twin: Any = twin
+        sync = None if settings.parallel is None else settings.parallel.layer_sync
+        self.twin: Any = twin if sync is None else sync.apply(twin)
         self.mark = mark
         self.device = device
         self.settings = settings

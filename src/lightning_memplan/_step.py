@@ -379,9 +379,9 @@ def run_formula(
     notes: tuple[str, ...] = ()
     with _as_on_the_card(settings), ExitStack() as stack:
         parallel = settings.parallel
-        if parallel is not None:  # a module that is configured with a mesh is given one of a single rank
+        if parallel is not None:  # a single rank, which asks no other, and whose mesh has no more
             meshed = parallel.kind == "model_parallel"
-            settings = replace(settings, parallel=Parallel("model_parallel", ranks=1) if meshed else None)
+            settings = replace(settings, parallel=Parallel("model_parallel" if meshed else "ddp", ranks=1))
         run = _Run(module, mode, settings, trainer, datamodule, optimizer)
         run.recorder.numbers = _numbers(batch, batch)
         stack.enter_context(run.alone())
@@ -452,7 +452,7 @@ class _Run(StepRunner):
         """Where a forward pass can run by itself: the twin's layers are there."""
         parallel = self.settings.parallel
         with ranks_of(parallel, DEVICE, self.recorder):
-            if parallel is not None:
+            if parallel is not None and parallel.kind == "model_parallel":
                 with self.recorder:
                     wrapped(self.twin, parallel, DEVICE, self.recorder, self.settings.precision)
                     unparallelized(self.twin)

@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional
+from torch.nn.modules._functions import SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from lightning_memplan._deepspeed import silent_engine
 from lightning_memplan._errors import TraceError
-from lightning_memplan._shards import Mark, begin, fully_sharded, let_go, noted_streams
+from lightning_memplan._shards import Mark, begin, fully_sharded, in_place_of, let_go, noted_streams
 from lightning_memplan._types import Parallel, Precision
 
 #: The stream beside the default one on which Lightning makes DistributedDataParallel, as events number it
@@ -37,6 +39,9 @@ def ranks_of(parallel: Parallel | None, device: torch.device, mark: Mark) -> Ite
     with ExitStack() as stack:
         if parallel is not None:
             stack.enter_context(silent_ranks(parallel.ranks, parallel.rank, copies=parallel.backend == "gloo"))
+            if device.type != "cuda":
+                stack.enter_context(in_place_of(nn.SyncBatchNorm, "forward", _synchronized(mark)))
+                stack.enter_context(in_place_of(DistributedDataParallel, "_passing_sync_batchnorm_handle", _nothing))
             if parallel.kind == "model_parallel":
                 stack.callback(_forget_mesh)
             if parallel.kind == "deepspeed":
@@ -120,6 +125,31 @@ def _broadcast_states(twin: nn.Module) -> None:
     if states:
         group = torch.distributed.distributed_c10d._get_default_group()
         torch.distributed._broadcast_coalesced(group, states, 250 * 2**20, 0)  # type: ignore[attr-defined]
+
+
+def _synchronized(mark: Any) -> Callable[[nn.SyncBatchNorm, torch.Tensor], torch.Tensor]:
+    """``SyncBatchNorm.forward``, which would refuse a traced tensor, since it is on no card: its part with memory.
+
+    Source: torch/nn/modules/batchnorm.py (2.11 to 2.14).
+    """
+
+    def forward(norm: nn.SyncBatchNorm, input: torch.Tensor) -> torch.Tensor:
+        kept = not norm.training or norm.track_running_stats
+        mean, var = (norm.running_mean, norm.running_var) if kept else (None, None)
+        ranks, factor, selected = torch.distributed.get_world_size(), norm.momentum or 0.0, mark.lengths_taken
+        if not norm.training or ranks == 1:
+            training = norm.training or mean is None
+            return functional.batch_norm(input, mean, var, norm.weight, norm.bias, training, factor, norm.eps)
+        group = torch.distributed.group.WORLD
+        out = SyncBatchNorm.apply(input, norm.weight, norm.bias, mean, var, norm.eps, factor, group, ranks)
+        mark.lengths_taken = selected  # of the ranks, those that have samples are selected: all
+        return out  # type: ignore[no-any-return]
+
+    return forward
+
+
+def _nothing(*_: Any) -> None:
+    """DistributedDataParallel asks whether all is on a card where there are such layers."""
 
 
 def local(value: Any) -> Any:

@@ -387,6 +387,7 @@ class Parallel:
     backend: str = "nccl"
     name: str = ""
     tensor_parallel: int = 1  #: of the ranks, how many share the work on a sample: ModelParallelStrategy's
+    layer_sync: Any = None  #: Lightning's plugin that has layers compute over all ranks (``sync_batchnorm=True``)
 
     @property
     def nccl(self) -> int:
