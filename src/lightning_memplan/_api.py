@@ -779,12 +779,16 @@ def _probed_index(device: Device | None) -> int:
 
 
 def _can_be_probed(device: Device | None, settings: StepSettings) -> bool:
-    """Whether ``auto`` probes: several ranks do not, whose steps may wait for one another."""
-    device = device or default_device()
-    if settings.parallel is not None and settings.parallel.ranks > 1:
-        return False
-    alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
-    alone = alone or torch.distributed.get_world_size() == 1
+    """Whether ``auto`` probes. What shards parameters does not: each rank would make a copy of all of them.
+
+    Nor do ranks whose strategy is not known: their steps may wait for one another.
+    """
+    device, parallel = device or default_device(), settings.parallel
+    if parallel is not None:
+        alone = parallel.ranks == 1 or parallel.kind == "ddp"
+    else:
+        initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+        alone = not initialized or torch.distributed.get_world_size() == 1
     return device.kind == "cuda" and device.index is not None and alone and can_probe()
 
 

@@ -41,7 +41,7 @@ from lightning_memplan._units import parse_bytes
 SIZES = ((2, 3, 5), (1, 2, 3), (1, 2), (1,))
 
 #: The most samples that the large batch of a probe has
-LARGEST = 4096
+LARGEST = 2**16
 
 _MOST_EVENTS = 10**7
 
@@ -99,7 +99,9 @@ def probe_steps(
             found = _unless_out_of_memory(device, partial(_recorded, run, sample, sizes, steps))
             if found is not None:
                 traces, formula = found
-                most = 0 if capacity is None else _most(traces, formula.input_bytes, capacity, largest or LARGEST)
+                ranks = 1 if settings.parallel is None else settings.parallel.ranks  # which all may share this host
+                on_the_host = cpu_device().capacity // (4 * ranks * max(1, formula.input_bytes))
+                most = 0 if capacity is None else min(_most(traces, capacity), largest or LARGEST, on_the_host)
                 try:
                     more = _larger(run, sample, traces, most, steps, largest)
                 except Exception as error:  # of a batch that no plan may come to: real steps confirm the one that does
@@ -133,10 +135,9 @@ def _recorded(run: _Run, sample: MakeBatches, sizes: Sequence[int], steps: int) 
     return traces, formula
 
 
-def _most(few: Sequence[Trace], sample_bytes: int, capacity: int, largest: int) -> int:
-    """How many samples the large batch may have: half of what is expected to fit, in a quarter of the host's memory."""
-    on_the_host = cpu_device().capacity // 4 // max(1, sample_bytes)
-    return min(LARGEST, largest, expected_to_fit(few, capacity) // 2, on_the_host)
+def _most(few: Sequence[Trace], capacity: int) -> int:
+    """How many samples the large batch may have on the card: half of what is expected to fit."""
+    return min(LARGEST, expected_to_fit(few, capacity) // 2)
 
 
 def _larger(

@@ -38,7 +38,7 @@ def ranks_of(parallel: Parallel | None, device: torch.device, mark: Mark) -> Ite
     """Where steps of what a strategy wraps can run in one process; nothing changes where it wraps nothing."""
     with ExitStack() as stack:
         if parallel is not None:
-            stack.enter_context(silent_ranks(parallel.ranks, parallel.rank, copies=parallel.backend == "gloo"))
+            stack.enter_context(silent_ranks(parallel.ranks, parallel.rank, parallel.backend))
             if device.type != "cuda":
                 stack.enter_context(in_place_of(nn.SyncBatchNorm, "forward", _synchronized(mark)))
                 stack.enter_context(in_place_of(DistributedDataParallel, "_passing_sync_batchnorm_handle", _nothing))
@@ -85,7 +85,7 @@ def _parallelized(twin: Any, parallel: Parallel, device: torch.device, mark: Mar
     places = zip(divmod(parallel.rank, parts), (whole // parts, parts), strict=True)
     groups: list[Any] = [_Silent(rank, size) for rank, size in places]  # type: ignore[call-arg]
     for group, name in zip(groups, _DIMENSIONS, strict=True):
-        group.copies, group.group_name = parallel.backend == "gloo", f"silent {name}"
+        group.backend, group.group_name = parallel.backend, f"silent {name}"
         torch._C._distributed_c10d._register_process_group(group.group_name, group)
     ranks = torch.arange(whole).view(-1, parts)
     mesh = DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=_DIMENSIONS)
@@ -201,17 +201,17 @@ def without_reduction(wrapper: nn.Module | None) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def silent_ranks(count: int, rank: int = 0, *, copies: bool = False) -> Iterator[None]:
+def silent_ranks(count: int, rank: int = 0, backend: str = "nccl") -> Iterator[None]:
     """Whatever is asked of ``torch.distributed`` inside is answered as by one rank of ``count``, and reaches no one.
 
     The group that is there, if any, is put back afterwards. Nothing of the user's code can make other ranks wait.
-    ``copies`` says that gathering and scattering go through a copy of all of it on the card, as gloo's do.
+    ``backend`` names what would move the tensors.
     """
     world = torch.distributed.distributed_c10d._world
     before, group = world.default_pg, _Silent(rank, count)  # type: ignore[call-arg]
-    group.copies = copies
+    group.backend = backend
     world.default_pg = group
-    world.pg_map[group] = ("silent", None)  # type: ignore[assignment]
+    world.pg_map[group] = (backend, None)  # type: ignore[assignment]
     world.pg_group_ranks[group] = {rank: rank for rank in range(count)}
     try:
         yield
@@ -221,40 +221,60 @@ def silent_ranks(count: int, rank: int = 0, *, copies: bool = False) -> Iterator
 
 
 class _Silent(torch.distributed.ProcessGroup):
-    """A group whose collectives leave the tensors as they are.
+    """A group in which all ranks have what this one has: tensors are gathered from copies of its own.
 
-    Source of the copies: torch/csrc/distributed/c10d/ProcessGroupGloo.cpp (2.14), ``_allgather_base`` and
-    ``reduce_scatter_tensor_coalesced``.
+    Gathering and scattering go through a copy of all of it on the card with gloo. Source: ``_allgather_base`` and
+    ``reduce_scatter_tensor_coalesced`` in torch/csrc/distributed/c10d/ProcessGroupGloo.cpp (2.14).
     """
 
-    copies = False
+    backend = "nccl"
     group_name: Any = "silent"
 
     def _copy(self, whole: Any) -> None:
         """A copy that is gone when the collective is done."""
-        if self.copies:
+        if self.backend == "gloo":
             tensors = tree_leaves(whole)
             torch.empty(sum(tensor.numel() for tensor in tensors), dtype=tensors[0].dtype, device=tensors[0].device)
 
     def getBackendName(self) -> str:  # noqa: N802 - torch's name
-        return "silent"
+        return "silent"  # DistributedDataParallel would ask NCCL itself
 
     def allreduce(self, tensors: Any, *_: Any) -> Any:
         return _done(tensors)
 
-    def broadcast(self, tensors: Any, *_: Any) -> Any:
-        return _done(tensors)
+    reduce = broadcast = allreduce
 
-    def allgather(self, outputs: Any, *_: Any) -> Any:
+    def allgather(self, outputs: Any, inputs: Any, *_: Any) -> Any:
         self._copy(outputs)
+        for gathered, own in zip(outputs, inputs, strict=True):
+            for output in gathered:
+                _fill(output, own)
         return _done(outputs)
 
-    def _allgather_base(self, output: Any, *_: Any) -> Any:
+    def gather(self, outputs: Any, inputs: Any, *_: Any) -> Any:
+        return self.allgather(outputs, inputs[: len(outputs)])
+
+    def alltoall(self, outputs: Any, inputs: Any, *_: Any) -> Any:
+        for output, own in zip(outputs, inputs, strict=True):
+            _fill(output, own)
+        return _done(outputs)
+
+    def reduce_scatter(self, outputs: Any, inputs: Any, *_: Any) -> Any:
+        own = [parts[self.rank()] for parts in inputs]
+        return self.alltoall(outputs[: len(own)], own)
+
+    scatter = reduce_scatter  # which has inputs on one rank only
+
+    def _allgather_base(self, output: Any, own: Any, *_: Any) -> Any:
         self._copy(output)
+        _fill(output, own)
         return _done([output])
+
+    alltoall_base = all_to_all_single = _allgather_base
 
     def _reduce_scatter_base(self, output: Any, whole: Any, *_: Any) -> Any:
         self._copy(whole)
+        _fill(output, whole)
         return _done([output])
 
     # their names from 2.14 on
@@ -263,6 +283,20 @@ class _Silent(torch.distributed.ProcessGroup):
 
     def barrier(self, *_: Any, **__: Any) -> Any:
         return _done([])
+
+    monitored_barrier = barrier
+
+
+def _fill(output: torch.Tensor, own: torch.Tensor) -> None:
+    """Give ``output`` values that a step can do with (indices, say), as often as there is room; autograd sees none."""
+    count = min(output.numel(), own.numel())
+    if not count or not (output.is_contiguous() and own.is_contiguous()):
+        return
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(output):
+        whole = output.view(-1)
+        for begin in range(0, output.numel(), count):
+            part = whole[begin : begin + count]
+            part.copy_(own.detach().view(-1)[: part.numel()])
 
 
 def _done(tensors: Any) -> Any:

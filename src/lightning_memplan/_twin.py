@@ -11,10 +11,12 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -42,7 +44,7 @@ class StandInTrainer:
             "global_step": 0,
             "current_epoch": 0,
             "world_size": getattr(real, "world_size", 1),
-            "strategy": None,
+            "strategy": StandInStrategy(getattr(real, "strategy", None)),
             "lr_scheduler_configs": [],
             "callback_metrics": {},
             "logged_metrics": {},
@@ -64,6 +66,44 @@ class StandInTrainer:
 
     def __deepcopy__(self, memo: Any) -> StandInTrainer:
         return self
+
+
+class StandInStrategy:
+    """What a copied step asks of other ranks, which say nothing; what else it reads is the real strategy's.
+
+    Source: lightning_fabric/utilities/distributed.py (2.6), ``_all_gather_ddp_if_available`` and ``_sync_ddp``.
+    """
+
+    def __init__(self, real: Any = None) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or self._real is None:
+            raise AttributeError(f"the strategy has no {name!r} before training has begun")
+        return getattr(self._real, name)
+
+    def __deepcopy__(self, memo: Any) -> StandInStrategy:
+        return self
+
+    def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> torch.Tensor:
+        if not dist.is_initialized():
+            return tensor
+        from torch.distributed.nn.functional import all_gather
+
+        with nullcontext() if sync_grads else torch.no_grad():
+            return torch.stack(all_gather(tensor.contiguous()))
+
+    def reduce(self, tensor: Any, *_: Any, **__: Any) -> Any:
+        return tensor
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return decision
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj
+
+    def barrier(self, name: str | None = None) -> None:
+        """No rank is waited for."""
 
 
 def twin_of(module: nn.Module, memo: dict[int, Any], *, trainer: Any, device: torch.device) -> nn.Module:

@@ -84,7 +84,7 @@ class MemoryPlanner(CallbackBase):
     Args:
         method: ``"probe"`` runs the training step on the GPU, ``"trace"`` on fake tensors, ``"formula"`` adds up
             ``params + grads + bs * (I1 + 2 * sum(Ii))``. ``"auto"`` traces, and probes too where the card is here
-            (unless there are several ranks): it plans by the probe if that has run a large batch, else by the one with
+            (with several ranks, under DDP only): it plans by the probe if that has run a large batch, else by the one with
             which fewer samples fit, and by the formula, with a warning, where neither can be had. The plan says what
             each found, and why one was not to be had.
         device: The card to plan for: a name such as ``"RTX 3090"``, or a ``Device``. Where nothing is said, the one
