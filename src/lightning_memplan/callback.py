@@ -68,7 +68,7 @@ from lightning_memplan._report import (
     validation_metrics,
     validation_text,
 )
-from lightning_memplan._sample import SAMPLE_SIZE, Which, check_sample, read_samples
+from lightning_memplan._sample import SAMPLE_SIZE, Which, batch_size_of, check_sample, read_samples
 from lightning_memplan._step import prepared
 from lightning_memplan._types import Device, Measurement, Outcome, Peaks, Plan, StepSettings
 
@@ -96,7 +96,8 @@ class MemoryPlanner(CallbackBase):
         batch_arg_name: The attribute or hyperparameter of the module or datamodule that holds the batch size, such as
             ``"batch_size"`` or ``"data.batch_size"``; all that have it are set. Loaders that do not follow one, since
             they were passed to ``fit`` or made with a number, are replaced by copies of the planned batch size.
-        apply: Whether to set the batch size; ``False`` plans for information only.
+        apply: Whether to set the batch size; ``False`` plans for information only, and predicts for the batches that
+            training has.
         every_n_steps: Log the measurements of every n-th step; all are kept in ``measurements``.
         min_batch_size: The smallest batch size allowed; ``DoesNotFitError`` where it does not fit.
         sample: Which samples of the dataset are planned with: ``"first"``, its first five, or ``"largest"``, copies of
@@ -199,7 +200,8 @@ class MemoryPlanner(CallbackBase):
         self.test_plan: Plan | None = None
         self.estimate: Estimate | None = None
         self._meter: Meter | None = None
-        self._predicted: list[Peaks] = []
+        self._predicted: list[Peaks] = []  # of each step, at the batch size that training has
+        self._formula_peak = 0
         self._parts = 1
         self._index: int | None = None
         self._held = 0
@@ -329,14 +331,7 @@ class MemoryPlanner(CallbackBase):
         """Set what is planned: all of it, or nothing."""
         plan, estimate, capacity = draft.plan, draft.estimate, draft.plan.device.capacity
         val_plan, val_size = self._plan_validation(draft)
-        predicted = [
-            Peaks(
-                step.allocated + self._held,
-                step.reserved + self._held,
-                {name: peak + self._held for name, peak in step.phases.items()},
-            )
-            for step in estimate.step_peaks(plan.batch_size, capacity)
-        ]
+        predicted = self._foreseen(estimate, plan.batch_size, capacity)
         recorded = 0 if estimate.program is None else max(event.step for event in estimate.program.events)
         with ExitStack() as undo:
             if self._place is not None:
@@ -352,7 +347,33 @@ class MemoryPlanner(CallbackBase):
                 say(validation_text(val_size, plan, val_plan))
             undo.pop_all()
         self.plan, self.val_plan, self.estimate, self._predicted = plan, val_plan, estimate, predicted
+        self._formula_peak = plan.formula_peak
         self._parts = max(1, recorded // STEPS)  # batches of one of the optimizer's steps; the formula has but one
+
+    def _foreseen(self, estimate: Estimate, batch_size: int, capacity: int) -> list[Peaks]:
+        return [
+            Peaks(
+                step.allocated + self._held,
+                step.reserved + self._held,
+                {name: peak + self._held for name, peak in step.phases.items()},
+            )
+            for step in estimate.step_peaks(batch_size, capacity)
+        ]
+
+    def _foresee(self, batch: Any) -> None:
+        """Predict for batches of as many samples as the first one has, where none were set."""
+        plan, estimate = self.plan, self.estimate
+        assert plan is not None
+        assert estimate is not None
+        try:
+            size = batch_size_of(batch)
+        except ValueError:  # it is not told: what was planned with is as good as another
+            return
+        if size == plan.batch_size:
+            return
+        self._predicted = self._foreseen(estimate, size, plan.device.capacity)
+        self._formula_peak = estimate.formula.memory(size)
+        say(f"MemoryPlanner predicts for batches of {size}, as training has them: apply=False sets nothing")
 
     def _learn(self, device: Device, method: str) -> Lesson:
         """What earlier runs teach, unless the margin was named."""
@@ -473,7 +494,7 @@ class MemoryPlanner(CallbackBase):
             return
         self._meter = Meter(
             self._index,
-            self._predictor(),
+            self._predict,
             every_n_steps=self.every_n_steps,
             manual=not pl_module.automatic_optimization,
             resets=self.reset_peaks,
@@ -481,14 +502,14 @@ class MemoryPlanner(CallbackBase):
             margin=None if self.plan.method == "formula" else self.plan.margin,
         )
 
-    def _predictor(self) -> Callable[[int], Peaks]:
-        """What each batch of training is predicted to take; steps beyond those that were replayed are like the last."""
+    def _predict(self, batch: int) -> Peaks:
+        """What a batch of training, from 0, is predicted to take; those beyond what was replayed are like the last."""
         assert self.plan is not None
         whole, last = self.plan.accumulate_grad_batches, len(self._predicted) - 1
         steps = len(self._predicted) // self._parts
-        like = (traced_step(batch, whole, self._parts, steps) for batch in range(steps * whole))
-        peaks = [self._predicted[min(step, last)] for step in like]
-        return lambda batch: peaks[batch if batch < len(peaks) else batch % whole - whole]
+        if batch >= steps * whole:
+            batch = (steps - 1) * whole + batch % whole
+        return self._predicted[min(traced_step(batch, whole, self._parts, steps), last)]
 
     @property
     def measurements(self) -> list[Measurement]:
@@ -500,6 +521,8 @@ class MemoryPlanner(CallbackBase):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self._meter is not None:
+            if not self.apply and not self._meter.step:
+                self._foresee(batch)
             self._meter.begin()
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
@@ -521,7 +544,7 @@ class MemoryPlanner(CallbackBase):
         if remark := self._meter.remark():
             warnings.warn(f"MemoryPlanner: {remark}", stacklevel=2)
         if self._meter.logs(measured.step):
-            self._log(trainer, step_metrics(measured, self.plan.formula_peak))
+            self._log(trainer, step_metrics(measured, self._formula_peak))
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         if self._meter is not None and is_fitting(trainer):
