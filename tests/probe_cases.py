@@ -41,6 +41,14 @@ class Net(pl.LightningModule):
         return DataLoader([(torch.zeros(3, 64, 64), 0)] * 20_000, batch_size=self.batch_size)
 
 
+class Compiled(Net):
+    """One whose network is compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.compile(self.net)  # type: ignore[assignment]
+
+
 class NotMany(Net):
     """One whose step cannot take more than 32 samples."""
 
@@ -55,7 +63,7 @@ def in_use() -> tuple[int, int]:
     return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
 
 
-def fit(precision: Any) -> list[list[int]]:
+def fit(precision: Any, net: Net | None = None) -> list[list[int]]:
     planner = mp.MemoryPlanner(method="probe", max_batch_size=512)
     trainer = pl.Trainer(
         accelerator="gpu",
@@ -69,7 +77,7 @@ def fit(precision: Any) -> list[list[int]]:
         gradient_clip_val=1.0,
         callbacks=[planner],
     )
-    trainer.fit(Net())
+    trainer.fit(net or Net())
     assert planner.plan is not None
     assert (planner.plan.method, planner.plan.batch_size) == ("probe", 512)
     return [[m.predicted_allocated, m.allocated, m.predicted_reserved, m.reserved] for m in planner.measurements]
@@ -92,6 +100,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     for precision in ("32-true", "16-mixed"):
         shown[precision] = fit(precision)
+    shown["compiled"] = fit("32-true", Compiled())
 
     shown["tried"] = tried(Net())
     rows = read_samples((torch.zeros(5, 3, 64, 64), torch.zeros(5, dtype=torch.long)))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -9,7 +12,7 @@ from pytorch_lightning.utilities.compile import from_compiled
 from torch import nn
 
 import lightning_memplan as mp
-from lightning_memplan._compiled import BROKEN, CUDA_GRAPHS, FUSED, OTHER
+from lightning_memplan._compiled import BROKEN, CUDA_GRAPHS, FUSED, OTHER, WRITTEN
 
 WIDTH = 1024
 BATCH = torch.zeros(4, WIDTH)
@@ -75,9 +78,83 @@ def in_place(module, **how):
     return module
 
 
+def chain(x):
+    return x.sin().cos().exp().tanh().sigmoid()
+
+
+compiled_chain = torch.compile(chain)
+others = SimpleNamespace(chain=compiled_chain)  # as another module's
+
+
+class Weighted(Net):
+    """Its one weight a column, and what is written in a subclass."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+
+class ByName(Weighted):
+    def training_step(self, batch, batch_idx):
+        return compiled_chain(self.weight * batch).sum()
+
+
+class OfAnother(Weighted):
+    def training_step(self, batch, batch_idx):
+        return others.chain(self.weight * batch).sum()
+
+
+class Attribute(Weighted):
+    def __init__(self):
+        super().__init__()
+        self.run = torch.compile(chain)
+
+    def training_step(self, batch, batch_idx):
+        return self.run(self.weight * batch).sum()
+
+
+class Closure(Weighted):
+    def __init__(self):
+        super().__init__()
+        self.run = torch.compile(lambda x: chain(self.weight * x))
+
+    def training_step(self, batch, batch_idx):
+        return self.run(batch).sum()
+
+
+class OwnForward(Weighted):
+    def __init__(self):
+        super().__init__()
+        self.forward = torch.compile(self.forward)
+
+    def forward(self, x):
+        return chain(self.weight * x)
+
+    def training_step(self, batch, batch_idx):
+        return self(batch).sum()
+
+
+class Decorated(Weighted):
+    @torch.compile
+    def training_step(self, batch, batch_idx):
+        return chain(self.weight * batch).sum()
+
+
+class ConfiguresModel(Net):
+    def configure_model(self):
+        self.chain = torch.compile(Chain())
+
+
 @pytest.mark.parametrize(
     ("module", "tensors"),
     [
+        # the batch, the product, the chain's result and its gradient
+        pytest.param(ByName, 4, id="a function, called by its name"),
+        pytest.param(Attribute, 4, id="a function, an attribute"),
+        pytest.param(Closure, 3, id="a function that closes over the module"),
+        pytest.param(OwnForward, 3, id="forward, of one module"),
+        pytest.param(Decorated, 1, id="a decorated step"),
+        pytest.param(lambda: ConfiguresModel(None), 3, id="in configure_model"),
         pytest.param(lambda: Net(in_place(Chain())), 3, id="Module.compile"),
         pytest.param(lambda: torch.compile(Chain()), 3, id="a module without a step"),
         # the sum is in the same kernel: the batch alone
@@ -89,6 +166,21 @@ def test_every_way_of_compiling(module, tensors):
     found = mp.estimate(module(), BATCH, method="trace")
     assert found.notes == (FUSED,)
     assert found.allocated_range(1000)[0] == pytest.approx(tensors * 1000 * WIDTH * 4, rel=0.01)
+
+
+def test_a_function_of_another_module_is_planned_as_it_is_written():
+    found = mp.estimate(OfAnother(), BATCH, method="trace")
+    assert found.notes == (f"{WRITTEN}: chain",)
+    # the batch, the product, results of sin, cos, exp, tanh and sigmoid, one more in the backward pass
+    assert found.peak_allocated(1000) >= 7 * 1000 * WIDTH * 4
+
+
+def test_a_copy_has_functions_of_its_own():
+    module = Closure()
+    before = copy.copy(module.run.__dict__)
+    mp.estimate(module, BATCH, method="trace")
+    assert module.run.__dict__ == before
+    assert others.chain is compiled_chain is ByName.training_step.__globals__["compiled_chain"]
 
 
 def test_cuda_graphs_are_named():

@@ -289,7 +289,7 @@ def shown(nullgpu):
     return json.loads(done.stdout.split("SHOWN ")[1])
 
 
-@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "compiled"])
 def test_what_a_probe_predicts_is_what_training_takes(shown, precision):
     assert len(shown[precision]) == 4
     for predicted_allocated, allocated, predicted_reserved, reserved in shown[precision]:

@@ -6,18 +6,21 @@ what inductor saves. Inductor then fuses operators, and what a fused kernel pass
 any case are what the graphs return or save, and what kernels of libraries read and write. The lower end has no others,
 and a result takes the place of an operand that it is the last to read. The upper end has one as well for every sum,
 and for every other result but one that a single elementwise operator or sum reads: that is always a part of it. And a
-library's kernel copies its largest operand, whose layout inductor chooses (channels last, rows filled up).
+library's kernel copies its largest operand, whose layout inductor chooses (channels last, rows filled up). In the first
+step kernels are tried out in several ways, and before each the card's L2 cache is filled by a block of its size.
 
-Source: torch/_functorch/partitioners.py and torch/_inductor (compile_fx.py, scheduler.py), 2.11 to 2.14.
+Source: torch/_functorch/partitioners.py and torch/_inductor (compile_fx.py, scheduler.py, runtime/benchmarking.py),
+2.11 to 2.14.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from types import CodeType, FunctionType, MethodType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,8 +29,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_memplan._record import Recorder
 
-_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
-
 #: Kernels that inductor calls and does not make, beside its ``fallbacks``: their operands and results are blocks
 _OF_LIBRARIES = frozenset(
     """mm addmm bmm baddbmm _scaled_mm convolution convolution_backward _cudnn_rnn _cudnn_rnn_backward
@@ -35,6 +36,9 @@ _OF_LIBRARIES = frozenset(
     _scaled_dot_product_efficient_attention _scaled_dot_product_efficient_attention_backward sort topk""".split()
 )
 
+
+#: Compute capability -> bytes of the L2 cache, the largest of the cards that have it (NVIDIA's architecture papers)
+_L2 = {(7, 0): 6, (7, 5): 6, (8, 0): 40, (8, 6): 6, (8, 9): 96, (9, 0): 60, (10, 0): 126, (12, 0): 128}
 
 #: Batch sizes of traces: what is saved depends on sizes, and of a few samples it would be other tensors than of many
 COMPILED_SIZES = (16, 24, 40)
@@ -48,10 +52,12 @@ class Graphs:
         self.least = False  #: which end is recorded
         self.recorder: Any = None
         self.made: dict[Any, tuple[Callable[..., Any] | None, str]] = {}  #: a call -> what runs it, what to say of it
+        self.cache = 0  #: bytes of the card's L2 cache
+        self.making = False  #: what is called then is in the graph that is being made
 
     def interpreted(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         def run(args: list[Any]) -> Any:
-            return _Interpreter(graph, self.recorder, self.least).boxed_run(args)
+            return _Interpreter(graph, self).boxed_run(args)
 
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
@@ -60,19 +66,22 @@ class Graphs:
 class _Region(nn.Module):
     """A compiled callable: its graphs are made when it is first called, and anew for a call that is not alike."""
 
-    def __init__(self, root: nn.Module, function: Callable[..., Any], graphs: Graphs, place: int) -> None:
+    def __init__(self, modules: list[nn.Module], function: Callable[..., Any], graphs: Graphs, place: int) -> None:
         super().__init__()
-        self.root, self.function, self.graphs, self.place = root, function, graphs, place
+        self.of, self.function, self.graphs, self.place = nn.ModuleList(modules), function, graphs, place
         self.notes: set[str] = set()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
+        if self.graphs.making:
+            return self.function(*args, **kwargs)
         weights = dict(self.named_parameters()), dict(self.named_buffers())
         leaves = tree_leaves((weights, args, kwargs))
-        shapes = tuple((t.shape, t.dtype, t.requires_grad) if isinstance(t, torch.Tensor) else t for t in leaves)
-        key = (self.place, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), self.root.training, shapes)
+        shapes = tuple((t.shape, t.dtype, t.requires_grad) if isinstance(t, torch.Tensor) else str(t) for t in leaves)
+        modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), *(module.training for module in self.of)
+        key = (self.place, modes, shapes)
         if key not in self.graphs.made:
             self.graphs.made[key] = self._made(weights, args, kwargs)
         made, note = self.graphs.made[key]
@@ -95,11 +104,14 @@ class _Region(nn.Module):
             partition_fn=partial(min_cut_rematerialization_partition, compiler="inductor"),
             decompositions=select_decomp_table(),
         )
+        self.graphs.making = True
         try:
             with self.graphs.recorder.unseen():  # graphs keep the examples that they are made of
                 made(*tree_map(_example, (*weights, args, kwargs)))
         except Exception as error:  # noqa: BLE001 - what torch.compile would leave to Python, it runs as it is written
             return None, f"{BROKEN} ({type(error).__name__})"
+        finally:
+            self.graphs.making = False
         return made, FUSED
 
 
@@ -114,11 +126,18 @@ def _example(value: Any) -> Any:
 class _Interpreter(torch.fx.Interpreter):
     """Runs a graph, whose operators have their results in memory where ``_kept`` says so."""
 
-    def __init__(self, graph: torch.fx.GraphModule, recorder: Recorder, least: bool) -> None:
+    def __init__(self, graph: torch.fx.GraphModule, graphs: Graphs) -> None:
         super().__init__(graph)
-        self.recorder, self.least, self.kept = recorder, least, _kept(graph, least)
+        self.recorder, self.least, self.cache = graphs.recorder, graphs.least, graphs.cache
+        self.kept = _kept(graph, self.least)
 
     def run_node(self, n: torch.fx.Node) -> Any:
+        out = self._run_node(n)
+        if n in self.kept and not self.least and self.recorder.step == 1 and not _is_view(n):
+            self.recorder.take_and_give_back(self.cache)
+        return out
+
+    def _run_node(self, n: torch.fx.Node) -> Any:
         if _of_library(n) and not self.least:
             operands = [self.env[m] for m in n.all_input_nodes if isinstance(self.env[m], torch.Tensor)]
             largest = max(operands, key=torch.Tensor.numel, default=None)
@@ -182,45 +201,160 @@ def _is_view(n: torch.fx.Node) -> bool:
     return not isinstance(n.target, torch._ops.OpOverload) or n.target.is_view  # or one of several results
 
 
-def compiled_parts(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """The modules of which something is compiled, and the names of what is."""
+class Part(NamedTuple):
+    """Something that is compiled: as the attribute ``name`` of ``owner``, or under that name in what a method calls."""
+
+    owner: nn.Module
+    name: str
+    compiled: Any
+    method: str = ""  #: the method of ``owner`` that calls it by its name, where it is no attribute
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """What is written."""
+        function: Any = self.compiled._torchdynamo_orig_callable
+        if self.method or self.name in self.owner.__dict__:
+            return function  # type: ignore[no-any-return]
+        return MethodType(function, self.owner)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules whose parameters the function reads."""
+        return list(_modules(self.function))
+
+
+def _modules(value: Any) -> Iterator[nn.Module]:
+    """Those that a function is a method of, or closes over."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, MethodType):
+        yield from _modules(value.__self__)
+    elif isinstance(value, FunctionType):
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # nothing in it yet
+                yield from _modules(cell.cell_contents)
+
+
+def compiled_parts(module: nn.Module) -> list[Part]:
+    """What of a module is compiled: itself and its submodules, their methods, functions that are their attributes, and
+    functions that are called by their names in methods."""
     if "torch._dynamo" not in sys.modules:
         return []
     found = []
     for child in module.modules():
         own = child.__dict__
-        names = [name for name in _STEPS if hasattr(own.get(name), "_torchdynamo_orig_callable")]
-        if own.get("_compiled_call_impl") is not None:
-            names.append("_compiled_call_impl")
-        found += [(child, name) for name in names]
+        found += [Part(child, name, value) for name, value in own.items() if _is_compiled(value)]
+        seen = set(own)
+        for kind in type(child).__mro__[: type(child).__mro__.index(nn.Module)]:
+            for name, value in vars(kind).items():
+                if name in seen or not isinstance(value, FunctionType):
+                    continue
+                seen.add(name)
+                if _is_compiled(value):
+                    found.append(Part(child, name, value))
+                elif value.__module__.partition(".")[0] not in _LIBRARIES:
+                    named = {n: value.__globals__.get(n) for n in _names(value.__code__)}
+                    found += [Part(child, n, one, name) for n, one in named.items() if _is_compiled(one)]
     return found
 
 
+def _is_compiled(value: Any) -> bool:
+    return (
+        isinstance(value, FunctionType)
+        and hasattr(value, "_torchdynamo_orig_callable")
+        and not hasattr(value, "_torchdynamo_disable")
+    )
+
+
+def _names(code: CodeType) -> set[str]:
+    return set(code.co_names).union(*(_names(one) for one in code.co_consts if isinstance(one, CodeType)))
+
+
+_LIBRARIES = ("torch", "pytorch_lightning", "lightning", "lightning_fabric")
+
+
 @contextmanager
-def as_graphs(module: nn.Module, recorder: Recorder, graphs: Graphs) -> Iterator[set[str]]:
+def as_graphs(module: nn.Module, recorder: Recorder, graphs: Graphs, capability: tuple[int, int]) -> Iterator[set[str]]:
     """What is compiled runs as graphs that are recorded; gives what there is to say of it, when it has run."""
-    graphs.recorder = recorder
+    graphs.recorder, graphs.cache = recorder, _L2.get(capability, max(_L2.values())) * 2**20
     notes: set[str] = set()
-    for place, (child, name) in enumerate(compiled_parts(module)):
-        compiled = child.__dict__[name]
-        config = getattr(compiled, "get_compiler_config", lambda: None)()
-        function = compiled._torchdynamo_orig_callable
+    for place, part in enumerate(compiled_parts(module)):
+        config = getattr(part.compiled, "get_compiler_config", lambda: None)()
+        function = part.function
         if config is None:
-            child.__dict__[name] = function
             notes.add(OTHER)
-            continue
-        region = _Region(child, function, graphs, place)
-        region.notes = notes
-        child.__dict__[name] = region.run
-        if config.get("triton.cudagraphs"):
-            notes.add(CUDA_GRAPHS)
-    yield notes
+        else:
+            region = _Region(part.modules, function, graphs, place)
+            region.notes = notes
+            function = region.run
+            if config.get("triton.cudagraphs"):
+                notes.add(CUDA_GRAPHS)
+        _put(part, function)
+    with _calls_as_written(graphs, notes):
+        yield notes
 
 
+def _put(part: Part, function: Callable[..., Any]) -> None:
+    """``function`` in the place of what is compiled, for this copy of a module alone."""
+    own = part.owner.__dict__
+    if not part.method:
+        own[part.name] = function
+        return
+    method = getattr(part.owner, part.method).__func__
+    names = {**method.__globals__, part.name: function}
+    anew = FunctionType(method.__code__, names, method.__name__, method.__defaults__, method.__closure__)
+    anew.__kwdefaults__ = method.__kwdefaults__
+    own[part.method] = MethodType(anew, part.owner)
+
+
+@contextmanager
+def _calls_as_written(graphs: Graphs, notes: set[str]) -> Iterator[None]:
+    """Notes what is compiled and called all the same (a function of another module): it runs as it is written.
+
+    Source: torch/_dynamo/eval_frame.py (``compile_wrapper``, ``_fn``: each call asks for the callback), 2.11 to 2.14.
+    """
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    asked = getattr(frames, "_callback_from_stance", None)
+    if frames is None or asked is None:
+        yield
+        return
+
+    def asks(callback: Any) -> Any:
+        caller = sys._getframe(1).f_locals
+        function = caller.get("fn")
+        if callback and function is not None and "args" in caller and not graphs.making:
+            notes.add(f"{WRITTEN}: {getattr(function, '__qualname__', function)}")
+        return asked(callback)
+
+    frames._callback_from_stance = asks  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        frames._callback_from_stance = asked  # type: ignore[attr-defined]
+
+
+TRIED = "the first step may take more than a probe shows, since torch.compile tries out kernels in it"
 FUSED = "how much of its graphs torch.compile fuses is known by a range, and planned for by its upper end"
 BROKEN = "what is compiled does not make one graph, and is planned as it is written"
+WRITTEN = "what torch.compile compiles is planned as it is written where it is called by another function"
 OTHER = "what another backend than inductor compiles is planned as it is written"
 CUDA_GRAPHS = "CUDA graphs of torch.compile keep memory in pools of their own, which are not planned: leave a margin"
+
+
+def within_graphs(module: nn.Module) -> set[nn.Module]:
+    """The modules that run inside what is compiled, where a hook would be compiled too, or break a graph."""
+    return {inner for part in compiled_parts(module) for one in part.modules for inner in one.modules()}
+
+
+def forget_compiled() -> None:
+    """Nothing is compiled any more, and no size was ever seen: what is compiled next is for its own batch size.
+
+    torch.compile makes kernels for any size of what comes in a second size, and code that was compiled of a copy is
+    what the module itself then runs, since both have the same code objects.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.utils.counters["frames"]:
+        torch.compiler.reset()
 
 
 @contextmanager

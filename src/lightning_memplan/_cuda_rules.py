@@ -14,6 +14,7 @@ import functools
 import math
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -568,7 +569,7 @@ def cuda_semantics(capability: tuple[int, int] = (8, 6)) -> Iterator[None]:
                 library.impl(name, kernel, "AutocastCPU", allow_override=True)
             for name in _cpu_only():
                 library.impl(name, torch.library.fallthrough_kernel, "AutocastCPU", allow_override=True)
-        with _users_autocast():
+        with _users_autocast(), _nms_as_on_cuda():
             yield
     finally:
         library._destroy()
@@ -1316,6 +1317,43 @@ LONGEST: Mapping[Any, Callable[..., Any]] = {
     aten._unique2.default: _unique,
     aten._unique.default: lambda *args, **kwargs: _unique(*args)[:2],
 }
+
+
+def longest() -> Mapping[Any, Callable[..., Any]]:
+    """``LONGEST``, and torchvision's operators where it is loaded."""
+    if "torchvision" not in sys.modules or not hasattr(torch.ops.torchvision, "nms"):
+        return LONGEST
+    return {**LONGEST, torch.ops.torchvision.nms.default: _nms}
+
+
+def _nms(boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> torch.Tensor:
+    # torchvision/csrc/ops/cuda/nms_kernel.cu, 0.29: boxes in the order of their scores, and a bit for each pair
+    order = scores.sort(descending=True)[1]
+    ordered = boxes.index_select(0, order).contiguous()
+    pairs = torch.empty(len(boxes) * -(-len(boxes) // 64), dtype=torch.int64, device=boxes.device)
+    kept = torch.empty(len(boxes), dtype=torch.bool, device=boxes.device)
+    del ordered, pairs, kept
+    return torch.empty_like(order)
+
+
+@contextmanager
+def _nms_as_on_cuda() -> Iterator[None]:
+    """torchvision.ops.batched_nms goes class by class from fewer boxes on where these are on a CPU (boxes.py, 0.29)."""
+    boxes: Any = sys.modules.get("torchvision.ops.boxes")
+    vanilla, trick = (getattr(boxes, f"_batched_nms_{name}", None) for name in ("vanilla", "coordinate_trick"))
+    if vanilla is None or trick is None:
+        yield
+        return
+
+    def chosen(of: torch.Tensor, *args: Any) -> Any:
+        return (vanilla if of.numel() > 100_000 else trick)(of, *args)
+
+    boxes._batched_nms_vanilla = chosen
+    try:
+        yield
+    finally:
+        boxes._batched_nms_vanilla = vanilla
+
 
 KERNELS: Mapping[Any, Callable[..., Any]] = {
     aten._embedding_bag.default: _embedding_bag,

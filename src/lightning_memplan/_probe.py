@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from lightning_memplan._allocator import replay
+from lightning_memplan._compiled import TRIED, as_written, forget_compiled, within_graphs
 from lightning_memplan._device import cpu_device, read_peaks, reset_peaks
 from lightning_memplan._errors import TraceError
 from lightning_memplan._formula import Formula
@@ -325,6 +326,7 @@ def _as_found(device: torch.device) -> Iterator[None]:
     """Whatever happens inside, random states are restored, and the card is left with what was on it, no cache more."""
     handled = sys.exc_info()[1]  # while this one is, all that follows happens
     with torch.cuda.device(device), _only_new_garbage():
+        forget_compiled()
         give_back(device)
         try:
             with isolated_random_state(), _cuda_random_state(device):
@@ -333,6 +335,7 @@ def _as_found(device: torch.device) -> Iterator[None]:
             _let_go(takewhile(lambda one: one is not handled, _chain(error)))
             raise
         finally:
+            forget_compiled()
             give_back(device)
 
 
@@ -489,21 +492,33 @@ def _record(run: _Run, batches: Sequence[tuple[int, Any]], steps: int) -> tuple[
     """One trace for each ``(batch size, batch)``, all on one copy of the module, and the formula."""
     give_back(run.device)
     twin = run.copy()
-    with _recording(run.device) as (mark, events), module_paths(twin, mark):
+    formula, compiled = None, within_graphs(twin)
+    with _recording(run.device) as (mark, events), module_paths(twin, mark, compiled):
         mark.category = "parameters"
         run.move(twin)
         for number, (size, batch) in enumerate(batches, 1):
             mark.run = -1  # from here on the last run's gradients are freed, and its optimizer
             twin.zero_grad(set_to_none=True)
-            if torch.backends.cudnn.benchmark:  # tries all algorithms on what is new, in as much memory as there is
+            forget_compiled()
+            if compiled and formula is None:
+                with as_written():
+                    formula = run.runner(twin, mark).run_counted(batch, size, 1)
+                twin.zero_grad(set_to_none=True)
+            # what is new is tried out, in as much memory as there is: algorithms, kernels that are compiled
+            if torch.backends.cudnn.benchmark or compiled:
                 run.runner(twin, mark).run_steps(batch, 1)
                 twin.zero_grad(set_to_none=True)
             runner = run.runner(twin, mark)
             give_back(run.device)
             mark.run = number
-            formula = runner.run_counted(batch, size, steps)
+            if compiled:
+                runner.run_steps(batch, steps)
+            else:
+                formula = runner.run_counted(batch, size, steps)
         recorded = events()
-    return [Trace(size, labelled(recorded(number))) for number, (size, _) in enumerate(batches, 1)], formula
+    assert formula is not None  # there are batches
+    notes = (TRIED,) if compiled else ()
+    return [Trace(size, labelled(recorded(number)), notes) for number, (size, _) in enumerate(batches, 1)], formula
 
 
 class _Runner(StepRunner):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from itertools import chain, groupby
@@ -81,6 +81,7 @@ _DIRECT = frozenset(
         torch.ops.aten.sum.dim_IntList,
     }
 )
+_COUNTS = frozenset({torch.ops.aten.sum.default, torch.ops.aten.sum.dim_IntList, torch.ops.aten.count_nonzero.default})
 _READ_VALUE = torch.ops.aten._local_scalar_dense.default
 
 
@@ -116,6 +117,7 @@ class Recorder(TorchDispatchMode):
         self._kernels = rules.kernels
         self._sparse = rules.sparse
         self._has_sparse = False
+        self._counts = False  # whether it was counted how many are true of a mask
         self._unseen = False
         self._longest = rules.longest
         self._shapes = rules.shapes
@@ -143,11 +145,14 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)  # only shapes are asked for, by a fake mode of someone else's
         if any(map(_is_wrapper, types)):
             return NotImplemented  # a distributed tensor says by itself what is done on this rank
-        if not self.numbers:
+        if func in _COUNTS and args[0].dtype is torch.bool and isinstance(args[0], FakeTensor):
+            return self._counted(self._run(func, types, args, kwargs), args[0])
+        if not self.numbers and not self._counts:
             return self._run(func, types, args, kwargs)
         values = self._known(func, args, kwargs)
         if values is not None and (func is _READ_VALUE or (func is _TO_COPY and kwargs.get("device") == _HOST)):
-            self.numbers_taken += 1
+            self.numbers_taken += bool(self.numbers)
+            self.lengths_taken += not self.numbers
             return values
         out = self._run(func, types, args, kwargs)
         if values is not None:
@@ -266,6 +271,12 @@ class Recorder(TorchDispatchMode):
             self._write(block, tensor.untyped_storage().nbytes(), self.category, None)
             self._owners[block] = 1
 
+    def take_and_give_back(self, size: int) -> None:
+        """Record a block that is freed before anything else happens."""
+        self._write(self._next, size, "workspaces", None)
+        self._write(self._next, -1, "other", None)
+        self._next += 1
+
     def label(self, tensor: Any, category: Category) -> None:
         """Say afterwards which kind of memory a tensor has; nothing, if it has none on ``DEVICE``."""
         storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
@@ -302,6 +313,12 @@ class Recorder(TorchDispatchMode):
             return _HOST if isinstance(value, torch.device) else value
 
         return func(*tree_map(on_host, args), **tree_map(on_host, dict(kwargs)))
+
+    def _counted(self, out: Any, mask: torch.Tensor) -> Any:
+        """How many are true: all of them, where it is asked for."""
+        self._counts = True
+        out.__dict__[_NUMBERS] = torch.full(out.shape, mask.numel() // max(1, out.numel()))
+        return out
 
     def _write(self, block: int, size: int, category: Category, func: Any) -> None:
         self.events.append(Event(block, size, self.phase, self.step, category, self.path, func, self.stream))
@@ -630,11 +647,15 @@ class HasPath(Protocol):
 
 
 @contextmanager
-def module_paths(module: torch.nn.Module, recorder: HasPath) -> Iterator[None]:
-    """Stamp events with the dotted name of the submodule whose forward is running."""
+def module_paths(
+    module: torch.nn.Module, recorder: HasPath, without: Collection[torch.nn.Module] = ()
+) -> Iterator[None]:
+    """Stamp events with the dotted name of the submodule whose forward is running; of none of those ``without``."""
     stack: list[str] = []
     handles = []
     for path, child in module.named_modules():
+        if child in without:
+            continue
 
         def enter(_: Any, __: Any, path: str = path) -> None:
             stack.append(recorder.path)

@@ -22,13 +22,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from lightning_memplan._compiled import Graphs, as_graphs, as_written, compiled_parts
 from lightning_memplan._cuda_rules import (
     KERNELS,
-    LONGEST,
     ORDER,
     SHAPES,
     WIDTHS,
     cuda_semantics,
     flatten_weights,
     foreach_by_default,
+    longest,
     temporaries,
     workspaces,
 )
@@ -431,7 +431,7 @@ class _Run(StepRunner):
             order=ORDER,
             kernels=KERNELS,
             sparse=SPARSE,
-            longest=LONGEST,
+            longest=longest(),
             shapes=SHAPES,
         )
         self.recorder = Recorder(mode, rules)
@@ -476,7 +476,7 @@ class _Run(StepRunner):
     ) -> Trace:
         """Whole steps, as a trace; ``counted``, the formula is there afterwards as well."""
         recorder, twin = self.recorder, self.twin
-        compiled = as_graphs(twin, recorder, self.graphs)
+        compiled = as_graphs(twin, recorder, self.graphs, self.settings.capability)
         with _explained(recorder), recorder, module_paths(twin, recorder), compiled as said:
             for tensor, kind, path in _setup_order(twin):
                 recorder.category, recorder.path = kind, path  # type: ignore[assignment]

@@ -172,20 +172,42 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
     """A function that closes over what was copied (a hook that names ``self``), closing over the copies instead."""
     cells = function.__closure__ or ()
+    memo.setdefault(id(function), function)  # one that closes over itself
     changed = tuple(_copied_cell(cell, memo) for cell in cells)
     if all(a is b for a, b in zip(cells, changed, strict=True)):
         return function
     own = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, changed)
+    memo[id(function)] = own
     own.__kwdefaults__ = function.__kwdefaults__
     own.__dict__.update(function.__dict__)
+    for name in _OF_COMPILED:
+        if name in own.__dict__:
+            own.__dict__[name] = _copied(own.__dict__[name], memo)
+    if "_torchdynamo_wrapper_id" in own.__dict__:
+        own.__dict__["_torchdynamo_wrapper_id"] = id(own)
     return own
+
+
+#: What torch.compile notes on the function that it makes of another (torch/_dynamo/eval_frame.py, 2.11 to 2.14)
+_OF_COMPILED = ("_torchdynamo_orig_callable", "_torchdynamo_inline")
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """What stands for a function's value in a copy: a method of a copied object, a function that closes over such."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, MethodType) and id(value.__self__) in memo:
+        return MethodType(value.__func__, memo[id(value.__self__)])
+    return _rebound(value, memo) if type(value) is FunctionType else value
 
 
 def _copied_cell(cell: CellType, memo: dict[int, Any]) -> CellType:
     try:
-        return CellType(memo[id(cell.cell_contents)])
-    except (KeyError, ValueError):  # not copied, or nothing in it yet
+        value = cell.cell_contents
+    except ValueError:  # nothing in it yet
         return cell
+    copied = _copied(value, memo)
+    return cell if copied is value else CellType(copied)
 
 
 def _is_metric(module: nn.Module) -> bool:
