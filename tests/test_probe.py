@@ -55,12 +55,22 @@ def test_several_workspaces_at_one_place_are_one_of_the_largest():
     assert scale(aligned(traces)).at(50)[1][1] == 8  # what falls does not go on falling
 
 
-def test_workspaces_within_a_workspace_count_together():
+def test_workspaces_that_one_size_has_and_another_has_not_stay_as_they_are():
     # a reduction's buffer of 100 bytes and its semaphores of 8, freed in the order in which they were made
     traces = [trace(2, (0, 20), (3, 4)), trace(3, (0, 30), (1, 100), (2, 8), (1, -1), (2, -1), (3, 4))]
-    # 0 at 2 samples and 108 at 3: a line of slope 108.
-    assert sizes(aligned(traces)) == [[20, 0, -1, 4], [30, 108, -1, 4]]
-    assert scale(aligned(traces)).at(5)[1][1] == 3 * 108
+    # none at 2 samples, then lines of slope 100 and 8; as one block of 108 they would want another place
+    assert sizes(aligned(traces)) == [[20, 0, 0, -1, -1, 4], [30, 100, 8, -1, -1, 4]]
+    assert [size for _, size, _ in scale(aligned(traces)).at(5)[1:3]] == [300, 24]
+
+
+def test_workspaces_within_a_workspace_count_together():
+    # nested at 3 samples, one after another at 5: one block of 100 + 8, and of the larger
+    traces = [
+        trace(2, (0, 20), (3, 4)),
+        trace(3, (0, 30), (1, 100), (2, 8), (1, -1), (2, -1), (3, 4)),
+        trace(5, (0, 50), (1, 90), (1, -1), (2, 70), (2, -1), (3, 4)),
+    ]
+    assert sizes(aligned(traces)) == [[20, 0, -1, 4], [30, 108, -1, 4], [50, 90, -1, 4]]
 
 
 def test_traces_that_differ_in_more_are_not_aligned():
@@ -335,6 +345,13 @@ def test_the_card_is_left_as_it_was_found(shown):
 
 def test_a_large_batch_is_probed_too(shown):
     assert shown["large"] == [2, 3, 5, 64]  # the largest that is allowed
+
+
+def test_each_batch_size_begins_with_the_same_random_states(shown):
+    # layers that are left out by chance are the same, and cuDNN makes its random states for dropout each time
+    assert len(shown["drawn"]) == 3
+    assert len(set(shown["drawn"])) == 1
+    assert shown["states"] == [1, 1, 1]
 
 
 def test_an_error_of_the_large_batch_alone_is_noted(shown):

@@ -489,7 +489,11 @@ _MARK = 331  # bytes: a prime, which no tensor of the step is likely to have at 
 
 
 def _record(run: _Run, batches: Sequence[tuple[int, Any]], steps: int) -> tuple[list[Trace], Formula]:
-    """One trace for each ``(batch size, batch)``, all on one copy of the module, and the formula."""
+    """One trace for each ``(batch size, batch)``, all on one copy of the module, and the formula.
+
+    Each begins with the same random states: a step that draws what it does draws the same, and cuDNN makes its states
+    for a recurrent network's dropout, which a process keeps, anew (aten/src/ATen/native/cudnn/RNN.cpp).
+    """
     give_back(run.device)
     twin = run.copy()
     formula, compiled = None, within_graphs(twin)
@@ -511,10 +515,11 @@ def _record(run: _Run, batches: Sequence[tuple[int, Any]], steps: int) -> tuple[
             runner = run.runner(twin, mark)
             give_back(run.device)
             mark.run = number
-            if compiled:
-                runner.run_steps(batch, steps)
-            else:
-                formula = runner.run_counted(batch, size, steps)
+            with isolated_random_state(), _cuda_random_state(run.device):
+                if compiled:
+                    runner.run_steps(batch, steps)
+                else:
+                    formula = runner.run_counted(batch, size, steps)
         recorded = events()
     assert formula is not None  # there are batches
     notes = (TRIED,) if compiled else ()
@@ -639,13 +644,20 @@ def aligned(traces: Sequence[Trace]) -> list[Trace] | None:
         split = [_without_workspaces(events) for events in columns]
         if len({_shape(events) for events, _ in split}) > 1:
             return None
-        places = {place for _, found in split for place in found}
-        alike = {p for p in places if len({_shape(_renumbered(found.get(p, ()))) for _, found in split}) == 1}
+        seen_at: dict[int, list[list[Event]]] = {}
+        for _, found in split:
+            for place, events in found.items():
+                seen_at.setdefault(place, []).append(events)
+        alike = {p: some[0] for p, some in seen_at.items() if len({_shape(_renumbered(one)) for one in some}) == 1}
         columns = [
             _with_workspaces(
-                left, {p: found[p] if p in alike else _as_one(found.get(p, ()), (*left, column[-1])[p]) for p in places}
+                left,
+                {
+                    p: found.get(p) or _none(alike[p]) if p in alike else _as_one(found.get(p, ()), (*left, last)[p])
+                    for p in seen_at
+                },
             )
-            for (left, found), column in zip(split, columns, strict=True)
+            for (left, found), (*_, last) in zip(split, columns, strict=True)
         ]
     rows = [tuple(event.size for event in row) for row in zip(*columns, strict=True)]
     seen = {row: tuple(chain(*zip(points, row, strict=True))) for row in set(rows) if not _grows(points, row)}
@@ -685,6 +697,11 @@ def _without_workspaces(events: Sequence[Event]) -> tuple[tuple[Event, ...], dic
         else:
             left.append(event)
     return _renumbered(left), found
+
+
+def _none(like: Sequence[Event]) -> list[Event]:
+    """Workspaces as these, of no bytes."""
+    return [event if event.is_free else event._replace(size=0, rule=()) for event in like]
 
 
 def _as_one(events: Sequence[Event], before: Event) -> list[Event]:

@@ -276,9 +276,9 @@ class MemoryPlanner(CallbackBase):
             )
 
         estimate_at = estimates(estimated, parts, self.effective_batch_size, ranks)
+        held, own = held_bytes(self._index, module)  # before a probe, whose estimate has what it leaves
         first = estimate_at((self.effective_batch_size or ranks) // ranks)
         beside = averaging_bytes(trainer, begun) if self._index is not None else 0
-        held, own = held_bytes(self._index, module)
         self._held = held + beside
         if self.method == "auto" and first.method == "formula" and trainer.is_global_zero:
             warnings.warn(f"MemoryPlanner: {'; '.join(first.notes)}", stacklevel=2)
