@@ -391,6 +391,88 @@ def _rms_norm(
     return _RMSNorm.apply(input, weight, len(normalized_shape))
 
 
+class _LSTMCell(torch.autograd.Function):
+    """aten/src/ATen/native/cuda/RNN.cu, ``_thnn_fused_lstm_cell``: gates stay, in a workspace, for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gates: torch.Tensor, hidden: torch.Tensor, state: torch.Tensor, *biases: Any) -> Any:
+        kept, h, c = torch.empty_like(gates), torch.empty_like(state), torch.empty_like(state)
+        ctx.save_for_backward(state, c, kept, gates, hidden)  # the gates for a second derivative
+        ctx.biased = biases[0] is not None
+        return h, c
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        state, _, kept, *_ = ctx.saved_tensors
+        gates, before = torch.empty_like(kept), torch.empty_like(state)
+        bias = gates.sum(0) if ctx.biased else None
+        return gates, gates, before, bias, bias
+
+
+class _GRUCell(torch.autograd.Function):
+    """aten/src/ATen/native/cuda/RNN.cu, ``_thnn_fused_gru_cell``."""
+
+    @staticmethod
+    def forward(ctx: Any, gates: torch.Tensor, hidden: torch.Tensor, state: torch.Tensor, *biases: Any) -> Any:
+        kept, h = state.new_empty(state.size(0), 5 * state.size(1)), torch.empty_like(state)
+        ctx.save_for_backward(kept, gates, hidden, state)
+        ctx.biased = biases[0] is not None
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        kept = ctx.saved_tensors[0]
+        size = kept.size(1) // 5
+        of_input, of_hidden = (kept.new_empty(kept.size(0), 3 * size) for _ in range(2))
+        before = kept.new_empty(kept.size(0), size)
+        biases = (of_input.sum(0), of_hidden.sum(0)) if ctx.biased else (None, None)
+        return of_input, of_hidden, before, *biases
+
+
+def _lstm_cell(
+    input: torch.Tensor, state: Sequence[torch.Tensor], w_ih: torch.Tensor, w_hh: torch.Tensor, *biases: Any
+) -> Any:
+    # aten/src/ATen/native/RNN.cpp, LSTMCell: one kernel on CUDA
+    h, c = state
+    b_ih, b_hh = (*biases, None, None)[:2]
+    return _LSTMCell.apply(torch.matmul(input, w_ih.t()), torch.matmul(h, w_hh.t()), c, b_ih, b_hh)
+
+
+def _gru_cell(
+    input: torch.Tensor, state: torch.Tensor, w_ih: torch.Tensor, w_hh: torch.Tensor, *biases: Any
+) -> torch.Tensor:
+    b_ih, b_hh = (*biases, None, None)[:2]
+    return _GRUCell.apply(torch.matmul(input, w_ih.t()), torch.matmul(state, w_hh.t()), state, b_ih, b_hh)
+
+
+def _ctc(
+    log_probs: torch.Tensor,
+    targets: torch.Tensor,
+    input_lengths: torch.Tensor,
+    target_lengths: torch.Tensor,
+    blank: int = 0,
+    reduction: int = 1,
+    zero_infinity: bool = False,
+) -> torch.Tensor:
+    # aten/src/ATen/native/LossCTC.cpp, which goes another way for tensor subclasses: lengths are read on the host
+    log_probs = log_probs if log_probs.dim() == 3 else log_probs.unsqueeze(1)
+    losses, _ = torch.ops.aten._ctc_loss.Tensor(
+        log_probs, targets, input_lengths, target_lengths, blank, zero_infinity
+    )
+    if zero_infinity:
+        losses = torch.where(losses == math.inf, losses.new_zeros(()), losses)
+    if reduction == 1:
+        return (losses / torch.empty_like(losses).clamp_min_(1)).mean()
+    return losses.sum() if reduction == 2 else losses
+
+
+def _one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
+    # aten/src/ATen/native/Onehot.cpp, which goes another way for tensor subclasses
+    classes = int(tensor.max().item()) + 1 if num_classes == -1 else num_classes
+    made = torch.zeros((*tensor.shape, classes), dtype=tensor.dtype, device=tensor.device)
+    return made.scatter_(-1, tensor.unsqueeze(-1), 1)
+
+
 _CUDNN_TYPES = (torch.float16, torch.float32, torch.float64)  # torch/backends/cudnn/__init__.py, is_acceptable
 
 
@@ -540,11 +622,15 @@ def _composites(capability: tuple[int, int]) -> dict[str, Callable[..., Any]]:
     return {
         "batch_norm": _batch_norm,
         "dropout": _dropout,
+        "ctc_loss.Tensor": _ctc,
+        "gru_cell": _gru_cell,
         "gru.data": _recurrent_packed(3),
         "gru.input": _recurrent(3),
         "linear": _linear,
+        "lstm_cell": _lstm_cell,
         "lstm.data": _recurrent_packed(2),
         "lstm.input": _recurrent(2),
+        "one_hot": _one_hot,
         "rms_norm": _rms_norm,
         "rnn_relu.data": _recurrent_packed(0),
         "rnn_relu.input": _recurrent(0),
@@ -857,10 +943,11 @@ def _safe_softmax(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> S
 
 
 def _softmax_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    """The gradient times the output is a tensor of its own."""
+    """The gradient times the output is a tensor of its own, laid out as the gradient is, and then made contiguous."""
     grad, output = args[:2]
     size = output.numel() * max(grad.element_size(), output.element_size())
-    return (size, *_relaid(output, torch.contiguous_format))
+    again = (size,) if _is_dense(grad) and not grad.is_contiguous() else ()
+    return (size, *again, *_relaid(output, torch.contiguous_format))
 
 
 def _log_softmax_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
@@ -1125,6 +1212,32 @@ def _wide(input: torch.Tensor) -> torch.Tensor:
     return input.new_empty(input.size(1), dtype=torch.float32 if input.element_size() == 2 else input.dtype)
 
 
+def _euclidean_distance(x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
+    # aten/src/ATen/native/Distance.cpp, _euclidean_dist: cdist of more than 25 rows
+    norm1 = aten.sum.dim_IntList(aten.pow.Tensor_Scalar(x1, 2), [-1], True)
+    pad1 = torch.ones_like(norm1)
+    norm2 = aten.sum.dim_IntList(aten.pow.Tensor_Scalar(x2, 2), [-1], True)
+    pad2 = torch.ones_like(norm2)
+    left = aten.cat.default([aten.mul.Scalar(x1, -2), norm1, pad1], -1)
+    right = aten.cat.default([x2, pad2, norm2], -1)
+    product = aten.mm.default if left.dim() == 2 else aten.bmm.default
+    return aten.sqrt_.default(aten.clamp_min_.default(product(left, right.mT), 0))
+
+
+def _ctc_loss(log_probs: torch.Tensor, targets: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    # aten/src/ATen/native/cuda/LossCTC.cu; targets in one row are taken to be of equal length
+    batch = log_probs.size(1)
+    longest = targets.size(1) if targets.dim() == 2 else -(-targets.numel() // max(1, batch))
+    alpha = log_probs.new_empty(batch, log_probs.size(0), 2 * longest + 1)
+    return log_probs.new_empty(batch), alpha
+
+
+def _ctc_loss_backward(grad: torch.Tensor, log_probs: torch.Tensor, *others: Any) -> torch.Tensor:
+    beta, made = torch.empty_like(others[4]), torch.empty_like(log_probs)
+    del beta
+    return made
+
+
 def _cudnn_rnn(
     input: torch.Tensor,
     weight: Sequence[torch.Tensor],
@@ -1314,6 +1427,8 @@ LONGEST: Mapping[Any, Callable[..., Any]] = {
     aten.nonzero.default: _nonzero,
     aten.index.Tensor: _index_by_mask,
     aten.masked_select.default: _masked_select,
+    aten._ctc_loss.default: _ctc_loss,
+    aten._ctc_loss.Tensor: _ctc_loss,
     aten._unique2.default: _unique,
     aten._unique.default: lambda *args, **kwargs: _unique(*args)[:2],
 }
@@ -1367,6 +1482,9 @@ KERNELS: Mapping[Any, Callable[..., Any]] = {
     aten.batch_norm_elemt.default: _normalized,
     aten.batch_norm_backward_reduce.default: _norm_sums,
     aten.batch_norm_backward_elemt.default: _norm_gradient,
+    aten._ctc_loss_backward.default: _ctc_loss_backward,
+    aten._ctc_loss_backward.Tensor: _ctc_loss_backward,
+    aten._euclidean_dist.default: _euclidean_distance,
     aten.logsumexp.default: _logsumexp,
     aten.mse_loss.default: _pointwise_loss,
     aten.smooth_l1_loss.default: _pointwise_loss,

@@ -275,6 +275,8 @@ class _Recorder:
         }
         self._layers = [(child, path) for path, child in module.named_modules() if id(child) not in hidden]
         self._paths = {id(child): path for child, path in self._layers}  # a torchmetrics' metric's hash is its state's
+        # as they are before a call, in which others may stand for them (torch.func.functional_call)
+        self._parameters = {id(child): tuple(child.parameters()) for child, _ in self._layers}
         self._calling: list[_Call] = []  # those that have begun and not ended
         self._counted: set[nn.Parameter] = set()
         self._handles: list[RemovableHandle] = []
@@ -303,7 +305,7 @@ class _Recorder:
         tensors = tuple(tensors_of(output))
         feature_bytes = _bytes_of(iter(tensors), held) // self._batch_size
         shape = _sample_shape(tensors[0] if tensors else None, self._batch_size)
-        self._add(module, tuple(module.parameters()), shape, feature_bytes)
+        self._add(module, self._parameters[id(module)], shape, feature_bytes)
 
     def add_uncalled(self) -> None:
         """Rows for the parameters that no recorded call has."""

@@ -8,6 +8,7 @@ the error that it is on a GPU.
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -83,6 +84,19 @@ _DIRECT = frozenset(
 )
 _COUNTS = frozenset({torch.ops.aten.sum.default, torch.ops.aten.sum.dim_IntList, torch.ops.aten.count_nonzero.default})
 _READ_VALUE = torch.ops.aten._local_scalar_dense.default
+_ALL_TRUE = torch.ops.aten._is_all_true.default
+_SAME = torch.ops.aten.eq.Tensor
+_NOT = torch.ops.aten.ne.Scalar
+_BOTH = frozenset(
+    {
+        torch.ops.aten.all.default,
+        torch.ops.aten.all.dim,
+        torch.ops.aten.bitwise_and.Tensor,
+        torch.ops.aten.logical_and.default,
+        torch.ops.aten.mul.Tensor,
+    }
+)
+_CHECKS = _BOTH | {_ALL_TRUE, _SAME, _NOT}
 
 
 class Recorder(TorchDispatchMode):
@@ -122,7 +136,7 @@ class Recorder(TorchDispatchMode):
         self._longest = rules.longest
         self._shapes = rules.shapes
         self._running: set[Any] = set()  # the kernels that are being told
-        self._constructors = _Constructors()
+        self._constructors = _Constructors(self)
         self._storages = _Storages(self)
         self._made: set[tuple[str, bool]] = set()
         self._blocks: dict[int, int | None] = {}  # a live storage's address -> its block, None while it has no bytes
@@ -169,7 +183,7 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)  # on the host: real tensors, real values
         if func is _READ_VALUE and (args[0].is_floating_point() or args[0].dtype is torch.bool):
             self.values_read += 1
-            return False if args[0].dtype is torch.bool else 0.0
+            return _TRUE in args[0].__dict__ if args[0].dtype is torch.bool else 0.0
         if func is _EQUAL:
             same = args[0].untyped_storage()._cdata == args[1].untyped_storage()._cdata
             self.values_read += not same and args[0].shape == args[1].shape
@@ -213,8 +227,8 @@ class Recorder(TorchDispatchMode):
                 out = self._moved(out)  # of a constant, whose value the fake tensor would keep, on the host
         if (func is _ADD and self._adds_in_place(args)) or (func in _INTO_ZEROS and self._writes_into(args[0])):
             self._take_over(out, args[0])
-            self._beside(func, args, kwargs, out)
-            return out
+        elif func in _CHECKS:
+            self._check(out, func, args)
         self._beside(func, args, kwargs, out)
         return out
 
@@ -319,6 +333,15 @@ class Recorder(TorchDispatchMode):
         self._counts = True
         out.__dict__[_NUMBERS] = torch.full(out.shape, mask.numel() // max(1, out.numel()))
         return out
+
+    def _check(self, out: Any, func: Any, args: Sequence[Any]) -> None:
+        """Note what is true of all numbers: that they are finite (aten/src/ATen/native/TensorCompare.cpp, ``isfinite``),
+        and what is checked to go on (torch/distributions/distribution.py)."""
+        if isinstance(out, FakeTensor) and out.dtype is torch.bool:
+            both = func in _BOTH and all(_TRUE in a.__dict__ for a in args if isinstance(a, torch.Tensor))
+            same = func is _SAME and args[0] is args[1]
+            if both or same or func is _ALL_TRUE or (func is _NOT and args[1] == math.inf):
+                out.__dict__[_TRUE] = True
 
     def _write(self, block: int, size: int, category: Category, func: Any) -> None:
         self.events.append(Event(block, size, self.phase, self.step, category, self.path, func, self.stream))
@@ -496,6 +519,7 @@ class Recorder(TorchDispatchMode):
             self._own(out.untyped_storage(), block)
 
 
+_TRUE = "_memplan_true"  # a fake tensor's attribute: all that is in it is true
 _NUMBERS = "_memplan_numbers"  # a fake tensor's attribute: its values, where they are known
 
 
@@ -601,11 +625,25 @@ class _Constructors(TorchFunctionMode):
     """Where tensors are made and moved to, by the user's code.
 
     What it puts on ``"cuda"`` is put on ``DEVICE``. Tensors that are made of Python's numbers are made on the host by
-    torch, which forgets ``DEVICE``'s index there. A fake tensor whose data are replaced is where these are.
+    torch, which forgets ``DEVICE``'s index there. A fake tensor whose data are replaced is where these are. Values that
+    are read all at once, for NumPy or a list, are 0.
     """
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def _values(self, tensor: Any) -> torch.Tensor:
+        known = tensor.__dict__.get(_NUMBERS)
+        self._recorder.values_read += known is None
+        return torch.zeros(tensor.shape, dtype=tensor.dtype) if known is None else known
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _ALL_VALUES and isinstance(args[0], FakeTensor) and args[0].device != DEVICE:
+            return func(self._values(args[0]).requires_grad_(args[0].requires_grad), *args[1:], **kwargs)
+        if func is torch.Tensor.tolist and isinstance(args[0], FakeTensor):
+            return self._values(args[0]).tolist()
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": DEVICE}
         if func is torch.Tensor.cuda:
@@ -623,6 +661,10 @@ class _Constructors(TorchFunctionMode):
         of_tensor = func is torch.Tensor.new_tensor
         device = kwargs.get("device", args[0].device if of_tensor else None)
         data = args[1 if of_tensor else 0] if len(args) > of_tensor else kwargs.get("data")
+        if isinstance(data, (list, tuple)) and any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(data)):
+            data = tree_map(lambda leaf: self._values(leaf) if isinstance(leaf, FakeTensor) else leaf, data)
+            args, kwargs = (*args[:of_tensor], data, *args[of_tensor + 1 :]), {**kwargs}
+            kwargs.pop("data", None)
         if device is None or torch.device(device) != DEVICE or isinstance(data, torch.Tensor):
             return func(*args, **kwargs)
         grad = kwargs.pop("requires_grad", False)
@@ -636,6 +678,7 @@ def _is_cuda(device: object) -> bool:
     return type(device) is int or (isinstance(device, str) and device.partition(":")[0] == "cuda")
 
 
+_ALL_VALUES = frozenset({torch.Tensor.numpy, torch.Tensor.__array__})
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _FROM_NUMBERS = frozenset({torch.tensor, torch.as_tensor, torch.Tensor.new_tensor})
 

@@ -477,7 +477,8 @@ class _Run(StepRunner):
         """Whole steps, as a trace; ``counted``, the formula is there afterwards as well."""
         recorder, twin = self.recorder, self.twin
         compiled = as_graphs(twin, recorder, self.graphs, self.settings.capability)
-        with _explained(recorder), recorder, module_paths(twin, recorder), compiled as said:
+        # a step that draws what it does draws the same at each batch size
+        with isolated_random_state(), _explained(recorder), recorder, module_paths(twin, recorder), compiled as said:
             for tensor, kind, path in _setup_order(twin):
                 recorder.category, recorder.path = kind, path  # type: ignore[assignment]
                 recorder.adopt(tensor)

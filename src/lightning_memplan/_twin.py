@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_memplan._errors import TraceError
@@ -119,6 +120,9 @@ def twin_of(module: nn.Module, memo: dict[int, Any], *, trainer: Any, device: to
         for value in child.__dict__.values():
             if isinstance(value, (Dataset, DataLoader)) or is_datamodule(value):
                 memo[id(value)] = value  # data is read, never written: no copy
+        for leaf in tree_leaves([value for value in child.__dict__.values() if isinstance(value, _HOLDERS)]):
+            if isinstance(leaf, torch.Tensor) and not leaf.is_leaf and id(leaf) not in memo:
+                memo[id(leaf)] = leaf.detach().clone()  # what a step left there, or a weight made of others
         for own in (child.__dict__, child.__dict__.get("_compiler_ctx") or {}):
             if "dynamo_ctx" in own:
                 memo[id(own["dynamo_ctx"])] = own["dynamo_ctx"]  # how something is compiled
@@ -166,6 +170,7 @@ def _compile_anew(module: nn.Module, twin: nn.Module) -> None:
                 child.__dict__[name] = context["dynamo_ctx"](getattr(type(child), name).__get__(child))
 
 
+_HOLDERS = (torch.Tensor, list, tuple, dict)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
