@@ -28,8 +28,8 @@ from lightning_memplan._lightning import (
 )
 from lightning_memplan._order import MakeOptimizer
 from lightning_memplan._planner import largest_fitting
-from lightning_memplan._scaling import scale
 from lightning_memplan._step import detached_copy, prepared, trace_steps
+from lightning_memplan._turns import scaled
 from lightning_memplan._types import Advice, StepSettings, parse_precision
 
 WORTH = 0.01  #: of the peak: what saves less is no advice
@@ -59,7 +59,7 @@ class Job:
         job = replace(self, **changes)
         common = {"trainer": job.trainer, "datamodule": job.datamodule, "optimizer": job.optimizer}
         module = prepared(job.module, job.settings, trainer=job.trainer, stage=job.stage)
-        program = scale(trace_steps(module, job.batches, job.settings, **common))
+        program, _ = scaled(trace_steps(module, job.batches, job.settings, **common))
         return replace(self.found, program=program, _replays={})
 
 

@@ -35,6 +35,7 @@ from lightning_memplan._report import advice_lines, does_not_fit_message
 from lightning_memplan._sample import SAMPLE_SIZE, Samples, Which, check_sample, read_samples
 from lightning_memplan._scaling import interleaved, scale
 from lightning_memplan._step import prepared, run_formula, trace_counted, trace_steps, trace_test, trace_validation
+from lightning_memplan._turns import scaled
 from lightning_memplan._twin import explain
 from lightning_memplan._types import NCCL, Advice, Device, Length, Lengths, Plan, StepSettings, parse_precision
 from lightning_memplan._workspaces import Choice
@@ -199,7 +200,9 @@ def estimate_step(
             index, capacity = _probed_index(device), (device or default_device()).capacity
             where: dict[str, Any] = {"capacity": capacity, "largest": largest, "stage": stage}
             traces, formula = probe_steps(module, samples.for_the_card, settings, index, **where, **common)
-            probed = Estimate("probe", formula, scale(traces), _allocator(), traces[0].notes + samples.notes)
+            program, more = scaled(traces)
+            notes = traces[0].notes + more + samples.notes
+            probed = Estimate("probe", formula, program, _allocator(), notes, turns=bool(more))
         except (TraceError, *_OF_A_COPY) as error:
             if method == "probe":
                 raise
@@ -244,11 +247,12 @@ def _traced(
         try:
             graphs, least = Graphs(), None
             traces, formula = trace_counted(module, batches, settings, graphs=graphs, **common)
-            notes = traces[0].notes + samples.notes
+            program, more = scaled(traces)
+            notes = traces[0].notes + more + samples.notes
             if FUSED in notes:
                 graphs.least = True
-                least = scale(trace_steps(module, batches, settings, graphs=graphs, **common))
-            return Estimate("trace", formula, scale(traces), _allocator(), notes, least=least)
+                least, _ = scaled(trace_steps(module, batches, settings, graphs=graphs, **common))
+            return Estimate("trace", formula, program, _allocator(), notes, least=least, turns=bool(more))
         except TraceError as error:
             if method == "trace":
                 raise TraceError(f"{type(module).__name__} cannot be traced: {error}") from error
@@ -326,7 +330,9 @@ def estimate_test(
         traces, formula = trace_test(begun, samples.batches(), settings, trainer=trainer, datamodule=datamodule)
     except TraceError as error:
         raise TraceError(f"a test of {type(module).__name__} cannot be traced: {error}") from error
-    return Estimate("trace", formula, scale(traces), _allocator(), traces[0].notes + samples.notes)
+    program, more = scaled(traces)
+    notes = traces[0].notes + more + samples.notes
+    return Estimate("trace", formula, program, _allocator(), notes, turns=bool(more))
 
 
 def _allocator() -> AllocatorSettings:

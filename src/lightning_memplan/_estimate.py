@@ -42,6 +42,7 @@ class Estimate:
     notes: tuple[str, ...] = ()
     others: tuple[Estimate, ...] = ()
     least: ScaledProgram | None = None  #: the lower end of the step, where ``torch.compile`` compiles it
+    turns: bool = False  #: whether the step loops over its samples, so that its segments are known by a range
     _replays: dict[tuple[int, int | None, int | None, Choice], Replay] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -97,7 +98,8 @@ class Estimate:
         has measured it, so its three are one, and so are those of a step without convolutions.
 
         Where ``torch.compile`` compiles, ``peak`` is the upper end of what it can make of the step, and the low end is
-        what cannot be fused away (see ``_compiled``).
+        what cannot be fused away (see ``_compiled``). Where the step loops over its samples (see ``_turns``), the low
+        end is what is allocated.
 
         >>> import torch, lightning_memplan as mp
         >>> est = mp.estimate(torch.nn.Conv2d(16, 32, 3), torch.zeros(4, 16, 64, 64), precision="16-mixed")
@@ -109,6 +111,8 @@ class Estimate:
         low = peak
         if self.least is not None:
             low = min(peak, replay(self.least.at(batch_size), capacity, self.settings).peak_reserved)
+        if self.turns:
+            low = min(low, self.peak_allocated(batch_size))
         if not self.has_workspaces:
             return Range(low, peak, peak)
         peaks = [peak]

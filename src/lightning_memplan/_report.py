@@ -87,7 +87,7 @@ def plan_table(plan: Plan, rows: Iterable[tuple[str, str]] = ()) -> str:
         lines.insert(-1, _row("  with cuDNN", usual, f"expected of its workspaces, {most} at most"))
     if plan.reserved_range is not None and plan.reserved_range.low < plan.predicted_peak:
         least = format_bytes(plan.reserved_range.low)
-        lines.insert(-1, _row("  compiled", least, "at least, where all is fused that can be; planned for the most"))
+        lines.insert(-1, _row("  at least", least, "reserved in any case; planned for the most that there may be"))
     if plan.confirmed is not None:
         lines.insert(-1, _row("  confirmed", format_bytes(plan.confirmed), "reserved by real steps of this batch size"))
     whole = sum(plan.breakdown.values())

@@ -394,6 +394,32 @@ class Compiled(Task):
         super().__init__(torch.compile(cnn()), optimizer)
 
 
+class CompiledStep(Task):
+    """The step itself, a method that is decorated."""
+
+    @torch.compile
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+@torch.compile
+def focal(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy, weighted down where a sample is told well (arXiv 1708.02002)."""
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    return ((1 - torch.exp(-loss)) ** 2 * loss).mean()
+
+
+class CompiledLoss(Task):
+    """A loss over every place of an image, a function that is decorated."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 10, 1)), optimizer)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self.net(batch[0])
+        return focal(logits, batch[1][:, None, None].expand(-1, *logits.shape[2:]))
+
+
 class Graph(Task):
     """Message passing over edges with index_add and scatter."""
 
@@ -518,6 +544,24 @@ class Detects(Task):
         matched = boxes.gather(1, index[..., None].expand(-1, -1, 4))
         loss = F.cross_entropy(scores.transpose(1, 2), labels.gather(1, index))
         return loss + ((places - matched).abs().sum(2) * best.detach()).mean()
+
+
+class DetectsInTurn(Task):
+    """The same image by image: each is made ready by itself, and has its own anchors, matches and losses."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(Pyramid(), optimizer)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        images = [F.interpolate((image - 0.5)[None] / 0.25, scale_factor=1.25)[0] for image in batch[0]]
+        outputs = [output.flatten(2).transpose(1, 2) for output in self.net(torch.stack(images))]
+        losses = []
+        for one, boxes, labels in zip(torch.cat(outputs, 1), batch[1], batch[2], strict=True):
+            places, scores = one[:, :4].sigmoid(), one[:, 4:]
+            distance = (places[:, None] - boxes).abs().sum(2)
+            best, index = distance.min(1)
+            losses.append(F.cross_entropy(scores, labels[index]) + best.mean())
+        return torch.stack(losses).mean()
 
 
 class DeeplySupervised(Task):
@@ -652,6 +696,9 @@ REGIMES: dict[str, Callable[[str], tuple[pl.LightningModule, Any]]] = {
     "users_cuda": lambda o: (UsersCuda(cnn(), o), IMAGE),
     "reads": lambda o: (Reads(cnn(), o), IMAGE),
     "compiled": lambda o: (Compiled(o), IMAGE),
+    "compiled_step": lambda o: (CompiledStep(cnn(), o), IMAGE),
+    "compiled_loss": lambda o: (CompiledLoss(o), IMAGE),
+    "compiled_transformer": lambda o: (Task(torch.compile(Transformer()), o), TOKENS),
     "graph": lambda o: (Graph(o), TOKENS),
     "volume": lambda o: (Volume(o), VOLUME),
     "sparse": lambda o: (Sparse(o), TOKENS),
@@ -664,6 +711,7 @@ REGIMES: dict[str, Callable[[str], tuple[pl.LightningModule, Any]]] = {
     "packed": lambda o: (Packed(o), TEXT),
     "longest": lambda o: (Longest(Transformer(), o), TEXT),
     "detection": lambda o: (Detects(o), BOXES),
+    "detection_in_turn": lambda o: (DetectsInTurn(o), BOXES),
     "deep_supervision": lambda o: (DeeplySupervised(o), IMAGE),
     "diffusion": lambda o: (Denoises(o), IMAGE),
     "validation": lambda o: (Validates(cnn(), o), IMAGE),
