@@ -7,6 +7,8 @@ import gzip
 import json
 
 import pytest
+import torch
+from torch import nn
 
 from lightning_memplan._allocator import AllocatorSettings, replay
 from lightning_memplan._scaling import ScaledProgram, scale
@@ -14,6 +16,7 @@ from lightning_memplan._types import Event, Trace
 from lightning_memplan._workspaces import FORWARD, MOVED
 from tests.accuracy import chosen, convolutions, nvml, regimes, rtx3090
 from tests.accuracy import nullgpu as accuracy
+from tests.accuracy.loop import trace_loop
 
 SAMPLE = """
 own.mlp 16-mixed Adam+fused 300
@@ -144,6 +147,16 @@ def benchmark_of() -> ScaledProgram:
         return Event(0, 15 * MIB * n), Event(0, -1), *(e for number in (1, 2, 3) for e in step(number, n))
 
     return scale([Trace(n, events(n)) for n in (2, 3)])
+
+
+def test_the_benchmarks_loop_is_recorded():
+    # 100 images of 3·6² in float16 (2 bytes): bias 8, filters 8·27, images, results 8·4² and these as rows, then the
+    # last layer's bias 10, weights 10·128, results 10; targets of 8 bytes, log-softmax, in float32 too, the loss's two
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(128, 10)).to(memory_format=torch.channels_last)
+    program = trace_loop(net, rtx3090.timm_loop("nhwc", 6, classes=10))
+    forward = [(e.step, e.phase) == (2, "forward") for e in program.events]
+    sizes = [size for (_, size, _), asked in zip(program.at(100), forward, strict=True) if asked and size > 0]
+    assert sizes == [16, 432, 21600, 25600, 25600, 20, 2560, 2000, 800, 2000, 4000, 4, 4]
 
 
 def test_a_convolution_whose_workspace_does_not_fit_runs_without():

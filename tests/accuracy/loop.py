@@ -113,7 +113,8 @@ def _record(
     products = [getattr(packet, name) for packet in _MATRIX_PRODUCTS for name in packet.overloads()]
     own = {op: rule for op, rule in temporaries(capability).items() if op not in products}
     workspaces = dict.fromkeys(products, ("cublas", CUBLAS))
-    recorder = Recorder(mode, Rules(own, workspaces, WIDTHS, ORDER, KERNELS, LONGEST, SHAPES))
+    rules = Rules(own, workspaces, WIDTHS, ORDER, kernels=KERNELS, longest=LONGEST, shapes=SHAPES)
+    recorder = Recorder(mode, rules)
     twin = detached_copy(model, mode)
     with recorder, module_paths(twin, recorder):
         for tensor, kind, path in _setup_order(twin):
