@@ -137,6 +137,7 @@ def indexing(n: int, device: torch.device) -> Any:
     x, index = leaf(device, n, 300), torch.zeros(200, dtype=torch.long, device=device)
     rows = torch.zeros(n, dtype=torch.long, device=device)
     total = x[:, index].sum() + x[rows].sum() + x.index_select(1, index).sum() + x[rows, rows].sum()
+    total = total + x[rows[:, None], index].sum()
     total = total + x.gather(1, rows[:, None]).sum() + x.scatter_add(1, rows[:, None].expand(n, 300), x).sum()
     return total + x.topk(5, 1).values.sum() + x.sort(1).values.sum() + x.cumsum(1).sum() + x.flip(1).sum()
 

@@ -20,7 +20,6 @@ HEADER = Path(torch.__file__).parent / "include/ATen/autocast_mode.h"
 #: Cases in which the trace is known to be off, and by how much of the peak: every other is within 0.5 %.
 TOLERANCES = {
     "embedding_bag": 0.1,  # its gradient's sorted segments
-    "attention 20 50  False 0.0 float16": 0.12,  # padded to a width that flash attention takes
     "linears": 0.02,  # cuBLAS wants the expanded gradients of sums copied
     "multihead_attention": 0.03,
     "cells": 0.01,  # fused on a GPU, several kernels here
@@ -108,4 +107,8 @@ def test_operators_take_what_the_null_gpu_says(nullgpu):
         predicted, measured = result["allocated"]
         if abs(predicted / measured - 1) > TOLERANCES.get(result["case"].partition("@")[0], EXACT):
             wrong.append(f"{result['case']}: {predicted} predicted, {measured} measured")
+        if result["case"].startswith(("attention", "indexing")) and predicted != measured:
+            wrong.append(f"{result['case']}: {predicted} predicted, {measured} measured, to the byte")
+        if result["case"].startswith("attention") and not result["same"]:  # else blocks lie elsewhere, step by step
+            wrong.append(f"{result['case']}: other blocks, or in another order")
     assert not wrong, "\n".join(wrong)

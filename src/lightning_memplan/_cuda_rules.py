@@ -312,8 +312,13 @@ def _pad_width(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
 
 
 def _float_mask(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+    if mask is None or mask.dtype != torch.bool:
+        return mask
     # aten/src/ATen/native/transformers/attention.cpp, convert_boolean_attn_mask: one where() with two scalars
-    return torch.zeros_like(mask, dtype=query.dtype) if mask is not None and mask.dtype == torch.bool else mask
+    scalars = [mask.new_empty((), dtype=query.dtype) for _ in range(2)]
+    mask = torch.zeros_like(mask, dtype=query.dtype)
+    del scalars
+    return mask
 
 
 def _attention_bias(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
@@ -686,8 +691,9 @@ def _users_autocast() -> Iterator[None]:
 _CUBLAS = [aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.addmm_.default]
 _CUBLAS += [aten.addmv.default, aten.mv.default, aten.addbmm.default, aten._addmm_activation.default]
 
+_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 #: torch 2.15 takes cuBLAS's workspace anew for every call; before, each thread kept the first (seen on 2.14 and 2.15)
-WORKSPACE_PER_CALL = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
+WORKSPACE_PER_CALL = _VERSION >= (2, 15)
 _CUBLASLT_WORKSPACE = 2**20  # aten/src/ATen/cuda/CUDABlas.cpp, 2.15: 1 MiB where the product adds a bias
 
 
@@ -745,10 +751,10 @@ def temporaries(
     )
     rules[aten._foreach_norm.Scalar] = _foreach_norm
     rules[aten.embedding_dense_backward.default] = _embedding_backward
+    rules[aten.index.Tensor] = _index
     rules[aten.index_put.default] = rules[aten.index_put_.default] = _index_put
     rules[aten._scaled_dot_product_flash_attention.default] = _flash
     rules[aten._scaled_dot_product_flash_attention_backward.default] = _flash_backward
-    rules[aten._scaled_dot_product_efficient_attention_backward.default] = _efficient_backward
     rules.update(dict.fromkeys([aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default], sums))
     for op in (aten.convolution.default, aten.convolution_backward.default):
         rules[op] = _with_workspaces(rules.get(op), capability)
@@ -1018,16 +1024,31 @@ def _embedding_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
     )
 
 
+def _index(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    """aten/src/ATen/native/TensorAdvancedIndexing.cpp, ``AdvancedIndex``: indices that lie otherwise than one another
+    when they have been expanded are copied."""
+    given = [index for index in args[1] if index is not None]
+    if len(given) < 2 or any(index.dtype != torch.int64 for index in given):
+        return ()
+    indices = torch.broadcast_tensors(*given)
+    if len({index.stride() for index in indices}) < 2:
+        return ()
+    return (*(_bytes(index) for index in indices if not index.is_contiguous()), slice(None))
+
+
 def _index_put(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    """aten/src/ATen/native/cuda/Indexing.cu, index_put_with_sort_kernel: to add values up, indices are sorted."""
-    accumulate = args[3] if len(args) > 3 else kwargs.get("accumulate", False)
+    """aten/src/ATen/native/cuda/Indexing.cu, index_put_with_sort_kernel: to add values up, indices are made one, and
+    sorted."""
+    if not (args[3] if len(args) > 3 else kwargs.get("accumulate", False)):
+        return _index(args, kwargs, out)
     indices = [index for index in args[1] if index is not None and index.dtype == torch.int64]
-    if not accumulate or not indices:
+    if not indices:
         return ()
     n = math.prod(torch.broadcast_shapes(*(index.shape for index in indices)))
     rows = math.prod(args[0].size(d) for d, index in enumerate(args[1]) if index is not None)
     values = () if args[2].is_contiguous() else (args[2].numel() * args[2].element_size(),)
-    return (8 * n, [8 * n], *values, 8 * n, 8 * n, 8 * n, [("sort_pairs", 0, n, rows)])
+    others = ([8 * n, 8 * n] for _ in indices[1:])
+    return (8 * n, [8 * n], *others, *values, 8 * n, 8 * n, 8 * n, [("sort_pairs", 0, n, rows)])
 
 
 # aten/src/ATen/native/transformers/cuda: flash_attn/flash_api.cpp and mem_eff_attention/kernel_backward.h (2.15)
@@ -1145,30 +1166,84 @@ def _convolution_backward(card: Card) -> Rule:
 
 
 def _flash(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    return (16,) if len(args) > 3 and args[3] else ()  # the generator's state, kept on the card while dropout runs
+    # with dropout the generator's state (the seventh output) is made again, in the place of the first one
+    return (slice(0, 2), 16, slice(7, 8), slice(6, 7)) if len(args) > 3 and args[3] else ()
 
 
 def _flash_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    """Sums of the output times its gradient, and the query's gradient in float32, both in tiles."""
-    grad, query, key = args[:3]
+    """The gradient and the output are copied where heads lie outside; then sums of one times the other, and the
+    query's gradient in float32, both in tiles."""
+    grad, query, key, _, output = args[:5]
     batch, heads, length, width = query.shape
     wide = -(-width // 32) * 32 if width <= 128 else -(-width // 64) * 64
     rows = batch * heads * (-(-length // 128) * 128)
-    dense = () if grad.stride(-1) == 1 else (grad.numel() * grad.element_size(),)
+    dense = [_bytes(tensor) for tensor in (grad, output) if not tensor.transpose(1, 2).is_contiguous()]
     fewer = () if key.size(1) == heads else (2 * batch * heads * key.size(2) * width * key.element_size(),)
-    return (*dense, 4 * rows, 4 * rows * wide, *fewer)
+    return (*dense, slice(None), 4 * rows, 4 * rows * wide, *fewer)
 
 
-def _efficient_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    """Sums of the output times its gradient, and the query's gradient in float32, in tiles of 64 with 16 bytes each."""
-    grad, query = args[:2]
+def _efficient(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    grad: bool,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """aten/src/ATen/native/transformers/cuda/attention.cu, ``_efficient_attention_forward``: with dropout seed and
+    offset of the random numbers are on the host; without they are on the card, of no value (seen on 2.14, not on 2.11).
+    """
+    batch, heads, length, _ = query.shape
+    card = not dropout and _VERSION >= (2, 12)
+    seed, offset = (torch.empty((), dtype=torch.int64, device=query.device if card else "cpu") for _ in range(2))
+    out = query.new_empty((batch, length, heads, value.size(-1))).transpose(1, 2)
+    rows = -(-length // 32) * 32 if grad else 0
+    return out, query.new_empty((batch, heads, rows), dtype=torch.float32), seed, offset
+
+
+def _efficient_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    logsumexp: torch.Tensor,
+    seed: torch.Tensor,
+    offset: torch.Tensor,
+    dropout: float,
+    wanted: Sequence[bool],
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[torch.Tensor | None, ...]:
+    """aten/src/ATen/native/transformers/cuda/attention_backward.cu: sums of the output times its gradient, and the
+    query's gradient in float32, in tiles of 64 with 16 bytes each."""
     batch, heads, length, width = query.shape
+    grad = grad.transpose(1, 2)
+    dense = None if grad.is_contiguous() else torch.empty_like(grad, memory_format=torch.contiguous_format)
+    grads: list[torch.Tensor | None] = [
+        t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (query, key, value)
+    ]
+    if bias is not None and wanted[3]:
+        last = bias.size(-1)
+        grads.append(bias.new_empty((*bias.shape[:-1], -(-last // 16) * 16))[..., :last])
+    else:
+        grads.append(None)
+    if query.element_size() == 4:
+        product = query.new_empty(grad.shape)
+        sums = query.new_empty((batch, length, heads))
+        rows = sums.transpose(1, 2).contiguous()
+        del product, sums
+    else:
+        rows = query.new_empty((batch, heads, length), dtype=torch.float32)
     tiles = -(-length // 64) * (-(-width // 64))
-    full = grad.numel() * grad.element_size()
-    dense = () if grad.transpose(1, 2).is_contiguous() else (full,)
-    rows = 4 * batch * heads * length
-    summing = [full, rows] if query.element_size() == 4 else []
-    return (*dense, summing, rows, batch * heads * tiles * (64 * 64 * 4 + 16))
+    workspace = query.new_empty(batch * heads * tiles * (64 * 64 * 4 + 16), dtype=torch.uint8)
+    del dense, rows, workspace
+    return tuple(grads)
 
 
 def _logsumexp(input: torch.Tensor, dim: Sequence[int], keepdim: bool = False) -> torch.Tensor:
@@ -1474,6 +1549,8 @@ KERNELS: Mapping[Any, Callable[..., Any]] = {
     aten._embedding_bag.default: _embedding_bag,
     aten._embedding_bag_backward.default: _embedding_bag_backward,
     aten._pack_padded_sequence.default: _pack_padded,
+    aten._scaled_dot_product_efficient_attention.default: _efficient,
+    aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
     aten._cudnn_rnn.default: _cudnn_rnn,
     aten._cudnn_rnn_backward.default: _cudnn_rnn_backward,
     aten._cudnn_init_dropout_state.default: _no_dropout_state,
@@ -1508,7 +1585,6 @@ WIDTHS: Mapping[Any, Mapping[int, int]] = {
 #: (aten/src/ATen/native/cuda/Dropout.cu)
 ORDER: Mapping[Any, Sequence[int]] = {
     aten.native_dropout.default: (1, 0),
-    aten._scaled_dot_product_efficient_attention.default: (2, 3, 0, 1),
 }
 
 
