@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import random
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
+import lightning_memplan as mp
 from lightning_memplan._errors import TraceError
 from lightning_memplan._order import STEPS, accumulated, traced_step
 from lightning_memplan._record import DEVICE
@@ -404,3 +407,108 @@ def test_what_a_callback_unfreezes_later_is_trained():
         assert sorted(e.size for e in blocks(trace, "gradients", STEPS)) == [size * KiB for size in sizes]
         assert sorted(e.size for e in blocks(trace, "optimizer")) == [size * KiB for size in sizes]
     assert not module.backbone.weight.requires_grad
+
+
+# ------------------------------------------------------------------------------------------------ what steps often do
+
+
+class Does(pl.LightningModule):
+    """A linear layer, and a step that is given."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.net, self.step = nn.Linear(8, 4), step
+
+    def training_step(self, batch, batch_idx):
+        return self.step(self, batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def by_distribution(module, x):
+    out = module.net(x)
+    drawn = torch.distributions.Normal(out, out.exp()).rsample()  # which checks that they are numbers, and positive
+    return torch.distributions.Categorical(logits=drawn).entropy().mean()
+
+
+def unless_it_diverged(module, x):
+    loss = module.net(x).mean()
+    if not torch.isfinite(loss) or torch.isnan(module.net.weight).any():
+        return None
+    assert torch.isfinite(module.net.weight).all()
+    return loss
+
+
+def with_numpy(module, x):
+    out = module.net(x)
+    right = np.asarray(out.argmax(1).cpu()) == out.detach().cpu().numpy().argmax(1)
+    module.log("accuracy", right.mean() + sum(out.detach().mean(0).tolist()))
+    return out.mean()
+
+
+def with_a_list(module, x):
+    norms = [parameter.detach().norm() for parameter in module.parameters()]
+    module.log("norm", torch.tensor(norms).norm())
+    return module.net(x).mean() + torch.tensor([norms[0], 1.0], device=module.device).sum()
+
+
+def by_functional_call(module, x):
+    weights = {name: parameter * 1.0 for name, parameter in module.net.named_parameters()}
+    return torch.func.functional_call(module.net, weights, (x,)).mean()
+
+
+def over_all_ranks(module, x):
+    return module.all_gather(module.net(x), sync_grads=True).mean() + module.trainer.strategy.reduce(x.mean())
+
+
+def keeps_a_result(module, x):
+    module.last = module.net(x).mean()
+    module.all_of_them = [*getattr(module, "all_of_them", ()), module.last]
+    return module.last * 1.0
+
+
+@pytest.mark.parametrize(
+    "step",
+    [by_distribution, unless_it_diverged, with_numpy, with_a_list, by_functional_call, over_all_ranks, keeps_a_result],
+)
+def test_steps_that_read_values_and_ask_others_are_traced(step):
+    module = Does(step)
+    before = {name: parameter.clone() for name, parameter in module.state_dict().items()}
+    if step is keeps_a_result:
+        step(module, torch.zeros(2, 8))  # what is no leaf of a graph cannot be copied by itself
+    est = mp.estimate(module, torch.zeros(6, 8), method="trace")
+    assert est.method == "trace"
+    assert est.formula.parameter_bytes == 4 * (8 * 4 + 4)  # float32, of a weight and a bias
+    assert all(torch.equal(before[name], parameter) for name, parameter in module.state_dict().items())
+
+
+def draws(module, x):
+    if random.random() < 0.5:
+        x = x.flip(-1)
+    if np.random.rand() < 0.5:
+        x = x + 1
+    return module.net(x).mean()
+
+
+def test_steps_that_draw_what_they_do_draw_the_same_at_each_batch_size():
+    random.seed(1)
+    state, numbers = random.getstate(), np.random.get_state()[1].copy()
+    for _ in range(6):  # each begins with other numbers
+        est = mp.estimate(Does(draws), torch.zeros(6, 8), method="trace")
+        assert "the step draws numbers (random, NumPy): planned for what it did with those of the trace" in est.notes
+        assert random.getstate() == state
+        assert (np.random.get_state()[1] == numbers).all()
+        random.random()
+        state = random.getstate()
+    assert not mp.estimate(Does(keeps_a_result), torch.zeros(6, 8), method="trace").notes
+
+
+def test_steps_that_cut_a_batch_into_parts_are_planned_from_batches_that_have_them_all():
+    est = mp.estimate(
+        Does(lambda module, x: sum(module.net(part).mean() for part in x.chunk(4))), torch.zeros(6, 8), method="trace"
+    )
+    assert est.program.batch_sizes == (32, 48, 80)
+    assert "the step does something else with few samples: planned from 32 and more" in est.notes
+    parts = [e.size for e in est.program.events if e.op == "aten.addmm.default" and e.category == "temporaries"]
+    assert parts[:4] == [4 * 8 * 4] * 4  # 8 samples, 4 outputs, float32

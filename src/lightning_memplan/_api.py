@@ -35,12 +35,14 @@ from lightning_memplan._report import advice_lines, does_not_fit_message
 from lightning_memplan._sample import SAMPLE_SIZE, Samples, Which, check_sample, read_samples
 from lightning_memplan._scaling import interleaved, scale
 from lightning_memplan._step import prepared, run_formula, trace_counted, trace_steps, trace_test, trace_validation
-from lightning_memplan._turns import scaled
+from lightning_memplan._turns import TURNS, scaled
 from lightning_memplan._twin import explain
 from lightning_memplan._types import NCCL, Advice, Device, Length, Lengths, Plan, StepSettings, parse_precision
 from lightning_memplan._workspaces import Choice
 
 Method = Literal["auto", "trace", "formula", "probe"]
+#: Batch sizes of traces, where those of few samples are of unlike steps: each has 2, 4, 8 or 16 equal parts
+MANY = (32, 48, 80)
 _METHODS = ("auto", "trace", "formula", "probe")
 
 #: What a step raises where something is not there yet: a copy's trainer has no loops and no logger, and the hooks and
@@ -247,18 +249,32 @@ def _traced(
         try:
             graphs, least = Graphs(), None
             traces, formula = trace_counted(module, batches, settings, graphs=graphs, **common)
-            program, more = scaled(traces)
+            try:
+                program, more = scaled(traces)
+            except TraceError as unlike:
+                batches = _of_many(samples, formula.input_bytes)
+                traces = trace_steps(module, batches, settings, graphs=graphs, **common) if batches else []
+                try:
+                    program, more = scaled(traces)
+                except (TraceError, ValueError):  # or there are none
+                    raise unlike from None
+                more = (*more, f"the step does something else with few samples: planned from {MANY[0]} and more")
             notes = traces[0].notes + more + samples.notes
             if FUSED in notes:
                 graphs.least = True
                 least, _ = scaled(trace_steps(module, batches, settings, graphs=graphs, **common))
-            return Estimate("trace", formula, program, _allocator(), notes, least=least, turns=bool(more))
+            return Estimate("trace", formula, program, _allocator(), notes, least=least, turns=TURNS in more)
         except TraceError as error:
             if method == "trace":
                 raise TraceError(f"{type(module).__name__} cannot be traced: {error}") from error
             notes = (f"planned by the formula, since the step cannot be traced: {error}",)
     formula, more = run_formula(module, batches[0], settings, **common)
     return Estimate("formula", formula, None, _allocator(), notes + more + samples.notes)
+
+
+def _of_many(samples: Samples, sample_bytes: int) -> list[tuple[int, Any]]:
+    """Batches of which a step that cuts them in pieces makes as many of each, in a quarter of the host's memory."""
+    return samples.batches(MANY) if MANY[-1] * sample_bytes < cpu_device().capacity // 4 else []
 
 
 def estimate_validation(

@@ -397,7 +397,7 @@ def _rms_norm(
 
 
 class _LSTMCell(torch.autograd.Function):
-    """aten/src/ATen/native/cuda/RNN.cu, ``_thnn_fused_lstm_cell``: gates stay, in a workspace, for the backward pass."""
+    """aten/src/ATen/native/cuda/RNN.cu, ``_thnn_fused_lstm_cell``: gates stay for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, gates: torch.Tensor, hidden: torch.Tensor, state: torch.Tensor, *biases: Any) -> Any:
@@ -461,9 +461,7 @@ def _ctc(
 ) -> torch.Tensor:
     # aten/src/ATen/native/LossCTC.cpp, which goes another way for tensor subclasses: lengths are read on the host
     log_probs = log_probs if log_probs.dim() == 3 else log_probs.unsqueeze(1)
-    losses, _ = torch.ops.aten._ctc_loss.Tensor(
-        log_probs, targets, input_lengths, target_lengths, blank, zero_infinity
-    )
+    losses, _ = torch.ops.aten._ctc_loss.Tensor(log_probs, targets, input_lengths, target_lengths, blank, zero_infinity)
     if zero_infinity:
         losses = torch.where(losses == math.inf, losses.new_zeros(()), losses)
     if reduction == 1:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -99,6 +100,14 @@ def isolated_random_state() -> Iterator[None]:
         yield
     finally:
         _set_rng_states(states)
+
+
+def random_states() -> bytes:
+    """Where Python's and NumPy's random numbers are."""
+    from lightning_fabric.utilities.seed import _collect_rng_states
+
+    states = _collect_rng_states(include_cuda=False)
+    return pickle.dumps([states[name] for name in ("python", "numpy") if name in states])
 
 
 def move_to_device(batch: Any, device: torch.device) -> Any:

@@ -335,8 +335,10 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _check(self, out: Any, func: Any, args: Sequence[Any]) -> None:
-        """Note what is true of all numbers: that they are finite (aten/src/ATen/native/TensorCompare.cpp, ``isfinite``),
-        and what is checked to go on (torch/distributions/distribution.py)."""
+        """Note what is true of all numbers: that they are finite, and what is checked to go on.
+
+        Source: aten/src/ATen/native/TensorCompare.cpp, ``isfinite``; torch/distributions/distribution.py (2.14).
+        """
         if isinstance(out, FakeTensor) and out.dtype is torch.bool:
             both = func in _BOTH and all(_TRUE in a.__dict__ for a in args if isinstance(a, torch.Tensor))
             same = func is _SAME and args[0] is args[1]
@@ -678,7 +680,7 @@ def _is_cuda(device: object) -> bool:
     return type(device) is int or (isinstance(device, str) and device.partition(":")[0] == "cuda")
 
 
-_ALL_VALUES = frozenset({torch.Tensor.numpy, torch.Tensor.__array__})
+_ALL_VALUES = frozenset[Any]((torch.Tensor.numpy, torch.Tensor.__array__))
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _FROM_NUMBERS = frozenset({torch.tensor, torch.as_tensor, torch.Tensor.new_tensor})
 

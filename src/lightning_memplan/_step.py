@@ -38,6 +38,7 @@ from lightning_memplan._formula import Formula, make_formula, record_layers, sam
 from lightning_memplan._lightning import (
     is_overridden,
     isolated_random_state,
+    random_states,
 )
 from lightning_memplan._order import STEPS, TRUE_DTYPE, MakeOptimizer, StepRunner
 from lightning_memplan._record import DEVICE, Recorder, Rules, labelled, module_paths
@@ -475,7 +476,7 @@ class _Run(StepRunner):
         counted: bool = False,
     ) -> Trace:
         """Whole steps, as a trace; ``counted``, the formula is there afterwards as well."""
-        recorder, twin = self.recorder, self.twin
+        recorder, twin, states = self.recorder, self.twin, random_states()
         compiled = as_graphs(twin, recorder, self.graphs, self.settings.capability)
         # a step that draws what it does draws the same at each batch size
         with isolated_random_state(), _explained(recorder), recorder, module_paths(twin, recorder), compiled as said:
@@ -491,7 +492,10 @@ class _Run(StepRunner):
             if validated is not None:
                 self.evaluate(validated)
             recorder.stop()
+            drawn = random_states() != states
         notes: tuple[str, ...] = tuple(sorted(said))
+        if drawn:
+            notes += ("the step draws numbers (random, NumPy): planned for what it did with those of the trace",)
         if recorder.values_read:
             if not tested and not any(event.phase == "backward" for event in recorder.events):
                 raise TraceError("the step returns no loss, since it read values of tensors, which a trace has not")

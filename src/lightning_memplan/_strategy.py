@@ -242,7 +242,7 @@ class _Silent(torch.distributed.ProcessGroup):
     def allreduce(self, tensors: Any, *_: Any) -> Any:
         return _done(tensors)
 
-    reduce = broadcast = allreduce
+    reduce = broadcast = allreduce  # type: ignore[assignment]
 
     def allgather(self, outputs: Any, inputs: Any, *_: Any) -> Any:
         self._copy(outputs)
@@ -263,14 +263,14 @@ class _Silent(torch.distributed.ProcessGroup):
         own = [parts[self.rank()] for parts in inputs]
         return self.alltoall(outputs[: len(own)], own)
 
-    scatter = reduce_scatter  # which has inputs on one rank only
+    scatter = reduce_scatter  # type: ignore[assignment] # which has inputs on one rank only
 
     def _allgather_base(self, output: Any, own: Any, *_: Any) -> Any:
         self._copy(output)
         _fill(output, own)
         return _done([output])
 
-    alltoall_base = all_to_all_single = _allgather_base
+    alltoall_base = all_to_all_single = _allgather_base  # type: ignore[assignment]
 
     def _reduce_scatter_base(self, output: Any, whole: Any, *_: Any) -> Any:
         self._copy(whole)
@@ -292,7 +292,7 @@ def _fill(output: torch.Tensor, own: torch.Tensor) -> None:
     count = min(output.numel(), own.numel())
     if not count or not (output.is_contiguous() and own.is_contiguous()):
         return
-    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(output):
+    with torch.no_grad(), torch.autograd.grad_mode._unsafe_preserve_version_counter(output):
         whole = output.view(-1)
         for begin in range(0, output.numel(), count):
             part = whole[begin : begin + count]

@@ -97,7 +97,7 @@ class StandInStrategy:
     def reduce(self, tensor: Any, *_: Any, **__: Any) -> Any:
         return tensor
 
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002 - its name
         return decision
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -84,9 +83,9 @@ class MemoryPlanner(CallbackBase):
     Args:
         method: ``"probe"`` runs the training step on the GPU, ``"trace"`` on fake tensors, ``"formula"`` adds up
             ``params + grads + bs * (I1 + 2 * sum(Ii))``. ``"auto"`` traces, and probes too where the card is here
-            (with several ranks, under DDP only): it plans by the probe if that has run a large batch, else by the one with
-            which fewer samples fit, and by the formula, with a warning, where neither can be had. The plan says what
-            each found, and why one was not to be had.
+            (with several ranks, under DDP only): it plans by the probe if that has run a large batch, else by the one
+            with which fewer samples fit, and by the formula, with a warning, where neither can be had. The plan says
+            what each found, and why one was not to be had.
         device: The card to plan for: a name such as ``"RTX 3090"``, or a ``Device``. Where nothing is said, the one
             on which the Trainer runs, and on the CPU the host's memory.
         margin: The part of the card's memory to leave free, at least 0 and below 1. Where nothing is said, what earlier

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -673,6 +675,104 @@ class Volume(Task):
         return self.loss(self.net(batch[0]), batch[1])
 
 
+class Codebook(Task):
+    """A VQ-VAE: the nearest of 512 codes for every place (arXiv 1711.00937)."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(nn.Conv2d(3, 64, 4, 4), optimizer)
+        self.codes, self.decoder = nn.Embedding(512, 64), nn.ConvTranspose2d(64, 3, 4, 4)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        z = self.net(batch[0]).permute(0, 2, 3, 1)
+        nearest = torch.cdist(z.reshape(-1, 64), self.codes.weight).argmin(1)
+        codes = self.codes(nearest).view_as(z)
+        loss = F.mse_loss(codes.detach(), z) + F.mse_loss(codes, z.detach())
+        through = z + (codes - z).detach()
+        return loss + F.mse_loss(self.decoder(through.permute(0, 3, 1, 2)), batch[0])
+
+
+class Cells(Task):
+    """An LSTM and a GRU written out, cell by cell."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(nn.Linear(WIDTH, 10), optimizer)
+        self.embed, self.lstm, self.gru = nn.Embedding(1000, WIDTH), nn.LSTMCell(WIDTH, WIDTH), nn.GRUCell(WIDTH, WIDTH)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x = self.embed(batch[0])
+        hidden = other = state = x.new_zeros(len(x), WIDTH)
+        for step in range(16):
+            hidden, state = self.lstm(x[:, step], (hidden, state))
+            other = self.gru(hidden, other)
+        return F.cross_entropy(self.net(other), batch[1])
+
+
+class Dice(Task):
+    """A soft Dice loss by hand, of labels that are made one-hot."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(nn.Conv2d(3, 8, 3, padding=1), optimizer)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        scores = self.net(batch[0]).softmax(1)
+        truth = F.one_hot((batch[0][:, 0] > 0).long(), 8).permute(0, 3, 1, 2).float()
+        both, each = (scores * truth).sum((2, 3)), (scores + truth).sum((2, 3))
+        return 1 - ((2 * both + 1) / (each + 1)).mean()
+
+
+class Speech(Task):
+    """CTC over the rows of an image, as a line of text is read."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(nn.LSTM(3 * 64, WIDTH, batch_first=True), optimizer)
+        self.letters = nn.Linear(WIDTH, 30)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        rows = batch[0].transpose(1, 2).flatten(2)
+        scores = self.letters(self.net(rows)[0]).log_softmax(-1).transpose(0, 1)
+        text = torch.ones(len(rows), 10, dtype=torch.long, device=self.device)
+        lengths = [torch.full((len(rows),), length, dtype=torch.long) for length in (len(scores), 10)]
+        return F.ctc_loss(scores, text, *lengths)
+
+
+class Logs(Task):
+    """What is logged of a step, by way of NumPy, and of its gradients."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self.net(batch[0])
+        best = logits.argmax(1).cpu().numpy()
+        self.log("accuracy", float((best == batch[1].cpu().numpy()).mean()))
+        return {"loss": F.cross_entropy(logits, batch[1]), "logits": logits.detach()}
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        from pytorch_lightning.utilities import grad_norm
+
+        self.log_dict(grad_norm(self.net, norm_type=2))
+
+
+class Chunks(Task):
+    """A batch in four parts, whose losses are added up; and four of its images once more."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        parts = zip(batch[0].chunk(4), batch[1].chunk(4), strict=True)
+        again = torch.cat([self.net(image[None]) for image in batch[0][:4]])
+        return sum(F.cross_entropy(self.net(x), y) for x, y in parts) + again.mean()
+
+
+class Draws(Task):
+    """Does by chance what takes more or less memory, as augmentations do."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x = batch[0]
+        if random.random() < 0.5:
+            x = x.flip(-1)
+        if np.random.rand() < 0.5:
+            x = x + 0.1 * torch.randn_like(x)
+        share = float(np.random.beta(0.4, 0.4))
+        x = share * x + (1 - share) * x[torch.randperm(len(x), device=x.device)]
+        return F.cross_entropy(self.net(x), batch[1])
+
+
 REGIMES: dict[str, Callable[[str], tuple[pl.LightningModule, Any]]] = {
     "plain": lambda o: (Task(cnn(), o), IMAGE),
     "gan": lambda o: (Gan(o), IMAGE),
@@ -715,6 +815,13 @@ REGIMES: dict[str, Callable[[str], tuple[pl.LightningModule, Any]]] = {
     "deep_supervision": lambda o: (DeeplySupervised(o), IMAGE),
     "diffusion": lambda o: (Denoises(o), IMAGE),
     "validation": lambda o: (Validates(cnn(), o), IMAGE),
+    "codebook": lambda o: (Codebook(o), IMAGE),
+    "cells": lambda o: (Cells(o), TOKENS),
+    "dice": lambda o: (Dice(o), IMAGE),
+    "speech": lambda o: (Speech(o), IMAGE),
+    "logs": lambda o: (Logs(cnn(), o), IMAGE),
+    "chunks": lambda o: (Chunks(cnn(), o), IMAGE),
+    "draws": lambda o: (Draws(cnn(), o), IMAGE),
     "triplets": lambda o: (Triplets(cnn(classes=64), o), IMAGE),
 }
 
