@@ -21,6 +21,7 @@ import lightning_memplan as mp
 from lightning_memplan._errors import TraceError
 from lightning_memplan._order import STEPS, accumulated, traced_step
 from lightning_memplan._record import DEVICE
+from lightning_memplan._silent_cuda import FIRST
 from lightning_memplan._step import detached_copy, prepared, run_formula, trace_steps
 from lightning_memplan._twin import StandInTrainer
 from lightning_memplan._types import StepSettings
@@ -355,16 +356,23 @@ def test_batches_may_be_lists_of_samples():
     assert [trace.batch_size for trace in traced(Each(), [batch(2), batch(3)])] == [2, 3]
 
 
-def test_numbers_that_are_written_to_are_not_known():
-    class Writes(Net):
-        def training_step(self, batch, batch_idx):
-            features, lengths = batch
-            lengths.add_(1)
-            return self.layer(features[:, : int(lengths.max().item())].sum(1)).sum()
+class Writes(Net):
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
 
+    def training_step(self, batch, batch_idx):
+        features, lengths = batch
+        lengths.add_(self.what(features))
+        return self.layer(features[:, : int(lengths.max().item())].sum(1)).sum()
+
+
+def test_numbers_are_followed_until_they_are_made_of_values():
     batch = torch.zeros(2, 16, 1024), torch.tensor([3, 7])
+    (trace,) = traced(Writes(lambda features: 1), [(2, batch)])
+    assert "the step reads whole numbers of the batch (lengths): taken as the largest of its samples" in trace.notes
     with pytest.raises(TraceError, match="the step needs the value of a tensor"):
-        traced(Writes(), [(2, batch)])
+        traced(Writes(lambda features: features.sum().long()), [(2, batch)])
 
 
 def test_packed_sequences_are_as_long_as_the_longest_sample():
@@ -483,6 +491,79 @@ def test_steps_that_read_values_and_ask_others_are_traced(step):
     assert all(torch.equal(before[name], parameter) for name, parameter in module.state_dict().items())
 
 
+class Prepares(Does):
+    """What is made when training begins, and what is asked of Lightning in a step."""
+
+    def __init__(self, step):
+        super().__init__(step)
+        self.register_buffer("queue", torch.zeros(4, 256))
+        self.register_buffer("place", torch.zeros(1, dtype=torch.long))
+
+    def on_fit_start(self):
+        self.weights = torch.ones(4, device=self.device)
+
+    def on_train_start(self):
+        self.trainer.datamodule.nothing_of_the_kind()
+
+    def on_train_epoch_start(self):
+        self.seen = []
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+def in_a_queue(module, x):
+    out = module.net(x) * module.weights
+    begin = int(module.place)
+    assert 256 % len(x) == 0  # as it is written where this comes from (arXiv 1911.05722)
+    module.queue[:, begin : begin + len(x)] = out.detach().T
+    module.place[0] = (begin + len(x)) % 256
+    module.seen.append(begin)
+    module.log("rate", module.optimizers().param_groups[0]["lr"] + module.lr_schedulers().get_last_lr()[0])
+    return (out @ module.queue.clone()).mean()
+
+
+def test_hooks_before_the_first_step_are_run_on_the_copy():
+    module = Prepares(in_a_queue)
+    est = mp.estimate(module, torch.zeros(6, 8), method="trace")
+    assert not hasattr(module, "weights")
+    assert module.place.item() == 0
+    assert est.program.batch_sizes == (32, 64, 128)
+    assert any(note.startswith("on_train_start was left out: ") for note in est.notes)
+    assert not any(note.startswith(("on_fit_start", "on_train_epoch_start")) for note in est.notes)
+
+
+def with_cuda(module, x):
+    """What is asked of a card is answered where there is none, and does nothing to one that is there."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        out = module.net(x)
+    out.record_stream(torch.cuda.current_stream())
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.nvtx.range_push("loss")
+    loss = out.mean()
+    torch.cuda.nvtx.range_pop()
+    end.record()
+    torch.cuda.synchronize()
+    module.log("milliseconds", begin.elapsed_time(end))
+    module.log("peak", torch.cuda.max_memory_allocated() / 2**30 + torch.cuda.memory_stats()["num_ooms"])
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.empty_cache()
+    assert torch.cuda.get_device_capability() == (8, 0)
+    return loss
+
+
+def test_steps_that_ask_torch_cuda_are_traced_without_a_card():
+    before = {name: getattr(torch.cuda, name) for name in ("Event", "Stream", "stream", "synchronize", "memory_stats")}
+    est = mp.estimate(Does(with_cuda), torch.zeros(6, 8), method="trace", device="A100")
+    assert {e.stream for e in est.program.events if e.op == "aten.addmm.default"} == {FIRST + 1}
+    assert {name: getattr(torch.cuda, name) for name in before} == before
+
+
 def draws(module, x):
     if random.random() < 0.5:
         x = x.flip(-1)
@@ -508,7 +589,7 @@ def test_steps_that_cut_a_batch_into_parts_are_planned_from_batches_that_have_th
     est = mp.estimate(
         Does(lambda module, x: sum(module.net(part).mean() for part in x.chunk(4))), torch.zeros(6, 8), method="trace"
     )
-    assert est.program.batch_sizes == (32, 48, 80)
+    assert est.program.batch_sizes == (32, 64, 128)
     assert "the step does something else with few samples: planned from 32 and more" in est.notes
     parts = [e.size for e in est.program.events if e.op == "aten.addmm.default" and e.category == "temporaries"]
     assert parts[:4] == [4 * 8 * 4] * 4  # 8 samples, 4 outputs, float32

@@ -18,6 +18,7 @@ from lightning_memplan._compiled import COMPILED_SIZES, FUSED, Graphs, compiled_
 from lightning_memplan._device import cpu_device, detect_devices, gpu, gpus
 from lightning_memplan._errors import DoesNotFitError, TraceError
 from lightning_memplan._estimate import Estimate
+from lightning_memplan._formula import sample_bytes
 from lightning_memplan._lightning import (
     as_lightning_module,
     check_accumulation,
@@ -41,8 +42,8 @@ from lightning_memplan._types import NCCL, Advice, Device, Length, Lengths, Plan
 from lightning_memplan._workspaces import Choice
 
 Method = Literal["auto", "trace", "formula", "probe"]
-#: Batch sizes of traces, where those of few samples are of unlike steps: each has 2, 4, 8 or 16 equal parts
-MANY = (32, 48, 80)
+#: Batch sizes of traces, where those of few samples cannot be had or are of unlike steps: each has 2 to 32 equal parts
+MANY = (32, 64, 128)
 _METHODS = ("auto", "trace", "formula", "probe")
 
 #: What a step raises where something is not there yet: a copy's trainer has no loops and no logger, and the hooks and
@@ -248,15 +249,15 @@ def _traced(
     if method != "formula":
         try:
             graphs, least = Graphs(), None
-            traces, formula = trace_counted(module, batches, settings, graphs=graphs, **common)
             try:
+                traces, formula = trace_counted(module, batches, settings, graphs=graphs, **common)
                 program, more = scaled(traces)
             except TraceError as unlike:
-                batches = _of_many(samples, formula.input_bytes)
-                traces = trace_steps(module, batches, settings, graphs=graphs, **common) if batches else []
                 try:
+                    batches = _of_many(samples)
+                    traces, formula = trace_counted(module, batches, settings, graphs=graphs, **common)
                     program, more = scaled(traces)
-                except (TraceError, ValueError):  # or there are none
+                except TraceError:
                     raise unlike from None
                 more = (*more, f"the step does something else with few samples: planned from {MANY[0]} and more")
             notes = traces[0].notes + more + samples.notes
@@ -272,9 +273,16 @@ def _traced(
     return Estimate("formula", formula, None, _allocator(), notes + more + samples.notes)
 
 
-def _of_many(samples: Samples, sample_bytes: int) -> list[tuple[int, Any]]:
-    """Batches of which a step that cuts them in pieces makes as many of each, in a quarter of the host's memory."""
-    return samples.batches(MANY) if MANY[-1] * sample_bytes < cpu_device().capacity // 4 else []
+def _of_many(samples: Samples) -> list[tuple[int, Any]]:
+    """Batches of which a step that cuts them in parts makes as many of each.
+
+    Raises:
+        TraceError: they would take more than a quarter of the host's memory.
+    """
+    size, batch = samples.batches((1,))[0]
+    if sum(MANY) * sample_bytes(batch, size) > cpu_device().capacity // 4:
+        raise TraceError(f"{MANY[-1]} samples take too much of the host's memory to try them")
+    return samples.batches(MANY)
 
 
 def estimate_validation(

@@ -252,7 +252,7 @@ def compiled_parts(module: nn.Module) -> list[Part]:
                 seen.add(name)
                 if _is_compiled(value):
                     found.append(Part(child, name, value))
-                elif value.__module__.partition(".")[0] not in _LIBRARIES:
+                elif (value.__module__ or "").partition(".")[0] not in _LIBRARIES:
                     named = {n: value.__globals__.get(n) for n in _names(value.__code__)}
                     found += [Part(child, n, one, name) for n, one in named.items() if _is_compiled(one)]
     return found

@@ -106,6 +106,7 @@ class StepRunner:
         self.lightning = is_lightning_module(twin)
         self.optimizers: list[torch.optim.Optimizer] = []
         self.layers: tuple[Layer, ...] = ()
+        self.failed: dict[str, Exception] = {}  #: hooks before the first step, and why they were left out
         self._counted_size = 0
         self._make_optimizer = optimizer
         self._scale: torch.Tensor | None = None
@@ -129,7 +130,10 @@ class StepRunner:
                 self.mark.category, self.mark.path = "optimizer", ""
                 self.optimizers = self.configure()
             if self.lightning:
+                self._begun("on_fit_start")
                 self.mark.empty_cache()  # when all states have been restored: checkpoint_connector.py, resume_end
+                self._begun("on_train_start")
+                self._begun("on_train_epoch_start")
             parts = accumulated(self.settings)
             for index in range(steps * parts):
                 self.mark.step = index + 1
@@ -208,8 +212,10 @@ class StepRunner:
             optimizers, schedulers = configured_optimizers(self.twin)
             unfreeze(callbacks, self.twin, optimizers)
             self.twin._trainer.optimizers = optimizers
+            self.twin.__dict__["optimizers"] = lambda use_pl_optimizer=True: _one_or_all(optimizers)
+            self.twin.__dict__["lr_schedulers"] = lambda: _one_or_all(schedulers) or None
             if not self.twin.automatic_optimization:
-                self._manual(optimizers, schedulers)
+                self._manual(optimizers)
         elif self._make_optimizer is not None:
             module = self.twin if self._wrapper is None else self._wrapper
             optimizers = [self._make_optimizer(p for p in module.parameters() if p.requires_grad)]
@@ -404,7 +410,17 @@ class StepRunner:
         if self.lightning and is_overridden(name, self.twin):
             getattr(self.twin, name)(*args)
 
-    def _manual(self, optimizers: list[torch.optim.Optimizer], schedulers: list[Any]) -> None:
+    def _begun(self, name: str) -> None:
+        """A hook of the module's own before its first step; a copy does without one that fails on it."""
+        self.mark.category, self.mark.path = "other", ""
+        try:
+            self._hook(name)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - of the user's code, which may do anything there
+            self.failed[name] = error
+
+    def _manual(self, optimizers: list[torch.optim.Optimizer]) -> None:
         """Manual optimization: the step calls these itself."""
         mark, twin = self.mark, self.twin
 
@@ -435,9 +451,7 @@ class StepRunner:
             optimizer.step = stepped  # type: ignore[method-assign]
             optimizer.toggle_model = lambda sync_grad=True: nullcontext()  # type: ignore[attr-defined]
         own: dict[str, Any] = {
-            "optimizers": lambda use_pl_optimizer=True: optimizers[0] if len(optimizers) == 1 else optimizers,
             "manual_backward": backward,
-            "lr_schedulers": lambda: schedulers if len(schedulers) > 1 else schedulers[0] if schedulers else None,
             "clip_gradients": lambda optimizer, gradient_clip_val=None, gradient_clip_algorithm="norm": (
                 _clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm or "norm")
                 if gradient_clip_val
@@ -445,6 +459,10 @@ class StepRunner:
             ),
         }
         twin.__dict__.update(own)
+
+
+def _one_or_all(things: list[Any]) -> Any:
+    return things[0] if len(things) == 1 else things
 
 
 def _indices(step: Any) -> int:

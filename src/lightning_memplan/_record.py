@@ -124,6 +124,7 @@ class Recorder(TorchDispatchMode):
         self.lengths_taken = 0  #: how often a result is as long as values say, and was taken at its longest
         self.numbers: Mapping[int, torch.Tensor] = {}  #: id of a batch's tensor -> the values that stand for its own
         self.numbers_taken = 0  #: how often the step read whole numbers of the batch
+        self.knows_buffers = False  #: whether there are buffers whose values are told (see ``tell``)
         self._temporaries = rules.temporaries
         self._workspaces = rules.workspaces
         self._widths = rules.widths
@@ -161,12 +162,12 @@ class Recorder(TorchDispatchMode):
             return NotImplemented  # a distributed tensor says by itself what is done on this rank
         if func in _COUNTS and args[0].dtype is torch.bool and isinstance(args[0], FakeTensor):
             return self._counted(self._run(func, types, args, kwargs), args[0])
-        if not self.numbers and not self._counts:
+        if not self.numbers and not self._counts and not self.knows_buffers:
             return self._run(func, types, args, kwargs)
         values = self._known(func, args, kwargs)
         if values is not None and (func is _READ_VALUE or (func is _TO_COPY and kwargs.get("device") == _HOST)):
             self.numbers_taken += bool(self.numbers)
-            self.lengths_taken += not self.numbers
+            self.lengths_taken += self._counts and not self.numbers
             return values
         out = self._run(func, types, args, kwargs)
         if values is not None:
@@ -310,19 +311,18 @@ class Recorder(TorchDispatchMode):
     def _known(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What an operator gives for whole numbers of the batch, on the host; None where it is not known."""
         if func is _TO_COPY and id(args[0]) in self.numbers:
-            return self.numbers[id(args[0])]
+            return self.numbers[id(args[0])].clone()
         if not any(map(_has_numbers, args)):
             return None
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if func._schema.is_mutable:
-            for leaf in filter(_has_numbers, leaves):
+        known = all(_has_numbers(leaf) or not isinstance(leaf, FakeTensor) for leaf in leaves)
+        if not known or torch.Tag.nondeterministic_seeded in func.tags:
+            for leaf in filter(_has_numbers, leaves if func._schema.is_mutable else ()):
                 del leaf.__dict__[_NUMBERS]
-            return None
-        if not all(map(_has_numbers, leaves)) or torch.Tag.nondeterministic_seeded in func.tags:
             return None
 
         def on_host(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, FakeTensor):
                 return value.__dict__[_NUMBERS]
             return _HOST if isinstance(value, torch.device) else value
 
@@ -523,6 +523,23 @@ class Recorder(TorchDispatchMode):
 
 _TRUE = "_memplan_true"  # a fake tensor's attribute: all that is in it is true
 _NUMBERS = "_memplan_numbers"  # a fake tensor's attribute: its values, where they are known
+
+
+def tell(fake: torch.Tensor, like: torch.Tensor) -> bool:
+    """Give a fake tensor the values of the few numbers that it stands for, if they have any: whether it has them now.
+
+    So a step may read where a queue begins, or whether it has begun. Its operators and views have values too.
+    """
+    values = like.__dict__.get(_NUMBERS) if isinstance(like, FakeTensor) else None if like.is_meta else like
+    if values is None or values.numel() > (1 if values.is_floating_point() else 16):
+        return False
+    fake.__dict__[_NUMBERS] = values.detach().to("cpu", copy=True)
+    return True
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether those of a fake tensor are known."""
+    return _NUMBERS in tensor.__dict__
 
 
 def _are_plain(args: Sequence[Any]) -> bool:

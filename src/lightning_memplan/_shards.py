@@ -169,8 +169,8 @@ def in_place_of(owner: Any, name: str, other: Any) -> Iterator[None]:
 class NotedCard:
     """What FSDP asks of ``torch.cuda``; streams are numbered in the order in which they are made."""
 
-    def __init__(self, device: torch.device, mark: Mark) -> None:
-        self._device, self._mark, self._made = device, mark, 0
+    def __init__(self, device: torch.device, mark: Mark, made: int = 0) -> None:
+        self._device, self._mark, self._made = device, mark, made
 
     def is_available(self) -> bool:
         return True
@@ -184,11 +184,11 @@ class NotedCard:
     def default_stream(self) -> _Stream:
         return _Stream(0)
 
-    def Stream(self, **_: Any) -> _Stream:  # noqa: N802 - torch's name
+    def Stream(self, *_: Any, **__: Any) -> _Stream:  # noqa: N802 - torch's name
         self._made += 1
         return _Stream(self._made)
 
-    def Event(self, **_: Any) -> _Event:  # noqa: N802 - torch's name
+    def Event(self, *_: Any, **__: Any) -> _Event:  # noqa: N802 - torch's name
         return _Event()
 
     @contextmanager
@@ -209,6 +209,9 @@ class _Stream:
 
     wait_stream = wait_event = synchronize = nothing
 
+    def query(self) -> bool:
+        return True
+
     def record_event(self, *_: Any) -> _Event:
         return _Event()
 
@@ -224,3 +227,6 @@ class _Event:
 
     def query(self) -> bool:
         return True
+
+    def elapsed_time(self, end: object) -> float:
+        return 0.0

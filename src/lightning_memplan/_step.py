@@ -41,9 +41,10 @@ from lightning_memplan._lightning import (
     random_states,
 )
 from lightning_memplan._order import STEPS, TRUE_DTYPE, MakeOptimizer, StepRunner
-from lightning_memplan._record import DEVICE, Recorder, Rules, labelled, module_paths
+from lightning_memplan._record import DEVICE, Recorder, Rules, has_values, labelled, module_paths, tell
 from lightning_memplan._scaling import extended
 from lightning_memplan._shards import units_by_policy, waiting
+from lightning_memplan._silent_cuda import silent_cuda
 from lightning_memplan._sparse import SPARSE
 from lightning_memplan._strategy import ranks_of, unparallelized, wrapped
 from lightning_memplan._twin import explain, metric_states, twin_of
@@ -83,9 +84,11 @@ def detached_copy(
             own = fake.__dict__  # a fake tensor's mode is such an attribute, and that of a copy's copy is not its own
             own.update({k: v for k, v in parameter.__dict__.items() if not k.startswith("_") and k not in own})
             memo[id(parameter)] = fake
-    for buffer in module.buffers():
+    for name, buffer in module.named_buffers():
         if id(buffer) not in memo:
-            memo[id(buffer)] = _fake(buffer, mode, device, dtype)
+            memo[id(buffer)] = fake = _fake(buffer, mode, device, dtype)
+            if not name.endswith("num_batches_tracked"):  # which every batch norm has, and none reads
+                tell(fake, buffer)
     for state in metric_states(module):
         memo[id(state)] = _fake(state, mode, DEVICE, None)
     return twin_of(module, memo, trainer=trainer, device=DEVICE)
@@ -352,7 +355,7 @@ def trace_test(
         run = _Run(module, mode, settings, trainer, datamodule, None)
 
         def once() -> None:
-            with _explained(run.recorder), run.recorder:
+            with _explained(run.recorder), silent_cuda(run.recorder, settings.capability), run.recorder:
                 run.evaluate(batch, "test")
 
         formula = make_formula(run.twin, record_layers(run.twin, once, size), sample_bytes(batch, size))
@@ -390,7 +393,7 @@ def run_formula(
 
         def forward() -> None:
             try:
-                with run.recorder:
+                with silent_cuda(run.recorder, settings.capability), run.recorder:
                     run.forward(batch)
             except Exception as error:  # noqa: BLE001 - whatever the user's step raises
                 failed.append(error)
@@ -446,6 +449,7 @@ class _Run(StepRunner):
             trainer=trainer,
             device=torch.device("cpu") if shards else DEVICE,  # a wrapper that shards moves what it shards
         )
+        self.recorder.knows_buffers = any(map(has_values, twin.buffers()))
         super().__init__(twin, self.recorder, DEVICE, settings, datamodule=datamodule, optimizer=optimizer)
 
     @contextmanager
@@ -479,7 +483,11 @@ class _Run(StepRunner):
         recorder, twin, states = self.recorder, self.twin, random_states()
         compiled = as_graphs(twin, recorder, self.graphs, self.settings.capability)
         # a step that draws what it does draws the same at each batch size
-        with isolated_random_state(), _explained(recorder), recorder, module_paths(twin, recorder), compiled as said:
+        around = isolated_random_state(), _explained(recorder), silent_cuda(recorder, self.settings.capability)
+        with ExitStack() as stack:
+            for context in (*around, recorder, module_paths(twin, recorder)):
+                stack.enter_context(context)
+            said = stack.enter_context(compiled)
             for tensor, kind, path in _setup_order(twin):
                 recorder.category, recorder.path = kind, path  # type: ignore[assignment]
                 recorder.adopt(tensor)
@@ -494,10 +502,12 @@ class _Run(StepRunner):
             recorder.stop()
             drawn = random_states() != states
         notes: tuple[str, ...] = tuple(sorted(said))
+        notes += tuple(f"{name} was left out: {explain(error)}" for name, error in self.failed.items())
         if drawn:
             notes += ("the step draws numbers (random, NumPy): planned for what it did with those of the trace",)
         if recorder.values_read:
-            if not tested and not any(event.phase == "backward" for event in recorder.events):
+            automatic = self.lightning and twin.automatic_optimization
+            if automatic and not tested and not any(event.phase == "backward" for event in recorder.events):
                 raise TraceError("the step returns no loss, since it read values of tensors, which a trace has not")
             notes += (f"the step reads values of tensors ({recorder.values_read} times in {steps} steps): taken as 0",)
         if recorder.numbers_taken:
