@@ -32,6 +32,8 @@ regime.users_cuda 32-true AdamW 64
 regime.sparse 32-true SGD 64 accumulate=3
 regime.sparse 32-true Adagrad 64
 regime.compiled 16-mixed AdamW 64
+regime.compiled_graphs 32-true AdamW 64
+regime.detection_in_turn 32-true AdamW 16
 """
 
 

@@ -12,7 +12,7 @@ from pytorch_lightning.utilities.compile import from_compiled
 from torch import nn
 
 import lightning_memplan as mp
-from lightning_memplan._compiled import BROKEN, CUDA_GRAPHS, FUSED, OTHER, WRITTEN
+from lightning_memplan._compiled import BROKEN, CUDA_GRAPHS, FUSED, OTHER, POOL, WRITTEN
 
 WIDTH = 1024
 BATCH = torch.zeros(4, WIDTH)
@@ -183,9 +183,15 @@ def test_a_copy_has_functions_of_its_own():
     assert others.chain is compiled_chain is ByName.training_step.__globals__["compiled_chain"]
 
 
-def test_cuda_graphs_are_named():
+def test_cuda_graphs_have_a_pool_of_their_own(compiled):
     found = mp.estimate(Net(torch.compile(Chain(), mode="reduce-overhead")), BATCH, method="trace")
     assert set(found.notes) == {CUDA_GRAPHS, FUSED}
+    one = 1000 * WIDTH * 4
+    # copies of the batch, and of the gradient that comes to the backward pass
+    assert found.peak_allocated(1000) - compiled.peak_allocated(1000) == pytest.approx(2 * one, rel=0.1)
+    assert found.peak(1000) > compiled.peak(1000)
+    assert found.allocated_range(1000)[0] <= compiled.allocated_range(1000)[0]
+    assert {event.stream for event in found.program.events} == {0, POOL}
 
 
 def test_what_is_no_graph_is_planned_as_it_is_written():

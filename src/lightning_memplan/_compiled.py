@@ -3,14 +3,20 @@ that it saves for the backward pass, and what of their inside is in memory, by i
 
 torch's own AOTAutograd and its partitioner make the graphs, with inductor's decompositions, so that what is saved is
 what inductor saves. Inductor then fuses operators, and what a fused kernel passes on inside is in no block. Blocks in
-any case are what the graphs return or save, and what kernels of libraries read and write. The lower end has no others,
-and a result takes the place of an operand that it is the last to read. The upper end has one as well for every sum,
-and for every other result but one that a single elementwise operator or sum reads: that is always a part of it. And a
-library's kernel copies its largest operand, whose layout inductor chooses (channels last, rows filled up). In the first
-step kernels are tried out in several ways, and before each the card's L2 cache is filled by a block of its size.
+any case are what the graphs return or save. The lower end has no others, since operators are put in another order, and
+a result takes the place of an operand that it is the last to read. The upper end has one as well for what kernels of
+libraries read and write, for every sum, and for every other result but one that a single elementwise operator or sum
+reads: that is always a part of it. And a library's kernel copies its largest operand, whose layout inductor chooses
+(channels last, rows filled up). In the first step kernels are tried out in several ways, and before each the card's L2
+cache is filled by a block of its size.
 
-Source: torch/_functorch/partitioners.py and torch/_inductor (compile_fx.py, scheduler.py, runtime/benchmarking.py),
-2.11 to 2.14.
+CUDA graphs (``mode="reduce-overhead"``, ``"max-autotune"``) are warmed up, recorded and replayed in a pool of their
+own, whose segments no one else is given: the upper end is the peaks of both. In their pool are copies of what comes
+from outside, kept from then on: what is given to the forward pass beside weights, and the gradients that come to the
+backward pass. cuBLAS's workspaces are let go of before a recording: the lower end has none of theirs.
+
+Source: torch/_functorch/partitioners.py and torch/_inductor (compile_fx.py, scheduler.py, runtime/benchmarking.py,
+cudagraph_trees.py: ``_allocate_and_copy_recording_inputs``, ``clear_cublas_manager``), 2.11 to 2.14.
 """
 
 from __future__ import annotations
@@ -19,8 +25,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from operator import getitem
 from types import CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -40,6 +48,9 @@ _OF_LIBRARIES = frozenset(
 #: Compute capability -> bytes of the L2 cache, the largest of the cards that have it (NVIDIA's architecture papers)
 _L2 = {(7, 0): 6, (7, 5): 6, (8, 0): 40, (8, 6): 6, (8, 9): 96, (9, 0): 60, (10, 0): 126, (12, 0): 128}
 
+#: The stream of CUDA graphs: blocks of one stream share no segment with another's, and so do those of a pool
+POOL = 2**15
+
 #: Batch sizes of traces: what is saved depends on sizes, and of a few samples it would be other tensors than of many
 COMPILED_SIZES = (16, 24, 40)
 
@@ -52,23 +63,46 @@ class Graphs:
         self.least = False  #: which end is recorded
         self.recorder: Any = None
         self.made: dict[Any, tuple[Callable[..., Any] | None, str]] = {}  #: a call -> what runs it, what to say of it
+        self.static: set[int] = set()  #: storages of parameters and buffers
+        self.copied: Any = WeakKeyDictionary()  #: recorder -> inputs of CUDA graphs, which these have in their pool
         self.cache = 0  #: bytes of the card's L2 cache
         self.making = False  #: what is called then is in the graph that is being made
 
-    def interpreted(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def interpreted(self, pooled: bool, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """What runs a graph; ``pooled``, as a CUDA graph."""
+
         def run(args: list[Any]) -> Any:
-            return _Interpreter(graph, self).boxed_run(args)
+            if not pooled:
+                return _Interpreter(graph, self).boxed_run(args)
+            with self.recorder.pool(POOL, workspaces=not self.least):
+                copied = self.copied.setdefault(self.recorder, {})
+                if not self.least and not self.making and graph not in copied:
+                    copied[graph] = [torch.empty_like(tensor) for tensor in self.inputs(graph, args)]
+                return _Interpreter(graph, self).boxed_run(args)
 
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
+
+    def inputs(self, graph: torch.fx.GraphModule, args: Sequence[Any]) -> list[torch.Tensor]:
+        """Those that come from outside: of a forward pass all but weights, of a backward pass what autograd gives."""
+        names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+        backward = any(name.startswith("tangents") for name in names)
+        given = zip(names, args, strict=True)
+        tensors = [
+            arg for name, arg in given if isinstance(arg, torch.Tensor) and name.startswith("tangents") >= backward
+        ]
+        return [tensor for tensor in tensors if tensor.untyped_storage()._cdata not in self.static]
 
 
 class _Region(nn.Module):
     """A compiled callable: its graphs are made when it is first called, and anew for a call that is not alike."""
 
-    def __init__(self, modules: list[nn.Module], function: Callable[..., Any], graphs: Graphs, place: int) -> None:
+    def __init__(
+        self, modules: list[nn.Module], function: Callable[..., Any], graphs: Graphs, place: int, pooled: bool
+    ) -> None:
         super().__init__()
         self.of, self.function, self.graphs, self.place = nn.ModuleList(modules), function, graphs, place
+        self.pooled = pooled
         self.notes: set[str] = set()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -96,7 +130,7 @@ class _Region(nn.Module):
         def call(parameters: Any, buffers: Any, args: Any, kwargs: Any) -> Any:
             return torch.func.functional_call(self, (parameters, buffers), args, kwargs)
 
-        compiler: Any = self.graphs.interpreted
+        compiler: Any = partial(self.graphs.interpreted, self.pooled)
         made = aot_function(
             call,
             fw_compiler=compiler,
@@ -128,31 +162,39 @@ class _Interpreter(torch.fx.Interpreter):
 
     def __init__(self, graph: torch.fx.GraphModule, graphs: Graphs) -> None:
         super().__init__(graph)
-        self.recorder, self.least, self.cache = graphs.recorder, graphs.least, graphs.cache
+        self.recorder, self.least = graphs.recorder, graphs.least
+        self.cache = 0 if graphs.making else graphs.cache
         self.kept = _kept(graph, self.least)
 
     def run_node(self, n: torch.fx.Node) -> Any:
-        out = self._run_node(n)
-        if n in self.kept and not self.least and self.recorder.step == 1 and not _is_view(n):
+        if n.op != "call_function":
+            return super().run_node(n)
+        if self.least:
+            return self.least_of(n)
+        if not _of_library(n) and n not in self.kept:
+            with self.recorder.unseen():
+                return super().run_node(n)
+        operands = [self.env[m] for m in n.all_input_nodes if _of_library(n) and isinstance(self.env[m], torch.Tensor)]
+        largest = max(operands, key=torch.Tensor.numel, default=None)
+        copied = None if largest is None else torch.empty_like(largest)
+        out = super().run_node(n)
+        del copied
+        if self.cache and self.recorder.step == 1 and not _is_view(n):
             self.recorder.take_and_give_back(self.cache)
         return out
 
-    def _run_node(self, n: torch.fx.Node) -> Any:
-        if _of_library(n) and not self.least:
-            operands = [self.env[m] for m in n.all_input_nodes if isinstance(self.env[m], torch.Tensor)]
-            largest = max(operands, key=torch.Tensor.numel, default=None)
-            copied = None if largest is None else torch.empty_like(largest)
-            out = super().run_node(n)
-            del copied
-            return out
-        if n.op != "call_function" or _of_library(n) or (n in self.kept and not self.least):
-            return super().run_node(n)
-        with self.recorder.unseen():
+    def least_of(self, n: torch.fx.Node) -> Any:
+        """The result, of which only what the graph gives is in memory, in the place of what is read for the last time.
+
+        Inductor orders operators anew, so that nothing else is there in any case beside what was saved.
+        """
+        with self.recorder.unseen(workspaces=_of_library(n)):
             out = super().run_node(n)
         if n in self.kept:
             for last in self.user_to_last_uses.get(n, ()):
                 self.env[last] = None
-            for leaf in tree_leaves(out):
+            given = [out[user.args[1]] for user in n.users if user in self.kept and user.target is getitem] or [out]
+            for leaf in tree_leaves(given):
                 if isinstance(leaf, torch.Tensor):
                     self.recorder.reveal(leaf)
         return out
@@ -171,7 +213,7 @@ def _kept(graph: torch.fx.GraphModule, least: bool) -> set[torch.fx.Node]:
     """Nodes whose results are blocks."""
     kept: set[torch.fx.Node] = set()
     for n in reversed(graph.graph.nodes):
-        if n.op == "output" or _of_library(n) or (n in kept and _is_view(n)):
+        if n.op == "output" or (not least and _of_library(n)) or (n in kept and _is_view(n)):
             kept.update(n.all_input_nodes)
         elif not least and n.op == "call_function" and not _is_view(n):
             readers = _readers(n)
@@ -277,6 +319,7 @@ _LIBRARIES = ("torch", "pytorch_lightning", "lightning", "lightning_fabric")
 def as_graphs(module: nn.Module, recorder: Recorder, graphs: Graphs, capability: tuple[int, int]) -> Iterator[set[str]]:
     """What is compiled runs as graphs that are recorded; gives what there is to say of it, when it has run."""
     graphs.recorder, graphs.cache = recorder, _L2.get(capability, max(_L2.values())) * 2**20
+    graphs.static = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
     notes: set[str] = set()
     for place, part in enumerate(compiled_parts(module)):
         config = getattr(part.compiled, "get_compiler_config", lambda: None)()
@@ -284,10 +327,11 @@ def as_graphs(module: nn.Module, recorder: Recorder, graphs: Graphs, capability:
         if config is None:
             notes.add(OTHER)
         else:
-            region = _Region(part.modules, function, graphs, place)
+            pooled = bool(config.get("triton.cudagraphs"))
+            region = _Region(part.modules, function, graphs, place, pooled)
             region.notes = notes
             function = region.run
-            if config.get("triton.cudagraphs"):
+            if pooled:
                 notes.add(CUDA_GRAPHS)
         _put(part, function)
     with _calls_as_written(graphs, notes):
@@ -338,7 +382,7 @@ FUSED = "how much of its graphs torch.compile fuses is known by a range, and pla
 BROKEN = "what is compiled does not make one graph, and is planned as it is written"
 WRITTEN = "what torch.compile compiles is planned as it is written where it is called by another function"
 OTHER = "what another backend than inductor compiles is planned as it is written"
-CUDA_GRAPHS = "CUDA graphs of torch.compile keep memory in pools of their own, which are not planned: leave a margin"
+CUDA_GRAPHS = "CUDA graphs of torch.compile share no segment with the rest: planned for the peaks of both"
 
 
 def within_graphs(module: nn.Module) -> set[nn.Module]:

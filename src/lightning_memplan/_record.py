@@ -134,6 +134,7 @@ class Recorder(TorchDispatchMode):
         self._has_sparse = False
         self._counts = False  # whether it was counted how many are true of a mask
         self._unseen = False
+        self._stays = True  # whether workspaces that stay are written down
         self._longest = rules.longest
         self._shapes = rules.shapes
         self._running: set[Any] = set()  # the kernels that are being told
@@ -269,13 +270,24 @@ class Recorder(TorchDispatchMode):
         self.events.append(Event(-1, EMPTY, self.phase, self.step))
 
     @contextmanager
-    def unseen(self) -> Iterator[None]:
+    def unseen(self, *, workspaces: bool = False) -> Iterator[None]:
         """What is made in the meantime is in no block (inside a fused kernel), unless it is revealed."""
-        before, self._unseen = self._unseen, True
+        before = self._unseen, self._stays
+        self._unseen, self._stays = True, workspaces
         try:
             yield
         finally:
-            self._unseen = before
+            self._unseen, self._stays = before
+
+    @contextmanager
+    def pool(self, stream: int, *, workspaces: bool) -> Iterator[None]:
+        """What is made in the meantime is in a pool of its own, as if of another stream."""
+        before, kept = self.stream, self._workspaces
+        self.stream, self._workspaces = stream, kept if workspaces else {}
+        try:
+            yield
+        finally:
+            self.stream, self._workspaces = before, kept
 
     def reveal(self, tensor: torch.Tensor) -> None:
         """Record a tensor that was made unseen."""
@@ -378,7 +390,7 @@ class Recorder(TorchDispatchMode):
         if sizes:
             self._pass(sizes, func, out)
         workspace = self._workspaces.get(func)
-        if workspace is not None and not self._unseen:
+        if workspace is not None and self._stays:
             self._stay(workspace, func)
 
     def _see_all(self, out: Any, func: Any) -> None:

@@ -796,6 +796,7 @@ REGIMES: dict[str, Callable[[str], tuple[pl.LightningModule, Any]]] = {
     "users_cuda": lambda o: (UsersCuda(cnn(), o), IMAGE),
     "reads": lambda o: (Reads(cnn(), o), IMAGE),
     "compiled": lambda o: (Compiled(o), IMAGE),
+    "compiled_graphs": lambda o: (Task(torch.compile(cnn(), mode="reduce-overhead"), o), IMAGE),
     "compiled_step": lambda o: (CompiledStep(cnn(), o), IMAGE),
     "compiled_loss": lambda o: (CompiledLoss(o), IMAGE),
     "compiled_transformer": lambda o: (Task(torch.compile(Transformer()), o), TOKENS),

@@ -139,8 +139,24 @@ cudaError_t cudaStreamCreate(cudaStream_t*s){*s=handle();return 0;}
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t*s,unsigned f){*s=handle();return 0;}
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t*s,unsigned f,int p){*s=handle();return 0;}
 cudaError_t cudaStreamGetPriority(cudaStream_t s,int*p){*p=0;return 0;}
-cudaError_t cudaStreamIsCapturing(cudaStream_t s,enum cudaStreamCaptureStatus*c){*c=0;return 0;}
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s,enum cudaStreamCaptureStatus*c,unsigned long long*id,cudaGraph_t*g,const cudaGraphNode_t**d,const cudaGraphEdgeData**e,size_t*n){*c=0;if(id)*id=0;if(n)*n=0;return 0;}
+/* A stream is captured: kernels do nothing anyway, so a graph is empty, and counts one node. The allocator asks. */
+static pthread_mutex_t capture_lock=PTHREAD_MUTEX_INITIALIZER;
+static struct{cudaStream_t stream;unsigned long long id;}captures[16];
+static unsigned long long captured;
+static unsigned long long capture_of(cudaStream_t s){unsigned long long id=0;
+ pthread_mutex_lock(&capture_lock);for(int k=0;k<16;k++)if(captures[k].id&&captures[k].stream==s)id=captures[k].id;
+ pthread_mutex_unlock(&capture_lock);return id;}
+cudaError_t cudaStreamBeginCapture(cudaStream_t s,enum cudaStreamCaptureMode m){int e=901;
+ pthread_mutex_lock(&capture_lock);
+ for(int k=0;k<16&&e;k++)if(!captures[k].id){captures[k].stream=s;captures[k].id=++captured;e=0;}
+ pthread_mutex_unlock(&capture_lock);return e;}
+cudaError_t cudaStreamEndCapture(cudaStream_t s,cudaGraph_t*g){
+ pthread_mutex_lock(&capture_lock);for(int k=0;k<16;k++)if(captures[k].stream==s)captures[k].id=0;
+ pthread_mutex_unlock(&capture_lock);*g=(cudaGraph_t)1;return 0;}
+cudaError_t cudaStreamIsCapturing(cudaStream_t s,enum cudaStreamCaptureStatus*c){*c=capture_of(s)?1:0;return 0;}
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s,enum cudaStreamCaptureStatus*c,unsigned long long*id,cudaGraph_t*g,const cudaGraphNode_t**d,const cudaGraphEdgeData**e,size_t*n){unsigned long long of=capture_of(s);*c=of?1:0;if(id)*id=of;if(g)*g=(cudaGraph_t)(of?1:0);if(n)*n=0;return 0;}
+cudaError_t cudaGraphGetNodes(cudaGraph_t g,cudaGraphNode_t*nodes,size_t*n){*n=1;return 0;}
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t*e,cudaGraph_t g,unsigned long long flags){*e=(cudaGraphExec_t)1;return 0;}
 cudaError_t cudaEventCreate(cudaEvent_t*e){*e=handle();return 0;}
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t*e,unsigned f){*e=handle();return 0;}
 cudaError_t cudaEventElapsedTime(float*m,cudaEvent_t a,cudaEvent_t b){*m=1;return 0;}
