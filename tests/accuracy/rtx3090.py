@@ -127,13 +127,15 @@ def trace_row(row: Row) -> ScaledProgram:
     return trace_loop(network, timm_loop(row.layout, row.image_size), sizes=sizes, steps=3)
 
 
-def whole_run(program: ScaledProgram, size: int, capacity: int, choice: Choice = "expected") -> Replay:
+def whole_run(
+    program: ScaledProgram, size: int, capacity: int, choice: Choice = "expected", steps: int = STEPS
+) -> Replay:
     """The replay of a run of the benchmark: of three steps, and of all where the allocator had to give back its cache,
     since then each step finds another one than the step before."""
     found = benchmarked(program, size, capacity, choice)
     if found.out_of_memory is not None or not found.retries:
         return found
-    return benchmarked(program.settled(STEPS - 3), size, capacity, choice)
+    return benchmarked(program.settled(steps - 3), size, capacity, choice)
 
 
 def benchmarked(program: ScaledProgram, size: int, capacity: int, choice: Choice = "expected") -> Replay:
@@ -183,9 +185,9 @@ class Verdict(NamedTuple):
         return "too large" if self.fits[1] else "exact"
 
 
-def judge(task: tuple[Row, str, int, Choice, Path | None]) -> Verdict:
+def judge(task: tuple[Row, str, int, Choice, int, Path | None]) -> Verdict:
     """Does the first batch size of the row fit, and the second not?"""
-    row, method, capacity, choice, cache = task
+    row, method, capacity, choice, steps, cache = task
     torch.set_num_threads(1)
     try:
         if method == "formula":
@@ -195,7 +197,7 @@ def judge(task: tuple[Row, str, int, Choice, Path | None]) -> Verdict:
         program = _cached(row, cache)
     except Exception as error:  # noqa: BLE001 - whatever the network raises
         return Verdict(row, (0, 0), (False, False), f"{type(error).__name__}: {error}")
-    replays = [whole_run(program, size, capacity, choice) for size in (row.ran, row.failed)]
+    replays = [whole_run(program, size, capacity, choice, steps) for size in (row.ran, row.failed)]
     peaks = [r.peak_allocated for r in replays]
     fits = [r.out_of_memory is None for r in replays]
     return Verdict(row, (peaks[0], peaks[1]), (fits[0], fits[1]))
@@ -229,6 +231,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--capacity", type=float, default=CAPACITY / 2**30, help="GiB that the allocator can have")
     parser.add_argument("--workspaces", choices=["low", "expected", "high"], default="expected")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps that are replayed on a full card, 3 at least")
     parser.add_argument("--cache", type=Path, help="a folder in which traces are kept")
     parser.add_argument("models", nargs="*", help="only these networks")
     options = parser.parse_args()
@@ -238,7 +241,7 @@ def main() -> None:
     for layout in [options.layout] if options.layout else ["nhwc", "nchw"]:
         rows = [r for r in read_rows(layout, options.rows) if options.half in (None, r.half)]
         rows = [r for r in rows if not options.models or r.model in options.models]
-        tasks = [(row, options.method, capacity, options.workspaces, options.cache) for row in rows]
+        tasks = [(row, options.method, capacity, options.workspaces, options.steps, options.cache) for row in rows]
         with ProcessPoolExecutor(options.jobs) as pool:
             report(layout, list(pool.map(judge, tasks)))
 
