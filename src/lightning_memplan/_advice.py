@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_memplan._errors import TraceError
@@ -28,6 +27,7 @@ from lightning_memplan._lightning import (
 )
 from lightning_memplan._order import MakeOptimizer
 from lightning_memplan._planner import largest_fitting
+from lightning_memplan._record import fake_mode
 from lightning_memplan._step import detached_copy, prepared, trace_steps
 from lightning_memplan._turns import scaled
 from lightning_memplan._types import Advice, StepSettings, parse_precision
@@ -180,7 +180,7 @@ def _precisions(settings: StepSettings) -> Iterator[tuple[str, str]]:
 
 
 def _copied(job: Job) -> Any:
-    return detached_copy(job.module, FakeTensorMode(allow_non_fake_inputs=True), trainer=job.trainer)
+    return detached_copy(job.module, fake_mode(), trainer=job.trainer)
 
 
 _ENABLE = "gradient_checkpointing_enable({'use_reentrant': False})"

@@ -32,10 +32,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_memplan._record import Recorder
+from lightning_memplan._record import Recorder, fake_mode
 
 #: Kernels that inductor calls and does not make, beside its ``fallbacks``: their operands and results are blocks
 _OF_LIBRARIES = frozenset(
@@ -59,7 +58,7 @@ class Graphs:
     """The graphs of what is compiled, each made once: for both ends, which are recorded one after the other."""
 
     def __init__(self) -> None:
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode = fake_mode()
         self.least = False  #: which end is recorded
         self.recorder: Any = None
         self.made: dict[Any, tuple[Callable[..., Any] | None, str]] = {}  #: a call -> what runs it, what to say of it

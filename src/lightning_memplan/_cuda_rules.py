@@ -26,6 +26,7 @@ from torch._prims_common import suggest_memory_format
 from lightning_memplan._workspaces import FILTER, FORWARD, INPUT, LAST, MOVED, PLAIN
 
 aten = torch.ops.aten
+_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 # ---------------------------------------------------------------------------------------------------------- autocast
 # torch/include/ATen/autocast_mode.h: AT_FORALL_LOWER_PRECISION_FP, _FP32, _FP32_SET_OPT_DTYPE,
@@ -296,7 +297,7 @@ def _attention_backend(
         and dense
         and query.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and not (query.dtype == torch.bfloat16 and capability < (8, 0))
-        and same_heads
+        and (same_heads or (gqa and GROUPED_EFFICIENT))
         and width == key.size(-1)
         and width % align == 0
         and value.size(-1) % align == 0
@@ -304,6 +305,10 @@ def _attention_backend(
         and not (causal and mask is not None)
     )
     return "efficient" if efficient else "math"
+
+
+#: Memory-efficient attention takes fewer heads of keys than of queries from torch 2.14 on (torch/nn/functional.py)
+GROUPED_EFFICIENT = _VERSION >= (2, 14)
 
 
 def _pad_width(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
@@ -689,7 +694,6 @@ def _users_autocast() -> Iterator[None]:
 _CUBLAS = [aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.addmm_.default]
 _CUBLAS += [aten.addmv.default, aten.mv.default, aten.addbmm.default, aten._addmm_activation.default]
 
-_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 #: torch 2.15 takes cuBLAS's workspace anew for every call; before, each thread kept the first (seen on 2.14 and 2.15)
 WORKSPACE_PER_CALL = _VERSION >= (2, 15)
 _CUBLASLT_WORKSPACE = 2**20  # aten/src/ATen/cuda/CUDABlas.cpp, 2.15: 1 MiB where the product adds a bias
@@ -1231,6 +1235,7 @@ def _efficient_backward(
         grads.append(bias.new_empty((*bias.shape[:-1], -(-last // 16) * 16))[..., :last])
     else:
         grads.append(None)
+    several = [] if key.size(1) == heads else [query.new_empty(grad.shape) for _ in range(2)]  # added up by groups
     if query.element_size() == 4:
         product = query.new_empty(grad.shape)
         sums = query.new_empty((batch, length, heads))
@@ -1241,6 +1246,7 @@ def _efficient_backward(
     tiles = -(-length // 64) * (-(-width // 64))
     workspace = query.new_empty(batch * heads * tiles * (64 * 64 * 4 + 16), dtype=torch.uint8)
     del dense, rows, workspace
+    several.clear()
     return tuple(grads)
 
 
@@ -1295,6 +1301,18 @@ def _euclidean_distance(x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
     right = aten.cat.default([x2, pad2, norm2], -1)
     product = aten.mm.default if left.dim() == 2 else aten.bmm.default
     return aten.sqrt_.default(aten.clamp_min_.default(product(left, right.mT), 0))
+
+
+def _grouped_mm(
+    a: torch.Tensor, b: torch.Tensor, offs: Any = None, bias: Any = None, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    # aten/src/ATen/native/GroupedMMUtils.h, create_grouped_gemm_output_tensor: rows begin at multiples of 16 bytes
+    dtype = out_dtype or a.dtype
+    groups = [] if a.dim() != b.dim() else [offs.size(0) if a.dim() == 2 else a.size(0)]
+    rows, columns = a.size(-2), b.size(-1)
+    wide = -(-columns * dtype.itemsize // 16) * 16 // dtype.itemsize
+    strides = [rows * wide] * len(groups) + [wide, 1]
+    return torch.empty_strided([*groups, rows, columns], strides, dtype=dtype, device=a.device)
 
 
 def _ctc_loss(log_probs: torch.Tensor, targets: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1560,6 +1578,7 @@ KERNELS: Mapping[Any, Callable[..., Any]] = {
     aten._ctc_loss_backward.default: _ctc_loss_backward,
     aten._ctc_loss_backward.Tensor: _ctc_loss_backward,
     aten._euclidean_dist.default: _euclidean_distance,
+    **({aten._grouped_mm.default: _grouped_mm} if _exists("_grouped_mm.default") else {}),
     aten.logsumexp.default: _logsumexp,
     aten.mse_loss.default: _pointwise_loss,
     aten.smooth_l1_loss.default: _pointwise_loss,

@@ -537,6 +537,13 @@ _TRUE = "_memplan_true"  # a fake tensor's attribute: all that is in it is true
 _NUMBERS = "_memplan_numbers"  # a fake tensor's attribute: its values, where they are known
 
 
+def fake_mode() -> FakeTensorMode:
+    """A mode that a step's own copies of its tensors share: copying one copies its attributes, its mode among them."""
+    mode: Any = FakeTensorMode(allow_non_fake_inputs=True)
+    mode.__deepcopy__ = lambda memo: mode
+    return mode  # type: ignore[no-any-return]
+
+
 def tell(fake: torch.Tensor, like: torch.Tensor) -> bool:
     """Give a fake tensor the values of the few numbers that it stands for, if they have any: whether it has them now.
 

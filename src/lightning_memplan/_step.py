@@ -41,7 +41,7 @@ from lightning_memplan._lightning import (
     random_states,
 )
 from lightning_memplan._order import STEPS, TRUE_DTYPE, MakeOptimizer, StepRunner
-from lightning_memplan._record import DEVICE, Recorder, Rules, has_values, labelled, module_paths, tell
+from lightning_memplan._record import DEVICE, Recorder, Rules, fake_mode, has_values, labelled, module_paths, tell
 from lightning_memplan._scaling import extended
 from lightning_memplan._shards import units_by_policy, waiting
 from lightning_memplan._silent_cuda import silent_cuda
@@ -105,7 +105,7 @@ def prepared(module: nn.Module, settings: StepSettings, *, trainer: Any = None, 
     )  # that needs a mesh, at its time
     if not calls_setup and not configures:
         return module
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_mode()
     twin: Any = detached_copy(module, mode, dtype=TRUE_DTYPE.get(settings.precision), trainer=trainer)
     try:
         with isolated_random_state(), _no_warnings():
@@ -318,7 +318,7 @@ def trace_validation(
     Raises:
         TraceError: a step needs what a fake tensor cannot give; names the line of the user's code.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_mode()
     settings = replace(settings, accumulate_grad_batches=1)
     with _as_on_the_card(settings), _no_collection():
         most, traces = max(batches, key=itemgetter(0))[1], []
@@ -343,7 +343,7 @@ def trace_test(
     Raises:
         TraceError: the step needs what a fake tensor cannot give; names the line of the user's code.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_mode()
     if settings.parallel is not None and settings.parallel.shards:
         raise TraceError("what each rank holds of sharded parameters in a test is not modelled")
     settings = replace(settings, accumulate_grad_batches=1, parallel=None)  # no strategy wraps what is not trained
@@ -379,7 +379,7 @@ def run_formula(
         TraceError: no layer has run before the step failed.
     """
     size, batch = sample
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_mode()
     notes: tuple[str, ...] = ()
     with _as_on_the_card(settings), ExitStack() as stack:
         parallel = settings.parallel

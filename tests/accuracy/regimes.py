@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -773,6 +774,47 @@ class Draws(Task):
         return F.cross_entropy(self.net(x), batch[1])
 
 
+class Queue(Task):
+    """Contrast with a queue of earlier keys, whose place is a buffer (MoCo, arXiv 1911.05722)."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(cnn(classes=64), optimizer)
+        self.register_buffer("queue", torch.zeros(64, 4096))
+        self.register_buffer("place", torch.zeros(1, dtype=torch.long))
+
+    def on_fit_start(self) -> None:
+        self.keys = copy.deepcopy(self.net).requires_grad_(False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        with torch.no_grad():
+            keys = F.normalize(self.keys(batch[0].flip(-1)), dim=1)
+        queries = F.normalize(self.net(batch[0]), dim=1)
+        logits = torch.cat([(queries * keys).sum(1, keepdim=True), queries @ self.queue.clone()], 1) / 0.07
+        place, count = int(self.place), len(keys)
+        assert self.queue.size(1) % count == 0
+        self.queue[:, place : place + count] = keys.T
+        self.place[0] = (place + count) % self.queue.size(1)
+        return F.cross_entropy(logits, torch.zeros(count, dtype=torch.long, device=self.device))
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        for key, query in zip(self.keys.parameters(), self.net.parameters(), strict=True):
+            key.data.mul_(0.999).add_(query.data, alpha=0.001)
+
+
+class Experts(Task):
+    """A mixture of experts, whose queries share keys: transformers' Mixtral."""
+
+    def __init__(self, optimizer: str) -> None:
+        from transformers import MixtralConfig, MixtralForCausalLM
+
+        shape = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2, "num_local_experts": 4}
+        config = MixtralConfig(**shape, num_attention_heads=8, num_key_value_heads=2, vocab_size=1000)
+        super().__init__(MixtralForCausalLM(config), optimizer)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.net(batch[0], labels=batch[0]).loss
+
+
 REGIMES: dict[str, Callable[[str], tuple[pl.LightningModule, Any]]] = {
     "plain": lambda o: (Task(cnn(), o), IMAGE),
     "gan": lambda o: (Gan(o), IMAGE),
@@ -823,6 +865,8 @@ REGIMES: dict[str, Callable[[str], tuple[pl.LightningModule, Any]]] = {
     "logs": lambda o: (Logs(cnn(), o), IMAGE),
     "chunks": lambda o: (Chunks(cnn(), o), IMAGE),
     "draws": lambda o: (Draws(cnn(), o), IMAGE),
+    "queue": lambda o: (Queue(o), IMAGE),
+    "experts": lambda o: (Experts(o), TOKENS),
     "triplets": lambda o: (Triplets(cnn(classes=64), o), IMAGE),
 }
 
