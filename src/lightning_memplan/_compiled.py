@@ -47,6 +47,8 @@ _OF_LIBRARIES = frozenset(
 #: Compute capability -> bytes of the L2 cache, the largest of the cards that have it (NVIDIA's architecture papers)
 _L2 = {(7, 0): 6, (7, 5): 6, (8, 0): 40, (8, 6): 6, (8, 9): 96, (9, 0): 60, (10, 0): 126, (12, 0): 128}
 
+_PRODUCTS = frozenset("mm addmm bmm baddbmm".split())
+
 #: The stream of CUDA graphs: blocks of one stream share no segment with another's, and so do those of a pool
 POOL = 2**15
 
@@ -71,11 +73,11 @@ class Graphs:
         """What runs a graph; ``pooled``, as a CUDA graph."""
 
         def run(args: list[Any]) -> Any:
-            if not pooled:
+            if self.least and not pooled:
                 return _Interpreter(graph, self).boxed_run(args)
             with self.recorder.pool(POOL, workspaces=not self.least):
                 copied = self.copied.setdefault(self.recorder, {})
-                if not self.least and not self.making and graph not in copied:
+                if pooled and not self.least and not self.making and graph not in copied:
                     copied[graph] = [torch.empty_like(tensor) for tensor in self.inputs(graph, args)]
                 return _Interpreter(graph, self).boxed_run(args)
 
@@ -85,7 +87,7 @@ class Graphs:
     def inputs(self, graph: torch.fx.GraphModule, args: Sequence[Any]) -> list[torch.Tensor]:
         """Those that come from outside: of a forward pass all but weights, of a backward pass what autograd gives."""
         names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
-        backward = any(name.startswith("tangents") for name in names)
+        backward = _is_backward(graph.graph)
         given = zip(names, args, strict=True)
         tensors = [
             arg for name, arg in given if isinstance(arg, torch.Tensor) and name.startswith("tangents") >= backward
@@ -173,9 +175,7 @@ class _Interpreter(torch.fx.Interpreter):
         if not _of_library(n) and n not in self.kept:
             with self.recorder.unseen():
                 return super().run_node(n)
-        operands = [self.env[m] for m in n.all_input_nodes if _of_library(n) and isinstance(self.env[m], torch.Tensor)]
-        largest = max(operands, key=torch.Tensor.numel, default=None)
-        copied = None if largest is None else torch.empty_like(largest)
+        copied = [torch.empty_like(self.env[operand]) for operand in _laid_out_anew(n)]
         out = super().run_node(n)
         del copied
         if self.cache and self.recorder.step == 1 and not _is_view(n):
@@ -197,6 +197,37 @@ class _Interpreter(torch.fx.Interpreter):
                 if isinstance(leaf, torch.Tensor):
                     self.recorder.reveal(leaf)
         return out
+
+
+def _laid_out_anew(n: torch.fx.Node) -> list[torch.fx.Node]:
+    """The operand of a library's kernel that may be copied into another layout: the largest, where it is possible.
+
+    Of a product it is one whose rows are filled up, to a multiple of 8 (fx_passes/pad_mm.py). Of a convolution it is
+    one that comes from outside or from another kernel of a library: what inductor makes, it makes as all convolutions
+    of a graph want it, and in the backward pass all is as in the forward pass (graph.py, ``decide_layout_opt``;
+    lowering.py, ``constrain_to_fx_strides``).
+    """
+    if not _of_library(n) or n.target is torch.ops.aten.convolution_backward.default:
+        return []
+    operands = [m for m in n.all_input_nodes if isinstance(m.meta.get("val"), torch.Tensor)]
+    if _is_backward(n.graph):
+        operands = [m for m in operands if m.op != "placeholder"]
+    if n.target is torch.ops.aten.convolution.default:
+        operands = [m for m in operands if _is_given(m)]
+    elif n.target.overloadpacket.__name__ in _PRODUCTS:  # type: ignore[union-attr]
+        operands = [m for m in operands if any(size % 8 for size in m.meta["val"].shape)]
+    return sorted(operands, key=lambda m: m.meta["val"].numel())[-1:]
+
+
+def _is_backward(graph: torch.fx.Graph) -> bool:
+    return any(node.op == "placeholder" and node.name.startswith("tangents") for node in graph.nodes)
+
+
+def _is_given(n: torch.fx.Node) -> bool:
+    """Whether a tensor comes from outside, or from a library but for convolutions, with the layout that it has."""
+    while n.op == "call_function" and _is_view(n) and n.all_input_nodes:
+        n = n.all_input_nodes[0]
+    return n.op == "placeholder" or (_of_library(n) and n.target is not torch.ops.aten.convolution.default)
 
 
 def _of_library(n: torch.fx.Node) -> bool:

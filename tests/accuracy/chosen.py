@@ -87,7 +87,7 @@ def judge(row: Row, method: Any, margin: float, memory: int) -> str:
     if plan.limited_by != "memory":
         return f"limited: {chosen}, limited by {plan.limited_by}"
     if plan.reserved_range.low < plan.predicted_peak and measured[1] < 0.9 * device.capacity:
-        return f"ranged: {chosen}, and room for what torch.compile may not fuse"
+        return f"ranged: {chosen}, and room for the upper end of its range"
     if not margin:
         more = max(plan.batch_size + 1, -(-105 * plan.batch_size // 100))
         return f"under: {chosen}, and {more} runs as well" if runs(row, more) else f"right: {chosen}"
