@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
-from lightning_memplan._cuda_rules import LONGEST
+from lightning_memplan._cuda_rules import LONGEST, SHAPES
 from lightning_memplan._record import DEVICE, Recorder, Rules, labelled, module_paths
 from lightning_memplan._types import EMPTY, FREE, Event
 
@@ -74,6 +74,73 @@ def test_what_is_asked_of_kernels_directly_is_what_they_give(recorder, look):
     assert found.device == DEVICE
     assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), expected.dtype)
     assert found.storage_offset() == expected.storage_offset()
+
+
+_LAST = torch.channels_last
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda x: x + x,
+        lambda x: x.to(memory_format=_LAST) * x.to(memory_format=_LAST),
+        lambda x: x.to(memory_format=_LAST) * x,
+        lambda x: x.transpose(0, 3) + x.transpose(0, 3),
+        lambda x: x.transpose(1, 2) * x.transpose(1, 2)[:1],
+        lambda x: 2 * x + 1.5 - x.add(x, alpha=2),
+        lambda x: x * x[:1, :, :1] + x[0, 0, 0, :1],
+        lambda x: x[:, :1] + x,
+        lambda x: x[0] * x,
+        lambda x: x.half() * x[0, 0, 0, 0],
+        lambda x: x.half() + x,
+        lambda x: x.long() * 0.5,
+        lambda x: x.long() + x.int(),
+        lambda x: x * torch.zeros(()),
+        lambda x: torch.nn.functional.gelu(x.transpose(1, 3), approximate="tanh"),
+        lambda x: aten.gelu_backward.default(x, x.to(memory_format=_LAST)),
+        lambda x: torch.addmm(x[0, 0, 0], x[0, 0], x[0, 0].t()[:, :1].expand(5, 5)),
+        lambda x: torch.addmm(x[0, 0, 0, :1], x[0, 0], x[0, 0].t()),
+        lambda x: x.to(memory_format=_LAST).sum((0, -1), keepdim=True),
+        lambda x: x.permute(3, 1, 0, 2).sum(1),
+        lambda x: x.half().sum((0,), dtype=torch.float32),
+        lambda x: x.long().sum((1, 2)),
+        lambda x: aten.select_backward.default(x[0], [7, 3, 4, 5], 0, -1),
+        lambda x: aten.slice_backward.default(x, [9, 3, 4, 5], 0, 1, 3, 1),
+        lambda x: torch.roll(x, (1, 2), (0, -1)),
+        lambda x: torch.roll(x, 3),
+        lambda x: torch.roll(x.transpose(0, 1), 1, 0),
+    ],
+)
+def test_what_is_told_of_outputs_is_what_they_are(recorder, look):
+    expected = look(torch.zeros(2, 3, 4, 5))
+    with recorder(shapes=SHAPES):
+        found = look(torch.zeros(2, 3, 4, 5, device=DEVICE))
+    assert (found.device, found.shape, found.dtype) == (DEVICE, expected.shape, expected.dtype)
+    assert found.stride() == expected.stride()
+
+
+@pytest.mark.parametrize(
+    ("look", "message"),
+    [
+        (lambda x: x + torch.zeros(3, 3), r"two (different )?devices"),
+        (lambda x: x + x[:2], "must match|broadcast"),
+        (lambda x: torch.addmm(x[0], x, x[:2]), "cannot be multiplied|same reduction dim"),
+        (lambda x: x.sum((0, 0)), "appears multiple times|duplicate value"),
+        (lambda x: x.sum(2), "out of range"),
+        (lambda x: torch.roll(x, 1, 2), "out of range"),
+    ],
+)
+def test_what_is_told_of_outputs_hides_no_error(recorder, look, message):
+    with recorder(shapes=SHAPES), pytest.raises((RuntimeError, IndexError), match=message):
+        look(torch.zeros(3, 3, device=DEVICE))
+
+
+def test_a_copy_of_what_was_moved_to_the_host_stays_there(recorder):
+    with recorder(shapes=SHAPES) as mode:
+        moved = torch.zeros(100, device=DEVICE).to("cpu")
+        assert [moved.clone().device, torch.zeros_like(moved).device, (moved + moved).device] == 3 * [moved.device]
+        assert moved.device != DEVICE
+    assert _sizes(mode) == [400, -1]
 
 
 def test_a_tensor_of_the_host_is_not_added_to_one_of_the_device(recorder):

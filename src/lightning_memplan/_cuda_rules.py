@@ -1624,6 +1624,59 @@ def _like_first(tensor: torch.Tensor, *others: Any, **kwargs: Any) -> list[Made]
     return [(tensor, tensor.dtype)]
 
 
+def _alike(*tensors: torch.Tensor) -> bool:
+    """Whether they are of one type, and on one device."""
+    return len({(tensor.dtype, tensor.device) for tensor in tensors}) == 1
+
+
+def _pointwise_made(tensor: torch.Tensor, *others: Any, approximate: str = "none", **kwargs: Any) -> list[Made] | None:
+    """The same with numbers or smaller tensors, and whatever gelu is approximated by, where nothing is promoted."""
+    tensors = [other for other in others if isinstance(other, torch.Tensor)]
+    numbers = all(isinstance(other, (int, float, torch.Tensor)) for other in others)
+    if not numbers or not tensor.is_floating_point() or not _alike(tensor, *tensors):
+        return None
+    if tensor.is_contiguous():  # then its order of dimensions decides, whatever that of what is spread over it
+        tensors = [other for other in tensors if not _spreads(other.shape, tensor.shape)]
+    return _like_first(tensor, *tensors, **kwargs) if approximate in ("none", "tanh") else None
+
+
+def _spreads(shape: torch.Size, over: torch.Size) -> bool:
+    pairs = zip(reversed(shape), reversed(over), strict=False)
+    return shape != over and len(shape) <= len(over) and all(n in (1, whole) for n, whole in pairs)
+
+
+def _addmm_made(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **kwargs: Any) -> list[Made] | None:
+    if kwargs or (bias.dim(), a.dim(), b.dim()) != (1, 2, 2) or not _alike(bias, a, b):
+        return None
+    rows, columns = a.size(0), b.size(1)
+    return [(torch.Size([rows, columns]), a.dtype)] if (a.size(1), bias.size(0)) == (b.size(0), columns) else None
+
+
+def _sum_made(
+    tensor: torch.Tensor, dims: Sequence[int] | None, keepdim: bool = False, **kwargs: Any
+) -> list[Made] | None:
+    rank = tensor.dim()
+    if kwargs or not dims or not tensor.is_floating_point() or not _within(dims, rank):
+        return None
+    gone = {dim % rank for dim in dims}
+    if len(gone) < len(dims):
+        return None
+    sizes = [1 if dim in gone else size for dim, size in enumerate(tensor.shape) if keepdim or dim not in gone]
+    return [(torch.Size(sizes), tensor.dtype)]
+
+
+def _within(dims: Sequence[int], rank: int) -> bool:
+    return all(-rank <= dim < rank for dim in dims)
+
+
+def _into_zeros_made(grad: torch.Tensor, sizes: Sequence[int], *_: Any) -> list[Made]:
+    return [(torch.Size(sizes), grad.dtype)]
+
+
+def _roll_made(tensor: torch.Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> list[Made] | None:
+    return [(tensor.shape, tensor.dtype)] if tensor.is_contiguous() and _within(dims, tensor.dim()) else None
+
+
 def _like_each(tensors: Sequence[torch.Tensor]) -> list[Made] | None:
     return (
         [(t, t.dtype) for t in tensors] if all(t.device == tensors[0].device and _dense(t) for t in tensors) else None
@@ -1732,6 +1785,15 @@ SHAPES: Mapping[Any, Callable[..., Sequence[Made | None] | None]] = {
     aten.cudnn_batch_norm.default: _batch_norm_made,
     aten.cudnn_batch_norm_backward.default: _batch_norm_backward_made,
     aten.threshold_backward.default: _like_first,
+    aten.add.Tensor: _pointwise_made,
+    aten.mul.Tensor: _pointwise_made,
+    aten.gelu.default: _pointwise_made,
+    aten.gelu_backward.default: _pointwise_made,
+    aten.addmm.default: _addmm_made,
+    aten.sum.dim_IntList: _sum_made,
+    aten.select_backward.default: _into_zeros_made,
+    aten.slice_backward.default: _into_zeros_made,
+    aten.roll.default: _roll_made,
     aten.zeros_like.default: _new_like,
     aten.empty_like.default: _new_like,
     aten.clone.default: _new_like,

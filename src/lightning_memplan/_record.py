@@ -430,7 +430,12 @@ class Recorder(TorchDispatchMode):
 
     def _made_like(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         shape = self._shapes.get(func)
-        outputs = None if shape is None else shape(*args, **kwargs)
+        if shape is None:
+            return None
+        first = args[0][0] if isinstance(args[0], list) else args[0]
+        if getattr(first, "device", None) != DEVICE:
+            return None
+        outputs = shape(*args, **kwargs)
         if outputs is None:
             return None
         made = [None if output is None else self._like(*output) for output in outputs]
