@@ -539,7 +539,7 @@ class MemoryPlanner(CallbackBase):
         if len(ranks) > 1:
             self._log(trainer, ranks_metrics(ranks))
         if self.measurements:
-            say(measurement_summary(self.measurements, ranks))
+            say(measurement_summary(self.measurements, ranks, self.validations))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self._meter is not None:
