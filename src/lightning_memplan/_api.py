@@ -239,6 +239,7 @@ def _traced(
     """By trace, or by the formula where ``method`` says so, or leaves it open and the step cannot be traced."""
     batches = samples.batches(COMPILED_SIZES) if compiled_parts(module) else samples.batches()
     notes: tuple[str, ...] = ()
+    reason = ""
     if method != "formula":
         try:
             graphs, least = Graphs(), None
@@ -251,8 +252,10 @@ def _traced(
         except TraceError as error:
             if method == "trace":
                 raise TraceError(f"{type(module).__name__} cannot be traced: {error}") from error
-            notes = (f"planned by the formula, since the step cannot be traced: {error}",)
+            reason = f": {error}"
+            notes = (f"planned by the formula, since the step cannot be traced{reason}",)
     formula, more = run_formula(module, batches[0], settings, **common)
+    more = tuple(note.removesuffix(reason) for note in more)  # it is said once
     return Estimate("formula", formula, None, _allocator(), notes + more + samples.notes)
 
 
