@@ -370,3 +370,13 @@ def test_what_is_saved_is_what_the_null_gpu_shows(nullgpu):
         *(["8 bits"] if find_spec("bitsandbytes") else []),
     ):
         assert words in changes, shown
+
+
+def test_cards_and_advice_leave_the_room_that_a_plan_leaves():
+    """For cuDNN's workspaces: of a card all that has them in it, and not 95 % of it without."""
+    net, batch = torch.nn.Conv2d(16, 64, 3), torch.zeros(4, 16, 32, 32)
+    card = mp.Device("a small card", total=2**30)
+    plan = mp.plan(net, batch, device=card, method="trace")
+    assert plan.reserved_range.expected > plan.budget  # without them a larger batch would fit
+    assert mp.cards_for(net, batch, cards=[card]) == ((card, plan.batch_size),)
+    assert {item.batch_size for item in mp.advise(net, batch, device=card)} >= {plan.batch_size}

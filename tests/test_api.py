@@ -166,6 +166,7 @@ def test_a_step_that_needs_values():
     found = mp.estimate(Reads(), torch.zeros(4, 1024))
     assert found.method == "formula"
     assert found.notes[0].startswith("planned by the formula, since the step cannot be traced: ")
+    assert found.notes[1:] == ("the formula counts the layers that ran before the step stopped",)  # why is said once
 
 
 # ------------------------------------------------------------------------------------------------------- which method

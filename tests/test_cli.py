@@ -399,6 +399,14 @@ CASES = {
     "no pair": (["plan", "JOB:Net", "--arg", "width"], "'width' is no argument: write --arg name=value"),
     "no shape": (["plan", "JOB:Net", "--input", "3,224"], "'3,224' is no shape: write one sample's, such as --input"),
     "no dtype": (["plan", "JOB:Net", "--input", "3:int65"], "'int65' is no type of tensor: write --input 3:int64"),
+    "no unit": (
+        ["plan", "JOB:plain", "--input", "1024", "--memory", "24"],
+        "--memory 24 are 24 bytes: write a unit, such as --memory 24GiB\n",
+    ),
+    "nowhere to write": (
+        ["estimate", "JOB:plain", "--input", "1024", "--method", "trace", "--plot", "nowhere/step.svg"],
+        "'nowhere/step.svg' cannot be written: No such file or directory\n",
+    ),
     "no optimizer": (
         ["plan", "JOB:plain", "--input", "1024", "--optimizer", "adam"],
         "torch.optim has no optimizer 'adam': AdamW, SGD, ...",

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lightning_memplan as mp
-from lightning_memplan._history import ENOUGH, LEAST, append, history_path, lesson, residual
-from lightning_memplan._report import history_table
+from lightning_memplan._history import ENOUGH, LEAST, append, history_path, latest, lesson, residual
+from lightning_memplan._report import history_table, lessons_table, run_report
 from lightning_memplan._types import Run
 from lightning_memplan.cli import main
 
@@ -282,28 +282,94 @@ def test_the_order_of_runs_does_not_matter(ratios, shuffled):
 
 
 def test_its_table():
-    rows = history_table([run(1.02), out_of_memory(model="ANetworkWithQuiteALongName")]).splitlines()
-    assert rows == [
-        "when (UTC)        model                 card  batch size  predicted     actual        outcome",
-        "2026-11-20 08:00  Net                   T4            32  10.00 GiB  10.20 GiB           done",
-        "2026-11-20 08:00  ANetworkWithQuite...  T4            32  14.00 GiB          -  out of memory",
+    mixed = {"settings": {"precision": "16-mixed"}, "outcome": "stopped"}
+    rows = history_table([run(1.02), out_of_memory(model="ANetworkWithQuiteALongNameIndeed"), run(1.02, **mixed)])
+    # (10 - 10.2) / 10.2 = -2.0 %
+    assert rows.splitlines() == [
+        "Net on T4",
+        "  when (UTC)        precision  batch  predicted     actual            error",
+        "  2026-11-20 08:00                32  10.00 GiB  10.20 GiB           -2.0 %",
+        "  2026-11-20 08:00  16-mixed      32  10.00 GiB  10.20 GiB  -2.0 %, stopped",
+        "",
+        "ANetworkWithQuiteALongNameI... on T4",
+        "  when (UTC)        precision  batch  predicted     actual            error",
+        "  2026-11-20 08:00                32  14.00 GiB          -    out of memory",
     ]
+
+
+def test_no_run_is_wider_than_80_columns():
+    wide = {"model": "N" * 99, "device": "D" * 99, "batch_size": 10**7, "settings": {"precision": "transformer-engine"}}
+    runs = [run(**wide, outcome="stopped"), run(**wide, ranks=99, rank=98, retries=10**6)]
+    text = [history_table(runs), lessons_table([(each, 1000, "taught") for each in runs])]
+    text += [run_report(each, "what it taught, at length " * 9) for each in runs]
+    assert max(map(len, "\n".join(text).splitlines())) <= 80
+
+
+def test_the_report_of_a_run():
+    # reserved: predicted 10, actual 10.2: (10 - 10.2) / 10.2 = -2.0 %; of 16 GiB 64 %
+    found = run(1.02, phases={"optimizer": (GiB, GiB), "forward": (2 * GiB, GiB)}, steps=7, margin=0.05, ranks=2)
+    assert run_report(found, "and so on").splitlines() == [
+        "Net on T4, 2026-11-20 08:00 UTC: done, 7 steps",
+        "  batch size 32, planned by trace, margin 5.0 %, rank 0 of 2, which reserved",
+        "  most",
+        "                   predicted       actual      error",
+        "  peak reserved    10.00 GiB    10.20 GiB     -2.0 %",
+        "  peak allocated    9.00 GiB     9.00 GiB     +0.0 %",
+        "    forward         2.00 GiB     1.00 GiB   +100.0 %",
+        "    optimizer       1.00 GiB     1.00 GiB     +0.0 %",
+        "  card             16.00 GiB    64 % of it reserved  [#############.......]",
+        "  and so on",
+    ]
+    assert run_report(out_of_memory()).splitlines()[0].endswith(": out of memory in step 100")
+
+
+def test_the_latest_of_a_runs_ranks_is_the_one_that_reserved_most():
+    first, second = run(1.1, ranks=2), run(1.0, ranks=2, rank=1)
+    assert latest([run(1.2, ranks=2), run(1.3, ranks=2, rank=1), first, second]) == first
+    assert latest([first, second, run(structure="b2")]).structure == "b2"
 
 
 def test_the_commands(tmp_path, capsys):
     path = tmp_path / "runs.jsonl"
-    assert main(["history", "--file", str(path)]) == 0
-    assert capsys.readouterr().out == "no runs on record: MemoryPlanner adds one for each fit on a GPU\n"
+    path.touch()
+    for command in ("history", "report"):
+        assert main([command, "--file", str(path)]) == 0
+        assert capsys.readouterr().out == "no runs on record: MemoryPlanner adds one for each fit on a GPU\n"
     for each in (run(), run(1.1)):
         append(each, path)
     assert main(["history", "--file", str(path), "--json"]) == 0
     assert [row["batch_size"] for row in json.loads(capsys.readouterr().out)] == [32, 32]
     assert main(["report", "--file", str(path)]) == 0
-    assert capsys.readouterr().out == (
-        "Net on T4, 2 runs\n  2 runs of this module took at most +10.0 % of the prediction: margin 9.1 %\n"
+    lines = capsys.readouterr().out.splitlines()
+    assert (lines[0], lines[-1]) == (
+        "Net on T4, 2026-11-20 08:00 UTC: done, 100 steps",
+        "  2 runs of this module took at most +10.0 % of the prediction: margin 9.1 %",
     )
     assert main(["report", "--file", str(path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["margin"] == pytest.approx(1 - 1 / 1.1)
+    report = json.loads(capsys.readouterr().out)
+    assert report["run"]["batch_size"] == 32
+    assert report["lessons"][0]["margin"] == pytest.approx(1 - 1 / 1.1)
+    append(run(model="Other", structure="b2"), path)
+    assert main(["report", "--file", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Other on T4, ")
+    assert lines[-3:-1] == ["", "Net on T4, 2 runs"]
+    assert main(["report", "net", "t4", "--file", str(path)]) == 0
+    assert capsys.readouterr().out.startswith("Net on T4, ")
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["report", "nothing"], "'nothing' is no folder of a CSVLogger, and no module or card on record is called so"),
+        (["report", "--plot", "a.png"], "--plot draws each step, which the history does not keep: name the folder of"),
+        (["history", "--file", "none.jsonl"], "there is no file 'none.jsonl': without --file it is where"),
+    ],
+)
+def test_a_commands_error_says_what_to_do(monkeypatch, tmp_path, capsys, words, text):
+    monkeypatch.setenv("MEMPLAN_HISTORY", str(tmp_path / "runs.jsonl"))
+    assert main(words) == 2
+    assert capsys.readouterr().err.startswith(f"memplan: error: {text}")
 
 
 # ------------------------------------------------------------------------------------------------- on the null GPU
@@ -368,6 +434,8 @@ def test_runs_are_kept_and_the_next_ones_learn_of_them(nullgpu, tmp_path):
     assert [run.outcome for run in runs] == ["done"] * 4 + ["out of memory", "done"]
     assert len({run.structure for run in runs}) == 1
     assert runs[0].measured.keys() == {"first", "steady"}
+    assert list(runs[0].phases) == ["forward", "backward", "optimizer"]
+    assert all(actual == pytest.approx(predicted, rel=0.01) for predicted, actual in runs[0].phases.values())
     assert residual(runs[0]) == pytest.approx(1, rel=0.01)
     assert runs[0].versions["torch"]
     assert runs[0].settings["precision"] == "32-true"

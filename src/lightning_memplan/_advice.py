@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_memplan._errors import TraceError
-from lightning_memplan._estimate import Estimate
+from lightning_memplan._estimate import Estimate, largest_on_card
 from lightning_memplan._lightning import (
     apply_to_collection,
     configured_optimizers,
@@ -26,7 +26,6 @@ from lightning_memplan._lightning import (
     sharding,
 )
 from lightning_memplan._order import MakeOptimizer
-from lightning_memplan._planner import largest_fitting
 from lightning_memplan._record import fake_mode
 from lightning_memplan._step import detached_copy, prepared, trace_steps
 from lightning_memplan._turns import scaled
@@ -77,11 +76,11 @@ class _DoesNotApplyError(Exception):
     pass
 
 
-def advise_job(job: Job, batch_size: int, budget: int, *, largest: bool) -> tuple[Advice, ...]:
+def advise_job(job: Job, batch_size: int, budget: int, capacity: int | None = None) -> tuple[Advice, ...]:
     """What saves at least a hundredth of the peak at ``batch_size``; nothing where there is no trace.
 
-    The best first, and last what changes the samples. With ``largest`` each says the largest batch size that would then
-    fit in the ``budget`` (bytes).
+    The best first, and last what changes the samples. With the ``capacity`` of the card (bytes), of which a plan uses
+    the ``budget``, each says the largest batch size that would then fit.
     """
     if job.found.method != "trace":
         return ()
@@ -107,16 +106,17 @@ def advise_job(job: Job, batch_size: int, budget: int, *, largest: bool) -> tupl
             saved=saved,
             peak_reserved=after.peak(size),
             peak_allocated=after.peak_allocated(size),
-            largest_batch_size=_largest(after, budget - change.nccl) if largest else None,
+            largest_batch_size=None
+            if capacity is None
+            else _largest(after, budget - change.nccl, capacity - change.nccl),
             nccl=change.nccl,
         )
         for saved, change, size, after in advice
     )
 
 
-def _largest(after: Estimate, budget: int) -> int:
-    fits = partial(after.fits, capacity=budget)
-    return largest_fitting(fits, max_batch_size=_MOST, near=after.near(budget)).batch_size
+def _largest(after: Estimate, budget: int, capacity: int) -> int:
+    return largest_on_card(lambda _: after, budget, capacity, max_batch_size=_MOST).batch_size
 
 
 def _changes(job: Job, batch_size: int) -> Iterator[_Change]:

@@ -17,7 +17,7 @@ from lightning_memplan._allocator import AllocatorSettings
 from lightning_memplan._compiled import COMPILED_SIZES, FUSED, Graphs, compiled_parts
 from lightning_memplan._device import cpu_device, detect_devices, gpu, gpus
 from lightning_memplan._errors import DoesNotFitError, TraceError
-from lightning_memplan._estimate import Estimate
+from lightning_memplan._estimate import Estimate, largest_on_card
 from lightning_memplan._formula import sample_bytes
 from lightning_memplan._lightning import (
     as_lightning_module,
@@ -30,7 +30,7 @@ from lightning_memplan._lightning import (
 )
 from lightning_memplan._loaders import dataset_size
 from lightning_memplan._order import PARTS, MakeOptimizer
-from lightning_memplan._planner import Found, largest_dividing, largest_fitting
+from lightning_memplan._planner import largest_fitting
 from lightning_memplan._probe import SIZES, can_probe, probe_steps
 from lightning_memplan._report import advice_lines, does_not_fit_message
 from lightning_memplan._sample import SAMPLE_SIZE, Samples, Which, check_sample, read_samples
@@ -39,7 +39,6 @@ from lightning_memplan._step import prepared, run_formula, trace_counted, trace_
 from lightning_memplan._turns import TURNS, scaled
 from lightning_memplan._twin import explain
 from lightning_memplan._types import NCCL, Advice, Device, Length, Lengths, Plan, StepSettings, parse_precision
-from lightning_memplan._workspaces import Choice
 
 Method = Literal["auto", "trace", "formula", "probe"]
 #: Batch sizes of traces, where those of few samples cannot be had or are of unlike steps: each has 2 to 32 equal parts
@@ -246,6 +245,7 @@ def _traced(
     """By trace, or by the formula where ``method`` says so, or leaves it open and the step cannot be traced."""
     batches = samples.batches(COMPILED_SIZES) if compiled_parts(module) else samples.batches()
     notes: tuple[str, ...] = ()
+    reason = ""
     if method != "formula":
         try:
             graphs, least = Graphs(), None
@@ -268,8 +268,10 @@ def _traced(
         except TraceError as error:
             if method == "trace":
                 raise TraceError(f"{type(module).__name__} cannot be traced: {error}") from error
-            notes = (f"planned by the formula, since the step cannot be traced: {error}",)
+            reason = f": {error}"
+            notes = (f"planned by the formula, since the step cannot be traced{reason}",)
     formula, more = run_formula(module, batches[0], settings, **common)
+    more = tuple(note.removesuffix(reason) for note in more)  # it is said once
     return Estimate("formula", formula, None, _allocator(), notes + more + samples.notes)
 
 
@@ -519,9 +521,10 @@ def advise(
     found = estimate_step(module, source, settings, method="trace", **options, **job)
     budget = int(card.capacity * (1 - margin))
     if batch_size is None:
-        fits = partial(found.fits, capacity=budget)
-        batch_size = largest_fitting(fits, dataset_size=dataset_size(source), near=found.near(budget)).batch_size
-    return advised_step(module, source, settings, largest=True, **options, **job)(found, batch_size or 1, budget)
+        limits: dict[str, Any] = {"dataset_size": dataset_size(source)}
+        batch_size = largest_on_card(lambda _: found, budget, card.capacity, **limits).batch_size
+    advised = advised_step(module, source, settings, capacity=card.capacity, **options, **job)
+    return advised(found, batch_size or 1, budget)
 
 
 def advised_step(
@@ -529,7 +532,7 @@ def advised_step(
     source: Any,
     settings: StepSettings,
     *,
-    largest: bool = False,
+    capacity: int | None = None,
     device: Device | None = None,
     trainer: Any = None,
     datamodule: Any = None,
@@ -540,13 +543,13 @@ def advised_step(
 ) -> Advised:
     """What advises on an estimate that ``estimate_step`` made of the same; nothing is done before it is asked.
 
-    With ``largest`` each advice says the largest batch size that would then fit in the budget.
+    With the ``capacity`` of a card each advice says the largest batch size that would then fit on it.
     """
 
     def advised(found: Estimate, batch_size: int, budget: int) -> tuple[Advice, ...]:
         batches = read_samples(source, sample, sample_size).batches()
         job = Job(found, module, batches, settings, trainer, datamodule, optimizer, stage)
-        return advise_job(job, batch_size, budget, largest=largest)
+        return advise_job(job, batch_size, budget, capacity)
 
     return advised
 
@@ -590,13 +593,12 @@ def cards_for(
         return estimate(module, batch, device=card, **settings)
 
     @cache
-    def largest(capability: tuple[int, int] | None, budget: int) -> int:
+    def largest(capability: tuple[int, int] | None, capacity: int) -> int:
         found = estimated(capability)
-        fits = partial(found.fits, capacity=budget)
-        return largest_fitting(fits, near=found.near(budget), **limits).batch_size
+        return largest_on_card(lambda _: found, int(capacity * (1 - margin)), capacity, **limits).batch_size
 
     ordered = sorted(gpus() if cards is None else cards, key=lambda card: card.capacity)
-    return tuple((card, largest(card.capability, int(max(0, card.capacity - nccl) * (1 - margin)))) for card in ordered)
+    return tuple((card, largest(card.capability, max(0, card.capacity - nccl))) for card in ordered)
 
 
 def plan_lengths(
@@ -712,23 +714,9 @@ def plan_estimate(
     budget = int(device.capacity * (1 - margin)) if budget is None else budget
     asked: list[int] = []
 
-    def search_with(workspaces: Choice) -> Found:
-        """In the budget what is known to the byte, and in all that there is cuDNN's workspaces too."""
-
-        def fits(batch_size: int) -> bool:
-            asked.append(batch_size)
-            if failed is not None and batch_size >= failed and batch_size != min(asked):
-                return False
-            found = estimate_at(batch_size)
-            if not found.fits(batch_size, budget):
-                return False
-            return not found.has_workspaces or found.fits(batch_size, device.capacity, workspaces=workspaces)
-
-        if share is not None:
-            return largest_dividing(fits, share, **limits)
-        any_size = estimate_at(min_batch_size)
-        bounds = any_size.near(budget), any_size.near(device.capacity, workspaces)
-        return largest_fitting(fits, near=min((size for size in bounds if size is not None), default=None), **limits)
+    def allowed(batch_size: int) -> bool:
+        asked.append(batch_size)
+        return failed is None or batch_size < failed or batch_size == min(asked)
 
     limits: dict[str, Any] = {
         "min_batch_size": min_batch_size,
@@ -742,10 +730,7 @@ def plan_estimate(
             f"effective_batch_size={effective_batch_size} is {share} samples a step on each device, and the "
             f"dataset has {samples} for each: no step of the optimizer would see that many"
         )
-    # without room for the workspaces convolutions run all the same, by slower algorithms: better than not at all
-    search = search_with("expected")
-    if not search.batch_size:
-        search = search_with("low")
+    search = largest_on_card(estimate_at, budget, device.capacity, share=share, allowed=allowed, **limits)
     if not search.batch_size:
         smallest = min(asked)
         found = estimate_at(smallest)

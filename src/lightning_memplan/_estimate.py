@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_memplan._allocator import AllocatorSettings, Move, Replay, replay
 from lightning_memplan._history import structure_hash
-from lightning_memplan._planner import largest_fitting
+from lightning_memplan._planner import Found, largest_dividing, largest_fitting
 from lightning_memplan._scaling import ScaledProgram
 from lightning_memplan._snapshot import make_snapshot
 from lightning_memplan._types import Event, Layer, Peaks, Range
@@ -329,6 +329,47 @@ class Estimate:
         if self.program is None:
             raise ValueError("the formula has no events to replay: ask for method='trace'")
         return self.program
+
+
+def largest_on_card(
+    estimate_at: Callable[[int], Estimate],
+    budget: int,
+    capacity: int,
+    *,
+    share: int | None = None,
+    allowed: Callable[[int], bool] = lambda batch_size: True,
+    **limits: Any,
+) -> Found:
+    """The largest batch size within ``limits`` that fits on a card.
+
+    In the ``budget`` (bytes) must fit what is known to the byte, and in all of its ``capacity`` what is expected of
+    cuDNN's workspaces as well; where that leaves no batch size they go without. With a ``share`` it divides that.
+
+    >>> import torch, lightning_memplan as mp
+    >>> est = mp.estimate(torch.nn.Conv2d(16, 32, 3), torch.zeros(4, 16, 64, 64), precision="16-mixed")
+    >>> tight, ample = (largest_on_card(lambda size: est, 2**30, card, max_batch_size=9999) for card in (2**30, 2**32))
+    >>> 0 < tight.batch_size < ample.batch_size
+    True
+    """
+
+    def search(workspaces: Choice) -> Found:
+        def fits(batch_size: int) -> bool:
+            if not allowed(batch_size):
+                return False
+            found = estimate_at(batch_size)
+            if not found.fits(batch_size, budget):
+                return False
+            return not found.has_workspaces or found.fits(batch_size, capacity, workspaces=workspaces)
+
+        if share is not None:
+            return largest_dividing(fits, share, **limits)
+        any_size = estimate_at(limits.get("min_batch_size", 1))
+        bounds = any_size.near(budget), any_size.near(capacity, workspaces)
+        return largest_fitting(fits, near=min((size for size in bounds if size is not None), default=None), **limits)
+
+    found = search("expected")
+    # without room for the workspaces convolutions run all the same, by slower algorithms: better than not at all
+    return found if found.batch_size else search("low")
 
 
 def _largest_first(parts: Mapping[str, int]) -> dict[str, int]:

@@ -13,7 +13,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -114,6 +114,18 @@ def structure_hash(parts: Iterable[object]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def latest(runs: Sequence[Run]) -> Run:
+    """The run that was added last; of its ranks, that which reserved the most.
+
+    >>> first, other = (Run("a1", "Net", "T4", 9, 9, "trace", 8, {}, {"first": (1, size)}, ranks=2) for size in (3, 2))
+    >>> latest([first, other]).measured["first"]
+    (1, 3)
+    """
+    last = runs[-1]
+    ranks = [run for run in runs if run.structure == last.structure and run.ranks == last.ranks][-last.ranks :]
+    return max(ranks, key=lambda run: max((reserved for _, reserved in run.measured.values()), default=0))
+
+
 @dataclass(frozen=True, slots=True)
 class Lesson:
     """What earlier runs teach the next plan: its margin, why, and batch sizes that ran out of memory.
@@ -205,8 +217,13 @@ def _from_line(line: bytes) -> Run | None:
         if type(values[name]) is not wanted:
             raise TypeError(f"{name} is {values[name]!r}")
     for name in ("predicted", "measured"):
-        values[name] = {str(kind): (int(a), int(r)) for kind, (a, r) in values[name].items()}
+        values[name] = _pairs(values[name])
+    values["phases"] = _pairs(values.get("phases", {}))
     return Run(**values)
+
+
+def _pairs(found: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
+    return {str(kind): (int(a), int(b)) for kind, (a, b) in found.items()}
 
 
 @contextmanager

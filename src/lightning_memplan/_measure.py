@@ -207,6 +207,11 @@ def run_record(
     predicted = {
         kind: most((m.predicted_allocated, m.predicted_reserved) for m in steps) for kind, steps in ran.items()
     }
+    phases = {
+        name: most((m.predicted_phases.get(name, held), m.phases[name]) for m in meter.measurements if name in m.phases)
+        for name in PHASES
+        if any(name in m.phases for m in meter.measurements)
+    }
     if outcome == "out of memory":
         predicted["failed"] = most([(meter.predicted.allocated, meter.predicted.reserved)])
     return Run(
@@ -232,6 +237,7 @@ def run_record(
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         rank=rank,
         ranks=ranks,
+        phases=phases,
     )
 
 

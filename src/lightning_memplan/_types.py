@@ -274,7 +274,8 @@ class Run:
     """One training run, as history keeps it: what was predicted, and what came.
 
     ``predicted`` and ``measured`` are peaks ``(allocated, reserved)``, in bytes, of the ``"first"`` step and of the
-    ``"steady"`` ones, as far as they ran. ``outcome`` is ``"out of memory"`` where a training step was refused memory.
+    ``"steady"`` ones, as far as they ran; ``phases`` are peaks allocated, ``(predicted, measured)``, in the phases of
+    the steps in which these were measured. ``outcome`` is ``"out of memory"`` where a training step was refused memory.
 
     >>> Run("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {"first": (100, 200)}, {"first": (90, 200)}).outcome
     'done'
@@ -298,6 +299,7 @@ class Run:
     time: str = ""  #: when it ended, in UTC
     rank: int = 0  #: each rank of a run is on record
     ranks: int = 1
+    phases: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

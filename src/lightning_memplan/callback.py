@@ -543,7 +543,7 @@ class MemoryPlanner(CallbackBase):
         if remark := self._meter.remark():
             warnings.warn(f"MemoryPlanner: {remark}", stacklevel=2)
         if self._meter.logs(measured.step):
-            self._log(trainer, step_metrics(measured, self._formula_peak))
+            self._log_step(trainer, measured)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         if self._meter is not None and is_fitting(trainer):
@@ -561,7 +561,7 @@ class MemoryPlanner(CallbackBase):
         if len(ranks) > 1:
             self._log(trainer, ranks_metrics(ranks))
         if self.measurements:
-            say(measurement_summary(self.measurements, ranks))
+            say(measurement_summary(self.measurements, ranks, self.validations))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self._meter is not None:
@@ -607,6 +607,10 @@ class MemoryPlanner(CallbackBase):
         self._place = self._val_place = self._test_place = self._draft = None
         if self._meter is not None:
             self._meter.close()
+
+    def _log_step(self, trainer: Any, measured: Measurement) -> None:
+        if trainer.loggers and self.plan is not None:
+            self._log(trainer, step_metrics(measured, self._formula_peak))
 
     @staticmethod
     def _log(trainer: Any, metrics: dict[str, float]) -> None:

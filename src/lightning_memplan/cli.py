@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NoReturn
@@ -39,9 +40,10 @@ from lightning_memplan._api import (
 )
 from lightning_memplan._device import detect_devices, gpu, gpus
 from lightning_memplan._errors import DoesNotFitError, MemplanError
-from lightning_memplan._figures import plot_timeline
-from lightning_memplan._history import history, lesson
+from lightning_memplan._figures import plot_measurements, plot_timeline
+from lightning_memplan._history import Lesson, history, latest, lesson
 from lightning_memplan._lightning import read_cli_config, sharding
+from lightning_memplan._logged import read_log
 from lightning_memplan._report import (
     advice_table,
     cards_table,
@@ -50,13 +52,16 @@ from lightning_memplan._report import (
     estimate_table,
     history_table,
     lessons_table,
+    logged_report,
     plan_fields,
     plan_table,
+    run_report,
 )
-from lightning_memplan._types import Device, Run
-from lightning_memplan._units import format_bytes, parse_bytes
+from lightning_memplan._types import Advice, Device, Run
+from lightning_memplan._units import MiB, format_bytes, parse_bytes
 
 FITS, DOES_NOT_FIT, CANNOT_TELL = 0, 1, 2
+_HELP = "memplan COMMAND --help lists what a command takes: memplan plan train.py:Net --data train.py:Data --gpu T4"
 _NO_RUNS = "no runs on record: MemoryPlanner adds one for each fit on a GPU"
 
 
@@ -102,9 +107,11 @@ def _estimate(args: argparse.Namespace) -> int:
     with _working(f"estimating {job.name}"):
         found = job.estimated(device)
     if args.snapshot:
-        found.save_snapshot(args.snapshot, args.batch_size[-1])
+        with _written(args.snapshot):
+            found.save_snapshot(args.snapshot, args.batch_size[-1])
     if args.plot:
-        plot_timeline(found, args.batch_size[-1], device=device).savefig(args.plot)
+        with _written(args.plot):
+            plot_timeline(found, args.batch_size[-1], device=device).savefig(args.plot)
     rows = [
         {
             "batch_size": size,
@@ -137,7 +144,14 @@ def _plan(args: argparse.Namespace) -> int:
             effective_batch_size=args.effective_batch_size,
             **job.settings,
         )
-    _say(args, {"model": job.name, "fits": True, **plan_fields(found)} if args.json else plan_table(found))
+    advice = _advised(args, job, device, found.batch_size) if args.advice else None
+    if args.json:
+        more = {} if advice is None else {"advice": [asdict(item) for item in advice]}
+        _say(args, {"model": job.name, "fits": True, **plan_fields(found), **more})
+    else:
+        _say(args, plan_table(found))
+        if advice is not None:
+            _say(args, f"\nwhat would take less memory at batch size {found.batch_size}\n{advice_table(advice)}")
     return FITS
 
 
@@ -159,12 +173,16 @@ def _check(args: argparse.Namespace) -> int:
 
 def _advise(args: argparse.Namespace) -> int:
     job = _job(args)
-    settings = {name: value for name, value in job.settings.items() if name != "method"}
-    limits = {"batch_size": args.batch_size, "device": _device(args), "margin": args.margin}
-    with _working(f"tracing changes to {job.name}"):
-        found = advise(job.module, job.batch, **limits, **settings)
+    found = _advised(args, job, _device(args), args.batch_size)
     _say(args, {"model": job.name, "advice": [asdict(item) for item in found]} if args.json else advice_table(found))
     return FITS
+
+
+def _advised(args: argparse.Namespace, job: _Job, device: Any, batch_size: int | None) -> tuple[Advice, ...]:
+    settings = {name: value for name, value in job.settings.items() if name != "method"}
+    limits = {"batch_size": batch_size, "device": device, "margin": args.margin}
+    with _working(f"tracing changes to {job.name}"):
+        return advise(job.module, job.batch, **limits, **settings)
 
 
 def _gpus(args: argparse.Namespace) -> int:
@@ -196,7 +214,7 @@ def _devices(args: argparse.Namespace) -> int:
 
 
 def _history(args: argparse.Namespace) -> int:
-    runs = history(args.file)
+    runs = _runs(args)
     if args.json:
         _say(args, [asdict(run) for run in runs])
     else:
@@ -205,21 +223,71 @@ def _history(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    runs = history(args.file)
-    groups: dict[tuple[str, str, str], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.model, run.device, run.structure), []).append(run)
-    found = []
-    for (model, device, structure), alike in groups.items():
-        last = alike[-1]
-        taught = lesson(runs, structure, device, method=last.method, capacity=last.capacity, prior=MARGIN)
-        found.append((model, device, sum(run.rank == 0 for run in alike), taught))
+    what = " ".join(args.words)
+    if what and Path(what).exists():
+        return _report_log(args, what)
+    if args.plot:
+        raise UsageError("--plot draws each step, which the history does not keep: name the folder of a CSVLogger")
+    runs = _runs(args)
+    words = what.lower().split()
+    named = [run for run in runs if all(word in f"{run.model} {run.device}".lower() for word in words)]
+    if what and not named:
+        raise UsageError(
+            f"{what!r} is no folder of a CSVLogger, and no module or card on record is called so: memplan history "
+            "lists the runs"
+        )
+    if not named:
+        _say(args, {"run": None, "lessons": []} if args.json else _NO_RUNS)
+        return FITS
+    last = latest(named)
+    taught = list(_lessons(runs, [last, *named]))
     if args.json:
-        rows = ({"model": m, "device": d, "runs": n, **asdict(taught)} for m, d, n, taught in found)
-        _say(args, list(rows))
+        rows = [
+            {"model": run.model, "device": run.device, "precision": run.settings.get("precision"), "runs": count}
+            | asdict(each)
+            for run, count, each in taught
+        ]
+        _say(args, {"run": asdict(last), "lessons": rows})
     else:
-        _say(args, lessons_table([(m, d, n, taught.text) for m, d, n, taught in found]) if found else _NO_RUNS)
+        _say(args, run_report(last, taught[0][2].text))
+        if taught[1:]:
+            _say(args, "\n" + lessons_table([(run, count, each.text) for run, count, each in taught[1:]]))
     return FITS
+
+
+def _lessons(runs: Sequence[Run], named: Sequence[Run]) -> Iterator[tuple[Run, int, Lesson]]:
+    """Of runs alike the last one, how many they are, and what they teach; those like the first come first."""
+    groups: dict[tuple[str, str], list[Run]] = {(run.device, run.structure): [] for run in named}
+    for run in runs:
+        groups.get((run.device, run.structure), []).append(run)
+    for alike in groups.values():
+        last = alike[-1]
+        taught = lesson(runs, last.structure, last.device, method=last.method, capacity=last.capacity, prior=MARGIN)
+        yield last, sum(run.rank == 0 for run in alike), taught
+
+
+def _report_log(args: argparse.Namespace, place: str) -> int:
+    """What a run's log says of its steps."""
+    found = read_log(place)
+    if args.plot:
+        with _written(args.plot):
+            plot_measurements(found.measurements).savefig(args.plot)
+    if args.json:
+        steps = [step._asdict() for step in found.measurements]
+        validations = [peaks._asdict() for peaks in found.validations]
+        _say(args, {"folder": str(found.folder), "plan": found.plan, "steps": steps, "validations": validations})
+    else:
+        _say(args, logged_report(str(found.folder), found.plan, found.measurements, found.validations))
+    return FITS
+
+
+def _runs(args: argparse.Namespace) -> list[Run]:
+    if args.file and not Path(args.file).is_file():
+        raise UsageError(
+            f"there is no file {args.file!r}: without --file it is where MemoryPlanner keeps the history, "
+            "$MEMPLAN_HISTORY or its default"
+        )
+    return history(args.file)
 
 
 def _completion(args: argparse.Namespace) -> int:
@@ -428,9 +496,15 @@ def _strategy(args: argparse.Namespace, module: nn.Module) -> Any:
 
 def _device(args: argparse.Namespace, *, default: bool = True) -> Any:
     if args.memory:
-        return Device(f"a card of {args.memory}", total=parse_bytes(args.memory))
+        if (total := parse_bytes(args.memory)) < MiB:
+            raise UsageError(f"--memory {args.memory} are {total} bytes: write a unit, such as --memory 24GiB")
+        return Device(f"a card of {args.memory}", total=total)
     if args.gpu:
-        return gpu(args.gpu)
+        try:
+            return gpu(args.gpu)
+        except ValueError as error:
+            text = str(error).partition("; gpus()")[0]
+            raise UsageError(f"{text}; memplan gpus lists it, and --memory 24GiB stands for any card") from error
     return default_device() if default else None
 
 
@@ -443,7 +517,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="memplan", description="How much GPU memory a training job takes, without a GPU.")
+    parser = _Parser(
+        prog="memplan", description="How much GPU memory a training job takes, without a GPU.", epilog=_HELP
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('lightning-memplan')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -457,6 +534,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_job(added)
     _add_limits(added)
     added.add_argument("--effective-batch-size", type=int, metavar="N", help="of an optimizer's step, on all cards")
+
+    added.add_argument("--advice", action="store_true", help="and what would take less memory, as memplan advise")
 
     added = command("check", _check, "whether a batch size fits: exit status 0, or 1 where it does not")
     _add_job(added)
@@ -480,10 +559,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     command("devices", _devices, "the GPUs of this machine")
     for name, run, text in (
         ("history", _history, "earlier runs on a GPU: predicted and actual peak"),
-        ("report", _report, "what earlier runs teach the next plan: how exact they were, and the margin"),
+        ("report", _report, "a run, predicted against actual, and what earlier runs teach the next plan"),
     ):
         added = command(name, run, text)
         _of_files(added.add_argument("--file", metavar="FILE", help="(default: where MemoryPlanner keeps it)"))
+        if run is _report:
+            what = "a CSVLogger's folder; or words of a module's or card's name (default: the last run on record)"
+            _of_files(added.add_argument("words", nargs="*", metavar="RUN", help=what))
+            _of_files(added.add_argument("--plot", metavar="FILE.png", help="draw each step of a CSVLogger's folder"))
     added = command("completion", _completion, "what a shell reads to complete memplan's words")
     added.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     added.set_defaults(parser=parser)
@@ -537,6 +620,15 @@ def _of_files(action: argparse.Action) -> None:
 
 
 # --- what is printed
+
+
+@contextmanager
+def _written(path: str) -> Iterator[None]:
+    """What is written meanwhile is written, or a line says why not."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{path!r} cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager

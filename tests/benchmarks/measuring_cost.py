@@ -4,11 +4,11 @@
     NULLGPU_CALLS=1 tests/nullgpu/nullgpu python -m tests.benchmarks.measuring_cost   # calls of CUDA in place of times
 
 Each network is fitted with the callback's default settings, and its hooks are timed within the run: what they take in
-all, what of it is asked of the CUDA allocator, and what the logger takes (Lightning's CSVLogger, in every step). On a
-null GPU kernels take no time, so a step is the host's part alone: less than it takes on any real card. Medians, of
-steps whose phases are measured and of the others, weighted by how many there are of each; without the first steps. Of
-several runs the one whose steps were quickest counts: the one that other programs disturbed least. The last columns are
-the hooks' part of a step, without the logger and with it.
+all, what of it is asked of the CUDA allocator, and what logging takes (in every step: making the metrics, which is done
+for loggers alone, and Lightning's CSVLogger). On a null GPU kernels take no time, so a step is the host's part alone:
+less than it takes on any real card. Medians, of steps whose phases are measured and of the others, weighted by how many
+there are of each; without the first steps. Of several runs the one whose steps were quickest counts: the one that other
+programs disturbed least. The last columns are the hooks' part of a step, without logging and with it.
 
 A clock takes time itself: that of an empty function, timed in every step, is taken off. The hooks as a whole are timed
 in every other 50 steps, and what is within them in those between, so that no clock is within another.
@@ -74,11 +74,11 @@ class Timed(mp.MemoryPlanner):
         super().__init__(**kwargs)
         self.starts: list[tuple[float, float]] = []
         self.clocks = {name: Clock() for name in ("hooks", "allocator", "logger", "nothing")}
-        self.plain = {name: getattr(self, name) for name in (*self.HOOKS, "_log")}
+        self.plain = {name: getattr(self, name) for name in (*self.HOOKS, "_log_step")}
         self.asked = {name: getattr(_measure, name) for name in ("read_stats", "reset_peaks")}
         self.hooks = {name: self.clocks["hooks"].timed(self.plain[name]) for name in self.HOOKS}
         self.inner = {name: self.clocks["allocator"].timed(function) for name, function in self.asked.items()}
-        self.timed_log = self.clocks["logger"].timed(self.plain["_log"])
+        self.timed_log = self.clocks["logger"].timed(self.plain["_log_step"])
         self.nothing = self.clocks["nothing"].timed(lambda: None)
         self.on_train_batch_start = self.first  # type: ignore[method-assign]
 
@@ -95,7 +95,7 @@ class Timed(mp.MemoryPlanner):
         hooks = self.hooks if self.whole(step) else self.plain
         for name in self.HOOKS[1:]:
             setattr(self, name, hooks[name])
-        self._log = self.plain["_log"] if self.whole(step) else self.timed_log  # type: ignore[method-assign]
+        self._log_step = self.plain["_log_step"] if self.whole(step) else self.timed_log  # type: ignore[method-assign]
         self.ask(self.asked if self.whole(step) else self.inner)
         self.nothing()
         hooks[self.HOOKS[0]](*args)
