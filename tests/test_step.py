@@ -566,6 +566,13 @@ def test_steps_that_ask_torch_cuda_are_traced_without_a_card():
     assert {name: getattr(torch.cuda, name) for name in before} == before
 
 
+def test_torchscript_is_refused_in_a_sentence():
+    module = Does(lambda module, x: module.net(x).mean())
+    module.net = torch.jit.script(module.net)
+    with pytest.raises(TraceError, match=r"net is TorchScript, of which no copy can be trained: plan with the module"):
+        mp.estimate(module, torch.zeros(6, 8), method="trace")
+
+
 def draws(module, x):
     if random.random() < 0.5:
         x = x.flip(-1)
