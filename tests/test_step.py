@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import threading
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -568,7 +569,9 @@ def test_steps_that_ask_torch_cuda_are_traced_without_a_card():
 
 def test_torchscript_is_refused_in_a_sentence():
     module = Does(lambda module, x: module.net(x).mean())
-    module.net = torch.jit.script(module.net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is deprecated
+        module.net = torch.jit.script(module.net)
     with pytest.raises(TraceError, match=r"net is TorchScript, of which no copy can be trained: plan with the module"):
         mp.estimate(module, torch.zeros(6, 8), method="trace")
 

@@ -118,8 +118,8 @@ def twin_of(module: nn.Module, memo: dict[int, Any], *, trainer: Any, device: to
     for path, child in module.named_modules():
         if isinstance(child, torch.jit.ScriptModule):
             raise TraceError(
-                f"{path or type(module).__name__} is TorchScript, of which no copy can be trained: plan with the module "
-                "that it was made of"
+                f"{path or type(module).__name__} is TorchScript, of which no copy can be trained: plan with the "
+                "module that it was made of"
             )
     stand_in = StandInTrainer(trainer)
     for child in module.modules():
