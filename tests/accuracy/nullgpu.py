@@ -127,6 +127,7 @@ def train(row: Row, module: Any, sample: Any) -> tuple[int, int]:
     """The same of this module and sample."""
     import torch
 
+    from lightning_memplan._compiled import forget_compiled
     from tests.accuracy import networks
 
     loader = networks.loader(sample, row.batch_size, STEPS * row.accumulate * _fit_with(module).get(_PARTS, 1))
@@ -141,6 +142,7 @@ def train(row: Row, module: Any, sample: Any) -> tuple[int, int]:
         return torch.cuda.max_memory_allocated() - kept[0], torch.cuda.max_memory_reserved() - kept[1]
     finally:
         del trainer, loader
+        forget_compiled()  # with the pools of CUDA graphs
         torch._C._cuda_clearCublasWorkspaces()
         module.cpu()
         module.zero_grad()
