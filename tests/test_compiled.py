@@ -210,9 +210,9 @@ def test_cuda_graphs_have_a_pool_of_their_own(compiled):
     one = 1000 * WIDTH * 4
     # copies of the batch, and of the gradient that comes to the backward pass
     assert found.peak_allocated(1000) - compiled.peak_allocated(1000) == pytest.approx(2 * one, rel=0.1)
-    assert found.peak(1000) > compiled.peak(1000)
+    assert found.peak(1000) >= compiled.peak(1000)
     assert found.allocated_range(1000)[0] <= compiled.allocated_range(1000)[0]
-    assert {event.stream for event in found.program.events} == {0, POOL}
+    assert {event.stream for event in found.program.events} == {0, POOL, POOL + 1}
 
 
 def test_what_is_no_graph_is_planned_as_it_is_written():
