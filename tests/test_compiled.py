@@ -94,6 +94,15 @@ class Weighted(Net):
         self.weight = nn.Parameter(torch.ones(WIDTH))
 
 
+class Weighting(Weighted):
+    def __init__(self, chain):
+        super().__init__()
+        self.chain = chain
+
+    def training_step(self, batch, batch_idx):
+        return self.chain(self.weight * batch).sum()
+
+
 class ByName(Weighted):
     def training_step(self, batch, batch_idx):
         return compiled_chain(self.weight * batch).sum()
@@ -175,6 +184,18 @@ def test_a_function_of_another_module_is_planned_as_it_is_written():
     assert found.peak_allocated(1000) >= 7 * 1000 * WIDTH * 4
 
 
+class Caches(nn.Module):
+    """Makes a tensor of Python's numbers on the device, as transformers' caches do."""
+
+    def forward(self, x):
+        return torch.cat([torch.tensor([], dtype=x.dtype, device=x.device).view(0, WIDTH), x.sin()]).cos()
+
+
+def test_a_tensor_that_is_made_of_numbers_is_in_the_graph():
+    found = mp.estimate(Weighting(torch.compile(Caches())), BATCH, method="trace")
+    assert found.notes == (FUSED,)
+
+
 def test_a_copy_has_functions_of_its_own():
     module = Closure()
     before = copy.copy(module.run.__dict__)
@@ -189,9 +210,9 @@ def test_cuda_graphs_have_a_pool_of_their_own(compiled):
     one = 1000 * WIDTH * 4
     # copies of the batch, and of the gradient that comes to the backward pass
     assert found.peak_allocated(1000) - compiled.peak_allocated(1000) == pytest.approx(2 * one, rel=0.1)
-    assert found.peak(1000) > compiled.peak(1000)
+    assert found.peak(1000) >= compiled.peak(1000)
     assert found.allocated_range(1000)[0] <= compiled.allocated_range(1000)[0]
-    assert {event.stream for event in found.program.events} == {0, POOL}
+    assert {event.stream for event in found.program.events} == {0, POOL, POOL + 1}
 
 
 def test_what_is_no_graph_is_planned_as_it_is_written():

@@ -179,7 +179,8 @@ class _Interpreter(torch.fx.Interpreter):
         out = super().run_node(n)
         del copied
         if self.cache and self.recorder.step == 1 and not _is_view(n):
-            self.recorder.take_and_give_back(self.cache)
+            with self.recorder.pool(POOL + 1, workspaces=True):  # as if it found no room in what is cached
+                self.recorder.take_and_give_back(self.cache)
         return out
 
     def least_of(self, n: torch.fx.Node) -> Any:

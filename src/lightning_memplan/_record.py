@@ -57,6 +57,7 @@ class Rules(NamedTuple):
 
 
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
+_FUNCTIONAL = torch._C._TorchDispatchModeKey.FUNCTIONAL
 _HOST = torch.device("cpu")
 _RAND = torch.ops.aten.rand.default
 _DEVICE_OF = torch.ops.prim.device.default
@@ -711,7 +712,11 @@ class _Constructors(TorchFunctionMode):
         if device is None or torch.device(device) != DEVICE or isinstance(data, torch.Tensor):
             return func(*args, **kwargs)
         grad = kwargs.pop("requires_grad", False)
-        made = func(*args, **{**kwargs, "device": "cpu"}).to(DEVICE)
+        made = func(*args, **{**kwargs, "device": "cpu"})
+        if torch._C._get_dispatch_mode(_FUNCTIONAL) is None:
+            made = made.to(DEVICE)
+        else:  # a graph is made, of which a number would be a constant that stays on the host
+            made = torch.empty(made.shape, dtype=made.dtype, device=DEVICE)
         return made.requires_grad_() if grad else made
 
 

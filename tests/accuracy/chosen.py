@@ -10,8 +10,8 @@
 With no margin the prediction itself is tried: a size that runs out of memory was planned too large (``over``), and
 where 5 % more runs as well it was planned too small (``under``). With a margin only the first counts, and where the
 steps leave more than a tenth of the card, whether one sample more takes what is over the budget (``coarse``) or not
-(``empty``). Room that the plan leaves for cuDNN's workspaces counts as used; ``ranged`` is what leaves room for what
-torch.compile may not fuse.
+(``empty``). Room that the plan leaves for cuDNN's workspaces counts as used; ``ranged`` is what leaves room for
+the upper end of a range (torch.compile, loops over samples).
 """
 
 from __future__ import annotations

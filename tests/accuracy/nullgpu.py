@@ -127,6 +127,7 @@ def train(row: Row, module: Any, sample: Any) -> tuple[int, int]:
     """The same of this module and sample."""
     import torch
 
+    from lightning_memplan._compiled import forget_compiled
     from tests.accuracy import networks
 
     loader = networks.loader(sample, row.batch_size, STEPS * row.accumulate * _fit_with(module).get(_PARTS, 1))
@@ -140,6 +141,7 @@ def train(row: Row, module: Any, sample: Any) -> tuple[int, int]:
         return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     finally:
         del trainer, loader
+        forget_compiled()  # with the pools of CUDA graphs
         torch._C._cuda_clearCublasWorkspaces()
         module.cpu()
         module.zero_grad()
