@@ -2,15 +2,15 @@
 
 ``cuda_semantics(...)`` puts CUDA's own choices in the place of the CPU's for the time of a trace:
 
-* autocast's operator lists (torch/include/ATen/autocast_mode.h, torch 2.13 to 2.15),
-* composite operators that take another path on CUDA: fused dropout, attention, half-precision softmax,
+* autocast's operator lists (``_autocast``),
+* composite operators that take another path on CUDA: attention (``_attention``), recurrent networks (``_recurrent``),
+  fused dropout, half-precision softmax,
 * ``foreach`` optimizers by default (torch/optim/optimizer.py, ``_default_to_fused_or_foreach``),
 * temporaries that CUDA's kernels allocate beside their outputs, and cuBLAS's workspaces.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import re
@@ -23,155 +23,23 @@ from typing import Any, NamedTuple
 import torch
 from torch._prims_common import suggest_memory_format
 
+from lightning_memplan._attention import attention, efficient, efficient_backward, flash, flash_backward
+from lightning_memplan._autocast import autocast_kernels, cpu_only, exists, operator, users_autocast, without_autocast
+from lightning_memplan._recurrent import (
+    cudnn_rnn,
+    cudnn_rnn_backward,
+    gru_cell,
+    lstm_cell,
+    no_dropout_state,
+    pack_padded,
+    recurrent,
+    recurrent_packed,
+    reflattened_rnn,
+)
 from lightning_memplan._workspaces import FILTER, FORWARD, INPUT, LAST, MOVED, PLAIN
 
 aten = torch.ops.aten
 _VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
-
-# ---------------------------------------------------------------------------------------------------------- autocast
-# torch/include/ATen/autocast_mode.h: AT_FORALL_LOWER_PRECISION_FP, _FP32, _FP32_SET_OPT_DTYPE,
-# _DIFFERENT_REDISPATCH_SIGNATURE and _PROMOTE. The test compares these lists with the installed torch's own.
-
-LOWER_PRECISION = """
-_convolution.deprecated _convolution conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d.input
-conv_transpose3d.input convolution prelu addmm addmv addr matmul einsum mm mv linalg_vecdot linear addbmm baddbmm bmm
-chain_matmul linalg_multi_dot _thnn_fused_lstm_cell _thnn_fused_gru_cell lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell
-_scaled_dot_product_flash_attention scaled_dot_product_attention
-""".split()
-
-FP32 = """
-acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow.Tensor_Scalar pow.Tensor_Tensor
-pow.Scalar softplus layer_norm native_layer_norm rms_norm group_norm frobenius_norm.dim nuclear_norm nuclear_norm.dim
-cosine_similarity poisson_nll_loss cosine_embedding_loss nll_loss nll_loss2d hinge_embedding_loss kl_div l1_loss
-smooth_l1_loss huber_loss mse_loss margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss
-multi_margin_loss binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp upsample_nearest1d
-_upsample_nearest_exact1d upsample_nearest2d _upsample_nearest_exact2d upsample_nearest3d _upsample_nearest_exact3d
-upsample_linear1d upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d upsample_bicubic2d
-_upsample_bicubic2d_aa
-""".split()
-
-FP32_SET_OPT_DTYPE = """
-prod prod.dim_int softmax.int log_softmax.int cumprod cumsum linalg_vector_norm linalg_matrix_norm
-linalg_matrix_norm.str_ord sum sum.dim_IntList
-""".split()
-
-FP32_APPEND_DTYPE = {"norm.Scalar": "norm.ScalarOpt_dtype", "norm.ScalarOpt_dim": "norm.ScalarOpt_dim_dtype"}
-
-PROMOTE = "addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add".split()
-
-# The same kernel on both backends, so that the CPU's own stays, and with it autocast's cache of cast weights.
-_SHARED = frozenset(
-    """_convolution.deprecated conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d.input
-    conv_transpose3d.input addmm matmul mm linalg_vecdot linear addbmm baddbmm bmm
-    scaled_dot_product_attention""".split()
-)
-
-
-def _operator(name: str) -> Any:
-    packet, _, overload = name.partition(".")
-    return getattr(getattr(aten, packet), overload or "default")
-
-
-def _exists(name: str) -> bool:
-    packet, _, overload = name.partition(".")
-    return hasattr(aten, packet) and hasattr(getattr(aten, packet), overload or "default")
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, torch.Tensor):
-        if value.is_floating_point() and value.dtype not in (dtype, torch.float64):
-            return value.to(dtype)
-        return value
-    if isinstance(value, (list, tuple)):
-        return type(value)(_cast(item, dtype) for item in value)
-    return value
-
-
-def _floating(value: Any) -> Iterator[torch.dtype]:
-    if isinstance(value, torch.Tensor):
-        if value.is_floating_point() and value.dtype != torch.float64:
-            yield value.dtype
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _floating(item)
-
-
-def _without_autocast(func: Callable[..., Any]) -> Callable[..., Any]:
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
-            return func(*args, **kwargs)
-
-    return kernel
-
-
-_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-
-
-def _to(op: Any, dtype: torch.dtype | None = None) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        target = dtype or torch.get_autocast_dtype("cpu")
-        return op(*_cast(args, target), **{k: _cast(v, target) for k, v in kwargs.items()})
-
-    return _without_autocast(run)
-
-
-def _set_opt_dtype(op: Any) -> Callable[..., Any]:
-    """CUDA asks for a float32 result where the caller named no dtype; the input is read as it is."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if any(True for _ in _floating(args)) and kwargs.get("dtype") is None and not _names_dtype(op, args):
-            kwargs = {**kwargs, "dtype": torch.float32}
-        return op(*args, **kwargs)
-
-    return _without_autocast(run)
-
-
-def _names_dtype(op: Any, args: Sequence[Any]) -> bool:
-    names = [argument.name for argument in op._schema.arguments if not argument.kwarg_only]
-    at = names.index("dtype") if "dtype" in names else len(args)
-    return at < len(args) and args[at] is not None
-
-
-def _append_dtype(name: str) -> Callable[..., Any]:
-    plain, typed = _operator(name), _operator(FP32_APPEND_DTYPE[name])
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not any(True for _ in _floating(args)):
-            return plain(*args, **kwargs)
-        if name == "norm.Scalar":
-            return typed(args[0], *(args[1:] or (2,)), dtype=torch.float32)
-        keepdim = args[3] if len(args) > 3 else kwargs.get("keepdim", False)
-        return typed(args[0], args[1], args[2], keepdim, dtype=torch.float32)
-
-    return _without_autocast(run)
-
-
-def _promote(op: Any) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        widest = torch.float32 if torch.float32 in set(_floating(args)) else torch.get_autocast_dtype("cpu")
-        return op(*_cast(args, widest), **kwargs)
-
-    return _without_autocast(run)
-
-
-def _autocast_kernels() -> dict[str, Callable[..., Any]]:
-    kernels: dict[str, Callable[..., Any]] = {}
-    kernels.update({name: _to(_operator(name)) for name in LOWER_PRECISION if _exists(name)})
-    kernels.update({name: _to(_operator(name), torch.float32) for name in FP32 if _exists(name)})
-    kernels.update({name: _set_opt_dtype(_operator(name)) for name in FP32_SET_OPT_DTYPE if _exists(name)})
-    kernels.update({name: _append_dtype(name) for name in FP32_APPEND_DTYPE if _exists(name)})
-    kernels.update({name: _promote(_operator(name)) for name in PROMOTE if _exists(name)})
-    kernels["_cudnn_rnn"] = _without_autocast(_reflattened_rnn)
-    return {name: kernel for name, kernel in kernels.items() if name not in _SHARED}
-
-
-@functools.cache
-def _cpu_only() -> list[str]:
-    """Operators that the CPU's autocast casts and CUDA's does not."""
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::"))
-    return [n.removeprefix("aten::") for n in names if has(n, "AutocastCPU") and not has(n, "AutocastCUDA")]
-
 
 # -------------------------------------------------------------------------------------------- composites of CUDA's own
 
@@ -193,147 +61,6 @@ def _half_softmax(plain: Any, typed: Any) -> Callable[..., torch.Tensor]:
         return plain(input if dtype is None else input.to(dtype), dim, False)
 
     return kernel
-
-
-def _attention(capability: tuple[int, int]) -> Callable[..., torch.Tensor]:
-    """aten/src/ATen/native/transformers/cuda/sdp_utils.cpp: flash, then memory-efficient, then math."""
-
-    def kernel(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        *,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> torch.Tensor:
-        grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-        choice = _attention_backend(query, key, value, attn_mask, is_causal, enable_gqa, capability, grad)
-        if choice == "flash":
-            width = query.size(-1)
-            scale = width**-0.5 if scale is None else scale
-            q, k, v = (_pad_width(t, 8) for t in (query, key, value))
-            out = aten._scaled_dot_product_flash_attention.default(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
-            return out[..., :width] if width % 8 else out
-        if choice == "efficient":
-            bias = _attention_bias(attn_mask, query, key)
-            return aten._scaled_dot_product_efficient_attention.default(
-                query, key, value, bias, grad, dropout_p, is_causal, scale=scale
-            )[0]
-        mask = _float_mask(attn_mask, query)
-        return _math_attention(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)[0]
-
-    return kernel
-
-
-def _math_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    dropout: float,
-    causal: bool,
-    scale: float | None,
-    gqa: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """aten/src/ATen/native/transformers/attention.cpp, ``_scaled_dot_product_attention_math``: adds the mask in place,
-    and half types are float32 inside."""
-    q, k, v = query, key, value
-    if q.dtype in (torch.float16, torch.bfloat16) and not torch._C._get_math_sdp_allow_fp16_bf16_reduction():
-        q, k, v = (t.float() for t in (q, k, v))
-        mask = mask.float() if mask is not None else None
-    factor = math.sqrt(q.size(-1) ** -0.5 if scale is None else abs(scale))
-    scaled = q * factor
-    if causal:
-        kept = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device).tril()
-        mask = _float_mask(kept, q)
-    if gqa:
-        k, v = (t.repeat_interleave(q.size(-3) // t.size(-3), -3) for t in (k, v))
-    scores = torch.matmul(scaled, k.transpose(-2, -1) * factor)
-    if mask is not None:
-        scores.add_(mask)
-    scores = aten._safe_softmax.default(scores, -1)
-    if dropout > 0:
-        scores = torch.dropout(scores, dropout, True)
-    weights = scores.to(query.dtype)  # the second result is made first
-    return torch.matmul(scores, v).to(query.dtype), weights
-
-
-def _attention_backend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    causal: bool,
-    gqa: bool,
-    capability: tuple[int, int],
-    grad: bool,
-) -> str:
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    width = query.size(-1)
-    dense = all(t.dim() == 4 and t.size(-2) > 0 for t in (query, key, value))
-    same_heads = query.dim() == 4 and query.size(1) == key.size(1) == value.size(1)
-    backends = torch.backends.cuda
-    flash = (
-        backends.flash_sdp_enabled()
-        and dense
-        and half
-        and mask is None
-        and capability >= (8, 0)
-        and width <= 256
-        and width == key.size(-1) == value.size(-1)
-        and all(t.stride(-1) == 1 for t in (query, key, value))
-        and (same_heads or gqa)
-        and not (causal and query.size(-2) != key.size(-2))
-    )
-    if flash:
-        return "flash"
-    align = 1 if not half or capability < (7, 5) else 8
-    align = 4 if not half and capability >= (8, 0) else align
-    efficient = (
-        backends.mem_efficient_sdp_enabled()
-        and dense
-        and query.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and not (query.dtype == torch.bfloat16 and capability < (8, 0))
-        and (same_heads or (gqa and GROUPED_EFFICIENT))
-        and width == key.size(-1)
-        and width % align == 0
-        and value.size(-1) % align == 0
-        and all(t.stride(-1) == 1 for t in (query, key, value))
-        and not (causal and mask is not None)
-    )
-    return "efficient" if efficient else "math"
-
-
-#: Memory-efficient attention takes fewer heads of keys than of queries from torch 2.14 on (torch/nn/functional.py)
-GROUPED_EFFICIENT = _VERSION >= (2, 14)
-
-
-def _pad_width(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
-    missing = -tensor.size(-1) % multiple
-    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
-
-
-def _float_mask(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    # aten/src/ATen/native/transformers/attention.cpp, convert_boolean_attn_mask: one where() with two scalars
-    scalars = [mask.new_empty((), dtype=query.dtype) for _ in range(2)]
-    mask = torch.zeros_like(mask, dtype=query.dtype)
-    del scalars
-    return mask
-
-
-def _attention_bias(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
-    mask = _float_mask(mask, query)
-    if mask is None:
-        return None
-    if mask.size(-1) % 8:  # aten/src/ATen/native/transformers/attention.cpp: pad_bias<8>
-        width = mask.size(-1)
-        mask = torch.nn.functional.pad(mask, (0, -width % 8))[..., :width]
-    return mask.expand(query.size(0), query.size(1), query.size(2), key.size(2))
 
 
 def _batch_norm(
@@ -401,60 +128,6 @@ def _rms_norm(
     return _RMSNorm.apply(input, weight, len(normalized_shape))
 
 
-class _LSTMCell(torch.autograd.Function):
-    """aten/src/ATen/native/cuda/RNN.cu, ``_thnn_fused_lstm_cell``: gates stay for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, gates: torch.Tensor, hidden: torch.Tensor, state: torch.Tensor, *biases: Any) -> Any:
-        kept, h, c = torch.empty_like(gates), torch.empty_like(state), torch.empty_like(state)
-        ctx.save_for_backward(state, c, kept, gates, hidden)  # the gates for a second derivative
-        ctx.biased = biases[0] is not None
-        return h, c
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        state, _, kept, *_ = ctx.saved_tensors
-        gates, before = torch.empty_like(kept), torch.empty_like(state)
-        bias = gates.sum(0) if ctx.biased else None
-        return gates, gates, before, bias, bias
-
-
-class _GRUCell(torch.autograd.Function):
-    """aten/src/ATen/native/cuda/RNN.cu, ``_thnn_fused_gru_cell``."""
-
-    @staticmethod
-    def forward(ctx: Any, gates: torch.Tensor, hidden: torch.Tensor, state: torch.Tensor, *biases: Any) -> Any:
-        kept, h = state.new_empty(state.size(0), 5 * state.size(1)), torch.empty_like(state)
-        ctx.save_for_backward(kept, gates, hidden, state)
-        ctx.biased = biases[0] is not None
-        return h
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
-        kept = ctx.saved_tensors[0]
-        size = kept.size(1) // 5
-        of_input, of_hidden = (kept.new_empty(kept.size(0), 3 * size) for _ in range(2))
-        before = kept.new_empty(kept.size(0), size)
-        biases = (of_input.sum(0), of_hidden.sum(0)) if ctx.biased else (None, None)
-        return of_input, of_hidden, before, *biases
-
-
-def _lstm_cell(
-    input: torch.Tensor, state: Sequence[torch.Tensor], w_ih: torch.Tensor, w_hh: torch.Tensor, *biases: Any
-) -> Any:
-    # aten/src/ATen/native/RNN.cpp, LSTMCell: one kernel on CUDA
-    h, c = state
-    b_ih, b_hh = (*biases, None, None)[:2]
-    return _LSTMCell.apply(torch.matmul(input, w_ih.t()), torch.matmul(h, w_hh.t()), c, b_ih, b_hh)
-
-
-def _gru_cell(
-    input: torch.Tensor, state: torch.Tensor, w_ih: torch.Tensor, w_hh: torch.Tensor, *biases: Any
-) -> torch.Tensor:
-    b_ih, b_hh = (*biases, None, None)[:2]
-    return _GRUCell.apply(torch.matmul(input, w_ih.t()), torch.matmul(state, w_hh.t()), state, b_ih, b_hh)
-
-
 def _ctc(
     log_probs: torch.Tensor,
     targets: torch.Tensor,
@@ -481,172 +154,27 @@ def _one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
     return made.scatter_(-1, tensor.unsqueeze(-1), 1)
 
 
-_CUDNN_TYPES = (torch.float16, torch.float32, torch.float64)  # torch/backends/cudnn/__init__.py, is_acceptable
-
-
-class _RNN(NamedTuple):
-    """The shape of a recurrent network, as cuDNN has it: mode 0 and 1 are plain, 2 is LSTM and 3 GRU."""
-
-    mode: int
-    hidden: int
-    projected: int  #: 0 where the network does not project
-    layers: int
-    batch_first: bool
-    dropout: float
-    train: bool
-    bidirectional: bool
-
-    @property
-    def directions(self) -> int:
-        return 2 if self.bidirectional else 1
-
-    @property
-    def gates(self) -> int:
-        return {2: 4, 3: 3}.get(self.mode, 1)
-
-    def weights(self, width: int) -> int:
-        """Values in the one buffer of all weights; it has two biases a gate, whether the network has them or not."""
-        out = self.projected or self.hidden
-        total = 0
-        for layer in range(self.layers):
-            source = out * self.directions if layer else width
-            projection = out * self.hidden if self.projected else 0
-            total += self.directions * (self.gates * self.hidden * (source + out + 2) + projection)
-        return total
-
-    def reserve(self, rows: int, element: int) -> int:
-        """Bytes that a step of training keeps; ``rows`` are its steps times its samples.
-
-        Of each layer an LSTM keeps 5 values (gates and cell), a GRU 6, a plain one 1, and each layer but the last its
-        results. Measured to the byte on an H200 with cuDNN 9.19, but for dropout's masks of a bit a value, which are
-        left out here.
-        """
-        values = {2: 5, 3: 6}.get(self.mode, 1) * self.layers + self.layers - 1
-        return rows * self.directions * self.hidden * values * element + 256
-
-    def workspace(self, rows: int, width: int, element: int) -> int:
-        """Bytes that cuDNN takes in each pass: 8 MiB for each layer and direction and the matrices of the weights, and
-        of all steps the gates, states and inputs of one layer.
-
-        The first two were measured to the byte as above. What grows with the samples was there 670 values a hidden unit
-        for an LSTM of 100 steps and 460 for a GRU (here 700 and 500), and more for a plain network (1406; here 250).
-        From some thousand samples on cuDNN takes another way, and more.
-        """
-        parts = self.layers * self.directions
-        matrices = self.weights(width) - 2 * parts * self.gates * self.hidden
-        widest = max(width, self.directions * self.hidden) if self.layers > 1 else width
-        states = 2 if self.mode == 2 else 1
-        rising = rows * (self.directions * self.hidden * (self.gates + states) + widest)
-        return parts * 2**23 + 288 + element * (matrices + rising)
-
-
-def _recurrent(mode: int) -> Callable[..., Any]:
-    """aten/src/ATen/native/RNN.cpp: cuDNN's kernel, which keeps a reserve."""
-
-    def kernel(
-        input: torch.Tensor,
-        hx: Any,
-        params: Sequence[torch.Tensor],
-        has_biases: bool,
-        num_layers: int,
-        dropout: float,
-        train: bool,
-        bidirectional: bool,
-        batch_first: bool,
-        sizes: Sequence[int] = (),
-    ) -> Any:
-        hidden, cell = (hx[0], hx[1]) if mode == 2 else (hx, None)
-        size = (cell if cell is not None else hidden).size(2)
-        projected = hidden.size(2) if hidden.size(2) != size else 0
-        per_layer = (4 if has_biases else 2) + bool(projected)
-        if train and dropout > 0:
-            aten._cudnn_init_dropout_state.default(dropout, train, 0, dtype=torch.uint8, device=input.device)
-        shape = _RNN(mode, size, projected, num_layers, batch_first, dropout, train, bidirectional)
-        out = aten._cudnn_rnn.default(input, params, per_layer, None, hidden, cell, *shape, sizes or [], None)
-        return out[:3] if mode == 2 else out[:2]
-
-    return kernel
-
-
-def _recurrent_packed(mode: int) -> Callable[..., Any]:
-    """The same over a packed sequence, whose numbers of samples at each step are on the host."""
-    whole = _recurrent(mode)
-
-    def kernel(
-        data: torch.Tensor,
-        batch_sizes: torch.Tensor,
-        hx: Any,
-        params: Sequence[torch.Tensor],
-        has_biases: bool,
-        num_layers: int,
-        dropout: float,
-        train: bool,
-        bidirectional: bool,
-    ) -> Any:
-        how = (has_biases, num_layers, dropout, train, bidirectional, False)
-        return whole(data, hx, params, *how, sizes=batch_sizes.tolist())
-
-    return kernel
-
-
-def _pack_padded(input: torch.Tensor, lengths: torch.Tensor, batch_first: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """aten/src/ATen/native/PackedSequence.cpp: a copy of each stretch of steps that as many samples have, and one of
-    all of them."""
-    x = aten.transpose.int(input, 0, 1) if batch_first else input
-    parts, sizes, done = [], [], 0
-    for shorter, length in enumerate(reversed(lengths.tolist())):  # they fall: checked by the caller
-        if length > done:
-            count = x.size(1) - shorter
-            part = x[done:length, :count]
-            part = part if part.is_contiguous() else aten.clone.default(part, memory_format=torch.contiguous_format)
-            parts.append(part.view(-1, *x.shape[2:]))
-            sizes += [count] * (length - done)
-            done = length
-    return aten.cat.default(parts), torch.tensor(sizes)
-
-
-def _reflattened_rnn(
-    input: torch.Tensor,
-    weight: Sequence[torch.Tensor],
-    weight_stride0: int,
-    weight_buf: torch.Tensor | None,
-    hx: torch.Tensor,
-    cx: torch.Tensor | None,
-    *rest: Any,
-) -> Any:
-    """aten/src/ATen/cudnn/AutocastRNN.cpp: all weights are cast into one new buffer, to float16 whatever autocast's
-    type is."""
-    half = torch.float16
-    if weight[0].dtype == torch.float32:
-        flat = torch.zeros(_RNN(*rest[:8]).weights(input.size(-1)), dtype=half, device=input.device)
-        weight_buf = flat
-        weight = [part.detach().copy_(w) for part, w in zip(_laid_out(flat, weight), weight, strict=True)]
-    cx = None if cx is None else cx.to(half)
-    hx = hx.to(half)  # arguments of a call are made from the last to the first
-    return aten._cudnn_rnn.default(input.to(half), weight, weight_stride0, weight_buf, hx, cx, *rest)
-
-
 def _composites(capability: tuple[int, int]) -> dict[str, Callable[..., Any]]:
     return {
         "batch_norm": _batch_norm,
         "dropout": _dropout,
         "ctc_loss.Tensor": _ctc,
-        "gru_cell": _gru_cell,
-        "gru.data": _recurrent_packed(3),
-        "gru.input": _recurrent(3),
+        "gru_cell": gru_cell,
+        "gru.data": recurrent_packed(3),
+        "gru.input": recurrent(3),
         "linear": _linear,
-        "lstm_cell": _lstm_cell,
-        "lstm.data": _recurrent_packed(2),
-        "lstm.input": _recurrent(2),
+        "lstm_cell": lstm_cell,
+        "lstm.data": recurrent_packed(2),
+        "lstm.input": recurrent(2),
         "one_hot": _one_hot,
         "rms_norm": _rms_norm,
-        "rnn_relu.data": _recurrent_packed(0),
-        "rnn_relu.input": _recurrent(0),
-        "rnn_tanh.data": _recurrent_packed(1),
-        "rnn_tanh.input": _recurrent(1),
+        "rnn_relu.data": recurrent_packed(0),
+        "rnn_relu.input": recurrent(0),
+        "rnn_tanh.data": recurrent_packed(1),
+        "rnn_tanh.input": recurrent(1),
         "softmax.int": _half_softmax(aten._softmax.default, None),
         "log_softmax.int": _half_softmax(aten._log_softmax.default, None),
-        "scaled_dot_product_attention": _attention(capability),
+        "scaled_dot_product_attention": attention(capability),
     }
 
 
@@ -659,34 +187,14 @@ def cuda_semantics(capability: tuple[int, int] = (8, 6)) -> Iterator[None]:
             warnings.simplefilter("ignore")  # "Overriding a previously registered kernel": that is the purpose
             for name, kernel in _composites(capability).items():
                 library.impl(name, kernel, "AutogradCPU")
-            for name, kernel in _autocast_kernels().items():
+            for name, kernel in (*autocast_kernels().items(), ("_cudnn_rnn", without_autocast(reflattened_rnn))):
                 library.impl(name, kernel, "AutocastCPU", allow_override=True)
-            for name in _cpu_only():
+            for name in cpu_only():
                 library.impl(name, torch.library.fallthrough_kernel, "AutocastCPU", allow_override=True)
-        with _users_autocast(), _nms_as_on_cuda():
+        with users_autocast(), _nms_as_on_cuda():
             yield
     finally:
         library._destroy()
-
-
-@contextmanager
-def _users_autocast() -> Iterator[None]:
-    """``autocast("cuda")`` in the user's code is that of the traced device, in float16 where no type is said.
-
-    torch/amp/autocast_mode.py, 2.13 to 2.15; ``torch.cuda.amp.autocast`` is a subclass.
-    """
-    init = torch.amp.autocast.__init__
-
-    def renamed(self: Any, device_type: str, dtype: torch.dtype | None = None, *args: Any, **kwargs: Any) -> None:
-        if device_type == "cuda":
-            device_type, dtype = "cpu", dtype or torch.float16
-        init(self, device_type, dtype, *args, **kwargs)
-
-    torch.amp.autocast.__init__ = renamed  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.amp.autocast.__init__ = init  # type: ignore[method-assign]
 
 
 # ---------------------------------------------------------------------------------------------- memory beside outputs
@@ -745,7 +253,7 @@ def temporaries(
     rules.update(_NORMS)
     rules.update(_ROWS)
     rules[aten.native_layer_norm_backward.default] = _layer_norm_backward(card)
-    rules.update({_operator(name): _copied(0) for name in _COPIED_GRADIENTS if _exists(name)})
+    rules.update({operator(name): _copied(0) for name in _COPIED_GRADIENTS if exists(name)})
     rules[aten.convolution.default] = _convolution
     rules[aten.convolution_backward.default] = _convolution_backward(card)
     rules.update(
@@ -755,8 +263,8 @@ def temporaries(
     rules[aten.embedding_dense_backward.default] = _embedding_backward
     rules[aten.index.Tensor] = _index
     rules[aten.index_put.default] = rules[aten.index_put_.default] = _index_put
-    rules[aten._scaled_dot_product_flash_attention.default] = _flash
-    rules[aten._scaled_dot_product_flash_attention_backward.default] = _flash_backward
+    rules[aten._scaled_dot_product_flash_attention.default] = flash
+    rules[aten._scaled_dot_product_flash_attention_backward.default] = flash_backward
     rules.update(dict.fromkeys([aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default], sums))
     for op in (aten.convolution.default, aten.convolution_backward.default):
         rules[op] = _with_workspaces(rules.get(op), capability)
@@ -1167,89 +675,6 @@ def _convolution_backward(card: Card) -> Rule:
     return rule
 
 
-def _flash(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    # with dropout the generator's state (the seventh output) is made again, in the place of the first one
-    return (slice(0, 2), 16, slice(7, 8), slice(6, 7)) if len(args) > 3 and args[3] else ()
-
-
-def _flash_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    """The gradient and the output are copied where heads lie outside; then sums of one times the other, and the
-    query's gradient in float32, both in tiles."""
-    grad, query, key, _, output = args[:5]
-    batch, heads, length, width = query.shape
-    wide = -(-width // 32) * 32 if width <= 128 else -(-width // 64) * 64
-    rows = batch * heads * (-(-length // 128) * 128)
-    dense = [_bytes(tensor) for tensor in (grad, output) if not tensor.transpose(1, 2).is_contiguous()]
-    fewer = () if key.size(1) == heads else (2 * batch * heads * key.size(2) * width * key.element_size(),)
-    return (*dense, slice(None), 4 * rows, 4 * rows * wide, *fewer)
-
-
-def _efficient(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-    grad: bool,
-    dropout: float = 0.0,
-    causal: bool = False,
-    *,
-    scale: float | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """aten/src/ATen/native/transformers/cuda/attention.cu, ``_efficient_attention_forward``: with dropout seed and
-    offset of the random numbers are on the host; without they are on the card, of no value (seen on 2.14, not on 2.11).
-    """
-    batch, heads, length, _ = query.shape
-    card = not dropout and _VERSION >= (2, 12)
-    seed, offset = (torch.empty((), dtype=torch.int64, device=query.device if card else "cpu") for _ in range(2))
-    out = query.new_empty((batch, length, heads, value.size(-1))).transpose(1, 2)
-    rows = -(-length // 32) * 32 if grad else 0
-    return out, query.new_empty((batch, heads, rows), dtype=torch.float32), seed, offset
-
-
-def _efficient_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    logsumexp: torch.Tensor,
-    seed: torch.Tensor,
-    offset: torch.Tensor,
-    dropout: float,
-    wanted: Sequence[bool],
-    causal: bool = False,
-    *,
-    scale: float | None = None,
-) -> tuple[torch.Tensor | None, ...]:
-    """aten/src/ATen/native/transformers/cuda/attention_backward.cu: sums of the output times its gradient, and the
-    query's gradient in float32, in tiles of 64 with 16 bytes each."""
-    batch, heads, length, width = query.shape
-    grad = grad.transpose(1, 2)
-    dense = None if grad.is_contiguous() else torch.empty_like(grad, memory_format=torch.contiguous_format)
-    grads: list[torch.Tensor | None] = [
-        t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (query, key, value)
-    ]
-    if bias is not None and wanted[3]:
-        last = bias.size(-1)
-        grads.append(bias.new_empty((*bias.shape[:-1], -(-last // 16) * 16))[..., :last])
-    else:
-        grads.append(None)
-    several = [] if key.size(1) == heads else [query.new_empty(grad.shape) for _ in range(2)]  # added up by groups
-    if query.element_size() == 4:
-        product = query.new_empty(grad.shape)
-        sums = query.new_empty((batch, length, heads))
-        rows = sums.transpose(1, 2).contiguous()
-        del product, sums
-    else:
-        rows = query.new_empty((batch, heads, length), dtype=torch.float32)
-    tiles = -(-length // 64) * (-(-width // 64))
-    workspace = query.new_empty(batch * heads * tiles * (64 * 64 * 4 + 16), dtype=torch.uint8)
-    del dense, rows, workspace
-    several.clear()
-    return tuple(grads)
-
-
 def _logsumexp(input: torch.Tensor, dim: Sequence[int], keepdim: bool = False) -> torch.Tensor:
     # aten/src/ATen/native/ReduceOps.cpp, logsumexp_out_impl
     largest = aten.amax.default(input, dim, True)
@@ -1327,105 +752,6 @@ def _ctc_loss_backward(grad: torch.Tensor, log_probs: torch.Tensor, *others: Any
     beta, made = torch.empty_like(others[4]), torch.empty_like(log_probs)
     del beta
     return made
-
-
-def _cudnn_rnn(
-    input: torch.Tensor,
-    weight: Sequence[torch.Tensor],
-    weight_stride0: int,
-    weight_buf: torch.Tensor | None,
-    hx: torch.Tensor,
-    cx: torch.Tensor | None,
-    *rest: Any,
-) -> Any:
-    """aten/src/ATen/native/cudnn/RNN.cpp. Its workspace and reserve are cuDNN's own: see ``_RNN``."""
-    rnn = _RNN(*rest[:8])
-    x = _steps_first(input, rnn)
-    outer = x.shape[:-1]  # steps and samples, or both in one where the sequence is packed
-    out = x.new_empty((*outer, (rnn.projected or rnn.hidden) * rnn.directions))
-    last = x.new_empty(hx.shape)
-    last_cell = x.new_empty(cx.shape if cx is not None else (0,))
-    rows, element = math.prod(outer), x.element_size()
-    work = x.new_empty((rnn.workspace(rows, x.size(-1), element),), dtype=torch.uint8)
-    reserve = x.new_empty((rnn.reserve(rows, element) if rnn.train else 0,), dtype=torch.uint8)
-    del work
-    out = aten.transpose.int(out, 0, 1) if rnn.batch_first else out
-    return out, last, last_cell, reserve, x.new_empty((0,)) if weight_buf is None else aten.alias.default(weight_buf)
-
-
-def _cudnn_rnn_backward(
-    input: torch.Tensor,
-    weight: Sequence[torch.Tensor],
-    weight_stride0: int,
-    weight_buf: torch.Tensor | None,
-    hx: torch.Tensor,
-    cx: torch.Tensor | None,
-    output: torch.Tensor,
-    grad_output: torch.Tensor | None,
-    grad_hy: torch.Tensor | None,
-    grad_cy: torch.Tensor | None,
-    *rest: Any,
-) -> Any:
-    """aten/src/ATen/native/cudnn/RNN.cpp: gradients of what is read, then of the weights, in one buffer."""
-    rnn = _RNN(*rest[:8])
-    grad_output = aten.zeros_like.default(output) if grad_output is None else grad_output
-    grad_hy = aten.zeros_like.default(hx) if grad_hy is None else grad_hy
-    grad_cy = aten.zeros_like.default(cx) if grad_cy is None and cx is not None else grad_cy
-    width = input.size(-1)
-    space = rnn.workspace(input.numel() // width, width, input.element_size())
-
-    def of_inputs() -> tuple[torch.Tensor, ...]:
-        x, dy = _steps_first(input, rnn), _steps_first(grad_output, rnn)
-        made = x.new_empty(x.shape), x.new_empty(hx.shape), x.new_empty(cx.shape if cx is not None else (0,))
-        work = x.new_empty((space,), dtype=torch.uint8)
-        del work, dy
-        return made
-
-    def of_weights() -> torch.Tensor:
-        x = _steps_first(input, rnn)
-        flat = x.new_empty((rnn.weights(x.size(-1)),))
-        work = x.new_empty((space,), dtype=torch.uint8)
-        del work
-        return flat
-
-    dx, dhx, dcx = of_inputs()
-    gradients = _laid_out(of_weights(), weight)
-    return aten.transpose.int(dx, 0, 1) if rnn.batch_first else dx, dhx, dcx, gradients
-
-
-def _laid_out(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Parts of one buffer, one after the other, in the shapes of these weights."""
-    parts, place = [], 0
-    for w in like:
-        parts.append(flat[place : place + w.numel()].view(w.shape))
-        place += w.numel()
-    return parts
-
-
-def flatten_weights(module: torch.nn.RNNBase) -> None:
-    """Lay the weights out in one buffer, as a recurrent network does when it comes to a GPU.
-
-    torch/nn/modules/rnn.py, ``flatten_parameters``: in the types that cuDNN takes.
-    """
-    weights = [getattr(module, name) for name in module._flat_weights_names]
-    if weights[0].dtype not in _CUDNN_TYPES:
-        return
-    mode = {"LSTM": 2, "GRU": 3}.get(module.mode, 0)
-    rnn = _RNN(
-        mode, module.hidden_size, module.proj_size, module.num_layers, True, 0.0, True, bool(module.bidirectional)
-    )
-    flat = torch.zeros(rnn.weights(module.input_size), dtype=weights[0].dtype, device=weights[0].device)
-    for weight, part in zip(weights, _laid_out(flat, weights), strict=True):
-        weight.data = part
-
-
-def _steps_first(tensor: torch.Tensor, rnn: _RNN) -> torch.Tensor:
-    tensor = aten.transpose.int(tensor, 0, 1) if rnn.batch_first else tensor
-    return tensor if tensor.is_contiguous() else aten.clone.default(tensor, memory_format=torch.contiguous_format)
-
-
-def _no_dropout_state(*args: Any, device: torch.device, **kwargs: Any) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=device)  # it is a workspace
 
 
 def _roll(input: torch.Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> torch.Tensor:
@@ -1564,12 +890,12 @@ def _nms_as_on_cuda() -> Iterator[None]:
 KERNELS: Mapping[Any, Callable[..., Any]] = {
     aten._embedding_bag.default: _embedding_bag,
     aten._embedding_bag_backward.default: _embedding_bag_backward,
-    aten._pack_padded_sequence.default: _pack_padded,
-    aten._scaled_dot_product_efficient_attention.default: _efficient,
-    aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
-    aten._cudnn_rnn.default: _cudnn_rnn,
-    aten._cudnn_rnn_backward.default: _cudnn_rnn_backward,
-    aten._cudnn_init_dropout_state.default: _no_dropout_state,
+    aten._pack_padded_sequence.default: pack_padded,
+    aten._scaled_dot_product_efficient_attention.default: efficient,
+    aten._scaled_dot_product_efficient_attention_backward.default: efficient_backward,
+    aten._cudnn_rnn.default: cudnn_rnn,
+    aten._cudnn_rnn_backward.default: cudnn_rnn_backward,
+    aten._cudnn_init_dropout_state.default: no_dropout_state,
     aten.batch_norm_stats.default: _norm_statistics,
     aten.batch_norm_gather_stats_with_counts.default: _norm_statistics,
     aten.batch_norm_elemt.default: _normalized,
@@ -1578,7 +904,7 @@ KERNELS: Mapping[Any, Callable[..., Any]] = {
     aten._ctc_loss_backward.default: _ctc_loss_backward,
     aten._ctc_loss_backward.Tensor: _ctc_loss_backward,
     aten._euclidean_dist.default: _euclidean_distance,
-    **({aten._grouped_mm.default: _grouped_mm} if _exists("_grouped_mm.default") else {}),
+    **({aten._grouped_mm.default: _grouped_mm} if exists("_grouped_mm.default") else {}),
     aten.logsumexp.default: _logsumexp,
     aten.mse_loss.default: _pointwise_loss,
     aten.smooth_l1_loss.default: _pointwise_loss,

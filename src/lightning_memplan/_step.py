@@ -26,7 +26,6 @@ from lightning_memplan._cuda_rules import (
     SHAPES,
     WIDTHS,
     cuda_semantics,
-    flatten_weights,
     foreach_by_default,
     longest,
     temporaries,
@@ -42,6 +41,7 @@ from lightning_memplan._lightning import (
 )
 from lightning_memplan._order import STEPS, TRUE_DTYPE, MakeOptimizer, StepRunner
 from lightning_memplan._record import DEVICE, Recorder, Rules, fake_mode, has_values, labelled, module_paths, tell
+from lightning_memplan._recurrent import flatten_weights
 from lightning_memplan._scaling import extended
 from lightning_memplan._shards import units_by_policy, waiting
 from lightning_memplan._silent_cuda import silent_cuda

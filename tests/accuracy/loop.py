@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_memplan import _cuda_rules
+from lightning_memplan import _autocast
 from lightning_memplan._cuda_rules import KERNELS, LONGEST, ORDER, SHAPES, WIDTHS, cuda_semantics, temporaries
 from lightning_memplan._record import Recorder, Rules, labelled, module_paths
 from lightning_memplan._scaling import Polynomial, ScaledProgram, scale
@@ -98,13 +98,13 @@ def _old_torch(old: bool) -> Iterator[None]:
     if not old:
         yield
         return
-    lists, adds = _cuda_rules.FP32, Recorder._adds_in_place
-    _cuda_rules.FP32 = [name for name in lists if "upsample" not in name]
+    lists, adds = _autocast.FP32, Recorder._adds_in_place
+    _autocast.FP32 = [name for name in lists if "upsample" not in name]
     Recorder._adds_in_place = lambda self, args: False  # type: ignore[method-assign]
     try:
         yield
     finally:
-        _cuda_rules.FP32, Recorder._adds_in_place = lists, adds  # type: ignore[method-assign]
+        _autocast.FP32, Recorder._adds_in_place = lists, adds  # type: ignore[method-assign]
 
 
 def _record(

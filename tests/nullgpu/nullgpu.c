@@ -296,7 +296,7 @@ int cudnnGetBatchNormalizationBackwardExWorkspaceSize(void*h_,int m,int o,void*x
 int cudnnGetBatchNormalizationTrainingExReserveSpaceSize(void*h_,int m,int o,void*a,void*x,size_t*s){*s=0;return 0;}
 int cudnnDropoutGetStatesSize(void*h_,size_t*s){*s=(size_t)sms*(cc_minor==0?2048:1536)*24;return 0;} // 24 bytes for each thread that runs at once: 6,488,064 on an H200
 // Recurrent layers: weights are laid out as cuDNN's are (per pseudo-layer: every gate's matrices, then its biases);
-// the reserve that training keeps, and the workspace, are those of _cuda_rules.py, measured on an H200.
+// the reserve that training keeps, and the workspace, are those of _recurrent.py, measured on an H200.
 struct rnn{int cell,bias,bi,dtype,in,hid,proj,layers;};
 struct rnn_data{int dtype,steps,batch,width;};
 struct dims{int dtype,n,d[8];};
