@@ -128,13 +128,16 @@ def test_the_smallest_decides_and_all_fail_with_the_reason():
 
 
 KINDS = {
-    "buckets": ("ddp", {}, {"find_unused_parameters": True}),
     "views, as in a notebook": (
         "ddp",
         {"precision": "16-mixed"},
         {"gradient_as_bucket_view": True, "start_method": "fork"},
     ),
-    "norms over both": ("normed", {"precision": "bf16-mixed", "sync_batchnorm": True}, {}),
+    "buckets, and norms over both": (
+        "normed",
+        {"precision": "bf16-mixed", "sync_batchnorm": True},
+        {"find_unused_parameters": True},
+    ),
     "mesh": ("mesh", {}, {"data_parallel_size": 2, "tensor_parallel_size": 1}),
     "shards": ("fsdp", {"precision": "bf16-mixed", "accumulate_grad_batches": 2}, {"checkpointed": True}),
 }

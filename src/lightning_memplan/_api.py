@@ -43,6 +43,7 @@ from lightning_memplan._types import NCCL, Advice, Device, Length, Lengths, Plan
 Method = Literal["auto", "trace", "formula", "probe"]
 #: Batch sizes of traces, where those of few samples cannot be had or are of unlike steps: each has 2 to 32 equal parts
 MANY = (32, 64, 128)
+_OF_FEW = (AssertionError, IndexError, RuntimeError, ValueError)  # what a step raises of a batch that it cannot cut
 _METHODS = ("auto", "trace", "formula", "probe")
 
 #: What a step raises where something is not there yet: a copy's trainer has no loops and no logger, and the hooks and
@@ -253,6 +254,8 @@ def _traced(
                 traces, formula = trace_counted(module, batches, settings, graphs=graphs, **common)
                 program, more = scaled(traces)
             except TraceError as unlike:
+                if not isinstance(unlike.__cause__, (type(None), *_OF_FEW)):
+                    raise
                 try:
                     batches = _of_many(samples)
                     traces, formula = trace_counted(module, batches, settings, graphs=graphs, **common)
