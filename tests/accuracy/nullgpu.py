@@ -288,7 +288,7 @@ def _run(lines: list[str], most: int = 0, method: str = "trace") -> list[Result]
             cwd=ROOT,
             env={
                 **os.environ,
-                "CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8",  # as by default: monai sets another for those that come later
+                "CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8",  # the default: monai sets another when it is imported
                 "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
                 "NULLGPU_MEMORY": str(2**35 if method == "probe" else 2**43),  # a probe tries a batch of half the card
                 "OMP_NUM_THREADS": "1",
