@@ -298,6 +298,40 @@ def multihead_attention(n: int, device: torch.device) -> Any:
     return total + attend(x, y, y, key_padding_mask=pad, need_weights=False)[0].sum()
 
 
+@case(None, F16, BF16)
+def channels_last(n: int, device: torch.device) -> Any:
+    """Sums of a batch norm from block to block, and a gradient that softmax lays out anew."""
+    x = torch.zeros(n, 64, 17, 17, device=device).to(memory_format=torch.channels_last).requires_grad_()
+    weights = torch.zeros(n, 64, 17, 17, device=device).to(memory_format=torch.channels_last)
+    flat = leaf(device, n, 64, 17, 17).softmax(1)
+    return on(device, nn.BatchNorm2d(64))(x).sum() + (flat * weights).sum()
+
+
+def _grouped(dtype: torch.dtype) -> None:
+    def run(n: int, device: torch.device) -> Any:
+        q, k, v = (leaf(device, n, heads, 64, 32, dtype=dtype) for heads in (8, 2, 2))
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).sum()
+
+    # flash's backward pass has the same bytes in another order
+    kind = "attention" if dtype == F32 else "flash attention"
+    CASES[f"{kind} of grouped keys"] = (run, None)
+
+
+for _dtype in (F32, BF16):
+    _grouped(_dtype)
+
+
+@case()
+def distances(n: int, device: torch.device) -> Any:
+    return torch.cdist(leaf(device, n, 40, 16), leaf(device, n, 30, 16)).sum()
+
+
+@case()
+def one_hot(n: int, device: torch.device) -> Any:
+    classes = torch.zeros(n, 40, dtype=torch.long, device=device)
+    return (F.one_hot(classes, 16).float() * leaf(device, n, 40, 16)).sum()
+
+
 @case(None, F16)
 def cells(n: int, device: torch.device) -> Any:
     x, h = leaf(device, n, 16), leaf(device, n, 32)

@@ -222,7 +222,7 @@ def cudnn_rnn(
     cx: torch.Tensor | None,
     *rest: Any,
 ) -> Any:
-    """aten/src/ATen/native/cudnn/RNN.cpp. Its workspace and reserve are cuDNN's own: see ``_RNN``."""
+    """aten/src/ATen/native/cudnn/RNN.cpp. Its workspace and reserve are cuDNN's own: see ``RNN``."""
     rnn = RNN(*rest[:8])
     x = _steps_first(input, rnn)
     outer = x.shape[:-1]  # steps and samples, or both in one where the sequence is packed
