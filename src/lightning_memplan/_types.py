@@ -65,6 +65,8 @@ class Trace:
     batch_size: int
     events: tuple[Event, ...]
     notes: tuple[str, ...] = ()
+    parts: int = 1  #: how many of its steps, each of a batch, make one of the optimizer's
+    period: int = 0  #: steps after which they are alike again, 0 where that is not known
 
 
 @dataclass(frozen=True, slots=True)
