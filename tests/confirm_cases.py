@@ -48,7 +48,7 @@ class Net(pl.LightningModule):
 
 
 class InTurn(Net):
-    """A wider one is trained in the last of each three batches: what takes most is there in the sixth, with its state."""
+    """A wider one is trained in the last of each three batches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def fit(module: Net, steps: int = 3, **planner: Any) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 - what it is, is what is shown
         lines = [frame.line for frame in traceback.extract_tb(error.__traceback__)]
         return {"error": f"{type(error).__name__}: {error}", "lines": lines, "batch_size": module.batch_size}
-    plan = callback.plan
+    plan, measured = callback.plan, callback.measurements
     assert plan is not None
     return {
         "batch_size": module.batch_size,
@@ -111,7 +111,7 @@ def fit(module: Net, steps: int = 3, **planner: Any) -> dict[str, Any]:
         "confirmed": plan.confirmed,
         "notes": plan.notes,
         "copies": Net.copies,
-        "reserved": max(m.reserved for m in callback.measurements),
+        "reserved": max(m.reserved for m in measured),
         "steps": trainer.global_step,
         "unchanged": callback.unchanged,
         "off": [
