@@ -14,7 +14,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -34,6 +34,7 @@ from lightning_memplan._lightning import is_overridden, isolated_random_state
 from lightning_memplan._order import STEPS, TRUE_DTYPE, MakeOptimizer, StepRunner, accumulated
 from lightning_memplan._record import labelled, module_paths
 from lightning_memplan._scaling import Polynomial, scale
+from lightning_memplan._shards import noted_units
 from lightning_memplan._twin import explain, twin_of
 from lightning_memplan._types import EMPTY, FREE, Category, Event, Phase, StepSettings, Trace
 from lightning_memplan._units import parse_bytes
@@ -409,7 +410,8 @@ class _Run:
         if sets_up:
             twin.setup(self.stage)
         if configures:
-            twin.configure_model()
+            with noted_units() if parallel is not None and parallel.shards else nullcontext():
+                twin.configure_model()
         return twin
 
     def move(self, twin: Any) -> Any:

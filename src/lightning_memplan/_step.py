@@ -43,7 +43,7 @@ from lightning_memplan._order import STEPS, TRUE_DTYPE, MakeOptimizer, StepRunne
 from lightning_memplan._record import DEVICE, Recorder, Rules, fake_mode, has_values, labelled, module_paths, tell
 from lightning_memplan._recurrent import flatten_weights
 from lightning_memplan._scaling import extended
-from lightning_memplan._shards import units_by_policy, waiting
+from lightning_memplan._shards import noted_units, waiting
 from lightning_memplan._silent_cuda import silent_cuda
 from lightning_memplan._sparse import SPARSE
 from lightning_memplan._strategy import ranks_of, unparallelized, wrapped
@@ -113,7 +113,7 @@ def prepared(module: nn.Module, settings: StepSettings, *, trainer: Any = None, 
                 twin.setup(stage)
             if configures:
                 shards = parallel is not None and parallel.shards
-                with Recorder(mode, Rules()), DEVICE, units_by_policy() if shards else nullcontext():
+                with Recorder(mode, Rules()), DEVICE, noted_units() if shards else nullcontext():
                     twin.configure_model()
     except TraceError:
         raise

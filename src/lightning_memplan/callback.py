@@ -68,6 +68,7 @@ from lightning_memplan._report import (
     validation_text,
 )
 from lightning_memplan._sample import SAMPLE_SIZE, Which, batch_size_of, check_sample, read_samples
+from lightning_memplan._shards import named_ignored
 from lightning_memplan._step import prepared
 from lightning_memplan._types import Device, Measurement, Outcome, Peaks, Plan, StepSettings
 
@@ -246,6 +247,7 @@ class MemoryPlanner(CallbackBase):
         val_holders = self._val_holders(trainer, module)
         device = self._device_of(trainer)
         settings = trainer_settings(trainer, device.capability)
+        settings = replace(settings, parallel=named_ignored(settings.parallel, module))
         parts, ranks, index = settings.accumulate_grad_batches, trainer.world_size, self._index or 0
         if self.effective_batch_size is not None:
             parts = 1 if parts == self._accumulates else parts  # what an earlier plan set is no obstacle
