@@ -76,7 +76,8 @@ def fully_sharded(
     for name in _IGNORED:
         ignored = [_of(twin, one, name) for one in arguments.get(name) or ()]
         for one in ignored:  # FSDP leaves it where it is, which is the card if training is to run
-            one.data = one.data.to(device) if isinstance(one, nn.Parameter) else one.to(device)
+            for tensor in (one,) if isinstance(one, nn.Parameter) else (*one.parameters(), *one.buffers()):
+                tensor.data = tensor.data.to(device)
         if ignored:
             arguments[name] = ignored
     units = sorted((*module.__dict__[_UNIT], path) for path, module in twin.named_modules() if _UNIT in module.__dict__)
