@@ -144,7 +144,7 @@ KINDS = {
     "hybrid, without what is ignored": (
         "fsdp",
         {"precision": "16-mixed"},
-        {"ignores": True, "sharding_strategy": "HYBRID_SHARD", "device_mesh": [1, 2], "use_orig_params": False},
+        {"ignores": True, "sharding_strategy": "HYBRID_SHARD", "device_mesh": [1, 2]},
     ),
 }
 

@@ -745,16 +745,17 @@ class _Backward:
         self._mode = mode
 
     def __enter__(self) -> None:
-        run = self._run = torch.autograd._engine_run_backward
+        autograd: Any = torch.autograd
+        run = self._run = autograd._engine_run_backward
 
         def within(*args: Any, **kwargs: Any) -> Any:
             with self._mode:
                 return run(*args, **kwargs)
 
-        torch.autograd._engine_run_backward = within  # type: ignore[assignment]
+        autograd._engine_run_backward = within
 
     def __exit__(self) -> None:
-        torch.autograd._engine_run_backward = self._run
+        torch.autograd._engine_run_backward = self._run  # type: ignore[attr-defined]
 
 
 class HasPath(Protocol):
