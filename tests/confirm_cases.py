@@ -47,6 +47,26 @@ class Net(pl.LightningModule):
         return DataLoader([(torch.zeros(3, 64, 64), 0)] * 20_000, batch_size=self.batch_size)
 
 
+class InTurn(Net):
+    """A wider one is trained in the last of each three batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.wide = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten())
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        last = batch_idx % 3 == 2
+        optimizer = self.optimizers()[last]
+        loss = super().training_step(batch, batch_idx) if not last else self.wide(batch[0]).mean()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.AdamW(part.parameters()) for part in (self.net, self.wide)]
+
+
 class Watched(mp.MemoryPlanner):
     """Remembers whether setup left the card and the random states as they were."""
 
@@ -62,14 +82,14 @@ class Watched(mp.MemoryPlanner):
         return *in_use, *states, random.getstate(), np.random.get_state()[1].tolist()
 
 
-def fit(module: Net, **planner: Any) -> dict[str, Any]:
+def fit(module: Net, steps: int = 3, **planner: Any) -> dict[str, Any]:
     Net.copies = []
     torch.cuda.empty_cache()
     callback = Watched(method="trace", **{"max_batch_size": 512, **planner})
     trainer = pl.Trainer(
         accelerator="gpu",
         devices=1,
-        max_steps=3,
+        max_steps=steps,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -81,7 +101,7 @@ def fit(module: Net, **planner: Any) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 - what it is, is what is shown
         lines = [frame.line for frame in traceback.extract_tb(error.__traceback__)]
         return {"error": f"{type(error).__name__}: {error}", "lines": lines, "batch_size": module.batch_size}
-    plan = callback.plan
+    plan, measured = callback.plan, callback.measurements
     assert plan is not None
     return {
         "batch_size": module.batch_size,
@@ -91,9 +111,12 @@ def fit(module: Net, **planner: Any) -> dict[str, Any]:
         "confirmed": plan.confirmed,
         "notes": plan.notes,
         "copies": Net.copies,
-        "reserved": max(m.reserved for m in callback.measurements),
+        "reserved": max(m.reserved for m in measured),
         "steps": trainer.global_step,
         "unchanged": callback.unchanged,
+        "off": [
+            (m.predicted_allocated - m.allocated, m.predicted_reserved - m.reserved) for m in callback.measurements
+        ],
     }
 
 
@@ -122,6 +145,7 @@ def main() -> None:
         "never": fit(Net(out_of_memory)),
         "mistake": fit(Net(mistake)),
         "mistake, strict": fit(Net(mistake), confirm=True),
+        "in turn": fit(InTurn(), steps=10),
         "another card": fit(Net(), device="RTX 3090"),
         "not asked": fit(Net(), confirm=False),
         "on the card": fit(Net().cuda()),

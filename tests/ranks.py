@@ -15,7 +15,8 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecision, fully_shard
+from torch.distributed.fsdp.wrap import wrap
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fits import Classifier, Data, mlp, transformer
@@ -83,8 +84,50 @@ def fsdp(arguments: dict[str, Any]) -> Job:
     blocks = {nn.TransformerEncoderLayer}
     if arguments.pop("checkpointed", False):
         arguments["activation_checkpointing_policy"] = blocks
-    strategy = FSDPStrategy(process_group_backend="gloo", auto_wrap_policy=blocks, **arguments)
-    return Classifier(transformer()), torch.zeros(128, 32), strategy
+    if "device_mesh" in arguments:
+        arguments["device_mesh"] = tuple(arguments["device_mesh"])
+    if "reduced" in arguments:
+        half = getattr(torch, arguments.pop("reduced"))
+        arguments["mixed_precision"] = MixedPrecision(param_dtype=torch.float32, reduce_dtype=half)
+    module: pl.LightningModule = Classifier(transformer())
+    if arguments.pop("wraps", False):
+        module = Wraps()
+    elif arguments.pop("ignores", False):
+        module = Ignores()
+        arguments["ignored_modules"] = [module.frozen]
+    if not isinstance(module, Wraps):
+        arguments["auto_wrap_policy"] = blocks
+    return module, torch.zeros(128, 32), FSDPStrategy(process_group_backend="gloo", **arguments)
+
+
+class Wraps(Classifier):
+    """Says by itself which layers are units."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity())
+
+    def configure_model(self) -> None:
+        if not isinstance(self.net, nn.Identity):
+            return
+        net = transformer()
+        for place, layer in enumerate(net):
+            if isinstance(layer, nn.TransformerEncoderLayer):
+                net[place] = wrap(layer)
+        self.net = wrap(net)
+
+
+class Ignores(Classifier):
+    """A frozen layer in front, which each rank has whole."""
+
+    def __init__(self) -> None:
+        super().__init__(transformer())
+        self.frozen = nn.Linear(32, 32).requires_grad_(False)
+
+    def on_fit_start(self) -> None:
+        self.frozen.to(self.trainer.strategy.root_device)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step((self.frozen(batch[0]), batch[1]), batch_idx)
 
 
 class Meshed(Classifier):

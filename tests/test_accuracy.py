@@ -27,6 +27,7 @@ own.unet 32-true Adam+loop 8
 own.pointnet 16-mixed RMSprop 64 accumulate=2
 regime.checkpoint 16-mixed AdamW 64
 regime.gan 32-true Adam 64
+regime.critic_last 32-true AdamW 64
 regime.reads 16-mixed AdamW 64
 regime.users_cuda 32-true AdamW 64
 regime.sparse 32-true SGD 64 accumulate=3

@@ -155,6 +155,14 @@ def test_two_steps_of_the_size_are_run(shown):
     assert (shown["accumulated"]["parts"], shown["accumulated"]["copies"]) == (3, [400] * 6)
 
 
+def test_steps_that_take_turns_are_all_run_and_each_is_predicted(shown):
+    found = shown["in turn"]
+    # eight steps, twice three and how the next begins; two of them are of the wide network, which writes nothing down
+    assert found["copies"] == [512] * 6
+    assert found["confirmed"] == found["reserved"] == found["predicted"]
+    assert found["off"] == [[0, 0]] * 10
+
+
 def test_a_card_with_half_of_what_it_says(shown):
     found = shown["twice the card"]
     large, *others = found["copies"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -154,6 +156,15 @@ def test_steps_that_are_not_alike_are_not_extended():
     assert extended(Trace(2, step_events(1, 2, 100)[:3]), begun) is None  # the first step is another
 
 
+def test_later_steps_that_take_turns_take_the_sizes_of_one_like_them():
+    kinds = [100, 100, 60]  # the third step of each three has another gradient
+    whole = Trace(2, tuple(e for n in range(1, 7) for e in step_events(n, 2, kinds[(n - 1) % 3])), period=3)
+    begun = Trace(5, tuple(e for n in range(1, 4) for e in step_events(n, 5, kinds[n - 1])))
+    sizes = [e.size for e in extended(whole, begun).events if e.size >= 0]
+    assert sizes == [20, 100, 100, 20, 100, 100, 20, 60, 60] * 2
+    assert extended(whole, Trace(5, begun.events[: 2 * 6])) is None  # the third kind is not there
+
+
 def test_what_is_made_once_has_no_counterpart():
     scaler = Event(99, 4, "backward", 1, "other")
     whole = Trace(2, (scaler, *step_events(1, 2, 100), *step_events(2, 2, 100)))
@@ -188,6 +199,13 @@ def test_the_last_step_goes_on_as_it_was():
     assert new[5] == (gradient, -1)
     blocks = [block for block, size in kinds if size >= 0]
     assert len(blocks) == len(set(blocks))
+
+
+def test_steps_that_take_turns_go_on_in_turn():
+    in_turn = replace(steps(8, 9, 8, 9, 8, 9), period=2)
+    more = scale([in_turn]).settled(2)
+    assert [size for _, size, _ in more.at(2) if size in (8, 9)] == [8, 9] * 5  # six steps, and two cycles more
+    assert scale([replace(in_turn, period=0)]).settled().recorded() == 6  # the last two are not alike
 
 
 @pytest.mark.parametrize("sizes", [(8, 8), (8, 9, 10), ()])

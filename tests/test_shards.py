@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.precision import FSDPPrecision
 from torch import nn
-from torch.distributed.fsdp import MixedPrecision, ShardingStrategy, fully_shard
+from torch.distributed.fsdp import CPUOffload, MixedPrecision, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy, wrap
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -39,7 +39,9 @@ def net() -> nn.Module:
 
 def events(ranks: int = 2, rank: int = 0, precision: str = "32-true", parts: int = 1, **arguments: Any) -> list[Event]:
     policy = ModuleWrapPolicy({nn.Linear})
-    parallel = Parallel("fsdp", ranks, {"auto_wrap_policy": policy, "use_orig_params": True, **arguments}, rank=rank)
+    shards = arguments.pop("shard_ranks", 0)
+    arguments = {"auto_wrap_policy": policy, "use_orig_params": True, **arguments}
+    parallel = Parallel("fsdp", ranks, arguments, rank=rank, shard_ranks=shards)
     settings = StepSettings(precision=precision, accumulate_grad_batches=parts, parallel=parallel)  # type: ignore[arg-type]
     trace = trace_steps(net(), [(4, torch.zeros(4, 1024))], settings, optimizer=torch.optim.AdamW)[0]
     return [event for event in trace.events if event.is_free or event.size > MiB]
@@ -120,18 +122,39 @@ def test_accumulated_gradients_are_whole():
     assert made(found, step=2, category="gradients") == [SECOND // 2, FIRST // 2]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        ({"cpu_offload": SimpleNamespace(offload_params=True)}, "cpu_offload=True"),
-        ({"sharding_strategy": ShardingStrategy.HYBRID_SHARD}, "sharding_strategy='HYBRID_SHARD'"),
-        ({"ignored_modules": [nn.ReLU()]}, "ignored_modules=..."),
-    ],
-)
-def test_what_is_not_modelled_says_so(arguments, named):
+def test_what_the_host_keeps_is_not_on_the_card():
+    found = events(cpu_offload=CPUOffload(offload_params=True))
+    freed = {e.block for e in found if e.is_free}
+    assert [e for e in found if e.step == 0 and e.block not in freed] == []
+    # each shard comes to the card, and from there into what is gathered; its gradient goes back
+    assert made(found, step=2, category="communication") == [FIRST, SECOND, SECOND, FIRST]
+    assert made(found, step=1, category="optimizer") == []
+
+
+def test_hybrid_shards_are_of_a_node():
+    hybrid: dict[str, Any] = {"sharding_strategy": ShardingStrategy.HYBRID_SHARD, "shard_ranks": 2}
+    found = events(ranks=8, rank=5, **hybrid)
+    freed = {e.block for e in found if e.is_free}
+    assert [e.size for e in found if e.step == 0 and e.block not in freed] == [FIRST // 2, SECOND // 2]
+    assert made(found, step=3, category="gradients") == [SECOND // 2, FIRST // 2]
+
+
+def test_what_is_ignored_is_whole_on_each_rank():
+    module = net()
+    for ignored in ({"ignored_modules": [module[0]]}, {"ignored_states": [module[0].weight, module[0].bias]}):
+        strategy = pl.strategies.FSDPStrategy(auto_wrap_policy={nn.Linear}, **ignored)
+        how: dict[str, Any] = {"devices": 4, "strategy": strategy, "optimizer": torch.optim.AdamW, "method": "trace"}
+        parts = mp.estimate(module, torch.zeros(4, 1024), **how).breakdown(8)
+        assert parts["parameters"] == FIRST + SECOND // 4
+        assert parts["optimizer"] == 2 * (FIRST + SECOND // 4)
+        with pytest.raises(mp.TraceError, match=r"\(ignored_.*=...\) names what is not in Sequential: plan"):
+            mp.estimate(net(), torch.zeros(4, 1024), **how)
+
+
+def test_ranks_that_are_only_a_group_of_the_users_say_so():
     with pytest.raises(mp.TraceError) as error:
-        events(**arguments)
-    assert str(error.value) == f"the memory of FSDPStrategy({named}) is not modelled: plan without it"
+        events(process_group=object())
+    assert str(error.value) == "the memory of FSDPStrategy(process_group=...) is not modelled: plan without it"
 
 
 def test_validation_gathers_too():
@@ -318,16 +341,26 @@ def test_deepspeed_is_never_a_silent_number(monkeypatch):
         mp.estimate(net(), torch.zeros(4, 1024), method="trace", **how)
 
 
-def test_layers_are_named_by_the_policy_only():
+def test_layers_that_configure_model_wraps_are_units():
     class Wraps(pl.LightningModule):
         def configure_model(self):
-            self.net = wrap(nn.Linear(8, 8))
+            self.net = net()
+            for place in (0, 2):
+                self.net[place] = wrap(self.net[place])
+            self.net = wrap(self.net)
 
         def training_step(self, batch, batch_idx):
             return self.net(batch).sum()
 
-    with pytest.raises(mp.TraceError, match=r"wrap\(\) in configure_model is not modelled: name the layers by FSDP"):
-        mp.estimate(Wraps(), torch.zeros(4, 8), method="trace", devices=2, strategy="fsdp")
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters())
+
+    module, how = Wraps(), {"method": "trace", "devices": 2, "strategy": "fsdp"}
+    est = mp.estimate(module, torch.zeros(4, 1024), **how)
+    assert not hasattr(module, "net")
+    assert est.breakdown(8)["parameters"] == (FIRST + SECOND) // 2
+    steps = [e for e in est.program.events if e.step == 2 and e.category == "communication" and e.size > MiB]
+    assert [e.size for e in steps] == [FIRST, SECOND, SECOND, FIRST]
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 import lightning_memplan as mp
+from lightning_memplan._cycle import MOST
 from lightning_memplan._errors import TraceError
 from lightning_memplan._order import STEPS, accumulated, traced_step
 from lightning_memplan._record import DEVICE
@@ -100,6 +101,80 @@ def test_of_many_accumulated_batches_the_middle_ones_are_alike(batches, parts):
     assert places[batches] == parts  # the second cycle's first
 
 
+class Turns(Net):
+    """Two layers with a gradient each; in the batches of which ``second`` says so, the second trains as well."""
+
+    def __init__(self, second):
+        super().__init__()
+        self.automatic_optimization = False
+        self.other, self.second = nn.Linear(512, 128, bias=False), second
+
+    def training_step(self, batch, batch_idx):
+        for layer, optimizer in zip((self.layer, self.other), self.optimizers(), strict=True):
+            if layer is self.layer or self.second(self, batch_idx):
+                optimizer.zero_grad()
+                self.manual_backward(layer(batch[:, : layer.in_features]).sum())
+                optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9) for layer in (self.layer, self.other)]
+
+
+IN_TURN = {  # after how many steps they are alike, and how many are recorded: two cycles, and how the next begins
+    "each batch": (lambda _, index: True, 1, 3),
+    "odd batches": (lambda _, index: index % 2, 2, 6),
+    "each third": (lambda _, index: index % 3 == 0, 3, 8),
+    "the last of five": (lambda _, index: index % 5 == 4, 5, 12),
+    "by the global step": (lambda module, _: module.global_step % 3 == 1, 2, 6),  # of both optimizers
+    "once": (lambda _, index: index == 0, 0, MOST),
+}
+
+
+@pytest.mark.parametrize(("second", "period", "steps"), IN_TURN.values(), ids=IN_TURN)
+def test_steps_that_take_turns_are_recorded_until_all_were_seen(second, period, steps):
+    first, larger = traced(Turns(second))
+    assert (first.period, max(e.step for e in first.events)) == (period, steps)
+    assert len(first.events) == len(larger.events)
+    assert [e.size for e in blocks(larger, "batch")] == [3 * 4 * KiB] * steps
+    gradients = [e.step - 1 for e in blocks(first, "gradients") if e.size == 256 * KiB]  # 512 x 128 floats
+    by_global_step = "global_step" in second.__code__.co_names
+    assert gradients == [step for step in range(steps) if (step % 2 == 0 if by_global_step else second(None, step))]
+
+
+def test_gradients_that_are_added_up_by_hand_wait_for_their_step():
+    class ByHand(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(self.layer(batch).sum())
+            if batch_idx % 4 == 3:
+                self.optimizers().step()
+                self.optimizers().zero_grad()
+
+    trace = traced(ByHand())[0]
+    assert (trace.period, max(e.step for e in trace.events)) == (4, 10)
+    assert [e.step for e in blocks(trace, "optimizer")] == [4]  # the momentum
+
+
+def test_an_optimizer_step_of_the_modules_own_may_skip_batches():
+    class Skips(Net):
+        def optimizer_step(self, epoch, batch_idx, optimizer, closure):
+            optimizer.step(closure=closure) if batch_idx % 3 == 2 else closure()
+
+    for precision in ("32-true", "16-mixed"):
+        trace = traced(Skips(), precision=precision)[0]
+        assert (trace.period, max(e.step for e in trace.events)) == (3, 8)
+        assert [e.step for e in blocks(trace, "optimizer")] == [3]
+
+
+def test_what_chance_decides_is_no_cycle():
+    class Drawn(Net):
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch).sum() * (1 if random.random() < 0.5 else self.layer(batch).mean())
+
+    assert max(e.step for e in traced(Drawn())[0].events) == STEPS
+
+
 def test_hooks_run_in_lightnings_order():
     names = """on_train_batch_start on_before_zero_grad on_after_backward on_before_optimizer_step
     on_train_batch_end""".split()
@@ -133,7 +208,7 @@ def test_a_step_that_returns_nothing_is_skipped():
         def training_step(self, batch, batch_idx):
             return None if batch_idx == 1 else super().training_step(batch, batch_idx)
 
-    assert [e.step for e in blocks(traced(Skips())[0], "gradients")] == [1, 3]
+    assert [e.step for e in blocks(traced(Skips())[0], "gradients")][:2] == [1, 3]
 
 
 def test_a_module_that_is_no_lightning_module():

@@ -35,6 +35,7 @@ from lightning_memplan._probe import SIZES, can_probe, probe_steps
 from lightning_memplan._report import advice_lines, does_not_fit_message
 from lightning_memplan._sample import SAMPLE_SIZE, Samples, Which, check_sample, read_samples
 from lightning_memplan._scaling import interleaved, scale
+from lightning_memplan._shards import named_ignored
 from lightning_memplan._step import prepared, run_formula, trace_counted, trace_steps, trace_test, trace_validation
 from lightning_memplan._turns import TURNS, scaled
 from lightning_memplan._twin import explain
@@ -172,6 +173,7 @@ def resolve_step(
     card = named_device(device)
     if card is not None and card.capability is not None:
         settings = replace(settings, capability=card.capability)
+    settings = replace(settings, parallel=named_ignored(settings.parallel, module))
     source, datamodule = _source(batch, trainer)
     return source, settings, {"device": card, "trainer": trainer, "datamodule": datamodule, "optimizer": optimizer}
 

@@ -270,7 +270,11 @@ def _wrapped_by(strategy: Any, ranks: int, *, on_cuda: bool) -> Parallel | None:
             "mixed_precision": strategy.mixed_precision,
             "sharding_strategy": strategy.sharding_strategy,
         }
-        return Parallel("fsdp", ranks, arguments, checkpointing=strategy._activation_checkpointing_kwargs)
+        mesh = arguments.pop("device_mesh", None)  # of copies, and of shards
+        mesh = mesh.shape if hasattr(mesh, "shape") else mesh
+        shards = mesh[1] if mesh else max(1, ranks // max(1, strategy.num_nodes))
+        checkpointing = strategy._activation_checkpointing_kwargs
+        return Parallel("fsdp", ranks, arguments, checkpointing=checkpointing, shard_ranks=shards)
     if has_kind("DDPStrategy") and not has_kind("DeepSpeedStrategy"):  # which inherits from it
         hook = strategy._ddp_comm_hook if on_cuda else None
         if hook is not None and strategy._ddp_comm_wrapper is not None:

@@ -7,7 +7,7 @@ coexists with them and with the optimizer's state from the second step on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, Literal, Protocol
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_memplan._cycle import MOST, is_enough, period, shapes, until_all_were_seen
 from lightning_memplan._deepspeed import engine_around
 from lightning_memplan._errors import TraceError
 from lightning_memplan._formula import Formula, make_formula, record_layers, sample_bytes
@@ -26,23 +27,26 @@ from lightning_memplan._lightning import (
     is_lightning_module,
     is_overridden,
     move_to_device,
+    random_states,
     unfreeze,
 )
 from lightning_memplan._record import module_paths
 from lightning_memplan._repeated import Repeated
+from lightning_memplan._shards import in_place_of
 from lightning_memplan._strategy import local, ranks_of, through, without_reduction, wrapped
-from lightning_memplan._types import Category, Layer, Parallel, Phase, StepSettings
+from lightning_memplan._types import Category, Event, Layer, Parallel, Phase, StepSettings
 
 TRUE_DTYPE = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 AUTOCAST_DTYPE = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
+_TELLS = "register_step_post_hook"  # an optimizer of torch's has it, DeepSpeed's has not
+
 Evaluation = Literal["validation", "test"]
 MakeOptimizer = Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]
 
-STEPS = (
-    3  #: optimizer steps that a trace holds: the first, the second (with optimizer state and old gradients), a third
-)
-
+#: Optimizer steps that a trace holds: the first, the second (with optimizer state and old gradients), a third; more
+#: where they take turns
+STEPS = 3
 
 PARTS = 3  #: batches of an optimizer's step that a trace holds at most: the first, one in the middle, the last
 
@@ -107,15 +111,19 @@ class StepRunner:
         self.optimizers: list[torch.optim.Optimizer] = []
         self.layers: tuple[Layer, ...] = ()
         self.failed: dict[str, Exception] = {}  #: hooks before the first step, and why they were left out
+        self.steps = 0  #: how many ran
+        self.period = 0  #: after how many batches they are alike again, where it is known
+        self.kinds = 1  #: steps after which all kinds of steps have been seen
+        self._stepped: dict[Any, list[int]] = {}  # in which steps each optimizer has stepped
         self._counted_size = 0
         self._make_optimizer = optimizer
         self._scale: torch.Tensor | None = None
         self._wrapper: Any = None
         self._engine: Any = None  #: DeepSpeed's, which is the wrapper, and which steps by itself
 
-    def run_steps(self, batch: Any, steps: int) -> None:
+    def run_steps(self, batch: Any, steps: int | None = None) -> None:
         """The strategy wraps the module, optimizers are made, then ``steps`` optimizer steps run, each of as many
-        batches as are accumulated."""
+        batches as are accumulated; by default three, and more where they take turns."""
         parallel = self.settings.parallel
         with ranks_of(parallel, self.device, self.mark), ExitStack() as stack:
             if parallel is not None:
@@ -130,14 +138,41 @@ class StepRunner:
                 self.mark.category, self.mark.path = "optimizer", ""
                 self.optimizers = self.configure()
             if self.lightning:
+                self.twin._trainer.global_step = 0
                 self._begun("on_fit_start")
                 self.mark.empty_cache()  # when all states have been restored: checkpoint_connector.py, resume_end
                 self._begun("on_train_start")
                 self._begun("on_train_epoch_start")
-            parts = accumulated(self.settings)
-            for index in range(steps * parts):
-                self.mark.step = index + 1
-                self.run(batch, index, first=index % parts == 0, last=index % parts == parts - 1)
+            parts, drawn = accumulated(self.settings), random_states()
+            self._stepped = {optimizer: [] for optimizer in self.optimizers if hasattr(optimizer, _TELLS)}
+            for optimizer in self._stepped:
+                stack.callback(getattr(optimizer, _TELLS)(self._note).remove)
+            self.steps = 0
+            while self.steps < (steps or STEPS) or (steps is None and not self._repeats(drawn != random_states())):
+                for part in range(parts):
+                    self.mark.step = self.steps * parts + part + 1
+                    self.run(batch, self.mark.step - 1, first=part == 0, last=part == parts - 1)
+                self.steps += 1
+
+    def seen(self) -> Sequence[Event]:
+        """What has been recorded, where that tells whether steps take turns."""
+        return ()
+
+    def _note(self, optimizer: Any, *_: Any) -> None:
+        self._stepped[optimizer].append(self.steps)
+
+    def _repeats(self, by_chance: bool) -> bool:
+        """Whether another step would show nothing new; notes after how many they are alike again.
+
+        Where chance decides what a step does, only the optimizers tell whether it takes turns.
+        """
+        parts, made = accumulated(self.settings), shapes(() if by_chance else self.seen())
+        kinds = [
+            (made[step * parts : (step + 1) * parts], *(step in steps for steps in self._stepped.values()))
+            for step in range(self.steps)
+        ]
+        self.period, self.kinds = parts * period(kinds), until_all_were_seen(kinds)
+        return self.steps >= MOST or (is_enough(kinds) and all(self._stepped.values()))
 
     def _wrap(self, parallel: Parallel) -> None:
         if parallel.kind != "deepspeed":
@@ -180,7 +215,7 @@ class StepRunner:
                 outputs = self._through(moved, lambda moved: step(moved, *indices))
             self._hook(f"on_{kind}_batch_end", outputs, moved, 0)
 
-    def run_counted(self, batch: Any, batch_size: int, steps: int) -> Formula:
+    def run_counted(self, batch: Any, batch_size: int, steps: int | None = None) -> Formula:
         """``run_steps``, and the formula, whose layers are written down in the first step."""
         self._counted_size = batch_size
         self.run_steps(batch, steps)
@@ -281,31 +316,39 @@ class StepRunner:
             closure()
         else:
             self._optimizer_step(index, closure)
+            if self.lightning:
+                self.twin._trainer.global_step += 1
         return {"loss": kept[1], **kept[2]} if kept else {}
 
     def _optimizer_step(self, index: int, closure: Callable[[], Any]) -> None:
-        optimizer = self.optimizers[0]
+        optimizer: Any = self.optimizers[0]
+        step = optimizer.step
 
         def after() -> None:
             self._hook("on_before_optimizer_step", optimizer)
             self._clip(optimizer)
             self.mark.category = "optimizer"
 
-        if self.settings.precision == "16-mixed":
-            closure()
-            self._unscaled_step(optimizer, after)
+        def stepped(closure: Callable[[], Any] = closure, **_: Any) -> Any:
+            """What a LightningOptimizer does: gradients are clipped when they are there."""
+
+            def whole() -> Any:
+                value = closure()
+                after()
+                return value
+
+            with in_place_of(optimizer, "step", step):
+                if self.settings.precision != "16-mixed":
+                    return step(whole)
+                value = closure()
+                self._unscaled_step(optimizer, after)
+                return value
+
+        if not (self.lightning and is_overridden("optimizer_step", self.twin)):
+            stepped()
             return
-
-        def whole() -> Any:
-            value = closure()
-            after()
-            return value
-
-        step = getattr(self.twin, "optimizer_step", None) if self.lightning else None
-        if step is not None and is_overridden("optimizer_step", self.twin):
-            step(0, index, optimizer, whole)
-        else:
-            optimizer.step(whole)
+        with in_place_of(optimizer, "step", stepped):  # which the module's own calls, or not
+            self.twin.optimizer_step(0, index, optimizer, closure)
 
     def _clip(self, optimizer: torch.optim.Optimizer) -> None:
         value, algorithm = self.settings.gradient_clip_val, self.settings.gradient_clip_algorithm
@@ -447,6 +490,7 @@ class StepRunner:
                     return step(whole, **kwargs)
                 finally:
                     mark.phase, mark.category = "forward", "activations"
+                    twin._trainer.global_step += 1
 
             optimizer.step = stepped  # type: ignore[method-assign]
             optimizer.toggle_model = lambda sync_grad=True: nullcontext()  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -31,9 +31,10 @@ from lightning_memplan._device import cpu_device, read_peaks, reset_peaks
 from lightning_memplan._errors import TraceError
 from lightning_memplan._formula import Formula
 from lightning_memplan._lightning import is_overridden, isolated_random_state
-from lightning_memplan._order import STEPS, TRUE_DTYPE, MakeOptimizer, StepRunner
+from lightning_memplan._order import STEPS, TRUE_DTYPE, MakeOptimizer, StepRunner, accumulated
 from lightning_memplan._record import labelled, module_paths
-from lightning_memplan._scaling import Polynomial
+from lightning_memplan._scaling import Polynomial, scale
+from lightning_memplan._shards import noted_units
 from lightning_memplan._twin import explain, twin_of
 from lightning_memplan._types import EMPTY, FREE, Category, Event, Phase, StepSettings, Trace
 from lightning_memplan._units import parse_bytes
@@ -71,7 +72,7 @@ def probe_steps(
     datamodule: Any = None,
     optimizer: MakeOptimizer | None = None,
     stage: str | None = None,
-    steps: int = STEPS,
+    steps: int | None = None,
 ) -> tuple[list[Trace], Formula]:
     """The formula, and one trace for each batch size that ran: setup, then training steps, on ``cuda:index``.
 
@@ -104,7 +105,7 @@ def probe_steps(
                 on_the_host = cpu_device().capacity // (4 * ranks * max(1, formula.input_bytes))
                 most = 0 if capacity is None else min(_most(traces, capacity), largest or LARGEST, on_the_host)
                 try:
-                    more = _larger(run, sample, traces, most, steps, largest)
+                    more = _larger(run, sample, traces, most, largest)
                 except Exception as error:  # of a batch that no plan may come to: real steps confirm the one that does
                     if isinstance(error, getattr(torch, "AcceleratorError", ())):  # a card that failed stays so
                         raise
@@ -127,11 +128,12 @@ def _unless_out_of_memory(device: torch.device, record: Callable[[], _T]) -> _T 
     return None
 
 
-def _recorded(run: _Run, sample: MakeBatches, sizes: Sequence[int], steps: int) -> tuple[list[Trace], Formula]:
+def _recorded(run: _Run, sample: MakeBatches, sizes: Sequence[int], steps: int | None) -> tuple[list[Trace], Formula]:
     """All on one copy, or each on a copy of its own, for a step that one copy does not run twice in the same way."""
     batches = sample(sizes)
     traces, formula = _record(run, batches, steps)
     if aligned(traces) is None:
+        steps = scale(traces[:1]).recorded()
         traces = [trace for batch in batches for trace in _record(run, [batch], steps)[0]]
     return traces, formula
 
@@ -141,15 +143,13 @@ def _most(few: Sequence[Trace], capacity: int) -> int:
     return min(LARGEST, expected_to_fit(few, capacity) // 2)
 
 
-def _larger(
-    run: _Run, sample: MakeBatches, few: Sequence[Trace], most: int, steps: int, largest: int | None
-) -> list[Trace] | None:
+def _larger(run: _Run, sample: MakeBatches, few: Sequence[Trace], most: int, largest: int | None) -> list[Trace] | None:
     """Traces of which one is of a large batch, if there can be: beside those of few samples, or alone.
 
     That is the largest which a plan may come to, where it is no more than may be run; else a prime number of samples.
     """
     least = 2 * few[-1].batch_size if aligned(few) else 1
-    first = most if most == largest else prime_up_to(most)
+    first, steps = most if most == largest else prime_up_to(most), scale(few[:1]).recorded()
     for size in (first, *map(prime_up_to, (most // 2, most // 4))):
         if size < least and not (size == largest and size > few[-1].batch_size):
             break
@@ -185,7 +185,7 @@ def doubled(trace: Trace, few: Sequence[Trace]) -> Trace:
         else event
         for event in trace.events
     )
-    return Trace(2 * size, tuple(grown), trace.notes)
+    return replace(trace, batch_size=2 * size, events=tuple(grown))
 
 
 def expected_to_fit(traces: Sequence[Trace], capacity: int) -> int:
@@ -410,7 +410,8 @@ class _Run:
         if sets_up:
             twin.setup(self.stage)
         if configures:
-            twin.configure_model()
+            with noted_units() if parallel is not None and parallel.shards else nullcontext():
+                twin.configure_model()
         return twin
 
     def move(self, twin: Any) -> Any:
@@ -488,15 +489,19 @@ _EMPTIED = "(the cache was emptied)"  # the path of a mark that says so
 _MARK = 331  # bytes: a prime, which no tensor of the step is likely to have at the place of the very next mark
 
 
-def _record(run: _Run, batches: Sequence[tuple[int, Any]], steps: int) -> tuple[list[Trace], Formula]:
+def _record(run: _Run, batches: Sequence[tuple[int, Any]], steps: int | None) -> tuple[list[Trace], Formula]:
     """One trace for each ``(batch size, batch)``, all on one copy of the module, and the formula.
+
+    Of as many ``steps``; by default of as many as the first batch size shows that it takes (see ``_cycle``).
 
     Each begins with the same random states: a step that draws what it does draws the same, and cuDNN makes its states
     for a recurrent network's dropout, which a process keeps, anew (aten/src/ATen/native/cudnn/RNN.cpp).
     """
     give_back(run.device)
     twin = run.copy()
-    formula, compiled = None, within_graphs(twin)
+    formula, compiled, period = None, within_graphs(twin), 0
+    if compiled:
+        steps = steps or STEPS
     with _recording(run.device) as (mark, events), module_paths(twin, mark, compiled):
         mark.category = "parameters"
         run.move(twin)
@@ -513,6 +518,7 @@ def _record(run: _Run, batches: Sequence[tuple[int, Any]], steps: int) -> tuple[
                 run.runner(twin, mark).run_steps(batch, 1)
                 twin.zero_grad(set_to_none=True)
             runner = run.runner(twin, mark)
+            runner.look = partial(_recorded_by, events, number)
             give_back(run.device)
             mark.run = number
             with isolated_random_state(), _cuda_random_state(run.device):
@@ -520,10 +526,13 @@ def _record(run: _Run, batches: Sequence[tuple[int, Any]], steps: int) -> tuple[
                     runner.run_steps(batch, steps)
                 else:
                     formula = runner.run_counted(batch, size, steps)
+            if steps is None:
+                steps, period = runner.steps, runner.period
         recorded = events()
     assert formula is not None  # there are batches
     notes = (TRIED,) if compiled else ()
-    return [Trace(size, labelled(recorded(number)), notes) for number, (size, _) in enumerate(batches, 1)], formula
+    parts, sizes = accumulated(run.settings), enumerate((size for size, _ in batches), 1)
+    return [Trace(size, labelled(recorded(number)), notes, parts, period) for number, size in sizes], formula
 
 
 class _Runner(StepRunner):
@@ -534,6 +543,10 @@ class _Runner(StepRunner):
     """
 
     _scaler: torch.amp.GradScaler | None = None
+    look: Callable[[], Sequence[Event]] | None = None  #: gives what has been recorded
+
+    def seen(self) -> Sequence[Event]:
+        return () if self.look is None else self.look()
 
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         if self._scaler is None:
@@ -585,6 +598,10 @@ def _cuda_random_state(device: torch.device) -> Iterator[None]:
 
 
 _Recorded = Callable[[int], list[Event]]
+
+
+def _recorded_by(events: Callable[[], _Recorded], number: int) -> list[Event]:
+    return events()(number)
 
 
 def _events(history: Sequence[Mapping[str, Any]], labels: Sequence[_Label]) -> _Recorded:

@@ -88,6 +88,8 @@ class ScaledProgram:
     sizes: tuple[int, ...]
     table: tuple[Polynomial | tuple[str, tuple[Polynomial, ...]], ...]
     batch_sizes: tuple[int, ...]
+    parts: int = 1  #: how many steps, each of a batch, make one of the optimizer's
+    period: int = 0  #: steps after which they are alike again, 0 where that is not known
 
     @property
     def has_workspaces(self) -> bool:
@@ -143,6 +145,8 @@ class ScaledProgram:
     def settled(self, times: int = 3) -> ScaledProgram:
         """With the last optimizer step ``times`` more times, if it is like the one before it; else the same program.
 
+        Where steps take turns, it is with the last of their cycles.
+
         Each step finds other free blocks than the one before, until it leaves what it found: that three steps fit does
         not say that a fourth does, nor what that takes.
 
@@ -152,8 +156,8 @@ class ScaledProgram:
         [(3, False), (2, True), (4, False), (3, True)]
         """
         starts = [i for i in self.steps() if i == len(self.events) or self.events[i].step > 0]
-        cycle, odd = divmod(len(starts) - 1, 3)
-        if odd or not cycle:
+        cycle = self.period or self.parts
+        if 2 * cycle >= len(starts):
             return self
         before, begin = starts[-1 - 2 * cycle], starts[-1 - cycle]
         last, previous = self.events[begin:], self.events[before:begin]
@@ -175,6 +179,10 @@ class ScaledProgram:
                 events.append(event._replace(block=block, step=event.step + later))
             blocks = newer
         return replace(self, events=tuple(events), sizes=self.sizes + self.sizes[begin:] * times)
+
+    def recorded(self) -> int:
+        """How many of the optimizer's steps there are."""
+        return max((event.step for event in self.events), default=0) // self.parts
 
     def stretches(self) -> tuple[int, ...]:
         """The index at which each step's phases begin, one after another, and one past the end."""
@@ -213,7 +221,7 @@ def scale(traces: Sequence[Trace]) -> ScaledProgram:
                 table.append(Polynomial.through(points, [e.size for e in events]))
             place = entries[key] = len(table) + 1
         sizes.append(place)
-    return ScaledProgram(columns[0], tuple(sizes), tuple(table), points)
+    return ScaledProgram(columns[0], tuple(sizes), tuple(table), points, traces[0].parts, traces[0].period)
 
 
 def interleaved(training: ScaledProgram, batch_size: int, validation: ScaledProgram) -> ScaledProgram:
@@ -253,7 +261,8 @@ def interleaved(training: ScaledProgram, batch_size: int, validation: ScaledProg
     zeroed = [(e, k) for e, k in sized[last:] if e.is_free and e.block in old]
     rest = [(e, k) for e, k in sized[last:] if not (e.is_free and e.block in old)]
     parts = (*sized[:begun], *run(0), *sized[begun:last], *zeroed, *run(1), *rest)
-    return ScaledProgram(tuple(e for e, _ in parts), tuple(k for _, k in parts), tuple(table), validation.batch_sizes)
+    events, sizes = tuple(e for e, _ in parts), tuple(k for _, k in parts)
+    return ScaledProgram(events, sizes, tuple(table), validation.batch_sizes, training.parts, training.period)
 
 
 def _gradients(events: Sequence[Event]) -> set[int]:
@@ -270,9 +279,9 @@ def extended(whole: Trace, begun: Trace) -> Trace | None:
     """All steps at another batch size, of which only the first was run there.
 
     ``whole`` has several steps, ``begun`` the first of the same at another batch size (or the first few, as many as
-    are accumulated). In a forward or backward pass a later step asks for what the first did at the same place, so its
-    sizes are the first's; what an optimizer asks for does not depend on the batch. None where ``whole`` shows that its
-    steps are not so alike.
+    are accumulated, or until each that takes turns was there). In a forward or backward pass a later step asks for what
+    one of these did at the same place, so its sizes are that one's; what an optimizer asks for does not depend on the
+    batch. None where ``whole`` shows that its steps are not so alike.
 
     >>> def step(number, size):
     ...     return Event(number, size, step=number, category="batch"), Event(number, -1, step=number)
@@ -289,21 +298,21 @@ def extended(whole: Trace, begun: Trace) -> Trace | None:
     for place, event in enumerate(whole.events):
         if event.size >= 0 and event.step and event.category not in _MADE_ONCE:
             places.setdefault((event.step, event.phase), []).append(place)
+    keys = {where: [_key(whole.events[place])[1:] for place in here] for where, here in places.items()}
     like: dict[int, Event] = {}
     for (step, phase), here in places.items():
         if step <= parts or phase == "optimizer":
             continue
-        there = places.get(((step - 1) % parts + 1, phase), [])
-        if len(here) != len(there) or any(
-            _key(whole.events[a])[1:] != _key(whole.events[b])[1:] for a, b in zip(here, there, strict=True)
-        ):
+        nearest = sorted(range(1, parts + 1), key=lambda first: (step - first) % parts)
+        alike = next((first for first in nearest if keys.get((first, phase), []) == keys[step, phase]), None)
+        if alike is None:
             return None
-        like.update({a: begun.events[b] for a, b in zip(here, there, strict=True)})
+        like.update({a: begun.events[b] for a, b in zip(here, places[alike, phase], strict=True)})
     sized = (
         event._replace(size=like[place].size, rule=like[place].rule) if place in like else event
         for place, event in enumerate(later, count)
     )
-    return Trace(begun.batch_size, (*begun.events, *sized), begun.notes)
+    return replace(begun, events=(*begun.events, *sized))
 
 
 _MADE_ONCE = ("other", "workspaces", "communication")  # a gradient scaler's scalars, cuBLAS's workspaces, buckets

@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from itertools import count
 from typing import Any, Protocol
 
 import torch
@@ -44,9 +46,17 @@ class Mark(Protocol):
 
 
 def fully_sharded(
-    twin: nn.Module, parallel: Parallel, device: torch.device, mark: Mark, precision: Precision
-) -> nn.Module:
+    twin: nn.Module,
+    parallel: Parallel,
+    device: torch.device,
+    mark: Mark,
+    precision: Precision,
+    groups: tuple[Any, Any],
+) -> nn.Module | None:
     """``twin``, whose parameters are on the host, wrapped as FSDPStrategy wraps it: unit by unit moved and sharded.
+
+    None where its own ``configure_model`` has wrapped some layers: then these are all that is. ``groups`` are the ranks
+    over which a hybrid strategy shards, and those that hold the same shard.
 
     Raises:
         TraceError: an argument of the strategy whose memory is not modelled; says which.
@@ -61,9 +71,23 @@ def fully_sharded(
     arguments, dtype = dict(parallel.arguments), _DTYPES[precision]
     if arguments.get("mixed_precision") is None:
         arguments["mixed_precision"] = MixedPrecision(param_dtype=dtype, reduce_dtype=dtype, buffer_dtype=dtype)
-    wrapper = FullyShardedDataParallel(twin, device_id=device, **arguments)
+    if "HYBRID" in str(arguments.get("sharding_strategy")):
+        arguments["process_group"] = groups
+    for name in _IGNORED:
+        ignored = [_of(twin, one, name) for one in arguments.get(name) or ()]
+        for one in ignored:  # FSDP leaves it where it is, which is the card if training is to run
+            for tensor in (one,) if isinstance(one, nn.Parameter) else (*one.parameters(), *one.buffers()):
+                tensor.data = tensor.data.to(device)
+        if ignored:
+            arguments[name] = ignored
+    units = sorted((*module.__dict__[_UNIT], path) for path, module in twin.named_modules() if _UNIT in module.__dict__)
+    wrapper = None if units else FullyShardedDataParallel(twin, device_id=device, **arguments)
+    for _, own, path in units:
+        parent, _, name = path.rpartition(".")
+        unit = FullyShardedDataParallel(twin.get_submodule(path), device_id=device, **arguments | own)
+        setattr(twin.get_submodule(parent), name, unit)
     if parallel.checkpointing:
-        apply_activation_checkpointing(wrapper, **parallel.checkpointing)
+        apply_activation_checkpointing(wrapper or twin, **parallel.checkpointing)
     return wrapper
 
 
@@ -82,21 +106,43 @@ def waiting(parallel: Parallel, events: Sequence[Event]) -> tuple[str, ...]:
 
 
 @contextmanager
-def units_by_policy() -> Iterator[None]:
-    """``configure_model`` may make layers, and leaves it to the strategy which of them are units of their own.
-
-    Raises:
-        TraceError: it calls ``wrap`` or ``auto_wrap``.
-    """
+def noted_units() -> Iterator[None]:
+    """``configure_model`` may make layers and ``wrap`` them: which, and in which order, is noted on them."""
     from torch.distributed.fsdp.wrap import enable_wrap
 
-    def refuse(module: nn.Module, **_: Any) -> nn.Module:
-        raise TraceError(
-            "wrap() in configure_model is not modelled: name the layers by FSDPStrategy(auto_wrap_policy=...)"
-        )
+    numbers = count()
 
-    with enable_wrap(wrapper_cls=refuse):
+    def note(module: nn.Module, **own: Any) -> nn.Module:
+        module.__dict__[_UNIT] = next(numbers), own
+        return module
+
+    with enable_wrap(wrapper_cls=note):
         yield
+
+
+_UNIT = "_memplan_unit"  # a module's attribute: when it was wrapped, and with what of its own
+
+
+def named_ignored(parallel: Parallel | None, module: nn.Module) -> Parallel | None:
+    """What FSDP is to ignore, by its names in the module: a copy has its own."""
+    if parallel is None or parallel.kind != "fsdp":
+        return parallel
+    names: dict[int, str] = {id(one): path for path, one in (*module.named_modules(), *module.named_parameters())}
+    arguments = dict(parallel.arguments)
+    for name in _IGNORED:
+        if arguments.get(name):
+            arguments[name] = tuple(names.get(id(one), one) for one in arguments[name])
+    return replace(parallel, arguments=arguments)
+
+
+_IGNORED = ("ignored_modules", "ignored_states")
+
+
+def _of(twin: nn.Module, path: Any, argument: str) -> Any:
+    if not isinstance(path, str):
+        raise TraceError(f"FSDPStrategy({argument}=...) names what is not in {type(twin).__name__}: plan without it")
+    owner, _, name = path.rpartition(".")
+    return getattr(twin.get_submodule(owner), name)
 
 
 def begin(wrapper: nn.Module) -> None:
@@ -108,16 +154,9 @@ def begin(wrapper: nn.Module) -> None:
 
 
 def _check(arguments: Mapping[str, Any]) -> None:
-    """Raise TraceError where FSDP would talk to some of the ranks, name the user's own modules, or use the host."""
-    names = ("ignored_modules", "ignored_states", "process_group", "device_mesh")
-    named = [f"{name}=..." for name in names if arguments.get(name)]
-    strategy, offload = arguments.get("sharding_strategy"), arguments.get("cpu_offload")
-    if "HYBRID" in str(strategy):
-        named.append("sharding_strategy='HYBRID_SHARD'")
-    if offload is not None and offload.offload_params:
-        named.append("cpu_offload=True")
-    if named:
-        raise TraceError(f"the memory of FSDPStrategy({', '.join(named)}) is not modelled: plan without it")
+    """Raise TraceError where FSDP would talk to some of the ranks, as only a group of the user's says."""
+    if arguments.get("process_group"):
+        raise TraceError("the memory of FSDPStrategy(process_group=...) is not modelled: plan without it")
 
 
 @contextmanager

@@ -39,16 +39,16 @@ from lightning_memplan._lightning import (
     isolated_random_state,
     random_states,
 )
-from lightning_memplan._order import STEPS, TRUE_DTYPE, MakeOptimizer, StepRunner
+from lightning_memplan._order import STEPS, TRUE_DTYPE, MakeOptimizer, StepRunner, accumulated
 from lightning_memplan._record import DEVICE, Recorder, Rules, fake_mode, has_values, labelled, module_paths, tell
 from lightning_memplan._recurrent import flatten_weights
 from lightning_memplan._scaling import extended
-from lightning_memplan._shards import units_by_policy, waiting
+from lightning_memplan._shards import noted_units, waiting
 from lightning_memplan._silent_cuda import silent_cuda
 from lightning_memplan._sparse import SPARSE
 from lightning_memplan._strategy import ranks_of, unparallelized, wrapped
 from lightning_memplan._twin import explain, metric_states, twin_of
-from lightning_memplan._types import Parallel, StepSettings, Trace
+from lightning_memplan._types import Event, Parallel, StepSettings, Trace
 
 
 def _fake(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device, dtype: torch.dtype | None) -> FakeTensor:
@@ -113,7 +113,7 @@ def prepared(module: nn.Module, settings: StepSettings, *, trainer: Any = None, 
                 twin.setup(stage)
             if configures:
                 shards = parallel is not None and parallel.shards
-                with Recorder(mode, Rules()), DEVICE, units_by_policy() if shards else nullcontext():
+                with Recorder(mode, Rules()), DEVICE, noted_units() if shards else nullcontext():
                     twin.configure_model()
     except TraceError:
         raise
@@ -233,10 +233,10 @@ def trace_steps(
     batches: Sequence[tuple[int, Any]],
     settings: StepSettings,
     *,
-    steps: int = STEPS,
+    steps: int | None = None,
     **common: Any,
 ) -> list[Trace]:
-    """One trace for each ``(batch size, batch)``: setup, then whole training steps.
+    """One trace for each ``(batch size, batch)``: setup, then whole training steps, as many as it takes.
 
     ``module`` is a LightningModule, which is asked for its ``training_step`` and ``configure_optimizers``, or any
     module, whose forward is run on the batch and whose outputs' sum is the loss (``optimizer`` makes its optimizer;
@@ -264,7 +264,7 @@ def trace_counted(
     where something is compiled, whose layers run more than once to make its graphs.
     """
     counted = settings.parallel is None and not compiled_parts(module)
-    traces, formula = _trace_steps(module, batches, settings, STEPS, counted=counted, graphs=graphs, **common)
+    traces, formula = _trace_steps(module, batches, settings, None, counted=counted, graphs=graphs, **common)
     return traces, formula or run_formula(module, batches[0], settings, **common)[0]
 
 
@@ -272,7 +272,7 @@ def _trace_steps(
     module: nn.Module,
     batches: Sequence[tuple[int, Any]],
     settings: StepSettings,
-    steps: int,
+    steps: int | None,
     *,
     counted: bool,
     trainer: Any = None,
@@ -290,15 +290,16 @@ def _trace_steps(
         return run
 
     with _as_on_the_card(settings), _no_collection():
+        if steps is None and compiled_parts(module):  # graphs are warmed up and recorded step by step
+            steps = STEPS
         (size, batch), *others = batches
         run = begun(batch)
         traces = [run.record(size, batch, steps, counted=counted)]
-        formula = run.formula
         for size, batch in others:
-            traces.append(
-                extended(traces[0], begun(batch).record(size, batch, 1)) or begun(batch).record(size, batch, steps)
-            )
-    return traces, formula
+            few = begun(batch).record(size, batch, run.kinds)
+            traces.append(extended(traces[0], few) or begun(batch).record(size, batch, run.steps))
+    parts = accumulated(settings)
+    return [replace(trace, parts=parts, period=run.period) for trace in traces], run.formula
 
 
 def trace_validation(
@@ -452,6 +453,9 @@ class _Run(StepRunner):
         self.recorder.knows_buffers = any(map(has_values, twin.buffers()))
         super().__init__(twin, self.recorder, DEVICE, settings, datamodule=datamodule, optimizer=optimizer)
 
+    def seen(self) -> Sequence[Event]:
+        return self.recorder.events
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Where a forward pass can run by itself: the twin's layers are there."""
@@ -473,7 +477,7 @@ class _Run(StepRunner):
         self,
         size: int,
         batch: Any,
-        steps: int,
+        steps: int | None,
         validated: Any = None,
         *,
         tested: bool = False,
@@ -509,7 +513,8 @@ class _Run(StepRunner):
             automatic = self.lightning and twin.automatic_optimization
             if automatic and not tested and not any(event.phase == "backward" for event in recorder.events):
                 raise TraceError("the step returns no loss, since it read values of tensors, which a trace has not")
-            notes += (f"the step reads values of tensors ({recorder.values_read} times in {steps} steps): taken as 0",)
+            often = f"{recorder.values_read} times in {self.steps} steps"
+            notes += (f"the step reads values of tensors ({often}): taken as 0",)
         if recorder.numbers_taken:
             notes += ("the step reads whole numbers of the batch (lengths): taken as the largest of its samples",)
         if recorder.lengths_taken:

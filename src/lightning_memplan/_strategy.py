@@ -71,7 +71,12 @@ def wrapped(
         if parallel.kind == "ddp":
             return _replicated(twin, parallel, device, mark)
         if parallel.kind == "fsdp":
-            return fully_sharded(twin, parallel, device, mark, precision)
+            shards = parallel.shard_ranks or parallel.ranks
+            copies, place = divmod(parallel.rank, shards)
+            groups = _Silent(place, shards), _Silent(copies, parallel.ranks // shards)  # type: ignore[call-arg]
+            for group in groups:
+                group.backend = parallel.backend
+            return fully_sharded(twin, parallel, device, mark, precision, groups)
         _parallelized(twin, parallel, device, mark)
         return None
     finally:

@@ -65,6 +65,8 @@ class Trace:
     batch_size: int
     events: tuple[Event, ...]
     notes: tuple[str, ...] = ()
+    parts: int = 1  #: how many of its steps, each of a batch, make one of the optimizer's
+    period: int = 0  #: steps after which they are alike again, 0 where that is not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,6 +391,7 @@ class Parallel:
     backend: str = "nccl"
     name: str = ""
     tensor_parallel: int = 1  #: of the ranks, how many share the work on a sample: ModelParallelStrategy's
+    shard_ranks: int = 0  #: over how many of the ranks FSDP's HYBRID_SHARD shards, the others holding copies
     layer_sync: Any = None  #: Lightning's plugin that has layers compute over all ranks (``sync_batchnorm=True``)
 
     @property

@@ -68,6 +68,7 @@ from lightning_memplan._report import (
     validation_text,
 )
 from lightning_memplan._sample import SAMPLE_SIZE, Which, batch_size_of, check_sample, read_samples
+from lightning_memplan._shards import named_ignored
 from lightning_memplan._step import prepared
 from lightning_memplan._types import Device, Measurement, Outcome, Peaks, Plan, StepSettings
 
@@ -201,7 +202,8 @@ class MemoryPlanner(CallbackBase):
         self._meter: Meter | None = None
         self._predicted: list[Peaks] = []  # of each step, at the batch size that training has
         self._formula_peak = 0
-        self._parts = 1
+        self._parts = 1  # batches of one of the optimizer's steps, as recorded
+        self._cycle = 1  # steps of the optimizer that take turns
         self._index: int | None = None
         self._held = 0
         self._settings = StepSettings()
@@ -245,6 +247,7 @@ class MemoryPlanner(CallbackBase):
         val_holders = self._val_holders(trainer, module)
         device = self._device_of(trainer)
         settings = trainer_settings(trainer, device.capability)
+        settings = replace(settings, parallel=named_ignored(settings.parallel, module))
         parts, ranks, index = settings.accumulate_grad_batches, trainer.world_size, self._index or 0
         if self.effective_batch_size is not None:
             parts = 1 if parts == self._accumulates else parts  # what an earlier plan set is no obstacle
@@ -265,12 +268,15 @@ class MemoryPlanner(CallbackBase):
             return estimate_step(module, source, accumulating, method=self.method, device=device, largest=most, **how)
 
         def tried(plan: Plan) -> Tried:
+            program = estimate_at(plan.batch_size).program
+            recorded = 0 if program is None else program.recorded()
             return try_step(
                 module,
                 read_samples(source, self.sample, self.sample_size).large(plan.batch_size),
                 replace(settings, accumulate_grad_batches=plan.accumulate_grad_batches),
                 index,
                 beside=beside,
+                steps=recorded if recorded > STEPS else 2,  # where they take turns, all of them
                 **where,
             )
 
@@ -331,7 +337,6 @@ class MemoryPlanner(CallbackBase):
         plan, estimate, capacity = draft.plan, draft.estimate, draft.plan.device.capacity
         val_plan, val_size = self._plan_validation(draft)
         predicted = self._foreseen(estimate, plan.batch_size, capacity)
-        recorded = 0 if estimate.program is None else max(event.step for event in estimate.program.events)
         with ExitStack() as undo:
             if self._place is not None:
                 self._place.write(plan.batch_size, undo)
@@ -347,7 +352,9 @@ class MemoryPlanner(CallbackBase):
             undo.pop_all()
         self.plan, self.val_plan, self.estimate, self._predicted = plan, val_plan, estimate, predicted
         self._formula_peak = plan.formula_peak
-        self._parts = max(1, recorded // STEPS)  # batches of one of the optimizer's steps; the formula has but one
+        program = estimate.program  # the formula has none, and but one step
+        self._parts = 1 if program is None else program.parts
+        self._cycle = 1 if program is None else max(1, program.period // program.parts)
 
     def _foreseen(self, estimate: Estimate, batch_size: int, capacity: int) -> list[Peaks]:
         return [
@@ -502,12 +509,14 @@ class MemoryPlanner(CallbackBase):
         )
 
     def _predict(self, batch: int) -> Peaks:
-        """What a batch of training, from 0, is predicted to take; those beyond what was replayed are like the last."""
+        """What a batch of training, from 0, is predicted to take; those beyond what was replayed are like the last,
+        or like the last of those that take turns."""
         assert self.plan is not None
         whole, last = self.plan.accumulate_grad_batches, len(self._predicted) - 1
         steps = len(self._predicted) // self._parts
-        if batch >= steps * whole:
-            batch = (steps - 1) * whole + batch % whole
+        beyond, cycle = batch - steps * whole, self._cycle * whole
+        if beyond >= 0:
+            batch = (steps - self._cycle) * whole + beyond % cycle
         return self._predicted[min(traced_step(batch, whole, self._parts, steps), last)]
 
     @property

@@ -130,7 +130,8 @@ def train(row: Row, module: Any, sample: Any) -> tuple[int, int]:
     from lightning_memplan._compiled import forget_compiled
     from tests.accuracy import networks
 
-    loader = networks.loader(sample, row.batch_size, STEPS * row.accumulate * _fit_with(module).get(_PARTS, 1))
+    batches = getattr(module, "batches", STEPS) * row.accumulate * _fit_with(module).get(_PARTS, 1)
+    loader = networks.loader(sample, row.batch_size, batches)
     trainer = _trainer(row, module)
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()  # which torch keeps for each thread, up to 2.14

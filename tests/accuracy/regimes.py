@@ -164,6 +164,87 @@ class Alternating(Task):
         return [make_optimizer(self.optimizer, part.parameters()) for part in (self.net, self.other)]
 
 
+class Turns(Task):
+    """What differs from batch to batch, in an epoch of twenty."""
+
+    batches = 20
+
+    def fit_with(self) -> dict[str, Any]:
+        return {"max_steps": -1, "max_epochs": 1}
+
+
+class InTurn(Turns):
+    """Manual optimization, of one network in even batches and of the other in odd ones."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(cnn(), optimizer)
+        self.automatic_optimization = False
+        self.other = cnn(64)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        odd = batch_idx % 2
+        optimizer, net = self.optimizers()[odd], (self.net, self.other)[odd]
+        loss = F.cross_entropy(net(batch[0]), batch[1])
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [make_optimizer(self.optimizer, part.parameters()) for part in (self.net, self.other)]
+
+
+class Critic(Turns):
+    """A GAN whose generator trains in every fifth batch: the first of them, or the last, or by the global step."""
+
+    def __init__(self, optimizer: str, trains: Callable[[Critic, int], bool]) -> None:
+        super().__init__(cnn(classes=1), optimizer)
+        self.automatic_optimization = False
+        self.generator, self.trains = Gan(optimizer).generator, trains
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        of_generator, of_critic = self.optimizers()
+        noise = torch.randn(batch[0].size(0), 64, device=self.device)
+        loss = self.net(self.generator(noise).detach()).mean() - self.net(batch[0]).mean()
+        of_critic.zero_grad()
+        self.manual_backward(loss)
+        of_critic.step()
+        if self.trains(self, batch_idx):
+            self.toggle_optimizer(of_generator)
+            loss = -self.net(self.generator(noise)).mean()
+            of_generator.zero_grad()
+            self.manual_backward(loss)
+            of_generator.step()
+            self.untoggle_optimizer(of_generator)
+
+    def configure_optimizers(self) -> Any:
+        return [make_optimizer(self.optimizer, part.parameters()) for part in (self.generator, self.net)]
+
+
+class ByHand(Turns):
+    """Gradients that are added up over four batches, by hand."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(cnn(), optimizer)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]) / 4)
+        if (batch_idx + 1) % 4 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class Skips(Turns):
+    """An ``optimizer_step`` of its own, which steps in every third batch."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:
+        if (batch_idx + 1) % 3 == 0:
+            optimizer.step(closure=closure)
+        else:
+            closure()
+
+
 class Lbfgs(Task):
     def configure_optimizers(self) -> Any:
         return torch.optim.LBFGS(self.parameters(), max_iter=3, history_size=4)
@@ -346,6 +427,13 @@ class Penalty(Task):
         logits = self.net(images)
         (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
         return F.cross_entropy(logits, batch[1]) + gradient.square().sum((1, 2, 3)).mean()
+
+
+class LazyPenalty(Penalty, Turns):
+    """The same in every fourth batch (StyleGAN's lazy regularization)."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return Task.training_step(self, batch, batch_idx) if batch_idx % 4 else super().training_step(batch, batch_idx)
 
 
 class Says(Task):
@@ -819,6 +907,13 @@ REGIMES: dict[str, Callable[[str], tuple[pl.LightningModule, Any]]] = {
     "plain": lambda o: (Task(cnn(), o), IMAGE),
     "gan": lambda o: (Gan(o), IMAGE),
     "alternating": lambda o: (Alternating(o), IMAGE),
+    "in_turn": lambda o: (InTurn(o), IMAGE),
+    "critic": lambda o: (Critic(o, lambda _, batch: batch % 5 == 0), IMAGE),
+    "critic_last": lambda o: (Critic(o, lambda _, batch: batch % 5 == 4), IMAGE),
+    "critic_global": lambda o: (Critic(o, lambda module, _: module.global_step % 5 == 0), IMAGE),
+    "by_hand": lambda o: (ByHand(o), IMAGE),
+    "lazy_penalty": lambda o: (LazyPenalty(o), IMAGE),
+    "skips": lambda o: (Skips(cnn(), o), IMAGE),
     "lbfgs": lambda o: (Lbfgs(cnn(), o), IMAGE),
     "line_search": lambda o: (LineSearch(cnn(), o), IMAGE),
     "frozen": lambda o: (Frozen(o), IMAGE),

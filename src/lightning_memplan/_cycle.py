@@ -1,0 +1,67 @@
+"""Steps that take turns (a GAN whose generator trains in each fifth batch, gradients that are added up by hand): how
+many must be recorded until all that they do was seen, with the optimizers' state there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+from lightning_memplan._types import Event
+
+MOST = 18  #: steps that are recorded at most: cycles of up to eight are seen whole
+
+_NOT_OF_A_STEP = ("other", "workspaces", "communication")  # made once, or when others are ready
+
+
+def shapes(events: Sequence[Event]) -> tuple[Hashable, ...]:
+    """For each step the blocks that one of its phases hands to another, which frees them: what is saved for a backward
+    pass, above all. What is made once, a metric or a picture that is logged at times does not count.
+
+    >>> def step(number, *sizes):
+    ...     made = [Event(n, size, "forward", number, "activations") for n, size in enumerate(sizes)]
+    ...     return [*made, *(Event(event.block, -1, "backward", number) for event in made)]
+    >>> first, second, third = shapes([*step(1, 8, 16), *step(2, 8), *step(3, 8, 16)])
+    >>> first == third != second
+    True
+    """
+    made: dict[int, Event] = {}
+    found: dict[int, Counter[Hashable]] = {}
+    for event in events:
+        if not event.is_free:
+            made[event.block] = event
+            continue
+        own = made.get(event.block, event)
+        if own.step == event.step and own.phase != event.phase and own.category not in _NOT_OF_A_STEP:
+            found.setdefault(event.step, Counter())[own.phase, own.op, own.path, own.size, event.phase] += 1
+    last = max((event.step for event in events), default=0)
+    return tuple(frozenset(found.get(step, Counter()).items()) for step in range(1, last + 1))
+
+
+def period(steps: Sequence[Hashable]) -> int:
+    """After how many steps they are alike again, from the first on; 0 where no cycle was seen twice.
+
+    >>> period("AAA"), period("ABAB"), period("BAABAAB"), period("BAAA")
+    (1, 2, 3, 0)
+    """
+    alike = (n for n in range(1, len(steps) // 2 + 1) if all(a == b for a, b in zip(steps, steps[n:], strict=False)))
+    return next(alike, 0)
+
+
+def is_enough(steps: Sequence[Hashable]) -> bool:
+    """Whether a cycle was seen with the state that the one before it left, and how the next one begins.
+
+    >>> [is_enough(steps) for steps in ("AA", "AAA", "AAB", "ABABAB", "BAAAABAAAA", "BAAAABAAAABA")]
+    [False, True, False, True, False, True]
+    """
+    cycle = period(steps)
+    return bool(cycle) and len(steps) >= 2 * cycle + min(cycle, 2)
+
+
+def until_all_were_seen(steps: Sequence[Hashable]) -> int:
+    """How many steps it takes until none is of a kind that was not there.
+
+    >>> until_all_were_seen("AAA"), until_all_were_seen("BAABAA"), until_all_were_seen("AABAAB")
+    (1, 2, 3)
+    """
+    return 1 + max(map(steps.index, steps))
