@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_memplan._planner import Found, largest_dividing, largest_fitting
+from lightning_memplan._planner import Found, largest_dividing, largest_fitting, largest_suited
 
 positive = st.integers(1, 10**6)
 optional = st.none() | positive
@@ -155,3 +155,28 @@ def test_the_whole_is_asked_first():
     """With accumulation a step takes more memory: a batch of 8 may fit where twice 4 do not."""
     assert largest_dividing(lambda n: n == 8, 8) == Found(8, "effective_batch_size", 1)
     assert largest_dividing(lambda n: False, 7) == Found(0, "memory", 2)  # 7, then 1
+
+
+@given(st.integers(2, 5000), st.integers(1, 40), st.integers(1, 20), st.integers(1, 5000), st.sampled_from([1, 32, 60]))
+def test_what_suits_is_asked_itself(below, low, multiple, most, like):
+    asked: dict[int, bool] = {}
+
+    def suits(batch_size: int) -> bool:
+        assert batch_size not in asked, "asked twice"
+        assert low <= batch_size < below
+        assert batch_size % multiple == 0
+        asked[batch_size] = batch_size <= most
+        return asked[batch_size]
+
+    found = largest_suited(suits, below, min_batch_size=low, multiple_of=multiple, like=like)
+    allowed = [n for n in range(multiple, below, multiple) if low <= n <= most]
+    assert found == max((n for n, good in asked.items() if good), default=0)
+    assert len(asked) <= 4 * below.bit_length() + 6
+    if allowed:  # no more than a 32nd is open
+        assert found >= allowed[-1] * 31 // 32 - multiple
+
+
+@pytest.mark.parametrize("part", [2, 4, 8, 16, 32])
+def test_the_largest_multiple_of_a_power_of_two_suits(part):
+    assert largest_suited(lambda n: n % part == 0, 1001) == 1000 // part * part
+    assert largest_suited(lambda n: 2**20 % n == 0, 1001) == 512

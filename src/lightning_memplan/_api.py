@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, Literal
@@ -18,7 +19,6 @@ from lightning_memplan._compiled import COMPILED_SIZES, FUSED, Graphs, compiled_
 from lightning_memplan._device import cpu_device, detect_devices, gpu, gpus
 from lightning_memplan._errors import DoesNotFitError, TraceError
 from lightning_memplan._estimate import Estimate, largest_on_card
-from lightning_memplan._formula import sample_bytes
 from lightning_memplan._lightning import (
     as_lightning_module,
     check_accumulation,
@@ -29,7 +29,7 @@ from lightning_memplan._lightning import (
     trainer_settings,
 )
 from lightning_memplan._loaders import dataset_size
-from lightning_memplan._order import PARTS, MakeOptimizer
+from lightning_memplan._order import MakeOptimizer
 from lightning_memplan._planner import largest_fitting
 from lightning_memplan._probe import SIZES, can_probe, probe_steps
 from lightning_memplan._report import advice_lines, does_not_fit_message
@@ -37,14 +37,12 @@ from lightning_memplan._sample import SAMPLE_SIZE, Samples, Which, check_sample,
 from lightning_memplan._scaling import interleaved, scale
 from lightning_memplan._shards import named_ignored
 from lightning_memplan._step import prepared, run_formula, trace_counted, trace_steps, trace_test, trace_validation
+from lightning_memplan._suited import MANY, OF_FEW, EstimateAt, Estimates, is_of_many, of_many, suited, traced_at
 from lightning_memplan._turns import TURNS, scaled
 from lightning_memplan._twin import explain
 from lightning_memplan._types import NCCL, Advice, Device, Length, Lengths, Plan, StepSettings, parse_precision
 
 Method = Literal["auto", "trace", "formula", "probe"]
-#: Batch sizes of traces, where those of few samples cannot be had or are of unlike steps: each has 2 to 32 equal parts
-MANY = (32, 64, 128)
-_OF_FEW = (AssertionError, IndexError, RuntimeError, ValueError)  # what a step raises of a batch that it cannot cut
 _METHODS = ("auto", "trace", "formula", "probe")
 
 #: What a step raises where something is not there yet: a copy's trainer has no loops and no logger, and the hooks and
@@ -199,7 +197,7 @@ def estimate_step(
     """
     samples = read_samples(source, sample, sample_size)
     common: dict[str, Any] = {"trainer": trainer, "datamodule": datamodule, "optimizer": optimizer}
-    probed, why_not = None, ""
+    probed, why_not, refused = None, "", None
     if method == "probe" or (method == "auto" and _can_be_probed(device, settings)):
         try:
             index, capacity = _probed_index(device), (device or default_device()).capacity
@@ -212,10 +210,16 @@ def estimate_step(
             if method == "probe":
                 raise
             why_not = str(error) if isinstance(error, TraceError) else explain(error, "a probe")
+        except OF_FEW as error:
+            if method == "probe":
+                raise
+            refused, why_not = error, explain(error, "a probe")
     if probed is not None and method == "probe":
         return probed
     module = prepared(module, settings, trainer=trainer, stage=stage)
     traced = _traced(module, samples, settings, method, common)
+    if refused is not None and not is_of_many(traced, samples):  # no size suits it: the step is wrong in itself
+        raise refused
     if probed is None:
         notes = (f"not planned by a probe: {why_not}",) if why_not else ()
         return replace(traced, notes=notes + traced.notes)
@@ -256,15 +260,17 @@ def _traced(
                 traces, formula = trace_counted(module, batches, settings, graphs=graphs, **common)
                 program, more = scaled(traces)
             except TraceError as unlike:
-                if not isinstance(unlike.__cause__, (type(None), *_OF_FEW)):
+                if not isinstance(unlike.__cause__, (type(None), *OF_FEW)):
                     raise
-                try:
-                    batches = _of_many(samples)
-                    traces, formula = trace_counted(module, batches, settings, graphs=graphs, **common)
-                    program, more = scaled(traces)
-                except TraceError:
-                    raise unlike from None
-                more = (*more, f"the step does something else with few samples: planned from {MANY[0]} and more")
+                for sizes in MANY:
+                    with suppress(TraceError):
+                        batches = of_many(samples, sizes)
+                        traces, formula = trace_counted(module, batches, settings, graphs=graphs, **common)
+                        program, more = scaled(traces)
+                        break
+                else:
+                    raise
+                more = (*more, f"the step does something else with few samples: planned from {sizes[0]} and more")
             notes = traces[0].notes + more + samples.notes
             if FUSED in notes:
                 graphs.least = True
@@ -278,18 +284,6 @@ def _traced(
     formula, more = run_formula(module, batches[0], settings, **common)
     more = tuple(note.removesuffix(reason) for note in more)  # it is said once
     return Estimate("formula", formula, None, _allocator(), notes + more + samples.notes)
-
-
-def _of_many(samples: Samples) -> list[tuple[int, Any]]:
-    """Batches of which a step that cuts them in parts makes as many of each.
-
-    Raises:
-        TraceError: they would take more than a quarter of the host's memory.
-    """
-    size, batch = samples.batches((1,))[0]
-    if sum(MANY) * sample_bytes(batch, size) > cpu_device().capacity // 4:
-        raise TraceError(f"{MANY[-1]} samples take too much of the host's memory to try them")
-    return samples.batches(MANY)
 
 
 def estimate_validation(
@@ -444,8 +438,13 @@ def plan(
         accumulating = replace(how, accumulate_grad_batches=parts)
         return estimate_step(module, source, accumulating, method=method, largest=most, **sampled, **job)
 
+    def traced(found: Estimate, size: int, parts: int) -> Estimate:
+        accumulating = replace(how, accumulate_grad_batches=parts)
+        return traced_at(found, size, module, source, accumulating, **sampled, **job)
+
+    estimate_at = Estimates(estimated, traced, parts, effective_batch_size, ranks)
     return plan_estimate(
-        estimates(estimated, parts, effective_batch_size, ranks),
+        estimate_at,
         replace(card, context=card.context + nccl),
         nccl=nccl,
         margin=margin,
@@ -458,6 +457,7 @@ def plan(
         ranks=ranks,
         model=type(module).__name__,
         advised=advised_step(module, source, how, **sampled, **job),
+        trace=estimate_at.trace,
     )
 
 
@@ -674,22 +674,7 @@ def _ranks(trainer: Any = None, devices: int = 1, strategy: Any = None, **_: Any
     return StepSettings(parallel=parallel_named(strategy, devices))
 
 
-EstimateAt = Callable[[int], Estimate]
 Advised = Callable[[Estimate, int, int], tuple[Advice, ...]]
-
-
-def estimates(
-    estimated: Callable[[int], Estimate], parts: int, effective_batch_size: int | None = None, ranks: int = 1
-) -> EstimateAt:
-    """The estimate that holds at a batch size, made when it is first asked for.
-
-    ``estimated`` makes one for a number of accumulated batches: ``parts``, or what makes up the effective batch size.
-    There are two then, since all batches in the middle of an accumulation are alike: without, and with three batches.
-    """
-    made = cache(estimated)
-    if effective_batch_size is None:
-        return lambda batch_size: made(parts)
-    return lambda batch_size: made(1 if batch_size * ranks == effective_batch_size else PARTS)
 
 
 def plan_estimate(
@@ -709,11 +694,17 @@ def plan_estimate(
     model: str = "the model",
     advised: Advised | None = None,
     nccl: int = 0,
+    trace: Callable[[int], None] | None = None,
 ) -> Plan:
     """The plan that follows from the estimate at each batch size; ``budget`` stands in for what the margin leaves.
 
     From ``failed`` on no batch size is chosen, but the smallest allowed: an earlier run was refused memory there.
-    ``advised`` is asked what would help, where nothing fits.
+    ``advised`` is asked what would help, where nothing fits. ``trace`` is called with the batch size that is found:
+    where it raises, or the estimate then says that it does not fit, a smaller one is looked for.
+
+    Raises:
+        DoesNotFitError: not even the smallest batch size fits.
+        MemplanError: the step refuses all allowed batch sizes that fit.
     """
     check_margin(margin)
     budget = int(device.capacity * (1 - margin)) if budget is None else budget
@@ -752,7 +743,10 @@ def plan_estimate(
             card=_smallest_card(needed, margin, nccl) if device.kind == "cuda" else None,
         )
         raise DoesNotFitError(message, needed=needed, available=budget)
-    size = search.batch_size
+    size, limited_by, notes = search.batch_size, search.limited_by, tuple[str, ...]()
+    if trace is not None:
+        within: dict[str, Any] = {"min_batch_size": min_batch_size, "multiple_of": multiple_of, "whole": share}
+        size, limited_by, notes = suited(search, estimate_at, trace, budget, device.capacity, **within)
     found = estimate_at(size)
     parts = accumulate_grad_batches if effective_batch_size is None else effective_batch_size // (size * ranks)
     return Plan(
@@ -760,7 +754,7 @@ def plan_estimate(
         device=device,
         budget=budget,
         margin=margin,
-        limited_by=search.limited_by,
+        limited_by=limited_by,
         method=found.method,
         predicted_peak=found.peak(size, device.capacity),
         predicted_allocated=found.peak_allocated(size),
@@ -769,7 +763,7 @@ def plan_estimate(
         phase=found.phase(size),
         breakdown=found.breakdown(size),
         accumulate_grad_batches=parts,
-        notes=found.notes,
+        notes=(*found.notes, *notes),
         effective_batch_size=effective_batch_size,
         reserved_range=found.reserved_range(size, device.capacity),
         nccl=nccl,

@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from torch import nn
 
-from lightning_memplan._api import EstimateAt
 from lightning_memplan._errors import DoesNotFitError
 from lightning_memplan._estimate import Estimate
 from lightning_memplan._lightning import over_ranks
 from lightning_memplan._planner import Word, agreed, lacking
 from lightning_memplan._probe import Tried, give_back
+from lightning_memplan._suited import EstimateAt
 from lightning_memplan._twin import explain
 from lightning_memplan._types import Plan
 from lightning_memplan._units import format_bytes
@@ -73,7 +73,13 @@ class Draft:
             return self.noted(
                 f"the checkpoint's batch size {batch_size} does not divide the effective batch size: not kept"
             )
-        only = {"min_batch_size": batch_size, "max_batch_size": batch_size, "multiple_of": 1, "samples": None}
+        only = {
+            "min_batch_size": batch_size,
+            "max_batch_size": batch_size,
+            "multiple_of": 1,
+            "samples": None,
+            "trace": None,
+        }
         try:
             plan = self.planned(**only, budget=self.plan.device.capacity)
         except DoesNotFitError as error:

@@ -6,9 +6,9 @@ import os
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from lightning_memplan._allocator import AllocatorSettings, Move, Replay, replay
 from lightning_memplan._history import structure_hash
@@ -20,6 +20,19 @@ from lightning_memplan._workspaces import Choice
 
 if TYPE_CHECKING:
     from lightning_memplan._formula import Formula
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _of_its_batch_size(method: _Method) -> _Method:
+    """What is asked of an estimate is asked of that which was traced at this very batch size, where there is one."""
+
+    @wraps(method)
+    def asked(self: Estimate, batch_size: int, *args: Any, **kwargs: Any) -> Any:
+        return method(self.exact.get(batch_size, self), batch_size, *args, **kwargs)
+
+    return cast(_Method, asked)
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,8 @@ class Estimate:
     others: tuple[Estimate, ...] = ()
     least: ScaledProgram | None = None  #: the lower end of the step, where ``torch.compile`` compiles it
     turns: bool = False  #: whether the step loops over its samples, so that its segments are known by a range
+    #: what was traced at a single batch size, where the step does something else than at those of the program
+    exact: Mapping[int, Estimate] = field(default_factory=dict)
     _replays: dict[tuple[int, int | None, int | None, Choice], Replay] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -71,6 +86,11 @@ class Estimate:
         return 0 if self.program is None else max(self.program.batch_sizes)
 
     @property
+    def traced(self) -> Estimate | None:
+        """This or another, whichever is by trace."""
+        return next((one for one in (self, *self.others) if one.method == "trace"), None)
+
+    @property
     def has_workspaces(self) -> bool:
         """Whether the step has convolutions whose workspaces are not known to the byte."""
         return self.program is not None and self.program.has_workspaces
@@ -90,6 +110,7 @@ class Estimate:
         peaks = [(estimate.method, estimate.peak(batch_size, capacity)) for estimate in (self, *self.others)]
         return dict([*peaks, ("formula", self.formula.memory(batch_size))])
 
+    @_of_its_batch_size
     def reserved_range(self, batch_size: int, capacity: int | None = None) -> Range:
         """``peak`` with nothing, the expected and the most that cuDNN's convolutions take for themselves.
 
@@ -123,6 +144,7 @@ class Estimate:
             peaks.append(max(peaks[-1], most))
         return Range(low, *peaks[1:])
 
+    @_of_its_batch_size
     def allocated_range(self, batch_size: int) -> tuple[int, int]:
         """Bytes that are allocated at most: between which two, where ``torch.compile`` compiles; else the same twice.
 
@@ -147,6 +169,7 @@ class Estimate:
             return self.formula.memory(batch_size)
         return self.replay(batch_size).peak_allocated
 
+    @_of_its_batch_size
     def fits(self, batch_size: int, capacity: int, limit: int | None = None, workspaces: Choice = "low") -> bool:
         """Whether training runs in ``capacity`` bytes: the events replayed in no more than that.
 
@@ -175,6 +198,7 @@ class Estimate:
         except ValueError:  # it does not grow
             return None
 
+    @_of_its_batch_size
     def _most_alive(self, batch_size: int, workspaces: Choice) -> int:
         return self._program().most_alive(batch_size, self._turns, workspaces)
 
@@ -213,6 +237,7 @@ class Estimate:
         names = dict.fromkeys(name for step in steps for name in step.phases)
         return {name: max(step.phases.get(name, 0) for step in steps) for name in names}
 
+    @_of_its_batch_size
     def step_peaks(self, batch_size: int, capacity: int | None = None) -> tuple[Peaks, ...]:
         """Peak bytes of each step, and of its phases: the first, the second, and so on; later ones are as the last."""
         _check_batch_size(batch_size)
@@ -228,6 +253,7 @@ class Estimate:
                 steps[event.step] = peaks
         return tuple(steps.values())
 
+    @_of_its_batch_size
     def phase(self, batch_size: int) -> str:
         """The phase in which the peak of the allocated bytes falls: "forward", "backward" or "optimizer"."""
         _check_batch_size(batch_size)
@@ -255,6 +281,7 @@ class Estimate:
         sums["rounding"] = self.peak_allocated(batch_size) - sum(sums.values())
         return _largest_first(sums)
 
+    @_of_its_batch_size
     def alive(self, batch_size: int) -> list[tuple[Event, int]]:
         """The blocks in use at the peak of the allocated bytes: the event that made each, and the bytes asked for."""
         program, last = self._settled, self.replay(batch_size).peak_at
@@ -266,6 +293,7 @@ class Estimate:
                 live[block] = event, size
         return list(live.values())
 
+    @_of_its_batch_size
     def journal(self, batch_size: int, capacity: int | None = None) -> list[Move]:
         """What the allocator does at that batch size, move by move (see ``_allocator.replay``)."""
         _check_batch_size(batch_size)
@@ -273,6 +301,7 @@ class Estimate:
         replay(self._program().at(batch_size), capacity, self.settings, total=capacity or 2**40, journal=journal)
         return journal
 
+    @_of_its_batch_size
     def snapshot(self, batch_size: int, capacity: int | None = None) -> dict[str, Any]:
         """What ``torch.cuda.memory._snapshot()`` would return after the traced steps (see ``save_snapshot``).
 
@@ -307,6 +336,7 @@ class Estimate:
         """Whether the step was recorded at a single batch size, the largest that ran, and this is a larger one."""
         return self._program().batch_sizes == (1,) and batch_size > 1
 
+    @_of_its_batch_size
     def replay(
         self, batch_size: int, capacity: int | None = None, limit: int | None = None, workspaces: Choice = "low"
     ) -> Replay:

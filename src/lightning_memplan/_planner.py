@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isqrt
+from math import gcd, isqrt
 from typing import Literal, NamedTuple
 
 from lightning_memplan._errors import MemplanError
 
-LimitedBy = Literal["memory", "max_batch_size", "dataset", "effective_batch_size"]
+LimitedBy = Literal["memory", "max_batch_size", "dataset", "effective_batch_size", "step"]
 
 
 _MEMORY: LimitedBy = "memory"
@@ -164,6 +164,54 @@ def largest_dividing(
         else:
             bad = middle
     return Found(sizes[good] if good >= 0 else 0, "memory", tried)
+
+
+def largest_suited(
+    suits: Callable[[int], bool],
+    below: int,
+    *,
+    min_batch_size: int = 1,
+    multiple_of: int = 1,
+    like: int = 1,
+    whole: int | None = None,
+) -> int:
+    """The largest batch size under ``below`` that ``suits``, of those that are asked; 0 where none does.
+
+    No rule is known of what a step takes: it may want a multiple of something, a divisor of it, or no more than so
+    many. So the largest multiples of 2, of 4, of 8 and so on are asked, then what is half of the last, half of that,
+    and so on; and the same with ``like`` as the unit, a size that is known to suit. Between the first that does and
+    the next larger that does not the middle is asked, until no more than a 32nd is open. With a ``whole`` the size
+    divides that.
+
+    >>> largest_suited(lambda n: n % 8 == 0, 549), largest_suited(lambda n: 4096 % n == 0, 549)
+    (544, 512)
+    >>> largest_suited(lambda n: n <= 100, 549), largest_suited(lambda n: 500 % n == 0, 549, whole=3000)
+    (100, 500)
+    >>> largest_suited(lambda n: n % 12 == 0, 549, like=60), largest_suited(lambda n: False, 549)
+    (540, 0)
+    """
+    if whole is not None:
+        divisors = (n for n in range(below - 1, min_batch_size - 1, -1) if whole % n == 0 and n % multiple_of == 0)
+        return next(filter(suits, divisors), 0)
+    low, units = -(-min_batch_size // multiple_of), -(-below // multiple_of)  # in units of multiple_of from here
+    asked = {low}
+    for unit in (1, like // gcd(like, multiple_of)):
+        sizes = [unit << k for k in range(units.bit_length())]
+        asked.update(sizes, (units - units % size for size in sizes))
+    good, bad = 0, units
+    for size in sorted(asked, reverse=True):
+        if low <= size < units:
+            if suits(size * multiple_of):
+                good = size
+                break
+            bad = size
+    while good and bad - good > max(1, good // 32):
+        middle = (good + bad) // 2
+        if suits(middle * multiple_of):
+            good = middle
+        else:
+            bad = middle
+    return good * multiple_of
 
 
 def lacking(predicted: int, reserved: int, missing: int, attempt: int) -> int:

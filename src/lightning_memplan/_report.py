@@ -22,6 +22,7 @@ _LIMITS = {
     "max_batch_size": "limited by max_batch_size",
     "dataset": "limited by the dataset",
     "effective_batch_size": "all of the effective batch size",
+    "step": "limited by the step itself",
     "checkpoint": "kept from the checkpoint",
 }
 

@@ -149,10 +149,10 @@ class Range(NamedTuple):
 class Plan:
     """What was decided: the batch size, and what it is predicted to take (bytes).
 
-    ``limited_by`` is ``"memory"``, ``"max_batch_size"``, ``"dataset"``, ``"effective_batch_size"`` or ``"checkpoint"``
-    (kept from the run that is resumed): what kept the batch size from being larger. Where an effective batch size was
-    asked for, the optimizer sees that many samples a step: ``batch_size`` on each device, times
-    ``accumulate_grad_batches``, times the number of devices.
+    ``limited_by`` is ``"memory"``, ``"max_batch_size"``, ``"dataset"``, ``"effective_batch_size"``, ``"step"`` (which
+    refuses more) or ``"checkpoint"`` (kept from the run that is resumed): what kept the batch size from being larger.
+    Where an effective batch size was asked for, the optimizer sees that many samples a step: ``batch_size`` on each
+    device, times ``accumulate_grad_batches``, times the number of devices.
 
     >>> plan = Plan(batch_size=8, device=Device("card", total=2**34), budget=2**33, margin=0.5, limited_by="memory",
     ...             method="trace", predicted_peak=2**32, predicted_allocated=2**31, formula_peak=2**31)
@@ -164,7 +164,7 @@ class Plan:
     device: Device
     budget: int  #: bytes that the plan may reserve: the device's capacity less the margin
     margin: float
-    limited_by: Literal["memory", "max_batch_size", "dataset", "effective_batch_size", "checkpoint"]
+    limited_by: Literal["memory", "max_batch_size", "dataset", "effective_batch_size", "step", "checkpoint"]
     method: Literal["trace", "formula", "probe"]
     predicted_peak: int  #: peak bytes reserved by the allocator: what must fit
     predicted_allocated: int  #: peak bytes allocated

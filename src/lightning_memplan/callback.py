@@ -19,7 +19,6 @@ from lightning_memplan._api import (
     estimate_step,
     estimate_test,
     estimate_validation,
-    estimates,
     named_device,
     nccl_allowance,
     plan_estimate,
@@ -70,6 +69,7 @@ from lightning_memplan._report import (
 from lightning_memplan._sample import SAMPLE_SIZE, Which, batch_size_of, check_sample, read_samples
 from lightning_memplan._shards import named_ignored
 from lightning_memplan._step import prepared
+from lightning_memplan._suited import Estimates, traced_at
 from lightning_memplan._types import Device, Measurement, Outcome, Peaks, Plan, StepSettings
 
 
@@ -267,6 +267,10 @@ class MemoryPlanner(CallbackBase):
             accumulating = replace(settings, accumulate_grad_batches=parts)
             return estimate_step(module, source, accumulating, method=self.method, device=device, largest=most, **how)
 
+        def traced(found: Estimate, size: int, parts: int) -> Estimate:
+            accumulating = replace(settings, accumulate_grad_batches=parts)
+            return traced_at(found, size, module, source, accumulating, device=device, **how)
+
         def tried(plan: Plan) -> Tried:
             program = estimate_at(plan.batch_size).program
             recorded = 0 if program is None else program.recorded()
@@ -280,7 +284,7 @@ class MemoryPlanner(CallbackBase):
                 **where,
             )
 
-        estimate_at = estimates(estimated, parts, self.effective_batch_size, ranks)
+        estimate_at = Estimates(estimated, traced, parts, self.effective_batch_size, ranks)
         held, own = held_bytes(self._index, module)  # before a probe, whose estimate has what it leaves
         first = estimate_at((self.effective_batch_size or ranks) // ranks)
         beside = averaging_bytes(trainer, begun) if self._index is not None else 0
@@ -296,6 +300,7 @@ class MemoryPlanner(CallbackBase):
         planned = partial(
             plan_estimate,
             estimate_at,
+            trace=estimate_at.trace,
             **limits,
             failed=self._lesson.failed,
             min_batch_size=self.min_batch_size,

@@ -57,6 +57,7 @@ from lightning_memplan._report import (
     plan_table,
     run_report,
 )
+from lightning_memplan._suited import Estimates, traced_at
 from lightning_memplan._types import Advice, Device, Run
 from lightning_memplan._units import MiB, format_bytes, parse_bytes
 
@@ -159,10 +160,12 @@ def _check(args: argparse.Namespace) -> int:
     job, device, size = _job(args), _device(args), args.batch_size
     with _working(f"checking {job.name}"):
         estimated = job.estimated(device)
-        advised, nccl = job.advised(device)
+        advised, traced, nccl = job.advised(device)
+        estimate_at = Estimates(lambda _: estimated, lambda found, size, _: traced(found, size), parts=1)
         card = replace(device, context=device.context + nccl)
         only = {"min_batch_size": size, "max_batch_size": size, "nccl": nccl}
-        found = plan_estimate(lambda _: estimated, card, margin=args.margin, model=job.name, advised=advised, **only)
+        how = {"model": job.name, "advised": advised, "trace": estimate_at.trace}
+        found = plan_estimate(estimate_at, card, margin=args.margin, **how, **only)
     if args.json:
         _say(args, {"model": job.name, "fits": True, **plan_fields(found)})
     else:
@@ -316,8 +319,8 @@ class _Job:
     def estimated(self, device: Device | None) -> Any:
         return estimate(self.module, self.batch, device=device, **self.settings)
 
-    def advised(self, device: Device) -> tuple[Any, int]:
-        """What advises on the job, and the bytes of the card that are left to NCCL."""
+    def advised(self, device: Device) -> tuple[Any, Any, int]:
+        """What advises on the job, what traces it at a batch size, and the bytes of the card that are left to NCCL."""
         given = self.settings
         sampled = {"sample": given["sample"]} if "sample" in given else {}
         source, settings, rest = resolve_step(
@@ -332,7 +335,9 @@ class _Job:
             devices=given.get("devices", 1),
             strategy=given.get("strategy"),
         )
-        return advised_step(self.module, source, settings, **rest, **sampled), nccl_allowance(settings, device)
+        advised = advised_step(self.module, source, settings, **rest, **sampled)
+        how = {"module": self.module, "source": source, "settings": settings, **rest, **sampled}
+        return advised, partial(traced_at, **how), nccl_allowance(settings, device)
 
 
 def _job(args: argparse.Namespace) -> _Job:
