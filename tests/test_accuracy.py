@@ -28,6 +28,7 @@ own.pointnet 16-mixed RMSprop 64 accumulate=2
 regime.checkpoint 16-mixed AdamW 64
 regime.gan 32-true Adam 64
 regime.critic_last 32-true AdamW 64
+regime.dtypes 32-true AdamW 64
 regime.reads 16-mixed AdamW 64
 regime.users_cuda 32-true AdamW 64
 regime.sparse 32-true SGD 64 accumulate=3
@@ -46,6 +47,20 @@ def test_a_sample_of_networks_is_predicted_to_half_a_percent(nullgpu):
     assert not [r for r in results if r.failed or r.skipped], shown
     assert all(abs(r.errors[0]) < 0.5 for r in results), shown  # allocated
     assert all(abs(r.errors[1]) < 4.0 for r in results), shown  # reserved, in segments of 2 and 20 MiB
+
+
+OPTIMIZERS = """
+Adam+capturable AdamW+capturable+loop RAdam+loop RMSprop+centered+momentum+capturable Adagrad+fused Adafactor Muon
+"""
+
+
+@pytest.mark.slow
+def test_optimizers_are_predicted_to_the_byte(nullgpu):
+    """Some of ``optimizers.txt``."""
+    lines = [f"own.mlp 32-true {name} 64" for name in OPTIMIZERS.split()]
+    results = accuracy.run([accuracy.Row.parse(line) for line in lines])
+    off = {r.row: (r.failed, r.predicted_allocated - r.allocated, r.predicted_reserved - r.reserved) for r in results}
+    assert off == dict.fromkeys(lines, ("", 0, 0))
 
 
 @pytest.mark.slow

@@ -191,7 +191,7 @@ def cuda_semantics(capability: tuple[int, int] = (8, 6)) -> Iterator[None]:
                 library.impl(name, kernel, "AutocastCPU", allow_override=True)
             for name in cpu_only():
                 library.impl(name, torch.library.fallthrough_kernel, "AutocastCPU", allow_override=True)
-        with users_autocast(), _nms_as_on_cuda():
+        with users_autocast(), _nms_as_on_cuda(), _capturable():
             yield
     finally:
         library._destroy()
@@ -1131,8 +1131,32 @@ SHAPES: Mapping[Any, Callable[..., Sequence[Made | None] | None]] = {
 # ----------------------------------------------------------------------------------------------------------- optimizers
 
 
+@contextmanager
+def _capturable() -> Iterator[None]:
+    """``capturable=True`` is for parameters on a card: traced ones are as good.
+
+    Source: torch/optim/optimizer.py, ``_get_capturable_supported_devices``, which each optimizer imports (2.4 to 2.14).
+    """
+    name = "_get_capturable_supported_devices"
+    modules = [vars(module) for key, module in list(sys.modules.items()) if key.startswith("torch.optim.")]
+    own = [(names, names[name]) for names in modules if name in names]
+
+    def here(supports_xla: bool = True) -> list[str]:
+        return ["cuda", "cpu"]
+
+    for names, _ in own:
+        names[name] = here
+    try:
+        yield
+    finally:
+        for names, before in own:
+            names[name] = before
+
+
 def foreach_by_default(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer over traced parameters choose ``foreach`` as it would on CUDA."""
+    """Let an optimizer over traced parameters choose ``foreach`` as it would on CUDA; torch's Adafactor never does."""
+    if isinstance(optimizer, getattr(torch.optim, "Adafactor", ())):
+        return
     for group in optimizer.param_groups:
         if (
             "foreach" in group

@@ -172,6 +172,8 @@ class StepRunner:
             for step in range(self.steps)
         ]
         self.period, self.kinds = parts * period(kinds), until_all_were_seen(kinds)
+        if self.steps < _RECTIFIED and any(map(_is_rectified_in_turn, self.optimizers)):
+            return False
         return self.steps >= MOST or (is_enough(kinds) and all(self._stepped.values()))
 
     def _wrap(self, parallel: Parallel) -> None:
@@ -503,6 +505,16 @@ class StepRunner:
             ),
         }
         twin.__dict__.update(own)
+
+
+_RECTIFIED = 7  #: steps until RAdam has computed its term for the variance, and once more with all it keeps
+
+
+def _is_rectified_in_turn(optimizer: Any) -> bool:
+    """Whether it is RAdam without foreach, which does so from its sixth step on (torch/optim/radam.py, ``rho_t``)."""
+    return isinstance(optimizer, torch.optim.RAdam) and any(
+        group["foreach"] is False and not group["capturable"] for group in optimizer.param_groups
+    )
 
 
 def _one_or_all(things: list[Any]) -> Any:

@@ -47,9 +47,11 @@ def _logits(out: Any) -> torch.Tensor:
 def make_optimizer(name: str, parameters: Any) -> torch.optim.Optimizer:
     """``AdamW``, ``SGD+momentum``, ``Adam+fused``, ``RMSprop+loop``, ...: of torch.optim, with options after a plus.
 
-    ``AdamW+8bit`` is of bitsandbytes.
+    ``AdamW+8bit`` is of bitsandbytes; ``Muon``, which is for matrices, gets only these.
     """
     name, *options = name.split("+")
+    if name == "Muon":
+        parameters = [parameter for parameter in parameters if parameter.dim() == 2]
     if "8bit" in options:
         from bitsandbytes import optim
 

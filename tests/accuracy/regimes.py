@@ -107,7 +107,7 @@ class Task(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         return make_optimizer(self.optimizer, self.trained())
 
-    def trained(self) -> Iterator[nn.Parameter]:
+    def trained(self) -> Any:
         return self.parameters()
 
 
@@ -276,6 +276,20 @@ class Groups(Task):
         ]
         optimizer = torch.optim.AdamW(groups)
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1)}
+
+
+class Dtypes(Task):
+    """A body in half precision and a head in full, in a group each."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(cnn(classes=64).bfloat16(), optimizer)
+        self.head = nn.Linear(64, 10)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self.head(self.net(batch[0].bfloat16()).float()), batch[1])
+
+    def trained(self) -> Any:
+        return [{"params": self.net.parameters(), "lr": 1e-4}, {"params": self.head.parameters()}]
 
 
 class LoRA(nn.Module):
@@ -918,6 +932,7 @@ REGIMES: dict[str, Callable[[str], tuple[pl.LightningModule, Any]]] = {
     "line_search": lambda o: (LineSearch(cnn(), o), IMAGE),
     "frozen": lambda o: (Frozen(o), IMAGE),
     "groups": lambda o: (Groups(cnn(), o), IMAGE),
+    "dtypes": lambda o: (Dtypes(o), IMAGE),
     "lora": lambda o: (Task(lora(), o), TOKENS),
     "quantised": lambda o: (Task(quantised(), o), TOKENS),
     "checkpoint": lambda o: (Task(Transformer(_checkpointed(False)), o), TOKENS),
