@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -228,6 +229,65 @@ def workspaces(
     return {**made, aten._cudnn_init_dropout_state.default: ("cudnn dropout", state)}
 
 
+def _matrices(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...]:
+    """aten/src/ATen/native/cuda/cuBlasCommonArgs.h, ``prepare_matrix_for_cublas``: an operand that is neither dense nor
+    has rows or columns of its own is copied; the second first, since the result has its rows as cuBLAS has columns."""
+    return tuple(_bytes(operand) for operand in (b, a) if not _is_matrix(operand))
+
+
+def _is_matrix(tensor: torch.Tensor) -> bool:
+    (rows, columns), (down, right) = tensor.shape, tensor.stride()
+    if (down == 1 and right >= max(1, rows)) or (right == 1 and down >= max(1, columns)):
+        return True
+    return bool(aten.is_non_overlapping_and_dense.default(tensor))
+
+
+def _batches(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...]:
+    """aten/src/ATen/native/cuda/Blas.cpp, ``prepare_batch_matrix_for_cublas``."""
+    (rows, inner), columns = a.shape[1:], b.size(2)
+    swapped = columns != 1  # whether the result has its rows as cuBLAS has columns
+    m, n = (columns, rows) if swapped else (rows, columns)
+    first, second = (b, a) if swapped else (a, b)
+    copied = (x for x, sizes in ((first, (m, inner)), (second, (inner, n))) if not _is_batch(x, *sizes, swapped))
+    return tuple(map(_bytes, copied))
+
+
+def _is_batch(tensor: torch.Tensor, m: int, n: int, swapped: bool) -> bool:
+    fast, leading = tensor.stride()[1:] if not swapped else tensor.stride()[:0:-1]
+    if (fast == 1 and leading >= max(1, m)) or (leading == 1 and fast >= max(1, n)):
+        return True
+    return tensor.is_contiguous() and 0 not in (fast, leading)
+
+
+def _matrix_and_vector(matrix: torch.Tensor, vector: torch.Tensor) -> tuple[int, ...]:
+    """aten/src/ATen/native/cuda/Blas.cpp, ``addmv_out_cuda``."""
+    (rows, columns), (down, right) = matrix.shape, matrix.stride()
+    laid = (down == 1 and right >= max(1, rows)) or (right == 1 and down >= max(1, columns)) or matrix.is_contiguous()
+    return (*((_bytes(vector),) if vector.stride(0) == 0 else ()), *(() if laid else (_bytes(matrix),)))
+
+
+#: Copies of operands that cuBLAS cannot read as they lie
+_OPERANDS: dict[Any, Rule] = {
+    aten.mm.default: lambda args, kwargs, out: _matrices(*args[:2]),
+    aten.addmm.default: lambda args, kwargs, out: _matrices(*args[1:3]),
+    aten.addmm_.default: lambda args, kwargs, out: _matrices(*args[1:3]),
+    aten._addmm_activation.default: lambda args, kwargs, out: _matrices(*args[1:3]),
+    aten.bmm.default: lambda args, kwargs, out: _batches(*args[:2]),
+    aten.baddbmm.default: lambda args, kwargs, out: _batches(*args[1:3]),
+    aten.mv.default: lambda args, kwargs, out: _matrix_and_vector(*args[:2]),
+    aten.addmv.default: lambda args, kwargs, out: _matrix_and_vector(*args[1:3]),
+}
+
+
+def _with_workspace(op: Any, rule: Rule | None, size: int) -> Rule:
+    def both(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+        copies = () if rule is None else rule(args, kwargs, out)
+        biased = op is aten.addmm.default and _adds_bias(*args[:3])
+        return (*copies, _CUBLASLT_WORKSPACE if biased else size)
+
+    return both
+
+
 class Card(NamedTuple):
     """What of a card its kernels' launches depend on."""
 
@@ -242,11 +302,9 @@ def temporaries(
     capability: tuple[int, int] = (8, 6), multiprocessors: int = 82, threads: int = 1536
 ) -> Mapping[Any, Rule]:
     """Bytes that CUDA's kernels allocate beside their outputs, and free before they return."""
-    rules: dict[Any, Rule] = {}
+    rules: dict[Any, Rule] = dict(_OPERANDS)
     if WORKSPACE_PER_CALL:
-        size = _cublas_workspace(capability)
-        rules.update(dict.fromkeys(_CUBLAS, lambda args, kwargs, out: (size,)))
-        rules[aten.addmm.default] = lambda args, kwargs, out: (_CUBLASLT_WORKSPACE if _adds_bias(*args[:3]) else size,)
+        rules.update({op: _with_workspace(op, rules.get(op), _cublas_workspace(capability)) for op in _CUBLAS})
     card = Card(multiprocessors, threads)
     sums = _reduction(card, _accumulator, _sum_vector)
     rules.update(_reductions(card))
@@ -260,6 +318,7 @@ def temporaries(
         dict.fromkeys([aten.mse_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default], _loss(card))
     )
     rules[aten._foreach_norm.Scalar] = _foreach_norm
+    rules[aten.embedding.default] = _embedding
     rules[aten.embedding_dense_backward.default] = _embedding_backward
     rules[aten.index.Tensor] = _index
     rules[aten.index_put.default] = rules[aten.index_put_.default] = _index_put
@@ -507,12 +566,21 @@ def _foreach_norm(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> S
     return (len(args[0]) * max(-(-t.numel() // 65536) for t in args[0]) * width, slice(None))
 
 
+def _embedding(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    """aten/src/ATen/native/Embedding.cpp: indices are made a row, by a copy where they are none."""
+    indices = args[1]
+    several = [(size, stride) for size, stride in zip(indices.shape, indices.stride(), strict=True) if size != 1]
+    if all(stride == size * step for (_, stride), (size, step) in pairwise(several)):
+        return ()
+    return (_bytes(indices), slice(None))
+
+
 def _embedding_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
     """aten/src/ATen/native/cuda/Embedding.cu: indices are sorted, unless there are few of them."""
     grad, indices, rows = args[:3]
     n = indices.numel()
     each, number = ("above", 3072, n, 8 * n), ("above", 3072, n, 8)
-    dense = () if grad.is_contiguous() else (grad.numel() * grad.element_size(),)
+    dense = tuple(_bytes(tensor) for tensor in (indices, grad) if not tensor.is_contiguous())
     sorting = [each, ("sort_pairs", 3072, n, rows)]
     segments, places, values, scanned = (("embedding_segments", k, n, rows, 4 * out.size(1)) for k in (0, 1, 2, 3))
     unique = [each, ("scan", 3072, n, 320)]

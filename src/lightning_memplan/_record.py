@@ -493,7 +493,7 @@ class Recorder(TorchDispatchMode):
 
     def _stay(self, workspace: tuple[str, int], func: Any) -> None:
         name, size = workspace
-        made = (name, self.phase == "backward")  # autograd's thread has handles of its own
+        made = (name, torch._C._current_graph_task_id() != -1)  # autograd's thread has handles of its own
         if made not in self._made:
             self._made.add(made)
             self._write(self._next, size, "workspaces", func)
