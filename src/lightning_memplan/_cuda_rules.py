@@ -312,6 +312,7 @@ def temporaries(
     rules.update(_ROWS)
     rules[aten.native_layer_norm_backward.default] = _layer_norm_backward(card)
     rules.update({operator(name): _copied(0) for name in _COPIED_GRADIENTS if exists(name)})
+    rules[aten.im2col.default] = rules[aten.col2im.default] = _columns
     rules[aten.convolution.default] = _convolution
     rules[aten.convolution_backward.default] = _convolution_backward(card)
     rules.update(
@@ -606,6 +607,9 @@ def _index(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence
     """aten/src/ATen/native/TensorAdvancedIndexing.cpp, ``AdvancedIndex``: indices that lie otherwise than one another
     when they have been expanded are copied."""
     given = [index for index in args[1] if index is not None]
+    moved = tuple(_bytes(index) for index in given if index.device != args[0].device)  # from the host
+    if moved:
+        return (*moved, slice(None))
     if len(given) < 2 or any(index.dtype != torch.int64 for index in given):
         return ()
     indices = torch.broadcast_tensors(*given)
@@ -632,6 +636,11 @@ def _index_put(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequ
 # aten/src/ATen/native/transformers/cuda: flash_attn/flash_api.cpp and mem_eff_attention/kernel_backward.h (2.15)
 
 
+def _columns(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    """aten/src/ATen/native/cuda/Im2Col.cu and Col2Im.cu: what is read is made contiguous first."""
+    return () if args[0].is_contiguous() else (_bytes(args[0]), slice(None))
+
+
 def _copied(*places: int) -> Rule:
     """A kernel that reads these arguments only if they are contiguous, and copies them if not."""
 
@@ -651,9 +660,9 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     return any(tensor.is_contiguous(memory_format=layout) for layout in formats)
 
 
-#: aten/src/ATen/native/cuda: AveragePool*, DilatedMaxPool*, Adaptive*Pooling*, UpSample*, ReflectionPad, Col2Im (2.15)
+#: aten/src/ATen/native/cuda: AveragePool*, DilatedMaxPool*, Adaptive*Pooling*, UpSample*, ReflectionPad (2.15)
 _COPIED_GRADIENTS = """
-adaptive_max_pool2d_backward adaptive_max_pool3d_backward avg_pool2d_backward avg_pool3d_backward col2im im2col
+adaptive_max_pool2d_backward adaptive_max_pool3d_backward avg_pool2d_backward avg_pool3d_backward
 max_pool2d_with_indices_backward max_pool3d_with_indices_backward reflection_pad1d_backward reflection_pad2d_backward
 upsample_bicubic2d_backward upsample_bilinear2d_backward upsample_nearest1d_backward upsample_nearest2d_backward
 upsample_nearest3d_backward upsample_linear1d_backward upsample_trilinear3d_backward _adaptive_avg_pool2d_backward
@@ -665,7 +674,8 @@ _upsample_nearest_exact1d_backward _upsample_nearest_exact3d_backward
 def _convolution_layout(*tensors: torch.Tensor) -> torch.memory_format:
     """aten/src/ATen/native/ConvUtils.h, ``cudnn_conv_suggest_memory_format``: channels last if one of them is so."""
     for tensor in tensors:
-        if not tensor.is_contiguous() and tensor.dtype != torch.float64:
+        plain = tensor.is_contiguous() and tensor.stride(1) != 1  # else it may be laid out either way
+        if not plain and tensor.dtype != torch.float64:
             layout = suggest_memory_format(_of_images(tensor))
             if layout is not torch.contiguous_format:
                 return layout
@@ -710,8 +720,6 @@ def _depthwise(
 def _convolution(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
     """aten/src/ATen/native/cudnn/ConvShared.cpp, ``cudnn_convolution``."""
     source, weight = args[:2]
-    if source.is_contiguous() and weight.is_contiguous():
-        return ()
     if _depthwise(source, weight, args[3], args[5], args[6], args[8]):
         return _relaid(source, torch.contiguous_format)
     layout = _convolution_layout(source, weight)
@@ -823,10 +831,11 @@ def _ctc_loss_backward(grad: torch.Tensor, log_probs: torch.Tensor, *others: Any
 
 
 def _roll(input: torch.Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> torch.Tensor:
-    # aten/src/ATen/native/TensorTransformations.h, roll_common: one dimension after the other
-    for shift, dim in zip(shifts, dims, strict=True) if dims else ((shifts[0], ()),):
-        input = aten.roll.default(input, [shift], [dim] if dims else [])
-    return input
+    # aten/src/ATen/native/TensorTransformations.h, roll_common: one dimension after the other, all between them kept
+    if len(dims) < 2:
+        return aten.roll.default(input, shifts, dims)
+    rolled = aten.roll.default(input, [shifts[0]], [dims[0]])
+    return _roll(rolled, shifts[1:], dims[1:])
 
 
 _SUM, _MEAN, _MAX = range(3)  # aten/src/ATen/native/EmbeddingBag.h, EmbeddingBagMode
