@@ -7,7 +7,8 @@ _DIFFERENT_REDISPATCH_SIGNATURE and _PROMOTE. The test compares these lists with
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,14 +61,42 @@ def exists(name: str) -> bool:
     return hasattr(aten, packet) and hasattr(getattr(aten, packet), overload or "default")
 
 
+_CASTS: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}  # what autocast's cache holds of these kernels
+
+
 def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """aten/src/ATen/autocast_mode.cpp, ``cached_cast``: a parameter is cast once in a region of autocast."""
     if isinstance(value, torch.Tensor):
-        if value.is_floating_point() and value.dtype not in (dtype, torch.float64):
+        if not value.is_floating_point() or value.dtype in (dtype, torch.float64):
+            return value
+        if not _is_cached(value, dtype):
             return value.to(dtype)
-        return value
+        of, cast = _CASTS.get(id(value), (None, None))
+        if cast is None or of is None or of() is not value:
+            with torch.enable_grad():  # also where the first that asks for it needs no gradient
+                cast = value.to(dtype)
+            _CASTS[id(value)] = weakref.ref(value), cast
+        return cast
     if isinstance(value, (list, tuple)):
         return type(value)(_cast(item, dtype) for item in value)
     return value
+
+
+def _is_cached(value: torch.Tensor, dtype: torch.dtype) -> bool:
+    return (
+        torch.is_autocast_cache_enabled()
+        and dtype == torch.get_autocast_dtype("cpu")
+        and value.dtype == torch.float32
+        and value.requires_grad
+        and value.is_leaf
+        and not value._is_view()
+    )
+
+
+def _cast_all(args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """All arguments, the last first: that is the order in which the compiled kernels cast theirs."""
+    named = {name: _cast(value, dtype) for name, value in reversed([*kwargs.items()])}
+    return [_cast(value, dtype) for value in reversed(args)][::-1], named
 
 
 def _floating(value: Any) -> Iterator[torch.dtype]:
@@ -92,8 +121,8 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
 def _to(op: Any, dtype: torch.dtype | None = None) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        target = dtype or torch.get_autocast_dtype("cpu")
-        return op(*_cast(args, target), **{k: _cast(v, target) for k, v in kwargs.items()})
+        args, kwargs = _cast_all(args, kwargs, dtype or torch.get_autocast_dtype("cpu"))
+        return op(*args, **kwargs)
 
     return without_autocast(run)
 
@@ -132,7 +161,8 @@ def _append_dtype(name: str) -> Callable[..., Any]:
 def _promote(op: Any) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         widest = torch.float32 if torch.float32 in set(_floating(args)) else torch.get_autocast_dtype("cpu")
-        return op(*_cast(args, widest), **kwargs)
+        args, kwargs = _cast_all(args, kwargs, widest)
+        return op(*args, **kwargs)
 
     return without_autocast(run)
 
@@ -157,19 +187,27 @@ def cpu_only() -> list[str]:
 
 @contextmanager
 def users_autocast() -> Iterator[None]:
-    """``autocast("cuda")`` in the user's code is that of the traced device, in float16 where no type is said.
+    """``autocast("cuda")`` in the user's code is that of the traced device, in float16 where no type is said. What is
+    cast for the kernels here is kept as long as the rest of its cache.
 
     torch/amp/autocast_mode.py, 2.13 to 2.15; ``torch.cuda.amp.autocast`` is a subclass.
     """
-    init = torch.amp.autocast.__init__
+    init, clear = torch.amp.autocast.__init__, torch.clear_autocast_cache
 
     def renamed(self: Any, device_type: str, dtype: torch.dtype | None = None, *args: Any, **kwargs: Any) -> None:
         if device_type == "cuda":
             device_type, dtype = "cpu", dtype or torch.float16
         init(self, device_type, dtype, *args, **kwargs)
 
+    def cleared() -> None:
+        _CASTS.clear()
+        clear()
+
     torch.amp.autocast.__init__ = renamed  # type: ignore[method-assign]
+    torch.clear_autocast_cache = cleared
     try:
         yield
     finally:
+        _CASTS.clear()
         torch.amp.autocast.__init__ = init  # type: ignore[method-assign]
+        torch.clear_autocast_cache = clear

@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -228,6 +229,65 @@ def workspaces(
     return {**made, aten._cudnn_init_dropout_state.default: ("cudnn dropout", state)}
 
 
+def _matrices(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...]:
+    """aten/src/ATen/native/cuda/cuBlasCommonArgs.h, ``prepare_matrix_for_cublas``: an operand that is neither dense nor
+    has rows or columns of its own is copied; the second first, since the result has its rows as cuBLAS has columns."""
+    return tuple(_bytes(operand) for operand in (b, a) if not _is_matrix(operand))
+
+
+def _is_matrix(tensor: torch.Tensor) -> bool:
+    (rows, columns), (down, right) = tensor.shape, tensor.stride()
+    if (down == 1 and right >= max(1, rows)) or (right == 1 and down >= max(1, columns)):
+        return True
+    return bool(aten.is_non_overlapping_and_dense.default(tensor))
+
+
+def _batches(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...]:
+    """aten/src/ATen/native/cuda/Blas.cpp, ``prepare_batch_matrix_for_cublas``."""
+    (rows, inner), columns = a.shape[1:], b.size(2)
+    swapped = columns != 1  # whether the result has its rows as cuBLAS has columns
+    m, n = (columns, rows) if swapped else (rows, columns)
+    first, second = (b, a) if swapped else (a, b)
+    copied = (x for x, sizes in ((first, (m, inner)), (second, (inner, n))) if not _is_batch(x, *sizes, swapped))
+    return tuple(map(_bytes, copied))
+
+
+def _is_batch(tensor: torch.Tensor, m: int, n: int, swapped: bool) -> bool:
+    fast, leading = tensor.stride()[1:] if not swapped else tensor.stride()[:0:-1]
+    if (fast == 1 and leading >= max(1, m)) or (leading == 1 and fast >= max(1, n)):
+        return True
+    return tensor.is_contiguous() and 0 not in (fast, leading)
+
+
+def _matrix_and_vector(matrix: torch.Tensor, vector: torch.Tensor) -> tuple[int, ...]:
+    """aten/src/ATen/native/cuda/Blas.cpp, ``addmv_out_cuda``."""
+    (rows, columns), (down, right) = matrix.shape, matrix.stride()
+    laid = (down == 1 and right >= max(1, rows)) or (right == 1 and down >= max(1, columns)) or matrix.is_contiguous()
+    return (*((_bytes(vector),) if vector.stride(0) == 0 else ()), *(() if laid else (_bytes(matrix),)))
+
+
+#: Copies of operands that cuBLAS cannot read as they lie
+_OPERANDS: dict[Any, Rule] = {
+    aten.mm.default: lambda args, kwargs, out: _matrices(*args[:2]),
+    aten.addmm.default: lambda args, kwargs, out: _matrices(*args[1:3]),
+    aten.addmm_.default: lambda args, kwargs, out: _matrices(*args[1:3]),
+    aten._addmm_activation.default: lambda args, kwargs, out: _matrices(*args[1:3]),
+    aten.bmm.default: lambda args, kwargs, out: _batches(*args[:2]),
+    aten.baddbmm.default: lambda args, kwargs, out: _batches(*args[1:3]),
+    aten.mv.default: lambda args, kwargs, out: _matrix_and_vector(*args[:2]),
+    aten.addmv.default: lambda args, kwargs, out: _matrix_and_vector(*args[1:3]),
+}
+
+
+def _with_workspace(op: Any, rule: Rule | None, size: int) -> Rule:
+    def both(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+        copies = () if rule is None else rule(args, kwargs, out)
+        biased = op is aten.addmm.default and _adds_bias(*args[:3])
+        return (*copies, _CUBLASLT_WORKSPACE if biased else size)
+
+    return both
+
+
 class Card(NamedTuple):
     """What of a card its kernels' launches depend on."""
 
@@ -242,11 +302,9 @@ def temporaries(
     capability: tuple[int, int] = (8, 6), multiprocessors: int = 82, threads: int = 1536
 ) -> Mapping[Any, Rule]:
     """Bytes that CUDA's kernels allocate beside their outputs, and free before they return."""
-    rules: dict[Any, Rule] = {}
+    rules: dict[Any, Rule] = dict(_OPERANDS)
     if WORKSPACE_PER_CALL:
-        size = _cublas_workspace(capability)
-        rules.update(dict.fromkeys(_CUBLAS, lambda args, kwargs, out: (size,)))
-        rules[aten.addmm.default] = lambda args, kwargs, out: (_CUBLASLT_WORKSPACE if _adds_bias(*args[:3]) else size,)
+        rules.update({op: _with_workspace(op, rules.get(op), _cublas_workspace(capability)) for op in _CUBLAS})
     card = Card(multiprocessors, threads)
     sums = _reduction(card, _accumulator, _sum_vector)
     rules.update(_reductions(card))
@@ -254,12 +312,14 @@ def temporaries(
     rules.update(_ROWS)
     rules[aten.native_layer_norm_backward.default] = _layer_norm_backward(card)
     rules.update({operator(name): _copied(0) for name in _COPIED_GRADIENTS if exists(name)})
+    rules[aten.im2col.default] = rules[aten.col2im.default] = _columns
     rules[aten.convolution.default] = _convolution
     rules[aten.convolution_backward.default] = _convolution_backward(card)
     rules.update(
         dict.fromkeys([aten.mse_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default], _loss(card))
     )
     rules[aten._foreach_norm.Scalar] = _foreach_norm
+    rules[aten.embedding.default] = _embedding
     rules[aten.embedding_dense_backward.default] = _embedding_backward
     rules[aten.index.Tensor] = _index
     rules[aten.index_put.default] = rules[aten.index_put_.default] = _index_put
@@ -507,12 +567,21 @@ def _foreach_norm(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> S
     return (len(args[0]) * max(-(-t.numel() // 65536) for t in args[0]) * width, slice(None))
 
 
+def _embedding(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    """aten/src/ATen/native/Embedding.cpp: indices are made a row, by a copy where they are none."""
+    indices = args[1]
+    several = [(size, stride) for size, stride in zip(indices.shape, indices.stride(), strict=True) if size != 1]
+    if all(stride == size * step for (_, stride), (size, step) in pairwise(several)):
+        return ()
+    return (_bytes(indices), slice(None))
+
+
 def _embedding_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
     """aten/src/ATen/native/cuda/Embedding.cu: indices are sorted, unless there are few of them."""
     grad, indices, rows = args[:3]
     n = indices.numel()
     each, number = ("above", 3072, n, 8 * n), ("above", 3072, n, 8)
-    dense = () if grad.is_contiguous() else (grad.numel() * grad.element_size(),)
+    dense = tuple(_bytes(tensor) for tensor in (indices, grad) if not tensor.is_contiguous())
     sorting = [each, ("sort_pairs", 3072, n, rows)]
     segments, places, values, scanned = (("embedding_segments", k, n, rows, 4 * out.size(1)) for k in (0, 1, 2, 3))
     unique = [each, ("scan", 3072, n, 320)]
@@ -538,6 +607,9 @@ def _index(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence
     """aten/src/ATen/native/TensorAdvancedIndexing.cpp, ``AdvancedIndex``: indices that lie otherwise than one another
     when they have been expanded are copied."""
     given = [index for index in args[1] if index is not None]
+    moved = tuple(_bytes(index) for index in given if index.device != args[0].device)  # from the host
+    if moved:
+        return (*moved, slice(None))
     if len(given) < 2 or any(index.dtype != torch.int64 for index in given):
         return ()
     indices = torch.broadcast_tensors(*given)
@@ -564,6 +636,11 @@ def _index_put(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequ
 # aten/src/ATen/native/transformers/cuda: flash_attn/flash_api.cpp and mem_eff_attention/kernel_backward.h (2.15)
 
 
+def _columns(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    """aten/src/ATen/native/cuda/Im2Col.cu and Col2Im.cu: what is read is made contiguous first."""
+    return () if args[0].is_contiguous() else (_bytes(args[0]), slice(None))
+
+
 def _copied(*places: int) -> Rule:
     """A kernel that reads these arguments only if they are contiguous, and copies them if not."""
 
@@ -583,9 +660,9 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     return any(tensor.is_contiguous(memory_format=layout) for layout in formats)
 
 
-#: aten/src/ATen/native/cuda: AveragePool*, DilatedMaxPool*, Adaptive*Pooling*, UpSample*, ReflectionPad, Col2Im (2.15)
+#: aten/src/ATen/native/cuda: AveragePool*, DilatedMaxPool*, Adaptive*Pooling*, UpSample*, ReflectionPad (2.15)
 _COPIED_GRADIENTS = """
-adaptive_max_pool2d_backward adaptive_max_pool3d_backward avg_pool2d_backward avg_pool3d_backward col2im im2col
+adaptive_max_pool2d_backward adaptive_max_pool3d_backward avg_pool2d_backward avg_pool3d_backward
 max_pool2d_with_indices_backward max_pool3d_with_indices_backward reflection_pad1d_backward reflection_pad2d_backward
 upsample_bicubic2d_backward upsample_bilinear2d_backward upsample_nearest1d_backward upsample_nearest2d_backward
 upsample_nearest3d_backward upsample_linear1d_backward upsample_trilinear3d_backward _adaptive_avg_pool2d_backward
@@ -597,7 +674,8 @@ _upsample_nearest_exact1d_backward _upsample_nearest_exact3d_backward
 def _convolution_layout(*tensors: torch.Tensor) -> torch.memory_format:
     """aten/src/ATen/native/ConvUtils.h, ``cudnn_conv_suggest_memory_format``: channels last if one of them is so."""
     for tensor in tensors:
-        if not tensor.is_contiguous() and tensor.dtype != torch.float64:
+        plain = tensor.is_contiguous() and tensor.stride(1) != 1  # else it may be laid out either way
+        if not plain and tensor.dtype != torch.float64:
             layout = suggest_memory_format(_of_images(tensor))
             if layout is not torch.contiguous_format:
                 return layout
@@ -642,8 +720,6 @@ def _depthwise(
 def _convolution(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
     """aten/src/ATen/native/cudnn/ConvShared.cpp, ``cudnn_convolution``."""
     source, weight = args[:2]
-    if source.is_contiguous() and weight.is_contiguous():
-        return ()
     if _depthwise(source, weight, args[3], args[5], args[6], args[8]):
         return _relaid(source, torch.contiguous_format)
     layout = _convolution_layout(source, weight)
@@ -755,10 +831,11 @@ def _ctc_loss_backward(grad: torch.Tensor, log_probs: torch.Tensor, *others: Any
 
 
 def _roll(input: torch.Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> torch.Tensor:
-    # aten/src/ATen/native/TensorTransformations.h, roll_common: one dimension after the other
-    for shift, dim in zip(shifts, dims, strict=True) if dims else ((shifts[0], ()),):
-        input = aten.roll.default(input, [shift], [dim] if dims else [])
-    return input
+    # aten/src/ATen/native/TensorTransformations.h, roll_common: one dimension after the other, all between them kept
+    if len(dims) < 2:
+        return aten.roll.default(input, shifts, dims)
+    rolled = aten.roll.default(input, [shifts[0]], [dims[0]])
+    return _roll(rolled, shifts[1:], dims[1:])
 
 
 _SUM, _MEAN, _MAX = range(3)  # aten/src/ATen/native/EmbeddingBag.h, EmbeddingBagMode

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_memplan._kernels import kernel_bytes
+from lightning_memplan._sequence import EngineSequence
 from lightning_memplan._sparse import is_sparse, parts
 from lightning_memplan._types import EMPTY, Category, Event, Phase
 
@@ -141,6 +142,7 @@ class Recorder(TorchDispatchMode):
         self._running: set[Any] = set()  # the kernels that are being told
         self._constructors = _Constructors(self)
         self._storages = _Storages(self)
+        self._sequence = EngineSequence()
         self._backward = _Backward(self._constructors)
         self._made: set[tuple[str, bool]] = set()
         self._blocks: dict[int, int | None] = {}  # a live storage's address -> its block, None while it has no bytes
@@ -240,6 +242,7 @@ class Recorder(TorchDispatchMode):
         if not self._running:
             self._constructors.__enter__()  # type: ignore[no-untyped-call]
             self._storages.__enter__()
+            self._sequence.__enter__()
             self._backward.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -248,6 +251,7 @@ class Recorder(TorchDispatchMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         if not self._running:
             self._backward.__exit__()
+            self._sequence.__exit__()
             self._storages.__exit__()
             self._constructors.__exit__(*error)  # type: ignore[no-untyped-call]
 
@@ -496,7 +500,7 @@ class Recorder(TorchDispatchMode):
 
     def _stay(self, workspace: tuple[str, int], func: Any) -> None:
         name, size = workspace
-        made = (name, self.phase == "backward")  # autograd's thread has handles of its own
+        made = (name, torch._C._current_graph_task_id() != -1)  # autograd's thread has handles of its own
         if made not in self._made:
             self._made.add(made)
             self._write(self._next, size, "workspaces", func)
@@ -703,6 +707,9 @@ class _Constructors(TorchFunctionMode):
             return args[0].untyped_storage().data_ptr() + args[0].storage_offset() * args[0].element_size()
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], DEVICE, *args[2:])
+        if func is torch.Tensor.__setitem__ and isinstance(args[2], (bool, int, float)) and args[0].device == DEVICE:
+            # torch/csrc/autograd/python_variable_indexing.cpp, THPVariable_setitem: a number is one on the host
+            args = (*args[:2], torch.tensor(args[2], dtype=args[0].dtype, device=_HOST))
         if func not in _FROM_NUMBERS:
             return func(*args, **kwargs)
         of_tensor = func is torch.Tensor.new_tensor
