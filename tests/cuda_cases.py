@@ -250,6 +250,28 @@ def convolutions_channels_last(n: int, device: torch.device) -> Any:
     return F.max_pool2d(c.relu(), 2).sum() + b.sum() + F.adaptive_avg_pool2d(c, 1).sum()
 
 
+@case(None, F16)
+def convolutions_of_rows(n: int, device: torch.device) -> Any:
+    """Tokens turned to channels, as audio networks and state spaces do, and their gradients turned back."""
+    x, total = leaf(device, n, 50, 64).transpose(1, 2), 0
+    for groups, width in ((1, 16), (2, 16), (64, 64), (64, 128)):
+        y = on(device, nn.Conv1d(64, width, 3, padding=1, groups=groups))(x)
+        total = total + (y.transpose(1, 2) * torch.zeros(n, 50, width, device=device)).sum() + y.sum()
+    return total
+
+
+@case(None, F16)
+def convolutions_laid_out_otherwise(n: int, device: torch.device) -> Any:
+    """A part of a tensor, channels that come last in a gradient only, or in the input and the weight only."""
+    x, total = leaf(device, n, 32, 20, 20), 0
+    for conv in (nn.Conv2d(32, 16, 3), nn.Conv2d(32, 32, 3, groups=32), nn.ConvTranspose2d(32, 16, 2, 2)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            y = on(device, conv)(x[..., 1:-1, 1:-1].contiguous(memory_format=layout))
+            total = total + (y * torch.zeros(y.shape, device=device).to(memory_format=torch.channels_last)).sum()
+        total = total + on(device, conv)(x[..., 1:-1, 1:-1]).sum()
+    return total
+
+
 @case(None, F16, BF16)
 def linears(n: int, device: torch.device) -> Any:
     total = on(device, nn.Linear(100, 70))(leaf(device, n, 100)).sum()

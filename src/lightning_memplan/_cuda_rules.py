@@ -340,6 +340,7 @@ def _with_workspaces(rule: Rule | None, capability: tuple[int, int]) -> Rule:
         gradients = len(args) > 9  # aten.convolution_backward: grad, input, weight, ..., stride, ..., groups, mask
         y, x, weight = args[:3] if gradients else (out, *args[:2])
         stride, _, dilation, _, _, groups = args[4:10] if gradients else args[3:9]
+        images, filters = _images(x, weight)
         places, results, taps = (tensor.shape[2:] for tensor in (x, y, weight))
         tiles = 0
         if tuple(taps) == (3, 3) and set(stride) == set(dilation) == {1}:
@@ -348,7 +349,7 @@ def _with_workspaces(rule: Rule | None, capability: tuple[int, int]) -> Rule:
         sizes = (*channels, math.prod(places), math.prod(results), math.prod(taps), tiles, groups, x.element_size())
         layout = PLAIN
         if _tensor_cores(x.dtype, capability):
-            layout = MOVED if _convolution_layout(x, weight) is torch.contiguous_format else LAST
+            layout = MOVED if _convolution_layout(images, filters) is torch.contiguous_format else LAST
         parts = (
             [part for part, asked in zip((INPUT, FILTER), args[10], strict=False) if asked] if gradients else [FORWARD]
         )
@@ -676,20 +677,30 @@ def _convolution_layout(*tensors: torch.Tensor) -> torch.memory_format:
     for tensor in tensors:
         plain = tensor.is_contiguous() and tensor.stride(1) != 1  # else it may be laid out either way
         if not plain and tensor.dtype != torch.float64:
-            layout = suggest_memory_format(_of_images(tensor))
+            layout = suggest_memory_format(tensor)
             if layout is not torch.contiguous_format:
                 return layout
     return torch.contiguous_format
 
 
-def _of_images(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.unsqueeze(2) if tensor.dim() == 3 else tensor  # a 1D convolution is one of images of one row
+def _images(source: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """aten/src/ATen/native/Convolution.cpp, ``view4d``: a 1D convolution is one of images of one row, whose input has
+    been made contiguous."""
+    if source.dim() != 3:
+        return source, *others
+    return torch.empty(source.shape, dtype=source.dtype, device="meta").unsqueeze(2), *(
+        torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta").unsqueeze(2)
+        for tensor in others
+    )
+
+
+def _row_copied(source: torch.Tensor) -> tuple[int, ...]:
+    return (_bytes(source),) if source.dim() == 3 and not source.is_contiguous() else ()
 
 
 def _relaid(tensor: torch.Tensor, layout: torch.memory_format) -> tuple[int, ...]:
     """The copy that is made of a tensor which is not laid out so."""
-    laid = tensor.is_contiguous() and layout is torch.contiguous_format
-    return () if laid or _of_images(tensor).is_contiguous(memory_format=layout) else (_bytes(tensor),)
+    return () if tensor.is_contiguous(memory_format=layout) else (_bytes(tensor),)
 
 
 def _depthwise(
@@ -708,23 +719,24 @@ def _depthwise(
         return False
     if source.dim() == 5 or source.dtype != torch.float16 or channels < 32 or set(dilation) != {1}:
         return True
-    if source.size(2) == 1 and stride[1] == 1:
+    if source.size(2) == 1 and stride[-1] == 1:
         return False
     width, kernel = source.size(3), weight.size(3)
-    if stride[0] != stride[1] or weight.size(2) != kernel or kernel not in (1, 3, 5) or width < 7:
+    if stride[0] != stride[-1] or weight.size(2) != kernel or kernel not in (1, 3, 5) or width < 7:
         return True
     wide = channels >= 512 or (channels >= 256 and width >= 28)
-    return stride[1] != 1 and not (stride[1] == 2 and kernel > 1 and wide)
+    return stride[-1] != 1 and not (stride[-1] == 2 and kernel > 1 and wide)
 
 
 def _convolution(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
     """aten/src/ATen/native/cudnn/ConvShared.cpp, ``cudnn_convolution``."""
     source, weight = args[:2]
+    row = _row_copied(source)
+    source, weight = _images(source, weight)
     if _depthwise(source, weight, args[3], args[5], args[6], args[8]):
-        return _relaid(source, torch.contiguous_format)
+        return (*row, *_relaid(source, torch.contiguous_format), slice(None))
     layout = _convolution_layout(source, weight)
-    copies = _relaid(source, layout), _relaid(weight, layout)
-    return (*copies[0], slice(None), *copies[1]) if copies[0] or copies[1] else ()
+    return (*row, *_relaid(source, layout), slice(None), *_relaid(weight, layout))
 
 
 def _convolution_backward(card: Card) -> Rule:
@@ -734,19 +746,21 @@ def _convolution_backward(card: Card) -> Rule:
     def rule(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
         grad, source, weight, mask = *args[:3], args[10]
         sums = reduction_blocks(grad, [0, *range(2, grad.dim())], 4, _sum_vector(grad), card) if mask[2] else ()
+        row = _row_copied(source)
+        source, grad, weight = _images(source, grad, weight)
         if _depthwise(source, weight, args[4], args[6], args[7], args[9]):
             copies = [_relaid(tensor, torch.contiguous_format) for tensor in (grad, source, weight)]
             if source.dim() == 5:
                 return [slice(0, 2), *copies[0], *copies[1], *copies[2]], slice(2, 3), *sums
-            return [*copies[0], [*copies[1], slice(1, 2)], slice(0, 1), *copies[2]], slice(2, 3), *sums
+            return *row, [*copies[0], [*copies[1], slice(1, 2)], slice(0, 1), *copies[2]], slice(2, 3), *sums
         layout = _convolution_layout(source, weight)
         copied, laid = (_relaid(source, layout) if mask[1] else ()), _relaid(grad, layout)
-        if args[7] or layout is not torch.contiguous_format:  # the gradient is laid out once for both
-            of_input = [slice(0, 1), *(_relaid(weight, layout) if mask[0] else ())]
-            return [*laid, of_input, [*copied, slice(1, 2)]], slice(2, 3), *sums
+        once: tuple[int, ...] = ()  # the gradient, laid out for both where it suggests another layout
+        if args[7] or (laid and _convolution_layout(grad) is not layout):
+            once, laid = laid, ()
         of_input = [slice(0, 1), *laid, *_relaid(weight, layout)] if mask[0] else []
-        of_weight = [*laid, *copied, slice(1, 2)] if mask[1] else []
-        return of_input, of_weight, slice(2, 3), *sums
+        of_weight = [*laid, slice(1, 2)] if mask[1] else []
+        return *row, [*copied, *once, of_input, of_weight], slice(2, 3), *sums
 
     return rule
 
@@ -1116,6 +1130,7 @@ def _convolution_made(
     for length, kernel, s, p, d, o in zip(source.shape[2:], weight.shape[2:], *place, strict=True):
         reach = d * (kernel - 1)
         sizes.append((length - 1) * s - 2 * p + reach + o + 1 if transposed else (length + 2 * p - reach - 1) // s + 1)
+    source, weight = _images(source, weight)
     own = _depthwise(source, weight, stride, dilation, transposed, groups)
     return [_laid_out_as(sizes, torch.contiguous_format if own else _convolution_layout(source, weight), source.dtype)]
 
@@ -1144,8 +1159,9 @@ def _convolution_backward_made(
 ) -> list[Made | None] | None:
     if not source.numel():
         return None
-    own = _depthwise(source, weight, stride, dilation, transposed, groups)
-    layout = torch.contiguous_format if own else _convolution_layout(source, weight)
+    images, filters = _images(source, weight)
+    own = _depthwise(images, filters, stride, dilation, transposed, groups)
+    layout = torch.contiguous_format if own else _convolution_layout(images, filters)
     made: list[Made] = [_laid_out_as(tensor.shape, layout, tensor.dtype) for tensor in (source, weight)]
     made.append((torch.Size([grad.size(1)]), grad.dtype))
     return [one if wanted else None for one, wanted in zip(made, mask, strict=True)]
