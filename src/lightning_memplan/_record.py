@@ -632,7 +632,6 @@ _INTO_ZEROS = frozenset(
         torch.ops.aten.index_put.default,
         torch.ops.aten.index_add.default,
         torch.ops.aten.scatter.src,
-        torch.ops.aten.scatter.value,
         torch.ops.aten.scatter_add.default,
         torch.ops.aten.masked_scatter.default,
     }
