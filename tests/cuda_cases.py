@@ -355,6 +355,63 @@ def one_hot(n: int, device: torch.device) -> Any:
 
 
 @case(None, F16)
+def exact_operands(n: int, device: torch.device) -> Any:
+    """Operands that cuBLAS cannot read as they lie."""
+    x, y = leaf(device, n, 40, 30), leaf(device, n, 40, 40, 8)
+    last = on(device, nn.Linear(40, 10))(x[..., -1]).sum() + F.linear(x[..., 3], leaf(device, 10, 40)).sum()
+    mixed = torch.einsum("ntsc,nsc->ntc", y, leaf(device, n, 40, 8) * 2).sum()
+    return last + mixed + torch.mv(leaf(device, 20, 30, n)[..., 0], leaf(device, 1).expand(30)).sum()
+
+
+@case()
+def exact_indices(n: int, device: torch.device) -> Any:
+    """Indices of an embedding that are part of others, indices from the host, numbers that are written, rows that are
+    the largest of some, values of a mask that are counted."""
+    words, table = torch.zeros(n, 51, dtype=torch.long, device=device), leaf(device, 100, 16)
+    x = leaf(device, n, 20, 3)
+    y = x * 2
+    y[:, 2:5, 0], y[:, 5] = 1, 2.0
+    total = F.embedding(words[:, 1:], table).sum() + F.embedding(words[:, :1], table).sum() + y[..., [2, 0, 1]].sum()
+    rows = torch.zeros(n * 20, dtype=torch.long, device=device)[:, None].expand(-1, 3)
+    most = torch.zeros(10, 3, device=device).scatter_reduce_(0, rows, y.flatten(0, 1), "amax", include_self=False)
+    return total + most.sum() + x.amax((1, 2)).sum() + (x > 0).sum((1, 2), True).sum()
+
+
+@case(None, F16)
+def exact_windows(n: int, device: torch.device) -> Any:
+    """Rolls over three dimensions, columns of what has its channels last, convolutions of single pixels."""
+    x = leaf(device, n, 8, 8, 8, 16)
+    total = x.roll((1, 2, 3), (1, 2, 3)).square().sum()
+    y = leaf(device, n, 12, 12, 8).permute(0, 3, 1, 2)
+    total = total + F.unfold(y, 3, stride=2).transpose(1, 2).square().sum()
+    pixel = F.layer_norm(F.adaptive_avg_pool2d(y, 1).permute(0, 2, 3, 1), (8,)).permute(0, 3, 1, 2)
+    return total + on(device, nn.Conv2d(8, 16, 1))(pixel).sum()
+
+
+@case()
+def exact_cells_in_turn(n: int, device: torch.device) -> Any:
+    """Parameters are cast once in a region of autocast."""
+    lstm, gru, slope = on(device, nn.LSTMCell(16, 32)), on(device, nn.GRUCell(32, 32)), on(device, nn.PReLU())
+    x, h, c = leaf(device, n, 16), leaf(device, n, 32), leaf(device, n, 32)
+    with torch.autocast(device.type, dtype=F16, cache_enabled=True):
+        for _ in range(3):
+            h, c = lstm(x, (h, c))
+            h = slope(gru(h, h))
+    return h.float().sum()
+
+
+@case()
+def exact_gradients_of_gradients(n: int, device: torch.device) -> Any:
+    """Autograd's thread has a handle and numbers of its own."""
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ELU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(1024, 64))
+    net = on(device, nn.Sequential(*net, nn.Tanh(), nn.Linear(64, 1)))
+    x = leaf(device, n, 3, 16, 16)
+    score = net(x)
+    (gradient,) = torch.autograd.grad(score.sum(), x, create_graph=True)
+    return F.softplus(-score).mean() + gradient.square().sum((1, 2, 3)).mean()
+
+
+@case(None, F16)
 def cells(n: int, device: torch.device) -> Any:
     x, h = leaf(device, n, 16), leaf(device, n, 32)
     total = on(device, nn.LSTMCell(16, 32))(x, (h, h))[0].sum() + on(device, nn.GRUCell(16, 32))(x, h).sum()

@@ -306,7 +306,7 @@ def temporaries(
     if WORKSPACE_PER_CALL:
         rules.update({op: _with_workspace(op, rules.get(op), _cublas_workspace(capability)) for op in _CUBLAS})
     card = Card(multiprocessors, threads)
-    sums = _reduction(card, _accumulator, _sum_vector)
+    sums = _sum(card)
     rules.update(_reductions(card))
     rules.update(_NORMS)
     rules.update(_ROWS)
@@ -372,6 +372,21 @@ def _reduction(card: Card, width: Callable[[torch.Tensor], int], vector: Callabl
         source = args[0]
         dims = args[1] if len(args) > 1 and not isinstance(args[1], (bool, float)) else kwargs.get("dim")
         return reduction_blocks(source, dims, width(source), vector(source), card)
+
+    return rule
+
+
+def _sum(card: Card) -> Rule:
+    """aten/src/ATen/native/ReduceOps.cpp and ReduceOpsUtils.h, ``make_reduction``: what is added up in another type is
+    copied (a mask), unless it is half and its sum float32."""
+    plain = _reduction(card, _accumulator, _sum_vector)
+
+    def rule(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+        source = args[0]
+        if source.dtype == out.dtype or (source.element_size() == 2 and out.dtype == torch.float32):
+            return plain(args, kwargs, out)
+        copied = torch.empty_like(source, dtype=out.dtype, device="meta")
+        return (_bytes(copied), *plain((copied, *args[1:]), kwargs, out))
 
     return rule
 
@@ -638,8 +653,8 @@ def _index_put(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequ
 
 
 def _columns(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    """aten/src/ATen/native/cuda/Im2Col.cu and Col2Im.cu: what is read is made contiguous first."""
-    return () if args[0].is_contiguous() else (_bytes(args[0]), slice(None))
+    """aten/src/ATen/native/cuda/Im2Col.cu and Col2Im.cu: what is read is made contiguous, twice (seen on 2.14)."""
+    return () if args[0].is_contiguous() else (_bytes(args[0]), _bytes(args[0]), slice(None))
 
 
 def _copied(*places: int) -> Rule:

@@ -12,6 +12,7 @@ import copy
 import difflib
 import importlib
 import pickle
+from abc import ABC
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -111,9 +112,18 @@ def random_states() -> bytes:
 
 
 def move_to_device(batch: Any, device: torch.device) -> Any:
-    """A batch, moved as Lightning moves it (lightning_fabric/utilities/apply_func.py)."""
+    """A batch, moved as Lightning moves it (lightning_fabric/utilities/apply_func.py). The one that is given stays
+    where it is: graphs move themselves."""
     utilities = importlib.import_module(f"{_FLAVOURS[0].__name__}.utilities")
-    return utilities.move_data_to_device(batch, device)
+    return utilities.move_data_to_device(apply_to_collection(batch, _MovesItself, copy.copy), device)
+
+
+class _MovesItself(ABC):  # noqa: B024 - it says what there is, and asks for nothing
+    """What may change itself in its ``to(device)`` (torch_geometric's ``Data``, transformers' ``BatchEncoding``)."""
+
+    @classmethod
+    def __subclasshook__(cls, kind: type) -> bool:
+        return callable(getattr(kind, "to", None)) and not issubclass(kind, (torch.Tensor, tuple))
 
 
 def configured_optimizers(module: LightningModule) -> tuple[list[torch.optim.Optimizer], list[Any]]:

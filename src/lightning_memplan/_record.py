@@ -235,6 +235,8 @@ class Recorder(TorchDispatchMode):
             self._take_over(out, args[0])
         elif func in _CHECKS:
             self._check(out, func, args)
+        elif func in _ZEROS and self.phase == "backward" and isinstance(out, FakeTensor):
+            out.__dict__[_NEW_ZEROS] = True
         self._beside(func, args, kwargs, out)
         return out
 
@@ -538,7 +540,7 @@ class Recorder(TorchDispatchMode):
         torch/csrc/autograd/FunctionsManual.cpp (2.15), ``areAnyTensorSubclassLike``: the backward formulas of indexing,
         gather, max, sort and topk.
         """
-        return self.phase == "backward" and _sole_owner(zeros)
+        return self.phase == "backward" and _NEW_ZEROS in zeros.__dict__ and _sole_owner(zeros)
 
     def _take_over(self, out: torch.Tensor, first: torch.Tensor) -> None:
         block = self._blocks.get(first.untyped_storage()._cdata)
@@ -547,6 +549,7 @@ class Recorder(TorchDispatchMode):
 
 
 _TRUE = "_memplan_true"  # a fake tensor's attribute: all that is in it is true
+_NEW_ZEROS = "_memplan_zeros"  # a fake tensor's attribute: it was made of zeros
 _NUMBERS = "_memplan_numbers"  # a fake tensor's attribute: its values, where they are known
 
 
@@ -630,6 +633,7 @@ def _sole_owner(tensor: torch.Tensor) -> bool:
 
 
 _ENGINE = torch.autograd.graph._engine_run_backward.__code__
+_ZEROS = frozenset({torch.ops.aten.zeros.default, torch.ops.aten.new_zeros.default, torch.ops.aten.zeros_like.default})
 _INTO_ZEROS = frozenset(
     {
         torch.ops.aten.index_put.default,

@@ -21,6 +21,7 @@ class _LSTMCell(torch.autograd.Function):
     def forward(ctx: Any, gates: torch.Tensor, hidden: torch.Tensor, state: torch.Tensor, *biases: Any) -> Any:
         kept, h, c = torch.empty_like(gates), torch.empty_like(state), torch.empty_like(state)
         ctx.save_for_backward(state, c, kept, gates, hidden)  # the gates for a second derivative
+        ctx.set_materialize_grads(False)
         ctx.biased = biases[0] is not None
         return h, c
 
