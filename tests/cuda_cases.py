@@ -226,6 +226,30 @@ def resizings(n: int, device: torch.device) -> Any:
 
 
 @case(None, F16)
+def layouts_of_maps(n: int, device: torch.device) -> Any:
+    """Contiguous, channels last, or a part of a tensor, and then a gradient that is contiguous or channels last."""
+    x, total = leaf(device, n, 16, 12, 12), 0
+    for f in (
+        lambda x: F.max_pool2d(x, 2),
+        lambda x: F.avg_pool2d(x, 2),
+        lambda x: F.adaptive_avg_pool2d(x, 4),
+        lambda x: F.adaptive_max_pool2d(x, 4),
+        lambda x: F.interpolate(x, scale_factor=2, mode="nearest"),
+        lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+        lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"),
+        lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
+        lambda x: F.pixel_shuffle(x, 2),
+        lambda x: F.pixel_unshuffle(x, 2),
+    ):
+        for y in (x * 1, x.contiguous(memory_format=torch.channels_last), x[..., 1:-1, 1:-1]):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                z = f(y)
+                weights = torch.zeros(z.shape, device=device, dtype=z.dtype).to(memory_format=layout)
+                total = total + (weights * (z + weights)).sum()
+    return total
+
+
+@case(None, F16)
 def convolutions(n: int, device: torch.device) -> Any:
     x, y, z = leaf(device, n, 8, 20, 20), leaf(device, n, 8, 100), leaf(device, n, 4, 9, 9, 9)
     total = 0

@@ -254,6 +254,7 @@ def temporaries(
     rules.update(_ROWS)
     rules[aten.native_layer_norm_backward.default] = _layer_norm_backward(card)
     rules.update({operator(name): _copied(0) for name in _COPIED_GRADIENTS if exists(name)})
+    rules.update(_POOLS)
     rules[aten.convolution.default] = _convolution
     rules[aten.convolution_backward.default] = _convolution_backward(card)
     rules.update(
@@ -550,6 +551,11 @@ def _index(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence
 def _index_put(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
     """aten/src/ATen/native/cuda/Indexing.cu, index_put_with_sort_kernel: to add values up, indices are made one, and
     sorted."""
+    values = args[2]
+    filled = values.numel() == 1 and values.device != args[0].device  # Indexing.cpp, canDispatchToMaskedFill
+    masks = [] if filled else [index for index in args[1] if index is not None and index.dtype == torch.bool]
+    if masks:  # at their longest, as in LONGEST
+        return [8 * mask.dim() * mask.numel() for mask in masks]
     if not (args[3] if len(args) > 3 else kwargs.get("accumulate", False)):
         return _index(args, kwargs, out)
     indices = [index for index in args[1] if index is not None and index.dtype == torch.int64]
@@ -586,22 +592,72 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 #: aten/src/ATen/native/cuda: AveragePool*, DilatedMaxPool*, Adaptive*Pooling*, UpSample*, ReflectionPad, Col2Im (2.15)
 _COPIED_GRADIENTS = """
-adaptive_max_pool2d_backward adaptive_max_pool3d_backward avg_pool2d_backward avg_pool3d_backward col2im im2col
-max_pool2d_with_indices_backward max_pool3d_with_indices_backward reflection_pad1d_backward reflection_pad2d_backward
-upsample_bicubic2d_backward upsample_bilinear2d_backward upsample_nearest1d_backward upsample_nearest2d_backward
-upsample_nearest3d_backward upsample_linear1d_backward upsample_trilinear3d_backward _adaptive_avg_pool2d_backward
-_adaptive_avg_pool3d_backward _upsample_bilinear2d_aa_backward _upsample_nearest_exact2d_backward
-_upsample_nearest_exact1d_backward _upsample_nearest_exact3d_backward
+adaptive_max_pool3d_backward avg_pool3d_backward col2im im2col max_pool3d_with_indices_backward
+reflection_pad1d_backward upsample_bilinear2d_backward upsample_nearest1d_backward upsample_nearest2d_backward
+upsample_nearest3d_backward upsample_linear1d_backward upsample_trilinear3d_backward _adaptive_avg_pool3d_backward
+_upsample_bilinear2d_aa_backward _upsample_nearest_exact2d_backward _upsample_nearest_exact1d_backward
+_upsample_nearest_exact3d_backward
 """.split()
+
+
+def _pool(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    return _relaid(args[0], _suggested(args[0]))
+
+
+def _pool_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    grad, source = args[:2]
+    return (*_relaid(source, _suggested(source)), *_relaid(grad, _suggested(source)))
+
+
+def _adaptive_average(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    return (*_pool(args, kwargs, out), slice(None))
+
+
+def _adaptive_average_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    plain = _suggested(args[1]) is torch.contiguous_format
+    return _relaid(args[0], torch.contiguous_format) if plain else _copied(0)(args, kwargs, out)
+
+
+def _adaptive_maximum(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    return tuple(size for tensor in (*out, args[0]) for size in _relaid(tensor, torch.contiguous_format))
+
+
+def _adaptive_maximum_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    return tuple(size for tensor in (args[0], args[2], out) for size in _relaid(tensor, torch.contiguous_format))
+
+
+def _made_contiguous(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    return _relaid(args[0], torch.contiguous_format)
+
+
+#: aten/src/ATen/native/cuda (2.14): DilatedMaxPool2d, AveragePool2d, AdaptiveAveragePooling, AdaptiveMaxPooling2d,
+#: UpSampleNearest2d, UpSampleBicubic2d, ReflectionPad
+_POOLS: dict[Any, Rule] = {
+    aten.max_pool2d_with_indices.default: _pool,
+    aten.max_pool2d_with_indices_backward.default: _pool_backward,
+    aten.avg_pool2d.default: _pool,
+    aten.avg_pool2d_backward.default: _pool_backward,
+    aten._adaptive_avg_pool2d.default: _adaptive_average,
+    aten._adaptive_avg_pool2d_backward.default: _adaptive_average_backward,
+    aten.adaptive_max_pool2d.default: _adaptive_maximum,
+    aten.adaptive_max_pool2d_backward.default: _adaptive_maximum_backward,
+    aten.upsample_nearest2d.default: _pool,
+    aten.upsample_bicubic2d_backward.default: _made_contiguous,
+    aten.reflection_pad2d.default: _made_contiguous,
+    aten.reflection_pad2d_backward.default: _made_contiguous,
+}
+
+
+def _suggested(tensor: torch.Tensor) -> torch.memory_format:
+    return torch.contiguous_format if tensor.is_contiguous() else suggest_memory_format(tensor)
 
 
 def _convolution_layout(*tensors: torch.Tensor) -> torch.memory_format:
     """aten/src/ATen/native/ConvUtils.h, ``cudnn_conv_suggest_memory_format``: channels last if one of them is so."""
     for tensor in tensors:
-        if not tensor.is_contiguous() and tensor.dtype != torch.float64:
-            layout = suggest_memory_format(tensor)
-            if layout is not torch.contiguous_format:
-                return layout
+        layout = _suggested(tensor)
+        if layout is not torch.contiguous_format and tensor.dtype != torch.float64:
+            return layout
     return torch.contiguous_format
 
 
@@ -768,6 +824,23 @@ def _ctc_loss_backward(grad: torch.Tensor, log_probs: torch.Tensor, *others: Any
     return made
 
 
+def _pixel_shuffle(input: torch.Tensor, factor: int) -> torch.Tensor:
+    # aten/src/ATen/native/PixelShuffle.cpp, math_pixel_shuffle: contiguous, however the input is laid out
+    *batch, channels, height, width = input.shape
+    parts = input.reshape(*batch, channels // factor**2, factor, factor, height, width)
+    n = len(batch)
+    parts = parts.permute(*range(n), n, n + 3, n + 1, n + 4, n + 2)
+    return parts.reshape(*batch, channels // factor**2, height * factor, width * factor)
+
+
+def _pixel_unshuffle(input: torch.Tensor, factor: int) -> torch.Tensor:
+    *batch, channels, height, width = input.shape
+    parts = input.reshape(*batch, channels, height // factor, factor, width // factor, factor)
+    n = len(batch)
+    parts = parts.permute(*range(n), n, n + 2, n + 4, n + 1, n + 3)
+    return parts.reshape(*batch, channels * factor**2, height // factor, width // factor)
+
+
 def _roll(input: torch.Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> torch.Tensor:
     # aten/src/ATen/native/TensorTransformations.h, roll_common: one dimension after the other
     for shift, dim in zip(shifts, dims, strict=True) if dims else ((shifts[0], ()),):
@@ -921,6 +994,8 @@ KERNELS: Mapping[Any, Callable[..., Any]] = {
     **({aten._grouped_mm.default: _grouped_mm} if exists("_grouped_mm.default") else {}),
     aten.logsumexp.default: _logsumexp,
     aten.mse_loss.default: _pointwise_loss,
+    aten.pixel_shuffle.default: _pixel_shuffle,
+    aten.pixel_unshuffle.default: _pixel_unshuffle,
     aten.smooth_l1_loss.default: _pointwise_loss,
     aten.roll.default: _roll,
 }
