@@ -143,6 +143,26 @@ def indexing(n: int, device: torch.device) -> Any:
 
 
 @case()
+def indexing_by_masks(n: int, device: torch.device) -> Any:
+    """A number written to where a mask is true, and to parts: no places of the mask, no tensor of the number."""
+    x, labels = leaf(device, n, 300) * 1, torch.zeros(n, 300, dtype=torch.long, device=device)
+    x[x == 0] = 0.0
+    x[:, 1:] = 1
+    labels[labels == 0] = -100
+    labels[:, 0] = 2
+    return x.sum()
+
+
+@case()
+def indexing_over(n: int, device: torch.device) -> Any:
+    """What is overwritten has no gradient: zeros in a copy of it."""
+    x, rows = leaf(device, n, 300) * 1, torch.zeros(n, dtype=torch.long, device=device)
+    total = (x * 1).scatter(1, rows[:, None], 0.0).sum() + (x * 1).scatter(1, rows[:, None], x[:, :1]).sum()
+    total = total + (x * 1).index_put((rows, rows), x[:, 0]).sum() + (x * 1).masked_fill(x == 0, 1).sum()
+    return total + (x * 1).index_copy(0, rows, x).sum() + (x * 1).index_fill(1, rows, 0.0).sum()
+
+
+@case()
 def relative_position_table(n: int, device: torch.device) -> Any:
     table, index = leaf(device, 169, 3), torch.zeros(49 * 49, dtype=torch.long, device=device)
     return (table[index].view(49, 49, 3).permute(2, 0, 1)[None] + leaf(device, n, 3, 49, 49)).sum()
