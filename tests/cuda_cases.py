@@ -193,6 +193,23 @@ def batch_norms(n: int, device: torch.device) -> Any:
     return total
 
 
+@case(None, F16, BF16)
+def batch_norm_of_rows(n: int, device: torch.device) -> Any:
+    """Tokens turned to channels and back, before a product that wants them contiguous."""
+    x = on(device, nn.Linear(64, 64))(leaf(device, n, 30, 64)).transpose(1, 2)
+    y = on(device, nn.BatchNorm1d(64))(x).transpose(1, 2)
+    return (on(device, nn.Linear(64, 64))(y) * torch.zeros(n, 30, 64, device=device)).sum()
+
+
+@case(None, F16)
+def counts(n: int, device: torch.device) -> Any:
+    """Sums of another type than what is added up."""
+    x = leaf(device, n, 300)
+    mask = x > 0
+    total = mask.sum() + mask.sum(1).sum() + mask.int().sum() + mask.int().cumsum(1).sum() + mask.cumsum(1).sum()
+    return total * (x.half().sum(dtype=F32) + x.half().cumsum(1).sum() + x.sum(1, dtype=torch.float64).sum())
+
+
 @case(F16, BF16)
 def batch_norm_of_half(n: int, device: torch.device) -> Any:
     half = leaf(device, n, 32, 17, 17) @ leaf(device, 17, 17)

@@ -248,7 +248,7 @@ def temporaries(
         rules.update(dict.fromkeys(_CUBLAS, lambda args, kwargs, out: (size,)))
         rules[aten.addmm.default] = lambda args, kwargs, out: (_CUBLASLT_WORKSPACE if _adds_bias(*args[:3]) else size,)
     card = Card(multiprocessors, threads)
-    sums = _reduction(card, _accumulator, _sum_vector)
+    sums = _cast_first(_reduction(card, _accumulator, _sum_vector))
     rules.update(_reductions(card))
     rules.update(_NORMS)
     rules.update(_ROWS)
@@ -267,6 +267,7 @@ def temporaries(
     rules[aten._scaled_dot_product_flash_attention.default] = flash
     rules[aten._scaled_dot_product_flash_attention_backward.default] = flash_backward
     rules.update(dict.fromkeys([aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default], sums))
+    rules.update(dict.fromkeys([aten.cumsum.default, aten.cumprod.default], _cast_first(lambda args, kwargs, out: ())))
     for op in (aten.convolution.default, aten.convolution_backward.default):
         rules[op] = _with_workspaces(rules.get(op), capability)
     return rules
@@ -326,6 +327,23 @@ def reduction_blocks(source: torch.Tensor, dims: Any, width: int, vector: int, c
     layout = (*(source.size(d) for d in order), *(source.stride(d) for d in order))
     arguments = (width, source.element_size(), vector, card.multiprocessors, card.threads, len(reduced), *layout)
     return ("reduction", 0, *arguments), ("reduction", 1, *arguments)
+
+
+def _cast_first(rule: Rule) -> Rule:
+    """aten/src/ATen/native/ReduceOpsUtils.h, ``make_reduction_from_out_ty``, and ReduceOps.cpp, ``cumsum``: a copy of
+    what is of another type than the result (how many are true of a mask), but sums of halves in float32."""
+
+    def cast(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+        source = args[0]
+        if source.dtype == out.dtype:
+            return rule(args, kwargs, out)
+        if source.element_size() == 2 and out.dtype == torch.float32 and out.shape != source.shape:
+            return rule(args, kwargs, out)
+        strides = source.stride() if _is_dense(source) else torch.empty(source.shape, device="meta").stride()
+        same = torch.empty_strided(source.shape, strides, dtype=out.dtype, device="meta")
+        return (_bytes(same), *rule((same, *args[1:]), kwargs, out))
+
+    return cast
 
 
 def _accumulator(source: torch.Tensor) -> int:
@@ -1136,7 +1154,7 @@ def _convolution_made(
 def _laid_out_as(sizes: Sequence[int], layout: torch.memory_format, dtype: torch.dtype) -> Made:
     if layout is torch.contiguous_format:
         return torch.Size(sizes), dtype
-    if len(sizes) == 3:
+    if len(sizes) == 3:  # a convolution's, of a weight whose channels come last
         image = torch.empty((sizes[0], sizes[1], 1, sizes[2]), dtype=dtype, device="meta", memory_format=layout)
         return image.squeeze(2), dtype
     return torch.empty(sizes, dtype=dtype, device="meta", memory_format=layout), dtype
@@ -1181,15 +1199,15 @@ def _layer_norm_backward_made(
 
 
 def _batch_norm_made(input: torch.Tensor, weight: torch.Tensor, *rest: Any) -> list[Made] | None:
-    if not _dense(input):
-        return None
-    return [(input, input.dtype), (weight, weight.dtype), (weight, weight.dtype), (torch.Size([0]), torch.uint8)]
+    sums: list[Made] = [(weight, weight.dtype), (weight, weight.dtype), (torch.Size([0]), torch.uint8)]
+    return [(input, input.dtype) if _dense(input) else _laid_out_as(input.shape, _suggested(input), input.dtype), *sums]
 
 
 def _batch_norm_backward_made(
     input: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor, *_: Any
 ) -> list[Made] | None:
-    return [(input, input.dtype), (weight, weight.dtype), (weight, weight.dtype)] if _dense(input) else None
+    of_input = (input, input.dtype) if _dense(input) else _laid_out_as(input.shape, _suggested(input), input.dtype)
+    return [of_input, (weight, weight.dtype), (weight, weight.dtype)]
 
 
 #: See ``Rules.shapes``. An output that is not told here is what torch's fake kernel says: for the CPU, whose
