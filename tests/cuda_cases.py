@@ -143,6 +143,26 @@ def indexing(n: int, device: torch.device) -> Any:
 
 
 @case()
+def indexing_by_masks(n: int, device: torch.device) -> Any:
+    """A number written to where a mask is true, and to parts: no places of the mask, no tensor of the number."""
+    x, labels = leaf(device, n, 300) * 1, torch.zeros(n, 300, dtype=torch.long, device=device)
+    x[x == 0] = 0.0
+    x[:, 1:] = 1
+    labels[labels == 0] = -100
+    labels[:, 0] = 2
+    return x.sum()
+
+
+@case()
+def indexing_over(n: int, device: torch.device) -> Any:
+    """What is overwritten has no gradient: zeros in a copy of it."""
+    x, rows = leaf(device, n, 300) * 1, torch.zeros(n, dtype=torch.long, device=device)
+    total = (x * 1).scatter(1, rows[:, None], 0.0).sum() + (x * 1).scatter(1, rows[:, None], x[:, :1]).sum()
+    total = total + (x * 1).index_put((rows, rows), x[:, 0]).sum() + (x * 1).masked_fill(x == 0, 1).sum()
+    return total + (x * 1).index_copy(0, rows, x).sum() + (x * 1).index_fill(1, rows, 0.0).sum()
+
+
+@case()
 def relative_position_table(n: int, device: torch.device) -> Any:
     table, index = leaf(device, 169, 3), torch.zeros(49 * 49, dtype=torch.long, device=device)
     return (table[index].view(49, 49, 3).permute(2, 0, 1)[None] + leaf(device, n, 3, 49, 49)).sum()
@@ -171,6 +191,23 @@ def batch_norms(n: int, device: torch.device) -> Any:
     ):
         total = total + on(device, norm)(leaf(device, *shape)).sum()
     return total
+
+
+@case(None, F16, BF16)
+def batch_norm_of_rows(n: int, device: torch.device) -> Any:
+    """Tokens turned to channels and back, before a product that wants them contiguous."""
+    x = on(device, nn.Linear(64, 64))(leaf(device, n, 30, 64)).transpose(1, 2)
+    y = on(device, nn.BatchNorm1d(64))(x).transpose(1, 2)
+    return (on(device, nn.Linear(64, 64))(y) * torch.zeros(n, 30, 64, device=device)).sum()
+
+
+@case(None, F16)
+def counts(n: int, device: torch.device) -> Any:
+    """Sums of another type than what is added up."""
+    x = leaf(device, n, 300)
+    mask = x > 0
+    total = mask.sum() + mask.sum(1).sum() + mask.int().sum() + mask.int().cumsum(1).sum() + mask.cumsum(1).sum()
+    return total * (x.half().sum(dtype=F32) + x.half().cumsum(1).sum() + x.sum(1, dtype=torch.float64).sum())
 
 
 @case(F16, BF16)
@@ -223,6 +260,30 @@ def resizings(n: int, device: torch.device) -> Any:
     grid = torch.zeros(n, 8, 8, 2, device=device)
     total = total + F.grid_sample(x, grid, align_corners=False).sum() + F.pixel_shuffle(x, 2).sum()
     return total + F.interpolate(x, size=(9, 9), mode="bilinear", antialias=True).sum() + x.roll(2, 2).sum()
+
+
+@case(None, F16)
+def layouts_of_maps(n: int, device: torch.device) -> Any:
+    """Contiguous, channels last, or a part of a tensor, and then a gradient that is contiguous or channels last."""
+    x, total = leaf(device, n, 16, 12, 12), 0
+    for f in (
+        lambda x: F.max_pool2d(x, 2),
+        lambda x: F.avg_pool2d(x, 2),
+        lambda x: F.adaptive_avg_pool2d(x, 4),
+        lambda x: F.adaptive_max_pool2d(x, 4),
+        lambda x: F.interpolate(x, scale_factor=2, mode="nearest"),
+        lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+        lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"),
+        lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
+        lambda x: F.pixel_shuffle(x, 2),
+        lambda x: F.pixel_unshuffle(x, 2),
+    ):
+        for y in (x * 1, x.contiguous(memory_format=torch.channels_last), x[..., 1:-1, 1:-1]):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                z = f(y)
+                weights = torch.zeros(z.shape, device=device, dtype=z.dtype).to(memory_format=layout)
+                total = total + (weights * (z + weights)).sum()
+    return total
 
 
 @case(None, F16)

@@ -306,13 +306,14 @@ def temporaries(
     if WORKSPACE_PER_CALL:
         rules.update({op: _with_workspace(op, rules.get(op), _cublas_workspace(capability)) for op in _CUBLAS})
     card = Card(multiprocessors, threads)
-    sums = _sum(card)
+    sums = _cast_first(_reduction(card, _accumulator, _sum_vector))
     rules.update(_reductions(card))
     rules.update(_NORMS)
     rules.update(_ROWS)
     rules[aten.native_layer_norm_backward.default] = _layer_norm_backward(card)
     rules.update({operator(name): _copied(0) for name in _COPIED_GRADIENTS if exists(name)})
     rules[aten.im2col.default] = rules[aten.col2im.default] = _columns
+    rules.update(_POOLS)
     rules[aten.convolution.default] = _convolution
     rules[aten.convolution_backward.default] = _convolution_backward(card)
     rules.update(
@@ -326,6 +327,7 @@ def temporaries(
     rules[aten._scaled_dot_product_flash_attention.default] = flash
     rules[aten._scaled_dot_product_flash_attention_backward.default] = flash_backward
     rules.update(dict.fromkeys([aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default], sums))
+    rules.update(dict.fromkeys([aten.cumsum.default, aten.cumprod.default], _cast_first(lambda args, kwargs, out: ())))
     for op in (aten.convolution.default, aten.convolution_backward.default):
         rules[op] = _with_workspaces(rules.get(op), capability)
     return rules
@@ -376,21 +378,6 @@ def _reduction(card: Card, width: Callable[[torch.Tensor], int], vector: Callabl
     return rule
 
 
-def _sum(card: Card) -> Rule:
-    """aten/src/ATen/native/ReduceOps.cpp and ReduceOpsUtils.h, ``make_reduction``: what is added up in another type is
-    copied (a mask), unless it is half and its sum float32."""
-    plain = _reduction(card, _accumulator, _sum_vector)
-
-    def rule(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-        source = args[0]
-        if source.dtype == out.dtype or (source.element_size() == 2 and out.dtype == torch.float32):
-            return plain(args, kwargs, out)
-        copied = torch.empty_like(source, dtype=out.dtype, device="meta")
-        return (_bytes(copied), *plain((copied, *args[1:]), kwargs, out))
-
-    return rule
-
-
 def reduction_blocks(source: torch.Tensor, dims: Any, width: int, vector: int, card: Card) -> Sequence[Any]:
     """What a reduction of ``source`` over ``dims`` (all of them where it is None) takes."""
     rank = source.dim()
@@ -400,6 +387,23 @@ def reduction_blocks(source: torch.Tensor, dims: Any, width: int, vector: int, c
     layout = (*(source.size(d) for d in order), *(source.stride(d) for d in order))
     arguments = (width, source.element_size(), vector, card.multiprocessors, card.threads, len(reduced), *layout)
     return ("reduction", 0, *arguments), ("reduction", 1, *arguments)
+
+
+def _cast_first(rule: Rule) -> Rule:
+    """aten/src/ATen/native/ReduceOpsUtils.h, ``make_reduction_from_out_ty``, and ReduceOps.cpp, ``cumsum``: a copy of
+    what is of another type than the result (how many are true of a mask), but sums of halves in float32."""
+
+    def cast(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+        source = args[0]
+        if source.dtype == out.dtype:
+            return rule(args, kwargs, out)
+        if source.element_size() == 2 and out.dtype == torch.float32 and out.shape != source.shape:
+            return rule(args, kwargs, out)
+        strides = source.stride() if _is_dense(source) else torch.empty(source.shape, device="meta").stride()
+        same = torch.empty_strided(source.shape, strides, dtype=out.dtype, device="meta")
+        return (_bytes(same), *rule((same, *args[1:]), kwargs, out))
+
+    return cast
 
 
 def _accumulator(source: torch.Tensor) -> int:
@@ -637,6 +641,11 @@ def _index(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence
 def _index_put(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
     """aten/src/ATen/native/cuda/Indexing.cu, index_put_with_sort_kernel: to add values up, indices are made one, and
     sorted."""
+    values = args[2]
+    filled = values.numel() == 1 and values.device != args[0].device  # Indexing.cpp, canDispatchToMaskedFill
+    masks = [] if filled else [index for index in args[1] if index is not None and index.dtype == torch.bool]
+    if masks:  # at their longest, as in LONGEST
+        return [8 * mask.dim() * mask.numel() for mask in masks]
     if not (args[3] if len(args) > 3 else kwargs.get("accumulate", False)):
         return _index(args, kwargs, out)
     indices = [index for index in args[1] if index is not None and index.dtype == torch.int64]
@@ -678,23 +687,73 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 #: aten/src/ATen/native/cuda: AveragePool*, DilatedMaxPool*, Adaptive*Pooling*, UpSample*, ReflectionPad (2.15)
 _COPIED_GRADIENTS = """
-adaptive_max_pool2d_backward adaptive_max_pool3d_backward avg_pool2d_backward avg_pool3d_backward
-max_pool2d_with_indices_backward max_pool3d_with_indices_backward reflection_pad1d_backward reflection_pad2d_backward
-upsample_bicubic2d_backward upsample_bilinear2d_backward upsample_nearest1d_backward upsample_nearest2d_backward
-upsample_nearest3d_backward upsample_linear1d_backward upsample_trilinear3d_backward _adaptive_avg_pool2d_backward
-_adaptive_avg_pool3d_backward _upsample_bilinear2d_aa_backward _upsample_nearest_exact2d_backward
-_upsample_nearest_exact1d_backward _upsample_nearest_exact3d_backward
+adaptive_max_pool3d_backward avg_pool3d_backward max_pool3d_with_indices_backward
+reflection_pad1d_backward upsample_bilinear2d_backward upsample_nearest1d_backward upsample_nearest2d_backward
+upsample_nearest3d_backward upsample_linear1d_backward upsample_trilinear3d_backward _adaptive_avg_pool3d_backward
+_upsample_bilinear2d_aa_backward _upsample_nearest_exact2d_backward _upsample_nearest_exact1d_backward
+_upsample_nearest_exact3d_backward
 """.split()
+
+
+def _pool(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    return _relaid(args[0], _suggested(args[0]))
+
+
+def _pool_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    grad, source = args[:2]
+    return (*_relaid(source, _suggested(source)), *_relaid(grad, _suggested(source)))
+
+
+def _adaptive_average(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    return (*_pool(args, kwargs, out), slice(None))
+
+
+def _adaptive_average_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    plain = _suggested(args[1]) is torch.contiguous_format
+    return _relaid(args[0], torch.contiguous_format) if plain else _copied(0)(args, kwargs, out)
+
+
+def _adaptive_maximum(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    return tuple(size for tensor in (*out, args[0]) for size in _relaid(tensor, torch.contiguous_format))
+
+
+def _adaptive_maximum_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    return tuple(size for tensor in (args[0], args[2], out) for size in _relaid(tensor, torch.contiguous_format))
+
+
+def _made_contiguous(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+    return _relaid(args[0], torch.contiguous_format)
+
+
+#: aten/src/ATen/native/cuda (2.14): DilatedMaxPool2d, AveragePool2d, AdaptiveAveragePooling, AdaptiveMaxPooling2d,
+#: UpSampleNearest2d, UpSampleBicubic2d, ReflectionPad
+_POOLS: dict[Any, Rule] = {
+    aten.max_pool2d_with_indices.default: _pool,
+    aten.max_pool2d_with_indices_backward.default: _pool_backward,
+    aten.avg_pool2d.default: _pool,
+    aten.avg_pool2d_backward.default: _pool_backward,
+    aten._adaptive_avg_pool2d.default: _adaptive_average,
+    aten._adaptive_avg_pool2d_backward.default: _adaptive_average_backward,
+    aten.adaptive_max_pool2d.default: _adaptive_maximum,
+    aten.adaptive_max_pool2d_backward.default: _adaptive_maximum_backward,
+    aten.upsample_nearest2d.default: _pool,
+    aten.upsample_bicubic2d_backward.default: _made_contiguous,
+    aten.reflection_pad2d.default: _made_contiguous,
+    aten.reflection_pad2d_backward.default: _made_contiguous,
+}
+
+
+def _suggested(tensor: torch.Tensor) -> torch.memory_format:
+    plain = tensor.is_contiguous() and tensor.stride(1) != 1  # else it may be laid out either way
+    return torch.contiguous_format if plain else suggest_memory_format(tensor)
 
 
 def _convolution_layout(*tensors: torch.Tensor) -> torch.memory_format:
     """aten/src/ATen/native/ConvUtils.h, ``cudnn_conv_suggest_memory_format``: channels last if one of them is so."""
     for tensor in tensors:
-        plain = tensor.is_contiguous() and tensor.stride(1) != 1  # else it may be laid out either way
-        if not plain and tensor.dtype != torch.float64:
-            layout = suggest_memory_format(tensor)
-            if layout is not torch.contiguous_format:
-                return layout
+        layout = _suggested(tensor)
+        if layout is not torch.contiguous_format and tensor.dtype != torch.float64:
+            return layout
     return torch.contiguous_format
 
 
@@ -859,6 +918,23 @@ def _ctc_loss_backward(grad: torch.Tensor, log_probs: torch.Tensor, *others: Any
     return made
 
 
+def _pixel_shuffle(input: torch.Tensor, factor: int) -> torch.Tensor:
+    # aten/src/ATen/native/PixelShuffle.cpp, math_pixel_shuffle: contiguous, however the input is laid out
+    *batch, channels, height, width = input.shape
+    parts = input.reshape(*batch, channels // factor**2, factor, factor, height, width)
+    n = len(batch)
+    parts = parts.permute(*range(n), n, n + 3, n + 1, n + 4, n + 2)
+    return parts.reshape(*batch, channels // factor**2, height * factor, width * factor)
+
+
+def _pixel_unshuffle(input: torch.Tensor, factor: int) -> torch.Tensor:
+    *batch, channels, height, width = input.shape
+    parts = input.reshape(*batch, channels, height // factor, factor, width // factor, factor)
+    n = len(batch)
+    parts = parts.permute(*range(n), n, n + 2, n + 4, n + 1, n + 3)
+    return parts.reshape(*batch, channels * factor**2, height // factor, width // factor)
+
+
 def _roll(input: torch.Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> torch.Tensor:
     # aten/src/ATen/native/TensorTransformations.h, roll_common: one dimension after the other, all between them kept
     if len(dims) < 2:
@@ -1013,6 +1089,8 @@ KERNELS: Mapping[Any, Callable[..., Any]] = {
     **({aten._grouped_mm.default: _grouped_mm} if exists("_grouped_mm.default") else {}),
     aten.logsumexp.default: _logsumexp,
     aten.mse_loss.default: _pointwise_loss,
+    aten.pixel_shuffle.default: _pixel_shuffle,
+    aten.pixel_unshuffle.default: _pixel_unshuffle,
     aten.smooth_l1_loss.default: _pointwise_loss,
     aten.roll.default: _roll,
 }
@@ -1153,7 +1231,7 @@ def _convolution_made(
 def _laid_out_as(sizes: Sequence[int], layout: torch.memory_format, dtype: torch.dtype) -> Made:
     if layout is torch.contiguous_format:
         return torch.Size(sizes), dtype
-    if len(sizes) == 3:
+    if len(sizes) == 3:  # a convolution's, of a weight whose channels come last
         image = torch.empty((sizes[0], sizes[1], 1, sizes[2]), dtype=dtype, device="meta", memory_format=layout)
         return image.squeeze(2), dtype
     return torch.empty(sizes, dtype=dtype, device="meta", memory_format=layout), dtype
@@ -1198,15 +1276,15 @@ def _layer_norm_backward_made(
 
 
 def _batch_norm_made(input: torch.Tensor, weight: torch.Tensor, *rest: Any) -> list[Made] | None:
-    if not _dense(input):
-        return None
-    return [(input, input.dtype), (weight, weight.dtype), (weight, weight.dtype), (torch.Size([0]), torch.uint8)]
+    sums: list[Made] = [(weight, weight.dtype), (weight, weight.dtype), (torch.Size([0]), torch.uint8)]
+    return [(input, input.dtype) if _dense(input) else _laid_out_as(input.shape, _suggested(input), input.dtype), *sums]
 
 
 def _batch_norm_backward_made(
     input: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor, *_: Any
 ) -> list[Made] | None:
-    return [(input, input.dtype), (weight, weight.dtype), (weight, weight.dtype)] if _dense(input) else None
+    of_input = (input, input.dtype) if _dense(input) else _laid_out_as(input.shape, _suggested(input), input.dtype)
+    return [of_input, (weight, weight.dtype), (weight, weight.dtype)]
 
 
 #: See ``Rules.shapes``. An output that is not told here is what torch's fake kernel says: for the CPU, whose

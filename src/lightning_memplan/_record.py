@@ -231,7 +231,7 @@ class Recorder(TorchDispatchMode):
             out = self._mode.__torch_dispatch__(func, types, args, kwargs)
             if func is _TO_COPY and kwargs.get("device") == DEVICE and out.device != DEVICE:
                 out = self._moved(out)  # of a constant, whose value the fake tensor would keep, on the host
-        if (func is _ADD and self._adds_in_place(args)) or (func in _INTO_ZEROS and self._writes_into(args[0])):
+        if (func is _ADD and self._adds_in_place(args)) or (func in _INTO_ZEROS and self._writes_into(func, args)):
             self._take_over(out, args[0])
         elif func in _CHECKS:
             self._check(out, func, args)
@@ -534,13 +534,15 @@ class Recorder(TorchDispatchMode):
         first = args[0]
         return bool(first.is_contiguous() or _dense(first)) and _sole_owner(first)
 
-    def _writes_into(self, zeros: torch.Tensor) -> bool:
+    def _writes_into(self, func: Any, args: Sequence[Any]) -> bool:
         """Whether a gradient is written into new zeros: in place on a GPU, out of place for tensor subclasses.
 
         torch/csrc/autograd/FunctionsManual.cpp (2.15), ``areAnyTensorSubclassLike``: the backward formulas of indexing,
-        gather, max, sort and topk.
+        gather, max, sort and topk. What index_put has overwritten becomes zero in a copy, on a GPU as well.
         """
-        return self.phase == "backward" and _NEW_ZEROS in zeros.__dict__ and _sole_owner(zeros)
+        overwrites = func is _INDEX_PUT and not (len(args) > 3 and args[3])
+        made = _NEW_ZEROS in args[0].__dict__ and not overwrites
+        return self.phase == "backward" and made and _sole_owner(args[0])
 
     def _take_over(self, out: torch.Tensor, first: torch.Tensor) -> None:
         block = self._blocks.get(first.untyped_storage()._cdata)
@@ -634,9 +636,10 @@ def _sole_owner(tensor: torch.Tensor) -> bool:
 
 _ENGINE = torch.autograd.graph._engine_run_backward.__code__
 _ZEROS = frozenset({torch.ops.aten.zeros.default, torch.ops.aten.new_zeros.default, torch.ops.aten.zeros_like.default})
+_INDEX_PUT = torch.ops.aten.index_put.default
 _INTO_ZEROS = frozenset(
     {
-        torch.ops.aten.index_put.default,
+        _INDEX_PUT,
         torch.ops.aten.index_add.default,
         torch.ops.aten.scatter.src,
         torch.ops.aten.scatter.value,
@@ -693,6 +696,14 @@ class _Constructors(TorchFunctionMode):
         self._recorder.values_read += known is None
         return torch.zeros(tensor.shape, dtype=tensor.dtype) if known is None else known
 
+    @staticmethod
+    def _number(value: float, dtype: torch.dtype) -> Any:
+        """What is written to a part of a GPU's tensor is on the host, but where a graph is made.
+
+        Source: torch/csrc/autograd/python_variable_indexing.cpp (2.14).
+        """
+        return value if torch._C._get_dispatch_mode(_FUNCTIONAL) is not None else torch.tensor(value, dtype=dtype)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _ALL_VALUES and isinstance(args[0], FakeTensor) and args[0].device != DEVICE:
@@ -709,11 +720,10 @@ class _Constructors(TorchFunctionMode):
             args[0].fake_device = args[1].fake_device
         if func is torch.Tensor.data_ptr and isinstance(args[0], FakeTensor):
             return args[0].untyped_storage().data_ptr() + args[0].storage_offset() * args[0].element_size()
+        if func == _SET_ITEM and type(args[2]) in (bool, int, float) and args[0].device == DEVICE:
+            args = (*args[:2], self._number(args[2], args[0].dtype))
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], DEVICE, *args[2:])
-        if func is torch.Tensor.__setitem__ and isinstance(args[2], (bool, int, float)) and args[0].device == DEVICE:
-            # torch/csrc/autograd/python_variable_indexing.cpp, THPVariable_setitem: a number is one on the host
-            args = (*args[:2], torch.tensor(args[2], dtype=args[0].dtype, device=_HOST))
         if func not in _FROM_NUMBERS:
             return func(*args, **kwargs)
         of_tensor = func is torch.Tensor.new_tensor
@@ -741,6 +751,7 @@ def _is_cuda(device: object) -> bool:
 
 
 _ALL_VALUES = frozenset[Any]((torch.Tensor.numpy, torch.Tensor.__array__))
+_SET_ITEM = torch.Tensor.__setitem__
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _FROM_NUMBERS = frozenset({torch.tensor, torch.as_tensor, torch.Tensor.new_tensor})
 
