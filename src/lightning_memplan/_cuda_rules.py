@@ -243,7 +243,10 @@ def _is_matrix(tensor: torch.Tensor) -> bool:
 
 
 def _batches(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...]:
-    """aten/src/ATen/native/cuda/Blas.cpp, ``prepare_batch_matrix_for_cublas``."""
+    """aten/src/ATen/native/cuda/Blas.cpp, ``prepare_batch_matrix_for_cublas``; outer products go another way (seen on
+    2.14)."""
+    if a.size(2) == 1:
+        return ()
     (rows, inner), columns = a.shape[1:], b.size(2)
     swapped = columns != 1  # whether the result has its rows as cuBLAS has columns
     m, n = (columns, rows) if swapped else (rows, columns)
