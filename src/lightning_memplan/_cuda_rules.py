@@ -486,7 +486,11 @@ def _channels_last(source: torch.Tensor) -> bool:
 
 
 def _native_norm(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    return (slice(None), *_norm_blocks(args[0], 4)) if args[5] else ()
+    """Where channels are neither first nor last the moments are var_mean's, of a copy in float32 if it is of halves."""
+    source = args[0]
+    general = not source.is_contiguous() and not _channels_last(source)
+    wide = (4 * source.numel(),) if general and source.element_size() == 2 else ()
+    return (slice(None), *wide, *_norm_blocks(source, 4)) if args[5] else ()
 
 
 def _native_norm_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
@@ -1290,6 +1294,15 @@ def _batch_norm_backward_made(
     return [of_input, (weight, weight.dtype), (weight, weight.dtype)]
 
 
+def _native_norm_backward_made(
+    grad: torch.Tensor, input: torch.Tensor, weight: torch.Tensor | None, *rest: Any
+) -> list[Made | None] | None:
+    if _dense(input) or weight is None:
+        return None
+    made: list[Made] = [(input.shape, input.dtype), (weight.shape, weight.dtype), (weight.shape, weight.dtype)]
+    return [one if asked else None for one, asked in zip(made, rest[-1], strict=True)]
+
+
 #: See ``Rules.shapes``. An output that is not told here is what torch's fake kernel says: for the CPU, whose
 #: convolutions lay their outputs out otherwise than cuDNN's do.
 SHAPES: Mapping[Any, Callable[..., Sequence[Made | None] | None]] = {
@@ -1299,6 +1312,7 @@ SHAPES: Mapping[Any, Callable[..., Sequence[Made | None] | None]] = {
     aten.native_layer_norm_backward.default: _layer_norm_backward_made,
     aten.cudnn_batch_norm.default: _batch_norm_made,
     aten.cudnn_batch_norm_backward.default: _batch_norm_backward_made,
+    aten.native_batch_norm_backward.default: _native_norm_backward_made,
     aten.threshold_backward.default: _like_first,
     aten.add.Tensor: _pointwise_made,
     aten.mul.Tensor: _pointwise_made,
