@@ -744,13 +744,21 @@ def _ctc_loss(log_probs: torch.Tensor, targets: torch.Tensor, *_: Any) -> tuple[
     # aten/src/ATen/native/cuda/LossCTC.cu; targets in one row are taken to be of equal length
     batch = log_probs.size(1)
     longest = targets.size(1) if targets.dim() == 2 else -(-targets.numel() // max(1, batch))
+    held = _ctc_numbers(log_probs)
     alpha = log_probs.new_empty(batch, log_probs.size(0), 2 * longest + 1)
-    return log_probs.new_empty(batch), alpha
+    losses = log_probs.new_empty(batch)
+    del held
+    return losses, alpha
+
+
+def _ctc_numbers(log_probs: torch.Tensor) -> list[torch.Tensor]:
+    """Both lengths of each sample, and where its targets begin, which come from the host."""
+    return [torch.empty(log_probs.size(1), dtype=torch.int64, device=log_probs.device) for _ in range(3)]
 
 
 def _ctc_loss_backward(grad: torch.Tensor, log_probs: torch.Tensor, *others: Any) -> torch.Tensor:
-    beta, made = torch.empty_like(others[4]), torch.empty_like(log_probs)
-    del beta
+    held, beta, made = _ctc_numbers(log_probs), torch.empty_like(others[4]), torch.empty_like(log_probs)
+    del held, beta
     return made
 
 
