@@ -20,7 +20,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_memplan._allocator import replay
-from lightning_memplan._cuda_rules import KERNELS, LONGEST, ORDER, SHAPES, WIDTHS, cuda_semantics, temporaries, workspaces
+from lightning_memplan._cuda_rules import (
+    KERNELS,
+    LONGEST,
+    ORDER,
+    SHAPES,
+    WIDTHS,
+    cuda_semantics,
+    temporaries,
+    workspaces,
+)
 from lightning_memplan._record import DEVICE, Recorder, Rules, labelled
 from lightning_memplan._scaling import scale
 from lightning_memplan._strategy import ranks_of
@@ -336,7 +345,7 @@ def one_hot(n: int, device: torch.device) -> Any:
 
 @case(None, F16)
 def ctc(n: int, device: torch.device) -> Any:
-    scores = on(device, nn.Linear(32, 30))(leaf(device, 100, n, 32)).log_softmax(-1)
+    scores = on(device, nn.Linear(32, 30))(leaf(device, n, 100, 32)).log_softmax(-1).transpose(0, 1)
     text = torch.ones(n, 12, dtype=torch.long, device=device)
     return F.ctc_loss(scores, text, torch.full((n,), 100), torch.full((n,), 12))
 

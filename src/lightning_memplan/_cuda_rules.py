@@ -143,7 +143,7 @@ def _ctc(
     if zero_infinity:
         losses = torch.where(losses == math.inf, losses.new_zeros(()), losses)
     if reduction == 1:
-        return (losses / torch.empty_like(losses).clamp_min_(1)).mean()
+        return (losses / torch.empty_like(losses).clamp_min(1)).mean()
     return losses.sum() if reduction == 2 else losses
 
 
@@ -757,7 +757,8 @@ def _ctc_numbers(log_probs: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _ctc_loss_backward(grad: torch.Tensor, log_probs: torch.Tensor, *others: Any) -> torch.Tensor:
-    held, beta, made = _ctc_numbers(log_probs), torch.empty_like(others[4]), torch.empty_like(log_probs)
+    held, beta = _ctc_numbers(log_probs), torch.empty_like(others[4])
+    made = torch.empty_like(log_probs, memory_format=torch.contiguous_format)
     del held, beta
     return made
 
@@ -1111,6 +1112,11 @@ def _batch_norm_backward_made(
 
 #: See ``Rules.shapes``. An output that is not told here is what torch's fake kernel says: for the CPU, whose
 #: convolutions lay their outputs out otherwise than cuDNN's do.
+def _log_softmax_gradient(grad: torch.Tensor, output: torch.Tensor, dim: int, dtype: torch.dtype) -> list[Made]:
+    # aten/src/ATen/native/SoftMax.cpp, its meta function: contiguous, whatever the gradient is
+    return [(grad.size(), dtype)]
+
+
 SHAPES: Mapping[Any, Callable[..., Sequence[Made | None] | None]] = {
     aten.convolution.default: _convolution_made,
     aten.convolution_backward.default: _convolution_backward_made,
@@ -1133,6 +1139,7 @@ SHAPES: Mapping[Any, Callable[..., Sequence[Made | None] | None]] = {
     aten.clone.default: _new_like,
     aten._to_copy.default: _new_like,
     aten._foreach_sqrt.default: _like_each,
+    aten._log_softmax_backward_data.default: _log_softmax_gradient,
 }
 
 
