@@ -11,6 +11,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,10 +20,20 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_memplan._allocator import replay
-from lightning_memplan._cuda_rules import KERNELS, ORDER, SHAPES, WIDTHS, cuda_semantics, temporaries, workspaces
+from lightning_memplan._cuda_rules import (
+    KERNELS,
+    LONGEST,
+    ORDER,
+    SHAPES,
+    WIDTHS,
+    cuda_semantics,
+    temporaries,
+    workspaces,
+)
 from lightning_memplan._record import DEVICE, Recorder, Rules, labelled
 from lightning_memplan._scaling import scale
-from lightning_memplan._types import Trace
+from lightning_memplan._strategy import ranks_of
+from lightning_memplan._types import Parallel, Trace
 
 BATCH = 48
 Case = Callable[[int, torch.device], Any]
@@ -473,6 +484,39 @@ def exact_gradients_of_gradients(n: int, device: torch.device) -> Any:
 
 
 @case(None, F16)
+def ctc(n: int, device: torch.device) -> Any:
+    scores = on(device, nn.Linear(32, 30))(leaf(device, n, 100, 32)).log_softmax(-1).transpose(0, 1)
+    text = torch.ones(n, 12, dtype=torch.long, device=device)
+    return F.ctc_loss(scores, text, torch.full((n,), 100), torch.full((n,), 12))
+
+
+@case()
+def ctc_sums(n: int, device: torch.device) -> Any:
+    """Lengths on the card, losses of each sample, and of a single text a row."""
+    scores = leaf(device, 50, n, 20).log_softmax(-1)
+    text = torch.ones(n, 8, dtype=torch.long, device=device)
+    given = (torch.full((n,), length).to(device) for length in (50, 8))  # from the host: the null GPU keeps these
+    return F.ctc_loss(scores, text, *given, reduction="none", zero_infinity=True).sum()
+
+
+@case(None, BF16)
+def grouped(n: int, device: torch.device) -> Any:
+    """Four experts, each for an equal part of the rows."""
+    x, experts = leaf(device, 16 * n, 64, dtype=BF16), leaf(device, 4, 64, 128, dtype=BF16)
+    ends = torch.full((4,), 16 * n // 4, dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+    return F.grouped_mm(x, experts, offs=ends).float().sum()
+
+
+@case(None, F16)
+def synchronized_norms(n: int, device: torch.device) -> Any:
+    """Over two ranks, of which the other says nothing."""
+    with ranks_of(Parallel("ddp", 2), device, SimpleNamespace(lengths_taken=0)):
+        first, second = (on(device, nn.SyncBatchNorm(16)) for _ in range(2))
+        x = on(device, nn.Conv2d(4, 16, 3))(leaf(device, n, 4, 30, 30))
+        return second(first(x).relu().to(memory_format=torch.channels_last)).sum()
+
+
+@case(None, F16)
 def cells(n: int, device: torch.device) -> Any:
     x, h = leaf(device, n, 16), leaf(device, n, 32)
     total = on(device, nn.LSTMCell(16, 32))(x, (h, h))[0].sum() + on(device, nn.GRUCell(16, 32))(x, h).sum()
@@ -498,7 +542,7 @@ _MODE = FakeTensorMode(allow_non_fake_inputs=True)
 
 def _traced(run: Case, autocast: torch.dtype | None, n: int) -> Trace:
     taken = {op: what for op, what in workspaces().items() if what[0] == "cublas"}  # cuDNN's random state is there
-    recorder = Recorder(_MODE, Rules(temporaries(), taken, WIDTHS, ORDER, KERNELS, shapes=SHAPES))
+    recorder = Recorder(_MODE, Rules(temporaries(), taken, WIDTHS, ORDER, KERNELS, longest=LONGEST, shapes=SHAPES))
     gc.collect()
     gc.disable()
     try:

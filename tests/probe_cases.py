@@ -49,6 +49,13 @@ class Compiled(Net):
         self.net = torch.compile(self.net)  # type: ignore[assignment]
 
 
+class Begins(Net):
+    """One of whose hooks needs a loader, which a copy's trainer does not have."""
+
+    def on_train_start(self) -> None:
+        self.batches = len(self.trainer.train_dataloader)
+
+
 class NotMany(Net):
     """One whose step cannot take more than 32 samples."""
 
@@ -145,6 +152,8 @@ def main() -> None:
     shown["not many"] = [[t.batch_size for t in traces], *traces[0].notes]
     traces, _ = probe_steps(Net(), read_samples(batch).batches, StepSettings(), 0, capacity=2**32, largest=64)
     shown["large"] = [t.batch_size for t in traces]
+    traces, _ = probe_steps(Begins(), read_samples(batch).batches, StepSettings(), 0)
+    shown["begins"] = traces[0].notes
 
     # the user's own error, unchanged
     try:

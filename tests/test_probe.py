@@ -363,6 +363,12 @@ def test_an_error_of_the_large_batch_alone_is_noted(shown):
     )
 
 
+def test_a_hook_that_fails_on_the_copy_is_noted(shown):
+    (note,) = shown["begins"]
+    assert note.startswith("on_train_start was left out: it failed in a copy (")
+    assert note.endswith("self.batches = len(self.trainer.train_dataloader)")
+
+
 def test_the_users_own_error_is_raised_unchanged(shown):
     kind, text = shown["error"]
     assert kind == "RuntimeError"

@@ -606,8 +606,34 @@ def test_hooks_before_the_first_step_are_run_on_the_copy():
     assert not hasattr(module, "weights")
     assert module.place.item() == 0
     assert est.program.batch_sizes == (32, 64, 128)
-    assert any(note.startswith("on_train_start was left out: ") for note in est.notes)
+    (note,) = (note for note in est.notes if "left out" in note)
+    assert note.startswith("on_train_start was left out: it failed in a copy (AttributeError: ")
+    assert "whole numbers of the batch" not in " ".join(est.notes)
     assert not any(note.startswith(("on_fit_start", "on_train_epoch_start")) for note in est.notes)
+
+
+def test_the_value_of_a_buffer_is_not_the_batchs():
+    class Counts(pl.LightningModule):
+        def __init__(self, reads):
+            super().__init__()
+            self.net, self.reads = nn.Linear(8, 4), reads
+            self.register_buffer("place", torch.zeros(1, dtype=torch.long))
+
+        def training_step(self, batch, batch_idx):
+            return self.net(batch[0])[:, : 1 + self.reads(self, batch[1])].sum()
+
+    sample = torch.zeros(4, 8), torch.ones(4, dtype=torch.long)
+    notes = {}
+    for name, reads in {
+        "buffer": lambda module, labels: int(module.place + 1),
+        "batch": lambda module, labels: int(labels.max()),
+        "both": lambda module, labels: int(labels.max() + module.place),
+        "mask": lambda module, labels: int((module.net(torch.zeros(1, 8, device=labels.device)) > 0).sum()) // 4,
+    }.items():
+        notes[name] = mp.estimate(Counts(reads), sample, method="trace").notes
+    lengths = "the step reads whole numbers of the batch (lengths): taken as the largest of its samples"
+    mask = "the step selects by values (a mask, nonzero, unique, coalesce): planned as if all were selected"
+    assert notes == {"buffer": (), "batch": (lengths,), "both": (lengths,), "mask": (mask,)}
 
 
 def with_cuda(module, x):

@@ -144,7 +144,7 @@ def _ctc(
     if zero_infinity:
         losses = torch.where(losses == math.inf, losses.new_zeros(()), losses)
     if reduction == 1:
-        return (losses / torch.empty_like(losses).clamp_min_(1)).mean()
+        return (losses / torch.empty_like(losses).clamp_min(1)).mean()
     return losses.sum() if reduction == 2 else losses
 
 
@@ -915,13 +915,22 @@ def _ctc_loss(log_probs: torch.Tensor, targets: torch.Tensor, *_: Any) -> tuple[
     # aten/src/ATen/native/cuda/LossCTC.cu; targets in one row are taken to be of equal length
     batch = log_probs.size(1)
     longest = targets.size(1) if targets.dim() == 2 else -(-targets.numel() // max(1, batch))
+    held = _ctc_numbers(log_probs)
     alpha = log_probs.new_empty(batch, log_probs.size(0), 2 * longest + 1)
-    return log_probs.new_empty(batch), alpha
+    losses = log_probs.new_empty(batch)
+    del held
+    return losses, alpha
+
+
+def _ctc_numbers(log_probs: torch.Tensor) -> list[torch.Tensor]:
+    """Both lengths of each sample, and where its targets begin, which come from the host."""
+    return [torch.empty(log_probs.size(1), dtype=torch.int64, device=log_probs.device) for _ in range(3)]
 
 
 def _ctc_loss_backward(grad: torch.Tensor, log_probs: torch.Tensor, *others: Any) -> torch.Tensor:
-    beta, made = torch.empty_like(others[4]), torch.empty_like(log_probs)
-    del beta
+    held, beta = _ctc_numbers(log_probs), torch.empty_like(others[4])
+    made = torch.empty_like(log_probs, memory_format=torch.contiguous_format)
+    del held, beta
     return made
 
 
@@ -1305,6 +1314,11 @@ def _native_norm_backward_made(
 
 #: See ``Rules.shapes``. An output that is not told here is what torch's fake kernel says: for the CPU, whose
 #: convolutions lay their outputs out otherwise than cuDNN's do.
+def _log_softmax_gradient(grad: torch.Tensor, output: torch.Tensor, dim: int, dtype: torch.dtype) -> list[Made]:
+    # aten/src/ATen/native/SoftMax.cpp, its meta function: contiguous, whatever the gradient is
+    return [(grad.size(), dtype)]
+
+
 SHAPES: Mapping[Any, Callable[..., Sequence[Made | None] | None]] = {
     aten.convolution.default: _convolution_made,
     aten.convolution_backward.default: _convolution_backward_made,
@@ -1328,6 +1342,7 @@ SHAPES: Mapping[Any, Callable[..., Sequence[Made | None] | None]] = {
     aten.clone.default: _new_like,
     aten._to_copy.default: _new_like,
     aten._foreach_sqrt.default: _like_each,
+    aten._log_softmax_backward_data.default: _log_softmax_gradient,
 }
 
 

@@ -34,6 +34,7 @@ from lightning_memplan._record import module_paths
 from lightning_memplan._repeated import Repeated
 from lightning_memplan._shards import in_place_of
 from lightning_memplan._strategy import local, ranks_of, through, without_reduction, wrapped
+from lightning_memplan._twin import explain
 from lightning_memplan._types import Category, Event, Layer, Parallel, Phase, StepSettings
 
 TRUE_DTYPE = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
@@ -110,7 +111,7 @@ class StepRunner:
         self.lightning = is_lightning_module(twin)
         self.optimizers: list[torch.optim.Optimizer] = []
         self.layers: tuple[Layer, ...] = ()
-        self.failed: dict[str, Exception] = {}  #: hooks before the first step, and why they were left out
+        self.left_out: tuple[str, ...] = ()  #: of the hooks before the first step, and why
         self.steps = 0  #: how many ran
         self.period = 0  #: after how many batches they are alike again, where it is known
         self.kinds = 1  #: steps after which all kinds of steps have been seen
@@ -463,7 +464,7 @@ class StepRunner:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - of the user's code, which may do anything there
-            self.failed[name] = error
+            self.left_out += (f"{name} was left out: {explain(error, 'a copy', 'it')}",)
 
     def _manual(self, optimizers: list[torch.optim.Optimizer]) -> None:
         """Manual optimization: the step calls these itself."""

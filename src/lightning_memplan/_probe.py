@@ -500,6 +500,7 @@ def _record(run: _Run, batches: Sequence[tuple[int, Any]], steps: int | None) ->
     give_back(run.device)
     twin = run.copy()
     formula, compiled, period = None, within_graphs(twin), 0
+    left_out: tuple[str, ...] = ()
     if compiled:
         steps = steps or STEPS
     with _recording(run.device) as (mark, events), module_paths(twin, mark, compiled):
@@ -526,11 +527,12 @@ def _record(run: _Run, batches: Sequence[tuple[int, Any]], steps: int | None) ->
                     runner.run_steps(batch, steps)
                 else:
                     formula = runner.run_counted(batch, size, steps)
+            left_out = runner.left_out
             if steps is None:
                 steps, period = runner.steps, runner.period
         recorded = events()
     assert formula is not None  # there are batches
-    notes = (TRIED,) if compiled else ()
+    notes = (*((TRIED,) if compiled else ()), *left_out)
     parts, sizes = accumulated(run.settings), enumerate((size for size, _ in batches), 1)
     return [Trace(size, labelled(recorded(number)), notes, parts, period) for number, size in sizes], formula
 

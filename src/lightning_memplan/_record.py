@@ -170,15 +170,16 @@ class Recorder(TorchDispatchMode):
         if not self.numbers and not self._counts and not self.knows_buffers:
             return self._run(func, types, args, kwargs)
         values = self._known(func, args, kwargs)
+        origin = None if values is None else self._origin(args, kwargs)
         if values is not None and (func is _READ_VALUE or (func is _TO_COPY and kwargs.get("device") == _HOST)):
-            self.numbers_taken += bool(self.numbers)
-            self.lengths_taken += self._counts and not self.numbers
+            self.numbers_taken += origin == "batch"
+            self.lengths_taken += origin == "mask"
             return values
         out = self._run(func, types, args, kwargs)
         if values is not None:
             for made, value in zip(tree_leaves(out), tree_leaves(values), strict=True):
                 if isinstance(made, FakeTensor) and not made.is_floating_point():
-                    made.__dict__[_NUMBERS] = value
+                    made.__dict__[_NUMBERS], made.__dict__[_ORIGIN] = value, origin
         return out
 
     def _run(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
@@ -350,10 +351,18 @@ class Recorder(TorchDispatchMode):
 
         return func(*tree_map(on_host, args), **tree_map(on_host, dict(kwargs)))
 
+    def _origin(self, args: Any, kwargs: Any) -> str:
+        """Where the values are from that an operator is given: the batch, a count of a mask, or what is known for sure
+        (a buffer)."""
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        found = {"batch" if id(leaf) in self.numbers else leaf.__dict__.get(_ORIGIN, "") for leaf in leaves}
+        return next((origin for origin in ("batch", "mask") if origin in found), "")
+
     def _counted(self, out: Any, mask: torch.Tensor) -> Any:
         """How many are true: all of them, where it is asked for."""
         self._counts = True
         out.__dict__[_NUMBERS] = torch.full(out.shape, mask.numel() // max(1, out.numel()))
+        out.__dict__[_ORIGIN] = "mask"
         return out
 
     def _check(self, out: Any, func: Any, args: Sequence[Any]) -> None:
@@ -553,6 +562,7 @@ class Recorder(TorchDispatchMode):
 _TRUE = "_memplan_true"  # a fake tensor's attribute: all that is in it is true
 _NEW_ZEROS = "_memplan_zeros"  # a fake tensor's attribute: it was made of zeros
 _NUMBERS = "_memplan_numbers"  # a fake tensor's attribute: its values, where they are known
+_ORIGIN = "_memplan_origin"  # another: where these are from
 
 
 def fake_mode() -> FakeTensorMode:

@@ -506,7 +506,7 @@ class _Run(StepRunner):
             recorder.stop()
             drawn = random_states() != states
         notes: tuple[str, ...] = tuple(sorted(said))
-        notes += tuple(f"{name} was left out: {explain(error)}" for name, error in self.failed.items())
+        notes += self.left_out
         if drawn:
             notes += ("the step draws numbers (random, NumPy): planned for what it did with those of the trace",)
         if recorder.values_read:

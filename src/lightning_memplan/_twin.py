@@ -256,8 +256,9 @@ def _is_library(filename: str) -> bool:
     return filename.startswith(("<", *roots))
 
 
-def explain(error: BaseException, within: str = "a trace") -> str:
-    """What the step needs that it has not ``within`` a trace or a probe, and the line of the user's code."""
+def explain(error: BaseException, within: str = "a trace", what: str = "the step") -> str:
+    """What the step (or ``what`` else) needs that it has not ``within`` a trace or a probe, and the line of the user's
+    code."""
     frames = traceback.extract_tb(error.__traceback__)
     users = [frame for frame in frames if not _is_library(frame.filename)]
     where = (
@@ -265,10 +266,8 @@ def explain(error: BaseException, within: str = "a trace") -> str:
     )
     kind = type(error).__name__
     if kind in ("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode"):
-        what = (
-            f"the step needs the value of a tensor ({kind} in {getattr(error, 'func', error)}), which a trace has not"
-        )
+        what = f"{what} needs the value of a tensor ({kind} in {getattr(error, 'func', error)}), which a trace has not"
     else:
         text = str(error).strip().splitlines()
-        what = f"the step failed in {within} ({kind}: {text[0] if text else 'no message'})"
+        what = f"{what} failed in {within} ({kind}: {text[0] if text else 'no message'})"
     return f"{what}; at {where}"
