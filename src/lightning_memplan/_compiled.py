@@ -13,10 +13,13 @@ cache is filled by a block of its size.
 CUDA graphs (``mode="reduce-overhead"``, ``"max-autotune"``) are warmed up, recorded and replayed in a pool of their
 own, whose segments no one else is given: the upper end is the peaks of both. In their pool are copies of what comes
 from outside, kept from then on: what is given to the forward pass beside weights, and the gradients that come to the
-backward pass. cuBLAS's workspaces are let go of before a recording: the lower end has none of theirs.
+backward pass. cuBLAS's workspaces are let go of before a recording: the lower end has none of theirs. Kernels are
+tried out in that pool as well, with a clone of what they write over, and the pool keeps what it has: the upper end has
+the clones apart from the rest.
 
 Source: torch/_functorch/partitioners.py and torch/_inductor (compile_fx.py, scheduler.py, runtime/benchmarking.py,
-cudagraph_trees.py: ``_allocate_and_copy_recording_inputs``, ``clear_cublas_manager``), 2.11 to 2.14.
+runtime/triton_heuristics.py: ``maybe_clone_args``, ``copy_args_to_cpu_if_needed``, cudagraph_trees.py:
+``_allocate_and_copy_recording_inputs``, ``clear_cublas_manager``), 2.11 to 2.14.
 """
 
 from __future__ import annotations
@@ -74,12 +77,12 @@ class Graphs:
 
         def run(args: list[Any]) -> Any:
             if self.least and not pooled:
-                return _Interpreter(graph, self).boxed_run(args)
+                return _Interpreter(graph, self, pooled).boxed_run(args)
             with self.recorder.pool(POOL, workspaces=not self.least):
                 copied = self.copied.setdefault(self.recorder, {})
                 if pooled and not self.least and not self.making and graph not in copied:
                     copied[graph] = [torch.empty_like(tensor) for tensor in self.inputs(graph, args)]
-                return _Interpreter(graph, self).boxed_run(args)
+                return _Interpreter(graph, self, pooled).boxed_run(args)
 
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
@@ -161,9 +164,9 @@ def _example(value: Any) -> Any:
 class _Interpreter(torch.fx.Interpreter):
     """Runs a graph, whose operators have their results in memory where ``_kept`` says so."""
 
-    def __init__(self, graph: torch.fx.GraphModule, graphs: Graphs) -> None:
+    def __init__(self, graph: torch.fx.GraphModule, graphs: Graphs, pooled: bool) -> None:
         super().__init__(graph)
-        self.recorder, self.least = graphs.recorder, graphs.least
+        self.recorder, self.least, self.pooled = graphs.recorder, graphs.least, pooled
         self.cache = 0 if graphs.making else graphs.cache
         self.kept = _kept(graph, self.least)
 
@@ -180,8 +183,34 @@ class _Interpreter(torch.fx.Interpreter):
         del copied
         if self.cache and self.recorder.step == 1 and not _is_view(n):
             with self.recorder.pool(POOL + 1, workspaces=True):  # as if it found no room in what is cached
+                clones = [torch.empty_like(block) for block in self.written_over(n, out)]
                 self.recorder.take_and_give_back(self.cache)
+                del clones
         return out
+
+    def written_over(self, n: torch.fx.Node, out: Any) -> list[torch.Tensor]:
+        """What a kernel of a CUDA graph's forward pass writes its result over, and is cloned where it is tried out.
+
+        To a convolution's result its bias is added; another kernel may write over the last block of as many bytes that
+        it reads. In a backward pass no clone takes more than was allocated at most before.
+        """
+        if not self.pooled or _is_backward(n.graph):
+            return []
+        if _of_library(n):
+            return [out] if n.target is torch.ops.aten.convolution.default and n.args[2] is not None else []
+        fused, left, blocks = {n}, [n], []
+        while left:
+            for operand in left.pop().all_input_nodes:
+                if operand.op != "call_function" or operand in fused:
+                    continue
+                if operand in self.kept or _of_library(operand):
+                    blocks.append(operand)
+                else:
+                    fused.add(operand)
+                    left.append(operand)
+        size = _bytes_of(n)
+        alike = [block for block in blocks if size == _bytes_of(block) and fused.issuperset(_readers(block))]
+        return [self.env[block] for block in alike[:1] if block in self.env]
 
     def least_of(self, n: torch.fx.Node) -> Any:
         """The result, of which only what the graph gives is in memory, in the place of what is read for the last time.
@@ -251,6 +280,11 @@ def _kept(graph: torch.fx.GraphModule, least: bool) -> set[torch.fx.Node]:
             if len(readers) > 1 or _REDUCTION in n.target.tags or not all(map(_is_fused, readers)):
                 kept.add(n)
     return kept
+
+
+def _bytes_of(n: torch.fx.Node) -> int:
+    value = n.meta.get("val")
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else -1
 
 
 def _readers(n: torch.fx.Node) -> list[torch.fx.Node]:
