@@ -215,6 +215,17 @@ def test_cuda_graphs_have_a_pool_of_their_own(compiled):
     assert {event.stream for event in found.program.events} == {0, POOL, POOL + 1}
 
 
+def test_kernels_of_cuda_graphs_are_tried_out_on_clones_of_what_they_write_over():
+    found, plain = (
+        mp.estimate(torch.compile(nn.Conv2d(1, 4, 3), mode=mode), torch.zeros(4, 1, 34, 34), method="trace")
+        for mode in ("reduce-overhead", None)
+    )
+    clones = [e for e in found.program.events if e.stream == POOL + 1 and e.op == "aten.empty_like.default"]
+    # the result, to which the bias is added: of 16 samples, 4 channels of 32 x 32, float32; in the first step only
+    assert [(e.size, e.step) for e in clones] == [(16 * 4 * 32 * 32 * 4, 1)]
+    assert not any(e.stream == POOL + 1 and e.op for e in plain.program.events)
+
+
 def test_what_is_no_graph_is_planned_as_it_is_written():
     written = mp.estimate(Net(Chain(reads=True)), BATCH, method="trace")
     found = mp.estimate(Net(torch.compile(Chain(reads=True))), BATCH, method="trace")
