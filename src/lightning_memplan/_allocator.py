@@ -26,6 +26,8 @@ _MIB = 2**20
 _ROUND = 512
 _SMALL = _MIB  # the largest request that the small pool serves
 _SMALL_SEGMENT = 2 * _MIB
+
+GRAPHS = 2**16  #: streams from here on stand for the pools of CUDA graphs, which keep their segments
 _LARGE_SEGMENT = 20 * _MIB
 _LARGE_ALONE = 10 * _MIB  # from here on a request has a segment of its own size, rounded up to 2 MiB
 _INTERVALS = 16  # sizes between powers of two that have divisions of their own: from 1 MiB, ... from 32 GiB
@@ -178,7 +180,8 @@ def replay(
     A size from 0 on allocates that many bytes under the id ``block`` (0 bytes take no memory); -1 frees the block, -2
     gives all that is idle back to the card (``torch.cuda.empty_cache``), whatever the block.
     Below, 3 MiB and 5 MiB share a segment of 20 MiB, and 40 MiB have one of their own. A card of 50 MiB has no room
-    for both, so it is given back the first, in which nothing is in use any more.
+    for both, so it is given back the first, in which nothing is in use any more. What is idle in the pool of a CUDA
+    graph (a stream from ``GRAPHS`` on) is not given back: the graph runs in it again.
 
     >>> program = [(1, 3 * 2**20, 0), (2, 5 * 2**20, 0), (1, -1, 0), (2, -1, 0), (3, 40 * 2**20, 0)]
     >>> ample = replay(program)
@@ -187,6 +190,8 @@ def replay(
     >>> tight = replay(program, capacity=50 * 2**20)
     >>> tight.peak_reserved // 2**20, tight.retries, tight.out_of_memory
     (40, 1, None)
+    >>> replay([(block, size, GRAPHS) for block, size, _ in program], capacity=50 * 2**20).out_of_memory
+    4
 
     More capacity can, rarely, make a program fail that fitted: what was given back earlier left fewer split blocks.
 
@@ -258,7 +263,7 @@ def replay(
             small = size <= _SMALL
             pool = pools[small].get(stream)
             if pool is None:
-                pool = pools[small][stream] = heap.new_pool(small)
+                pool = pools[small][stream] = heap.new_pool(small, kept=stream >= GRAPHS)
             keys = pool.keys
             if collects:
                 heap.searches += not small
@@ -398,7 +403,7 @@ class _Heap:
         self.fraction = _UNLIMITED if fraction is None else fraction
         self.max_split = _UNLIMITED if settings.max_split_size is None else settings.max_split_size
         self.collects = fraction is not None and settings.garbage_collection_threshold > 0.0
-        self.pools: list[_Pool] = []
+        self.pools: list[_Pool] = []  # that give back what is idle
         self.sizes: dict[int, int] = {}  # of free blocks
         self.starts: dict[int, int] = {}  # of free blocks, by their end
         self.segment_sizes: dict[int, int] = {}
@@ -411,7 +416,7 @@ class _Heap:
         self.searches = 0  # of large pools for a free block: garbage collection's clock
         self.since: dict[int, int] = {}  # that clock when a block was freed
 
-    def new_pool(self, small: bool) -> _Pool:
+    def new_pool(self, small: bool, kept: bool) -> _Pool:
         finely = small or self.settings.expandable_segments
         pool = _Pool(
             small=small,
@@ -419,7 +424,8 @@ class _Heap:
             least_rest=_ROUND if finely else _SMALL + _ROUND,
             split_under=_UNLIMITED if finely else self.max_split,
         )
-        self.pools.append(pool)
+        if not kept:
+            self.pools.append(pool)
         return pool
 
     def add(self, pool: _Pool, address: int, size: int) -> None:

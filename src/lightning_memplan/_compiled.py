@@ -37,6 +37,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_memplan._allocator import GRAPHS
 from lightning_memplan._record import Recorder, fake_mode
 
 #: Kernels that inductor calls and does not make, beside its ``fallbacks``: their operands and results are blocks
@@ -52,7 +53,7 @@ _L2 = {(7, 0): 6, (7, 5): 6, (8, 0): 40, (8, 6): 6, (8, 9): 96, (9, 0): 60, (10,
 
 _PRODUCTS = frozenset("mm addmm bmm baddbmm".split())
 
-#: The stream of CUDA graphs: blocks of one stream share no segment with another's, and so do those of a pool
+#: The stream of what is compiled: blocks of one stream share no segment with another's, and so do those of a pool
 POOL = 2**15
 
 #: Batch sizes of traces: what is saved depends on sizes, and of a few samples it would be other tensors than of many
@@ -78,7 +79,7 @@ class Graphs:
         def run(args: list[Any]) -> Any:
             if self.least and not pooled:
                 return _Interpreter(graph, self, pooled).boxed_run(args)
-            with self.recorder.pool(POOL, workspaces=not self.least):
+            with self.recorder.pool(GRAPHS if pooled else POOL, workspaces=not self.least):
                 copied = self.copied.setdefault(self.recorder, {})
                 if pooled and not self.least and not self.making and graph not in copied:
                     copied[graph] = [torch.empty_like(tensor) for tensor in self.inputs(graph, args)]
@@ -182,7 +183,7 @@ class _Interpreter(torch.fx.Interpreter):
         out = super().run_node(n)
         del copied
         if self.cache and self.recorder.step == 1 and not _is_view(n):
-            with self.recorder.pool(POOL + 1, workspaces=True):  # as if it found no room in what is cached
+            with self.recorder.pool(GRAPHS + 1, workspaces=True):  # as if it found no room in what is cached
                 clones = [torch.empty_like(block) for block in self.written_over(n, out)]
                 self.recorder.take_and_give_back(self.cache)
                 del clones
