@@ -415,6 +415,24 @@ for _dtype in (F32, BF16):
     _grouped(_dtype)
 
 
+def _fewer_dimensions(dtype: torch.dtype) -> None:
+    def run(n: int, device: torch.device) -> Any:
+        q, k, v, mask = (leaf(device, 4 * n, 50, width, dtype=dtype) for width in (32, 32, 32, 50))
+        return F.scaled_dot_product_attention(q, k, v, mask).sum() + F.scaled_dot_product_attention(q, k, v).sum()
+
+    CASES[f"exact attention of fewer dimensions {str(dtype).removeprefix('torch.')}"] = (run, None)
+
+
+for _dtype in (F32, BF16):
+    _fewer_dimensions(_dtype)
+
+
+@case(None, F16)
+def one_head_of_keys(n: int, device: torch.device) -> Any:
+    queries, keys = leaf(device, n, 8, 64, 32), leaf(device, n, 1, 64, 32)
+    return F.scaled_dot_product_attention(queries * 2, keys * 2, keys * 3).sum()
+
+
 @case()
 def distances(n: int, device: torch.device) -> Any:
     return torch.cdist(leaf(device, n, 40, 16), leaf(device, n, 30, 16)).sum()

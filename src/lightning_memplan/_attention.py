@@ -30,7 +30,14 @@ def attention(capability: tuple[int, int]) -> Callable[..., torch.Tensor]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
+        if BROADCASTS and query.dim() == key.dim() == value.dim() == 3:
+            mask = attn_mask if attn_mask is None or attn_mask.dim() < 3 else attn_mask.unsqueeze(0)
+            q, k, v = (tensor.unsqueeze(0) for tensor in (query, key, value))
+            return kernel(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa).squeeze(0)
         grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        plain = key, value
+        if BROADCASTS and not enable_gqa and query.dim() == 4 and key.size(1) == value.size(1) == 1:
+            key, value = (tensor.expand(-1, query.size(1), -1, -1) for tensor in (key, value))
         choice = _attention_backend(query, key, value, attn_mask, is_causal, enable_gqa, capability, grad)
         if choice == "flash":
             width = query.size(-1)
@@ -44,7 +51,7 @@ def attention(capability: tuple[int, int]) -> Callable[..., torch.Tensor]:
                 query, key, value, bias, grad, dropout_p, is_causal, scale=scale
             )[0]
         mask = _float_mask(attn_mask, query)
-        return _math_attention(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)[0]
+        return _math_attention(query, *plain, mask, dropout_p, is_causal, scale, enable_gqa)[0]
 
     return kernel
 
@@ -128,6 +135,8 @@ def _attention_backend(
     return "efficient" if efficient else "math"
 
 
+#: Kernels are given inputs without a batch, and one head of keys for all, from torch 2.14 on (seen on 2.11 and 2.14)
+BROADCASTS = _VERSION >= (2, 14)
 #: Memory-efficient attention takes fewer heads of keys than of queries from torch 2.14 on (torch/nn/functional.py)
 GROUPED_EFFICIENT = _VERSION >= (2, 14)
 

@@ -235,6 +235,80 @@ class PointNet(nn.Module):
         return self.head(self.local(x).max(-1).values)
 
 
+class Graph(nn.Module):
+    """Sums over neighbours, and the largest of their values, by scattering."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(32, 64), nn.Linear(64, 10)
+        self.messages = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+        self.register_buffer("edges", torch.randint(0, 50, (2, 300)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.embed(x)
+        to = self.edges[1, None, :, None].expand(len(h), -1, 64)
+        for message in self.messages:
+            sent = message(F.relu(h))[:, self.edges[0]]
+            total = torch.zeros_like(h, dtype=sent.dtype).scatter_add_(1, to, sent)
+            h = h + total.scatter_reduce(1, to, sent, "amax", include_self=False)
+        return self.head(h).amax(1)
+
+
+class Decay(nn.Module):
+    """Attention without queries, whose weights decay with the distance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key, self.value, self.gate = (nn.Linear(64, 64, bias=False) for _ in range(3))
+        self.decay, self.head = nn.Parameter(torch.zeros(64)), nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shifted = F.pad(x, (0, 0, 1, -1))
+        place = torch.arange(x.size(1), device=x.device)
+        apart = place[:, None] - place[None]
+        weights = torch.exp(-apart.clamp(min=0)[..., None] * self.decay.float().exp()) * (apart >= 0)[..., None]
+        keys = self.key(x).float().exp()
+        total = torch.einsum("tsc,bsc->btc", weights, keys * self.value(shifted))
+        mean = total / torch.einsum("tsc,bsc->btc", weights, keys)
+        return self.head((self.gate(x).sigmoid() * mean).to(x.dtype)).mean(1)
+
+
+class Points(nn.Module):
+    """Attention among the nearest points."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.near, self.score = nn.Linear(3, 64), nn.Linear(3, 64), nn.Linear(64, 64)
+        self.query, self.key, self.value, self.head = (nn.Linear(64, width) for width in (64, 64, 64, 10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        index = torch.cdist(x.float(), x.float()).topk(8, largest=False).indices
+        one = torch.arange(len(x), device=x.device)[:, None, None]
+        near = self.near(x[:, :, None] - x[one, index])
+        h = self.embed(x)
+        score = self.score(self.query(h)[:, :, None] - self.key(h)[one, index] + near).softmax(2)
+        return self.head((score * (self.value(h)[one, index] + near)).sum(2).amax(1))
+
+
+class Energy(nn.Module):
+    """What an image is made likelier by, step by step, and how steep that is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 32, 3, 2, 1), nn.ELU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ELU(), nn.Flatten(), nn.Linear(4096, 1)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sample = torch.rand_like(x).requires_grad_()
+        for _ in range(3):
+            (slope,) = torch.autograd.grad(self.net(sample).sum(), sample)
+            sample = (sample - 0.1 * slope).detach().requires_grad_()
+        energy, made = self.net(x), self.net(sample)
+        (slope,) = torch.autograd.grad(made.sum(), sample, create_graph=True)
+        return (energy - made).mean() + slope.square().mean()
+
+
 def _mlp() -> nn.Module:
     return nn.Sequential(
         nn.Linear(1000, 2000),
@@ -272,6 +346,10 @@ _OWN: dict[str, tuple[Callable[[], nn.Module], Callable[[], Sample]]] = {
     "recommender": (Recommender, lambda: _tokens(20, 20000)),
     "diffusion": (Diffusion, lambda: _image(3, 64, 64)),
     "unet": (UNet, lambda: _maps(3, 128, 128)),
+    "graph": (Graph, lambda: (torch.zeros(50, 32), 0)),
+    "decay": (Decay, lambda: (torch.zeros(96, 64), 0)),
+    "points": (Points, lambda: (torch.zeros(256, 3), 0)),
+    "energy": (Energy, lambda: _image(3, 32, 32)),
     "pointnet": (PointNet, lambda: _image(3, 1024)),
 }
 
@@ -281,7 +359,7 @@ _OWN: dict[str, tuple[Callable[[], nn.Module], Callable[[], Sample]]] = {
 
 def _own(name: str) -> tuple[nn.Module, Sample, Any]:
     make, sample = _OWN[name]
-    return make(), sample(), (lambda out, y: out) if name == "diffusion" else None
+    return make(), sample(), (lambda out, y: out) if name in ("diffusion", "energy") else None
 
 
 def _torchvision(name: str) -> tuple[nn.Module, Sample, Any]:
@@ -326,6 +404,10 @@ def _monai(name: str) -> tuple[nn.Module, Sample, Any]:
         net = nets.UNETR(1, 2, (32, 32, 32), feature_size=16, hidden_size=192, mlp_dim=768, num_heads=6)
     elif name == "SwinUNETR":
         size, net = 64, nets.SwinUNETR(in_channels=1, out_channels=2, feature_size=12)
+    elif name == "SwinUNETR_v2":
+        size, net = 64, nets.SwinUNETR(in_channels=1, out_channels=2, feature_size=12, use_v2=True)
+    elif name == "HighResNet":
+        net = nets.HighResNet(3, 1, 2)
     elif name == "DenseNet121":
         return nets.DenseNet121(3, 1, 2), (torch.zeros(1, size, size, size), 0), None
     else:
