@@ -116,6 +116,15 @@ def losses(n: int, device: torch.device) -> Any:
     return total + F.cosine_similarity(x, y).mean() + F.soft_margin_loss(x, y)
 
 
+@case(None, F16)
+def losses_of_rows(n: int, device: torch.device) -> Any:
+    """What is compared lies otherwise than its gradient."""
+    y, total = torch.zeros(n, 24, 5, device=device), 0
+    for loss in (F.mse_loss, F.smooth_l1_loss, F.l1_loss):
+        total = total + loss(on(device, nn.Linear(64, 24))(leaf(device, n, 5, 64)).transpose(1, 2), y)
+    return total
+
+
 @case()
 def embedding(n: int, device: torch.device) -> Any:
     return F.embedding(torch.zeros(n, 128, dtype=torch.long, device=device), leaf(device, 1000, 256)).sum()
