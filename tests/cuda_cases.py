@@ -128,6 +128,15 @@ def losses(n: int, device: torch.device) -> Any:
 
 
 @case()
+def losses_of_rows(n: int, device: torch.device) -> Any:
+    """What is compared lies otherwise than its gradient."""
+    y, total = torch.zeros(n, 24, 5, device=device), 0
+    for loss in (F.mse_loss, F.smooth_l1_loss, F.l1_loss):
+        total = total + loss(on(device, nn.Linear(64, 24))(leaf(device, n, 5, 64)).transpose(1, 2), y)
+    return total
+
+
+@case()
 def embedding(n: int, device: torch.device) -> Any:
     return F.embedding(torch.zeros(n, 128, dtype=torch.long, device=device), leaf(device, 1000, 256)).sum()
 
@@ -212,7 +221,7 @@ def batch_norm_of_rows(n: int, device: torch.device) -> Any:
     return (on(device, nn.Linear(64, 64))(y) * torch.zeros(n, 30, 64, device=device)).sum()
 
 
-@case(None, F16)
+@case()
 def counts(n: int, device: torch.device) -> Any:
     """Sums of another type than what is added up."""
     x = leaf(device, n, 300)
@@ -273,7 +282,7 @@ def resizings(n: int, device: torch.device) -> Any:
     return total + F.interpolate(x, size=(9, 9), mode="bilinear", antialias=True).sum() + x.roll(2, 2).sum()
 
 
-@case(None, F16)
+@case()
 def layouts_of_maps(n: int, device: torch.device) -> Any:
     """Contiguous, channels last, or a part of a tensor, and then a gradient that is contiguous or channels last."""
     x, total = leaf(device, n, 16, 12, 12), 0

@@ -23,8 +23,8 @@ TOLERANCES = {
     "one_head_of_keys": 0.04,  # when its heads' gradients are added up
 }
 EXACT = 0.005
-#: to the byte
-EXACTLY = ("attention", "batch_norm_of_rows", "convolutions", "counts", "exact", "indexing", "layouts")
+#: Cases that are exact to the byte
+EXACTLY = ("attention", "batch_norm_of_rows", "convolutions", "counts", "exact", "indexing", "layouts", "losses_of")
 
 
 def _macro(name: str) -> set[str]:

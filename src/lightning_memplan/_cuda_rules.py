@@ -1303,6 +1303,11 @@ def _batch_norm_backward_made(
     return [of_input, (weight, weight.dtype), (weight, weight.dtype)]
 
 
+def _loss_backward_made(grad: torch.Tensor, input: torch.Tensor, *_: Any) -> list[Made]:
+    # aten/src/ATen/native/Loss.cpp: new zeros, contiguous, however the input is laid out
+    return [(input.shape, input.dtype)]
+
+
 def _native_norm_backward_made(
     grad: torch.Tensor, input: torch.Tensor, weight: torch.Tensor | None, *rest: Any
 ) -> list[Made | None] | None:
@@ -1326,6 +1331,9 @@ SHAPES: Mapping[Any, Callable[..., Sequence[Made | None] | None]] = {
     aten.native_layer_norm_backward.default: _layer_norm_backward_made,
     aten.cudnn_batch_norm.default: _batch_norm_made,
     aten.cudnn_batch_norm_backward.default: _batch_norm_backward_made,
+    aten.huber_loss_backward.default: _loss_backward_made,
+    aten.mse_loss_backward.default: _loss_backward_made,
+    aten.smooth_l1_loss_backward.default: _loss_backward_made,
     aten.native_batch_norm_backward.default: _native_norm_backward_made,
     aten.threshold_backward.default: _like_first,
     aten.add.Tensor: _pointwise_made,

@@ -454,11 +454,46 @@ def _hf(name: str) -> tuple[nn.Module, Sample, Any]:
         config = t.Wav2Vec2Config(**small, num_labels=4, apply_spec_augment=False)
         net = t.Wav2Vec2ForSequenceClassification(config)
         sample = {"input_values": torch.zeros(8000), "labels": torch.tensor(0)}
+    elif kind == "mamba":
+        net = t.MambaForCausalLM(t.MambaConfig(vocab_size=vocabulary, hidden_size=256, num_hidden_layers=2))
+        sample = {"input_ids": tokens[:64], "labels": tokens[:64]}
+    elif kind == "mixtral":
+        net = t.MixtralForCausalLM(t.MixtralConfig(**small, num_key_value_heads=2, num_local_experts=4, **common))
+    elif kind == "deberta":
+        net = t.DebertaV2ForMaskedLM(t.DebertaV2Config(**small, vocab_size=vocabulary))
+    elif kind == "bart":
+        layers = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in _BART.items()}
+        net = t.BartForConditionalGeneration(t.BartConfig(d_model=256, **layers, **common))
+    elif kind == "whisper":
+        layers = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in _BART.items()}
+        net = t.WhisperForConditionalGeneration(
+            t.WhisperConfig(d_model=256, max_source_positions=150, pad_token_id=0, **layers, **common)
+        )
+        sample = {"input_features": torch.zeros(80, 300), "labels": tokens[:32]}
+    elif kind == "conformer":
+        config = t.Wav2Vec2ConformerConfig(**small, num_labels=4, apply_spec_augment=False)
+        net = t.Wav2Vec2ConformerForSequenceClassification(config)
+        sample = {"input_values": torch.zeros(8000), "labels": torch.tensor(0)}
+    elif kind == "patchtst":
+        config = t.PatchTSTConfig(
+            num_input_channels=5, context_length=128, prediction_length=24, patch_length=16, patch_stride=8
+        )
+        net = t.PatchTSTForPrediction(config)
+        sample = {"past_values": torch.zeros(128, 5), "future_values": torch.zeros(24, 5)}
+    elif kind == "segformer":
+        net = t.SegformerForSemanticSegmentation(t.SegformerConfig(num_labels=10))
+        sample = {"pixel_values": torch.zeros(3, 128, 128), "labels": torch.zeros(128, 128, dtype=torch.long)}
+    elif kind == "swin2sr":
+        config = t.Swin2SRConfig(image_size=32, embed_dim=60, depths=[2, 2], num_heads=[6, 6])
+        net = t.Swin2SRForImageSuperResolution(config)
+        maps = torch.zeros(3, 32, 32), torch.zeros(3, 64, 64)
+        return net, maps, lambda out, y: F.l1_loss(out.reconstruction, y)
     else:
         raise ValueError(f"no network {name!r} here")
     return net, sample, None
 
 
+_BART = {"layers": 2, "attention_heads": 4, "ffn_dim": 1024}
 _SOURCES = {"own": _own, "torchvision": _torchvision, "timm": _timm, "monai": _monai, "hf": _hf}
 
 
