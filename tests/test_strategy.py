@@ -153,7 +153,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_are_predicted(nullgpu, tmp_path, kind):
     """Two cards of 24 and 16 GB: both ranks train with what fits the smaller one."""
-    (strategy, settings, given), within = KINDS[kind], 0.05 if kind in ("mesh", "shards") else 0.01
+    (strategy, settings, given), within = KINDS[kind], 0.05 if kind in ("mesh", "shards") else 0.03
     script = Path(__file__).with_name("ranks.py")
     source = str(Path(mp.__file__).parents[1])
     arguments = [sys.executable, str(script), str(tmp_path), strategy, json.dumps(settings), json.dumps(given)]

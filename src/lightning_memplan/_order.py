@@ -327,31 +327,34 @@ class StepRunner:
         optimizer: Any = self.optimizers[0]
         step = optimizer.step
 
-        def after() -> None:
-            self._hook("on_before_optimizer_step", optimizer)
-            self._clip(optimizer)
-            self.mark.category = "optimizer"
-
-        def stepped(closure: Callable[[], Any] = closure, **_: Any) -> Any:
-            """What a LightningOptimizer does: gradients are clipped when they are there."""
-
-            def whole() -> Any:
-                value = closure()
-                after()
-                return value
-
-            with in_place_of(optimizer, "step", step):
-                if self.settings.precision != "16-mixed":
-                    return step(whole)
-                value = closure()
-                self._unscaled_step(optimizer, after)
-                return value
+        def stepped(given: Callable[[], Any] | None = None, **_: Any) -> Any:
+            return self._clipped_step(optimizer, step, given or closure)
 
         if not (self.lightning and is_overridden("optimizer_step", self.twin)):
             stepped()
             return
         with in_place_of(optimizer, "step", stepped):  # which the module's own calls, or not
             self.twin.optimizer_step(0, index, optimizer, closure)
+
+    def _clipped_step(self, optimizer: Any, step: Callable[..., Any], closure: Callable[[], Any]) -> Any:
+        """What a LightningOptimizer does: gradients are clipped when they are there."""
+
+        def after() -> None:
+            self._hook("on_before_optimizer_step", optimizer)
+            self._clip(optimizer)
+            self.mark.category = "optimizer"
+
+        def whole() -> Any:
+            value = closure()
+            after()
+            return value
+
+        with in_place_of(optimizer, "step", step):
+            if self.settings.precision != "16-mixed":
+                return step(whole)
+            value = closure()
+            self._unscaled_step(optimizer, after)
+            return value
 
     def _clip(self, optimizer: torch.optim.Optimizer) -> None:
         value, algorithm = self.settings.gradient_clip_val, self.settings.gradient_clip_algorithm
