@@ -142,8 +142,7 @@ class Recorder(TorchDispatchMode):
         self._running: set[Any] = set()  # the kernels that are being told
         self._constructors = _Constructors(self)
         self._storages = _Storages(self)
-        self._sequence = EngineSequence()
-        self._backward = _Backward(self._constructors)
+        self._sequence = EngineSequence(self._constructors)
         self._made: set[tuple[str, bool]] = set()
         self._blocks: dict[int, int | None] = {}  # a live storage's address -> its block, None while it has no bytes
         self._owners: dict[int, int] = {}  # a block -> the number of storages that stand for it
@@ -246,14 +245,12 @@ class Recorder(TorchDispatchMode):
             self._constructors.__enter__()  # type: ignore[no-untyped-call]
             self._storages.__enter__()
             self._sequence.__enter__()
-            self._backward.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         if not self._running:
-            self._backward.__exit__()
             self._sequence.__exit__()
             self._storages.__exit__()
             self._constructors.__exit__(*error)  # type: ignore[no-untyped-call]
@@ -764,30 +761,6 @@ _ALL_VALUES = frozenset[Any]((torch.Tensor.numpy, torch.Tensor.__array__))
 _SET_ITEM = torch.Tensor.__setitem__
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _FROM_NUMBERS = frozenset({torch.tensor, torch.as_tensor, torch.Tensor.new_tensor})
-
-
-class _Backward:
-    """While it is entered, what a backward pass runs (hooks, a forward pass again) is intercepted as well: torch leaves
-    a mode while the mode handles a function, and ``Tensor.backward`` is one.
-
-    Source: torch/autograd/__init__.py (2.4 to 2.14), which calls the engine by this name.
-    """
-
-    def __init__(self, mode: TorchFunctionMode) -> None:
-        self._mode = mode
-
-    def __enter__(self) -> None:
-        autograd: Any = torch.autograd
-        run = self._run = autograd._engine_run_backward
-
-        def within(*args: Any, **kwargs: Any) -> Any:
-            with self._mode:
-                return run(*args, **kwargs)
-
-        autograd._engine_run_backward = within
-
-    def __exit__(self) -> None:
-        torch.autograd._engine_run_backward = self._run  # type: ignore[attr-defined]
 
 
 class HasPath(Protocol):

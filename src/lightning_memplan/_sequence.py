@@ -1,4 +1,8 @@
-"""Numbers of autograd's nodes as on a GPU, where gradients that have gradients are made by a thread of its own.
+"""Backward passes as a trace needs them: what they run is seen, and their nodes are numbered as on a GPU.
+
+torch leaves a function mode while that handles a function, and ``Tensor.backward`` is one: so the mode is entered again
+for what a backward pass runs (hooks, a forward pass again). torch/autograd/__init__.py (2.4 to 2.14) calls the engine
+by the name that is replaced here.
 
 Of the nodes that are ready, autograd runs the one with the highest number first, and each thread counts from 0 on
 (torch/csrc/autograd/engine.cpp, ``CompareNodeTaskTime``; ATen/SequenceNumber.h; 2.14). A GPU's backward passes run in a
@@ -12,15 +16,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 _NUMBERED = "memplan"  # in a node's metadata: it has its number
 _LEAF = 2**62  # the nodes of leaves come first: their number is the highest there is
 
 
 class EngineSequence:
-    """While it is entered, nodes that backward passes make get the numbers that they have on a GPU."""
+    """While it is entered, backward passes run within ``mode``, and nodes that they make get the numbers of a GPU's."""
 
-    def __init__(self) -> None:
+    def __init__(self, mode: TorchFunctionMode) -> None:
+        self._mode = mode
         self._runs: list[tuple[int, int, int]] = []  # numbers from, up to, and how many the engine's thread had before
         self._begun = torch._C._autograd._get_sequence_nr()
         self._stay = False  # whether nodes have been made that stay
@@ -30,7 +36,8 @@ class EngineSequence:
         self._before = before
 
         def run(outputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-            return self._run(before, outputs, *args, **kwargs)
+            with self._mode:
+                return self._run(before, outputs, *args, **kwargs)
 
         torch.autograd._engine_run_backward = run  # type: ignore[attr-defined, assignment]
 
