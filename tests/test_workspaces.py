@@ -9,18 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lightning_memplan as mp
-from lightning_memplan._workspaces import (
-    FILTER,
-    FORWARD,
-    INPUT,
-    LAST,
-    MOVED,
-    PLAIN,
-    convolution,
-    padded,
-    transposed,
-    winograd,
-)
+from lightning_memplan import _workspaces
+from lightning_memplan._cudnn import FILTER, FORWARD, INPUT, Question
+from lightning_memplan._workspaces import LAST, MOVED, PLAIN, convolution, padded, taken, transposed, winograd
 
 GiB = 2**30
 
@@ -96,47 +87,100 @@ def test_the_range_is_in_order_and_grows_with_the_batch(part, sizes, groups, wid
 
 
 def recorded(module, batch, precision="16-mixed", **options):
-    """The arguments of each convolution's workspace in the first step, at the batch size of the first trace."""
+    """The numbers of each convolution's workspace in the first step, at the batch size of the first trace: its part,
+    layout, whether it is transposed, its type's number, the card's capability, and the rest."""
     program = mp.estimate(module, batch, precision=precision, method="trace", **options).program
-    return [e.rule[1:] for e in program.events if e.rule[:1] == ("convolution",) and e.step == 1]
+    found = [e.rule[1:] for e in program.events if e.rule[:1] == ("convolution",) and e.step == 1]
+    return [(*numbers[:5], numbers[5:]) for numbers in found]
 
 
 def test_a_call_has_one_and_each_gradient_one():
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2))
-    # batch 2: 3 to 8 channels on 10·10, 9 taps, 3·3 tiles; then 8 to 16 on 4·4, stride 2: no tiles.
-    first, second = (2, 3, 8, 100, 100, 9, 9, 1, 2, MOVED), (2, 8, 16, 100, 16, 9, 0, 1, 2, MOVED)
+    # two samples, 3 to 8 channels, one group, on 10² to 10² places by 3², in steps of 1, padded by 1, not dilated;
+    # then 8 to 16, on 10² to 4², in steps of 2
+    first = (MOVED, 0, 2, 86, (2, 3, 8, 1, 10, 10, 10, 10, 3, 3, 1, 1, 1, 1, 1, 1))
+    second = (MOVED, 0, 2, 86, (2, 8, 16, 1, 10, 10, 4, 4, 3, 3, 2, 2, 0, 0, 1, 1))
     # the image needs no gradient, so the first convolution has one backwards, the second two
     parts = [(FORWARD, *first), (FORWARD, *second), (INPUT, *second), (FILTER, *second), (FILTER, *first)]
     assert recorded(net, torch.zeros(4, 3, 10, 10)) == parts
 
 
-def test_in_three_dimensions_and_transposed():
-    # 4 channels of 6³ to 8 of 4³ by 27 taps; transposed, 4 of 6² to 8 of 12² by 4 taps, two samples
-    assert recorded(nn.Conv3d(4, 8, 3), torch.zeros(4, 4, 6, 6, 6))[0][1:] == (2, 4, 8, 216, 64, 27, 0, 1, 2, 1)
-    up = nn.ConvTranspose2d(4, 8, 2, stride=2)
-    assert recorded(up, torch.zeros(4, 4, 6, 6))[0][1:] == (2, 4, 8, 36, 144, 4, 0, 1, 2, 1)
+def test_in_one_and_three_dimensions_and_transposed():
+    # 4 channels of 6³ to 8 of 4³ by 3³, of 6 to 4 by 3; transposed, 4 of 6² to 8 of 12² by 2² in steps of 2
+    ones, threes = (1, 1, 1), (3, 3, 3)
+    cube = (2, 4, 8, 1, 6, 6, 6, 4, 4, 4, *threes, *ones, 0, 0, 0, *ones)
+    assert recorded(nn.Conv3d(4, 8, 3), torch.zeros(4, 4, 6, 6, 6))[0][-1] == cube
+    assert recorded(nn.Conv1d(4, 8, 3), torch.zeros(4, 4, 6))[0][-1] == (2, 4, 8, 1, 6, 4, 3, 1, 0, 1)
+    up = recorded(nn.ConvTranspose2d(4, 8, 2, stride=2), torch.zeros(4, 4, 6, 6))[0]
+    assert up[1:] == (MOVED, 1, 2, 86, (2, 4, 8, 1, 6, 6, 12, 12, 2, 2, 2, 2, 0, 0, 1, 1))
 
 
 def test_channels_last_and_what_no_tensor_core_computes_is_not_moved():
     net, batch = nn.Conv2d(16, 32, 3), torch.zeros(4, 16, 8, 8)
     last = net.to(memory_format=torch.channels_last), batch.to(memory_format=torch.channels_last)
-    assert recorded(*last)[0][-1] == LAST
-    assert recorded(nn.Conv2d(16, 32, 3), batch, "64-true")[0][-1] == PLAIN
-    assert recorded(nn.Conv2d(16, 32, 3), batch, "32-true")[0][-2:] == (4, 1)  # TF32
+    assert recorded(*last)[0][1] == LAST
+    assert recorded(nn.Conv2d(16, 32, 3), batch, "64-true")[0][1] == PLAIN
+    assert recorded(nn.Conv2d(16, 32, 3), batch, "32-true")[0][1:4] == (MOVED, 0, 0)  # TF32
     turing = mp.Device("Turing", total=GiB, capability=(7, 5))
-    assert recorded(nn.Conv2d(16, 32, 3), batch, "32-true", device=turing)[0][-2:] == (4, 0)
-    assert recorded(nn.Conv2d(16, 32, 3), batch, "16-mixed", device=turing)[0][-2:] == (2, 1)
+    assert recorded(nn.Conv2d(16, 32, 3), batch, "32-true", device=turing)[0][1:5] == (PLAIN, 0, 0, 75)
+    assert recorded(nn.Conv2d(16, 32, 3), batch, "16-mixed", device=turing)[0][1:5] == (MOVED, 0, 2, 75)
 
 
 def test_float32_without_tf32_is_not_moved(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    assert recorded(nn.Conv2d(16, 32, 3), torch.zeros(4, 16, 8, 8), "32-true")[0][-1] == PLAIN
+    assert recorded(nn.Conv2d(16, 32, 3), torch.zeros(4, 16, 8, 8), "32-true")[0][1] == PLAIN
+
+
+# ------------------------------------------------------------------------------------------------- where cuDNN is asked
+
+SQUARE = (56, 56, 56, 56, 3, 3, 1, 1, 1, 1, 1, 1)  # a filter of 3², padded
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The questions that cuDNN was asked; it says 1,000 bytes of each."""
+    questions = []
+    monkeypatch.setattr(_workspaces, "workspace", lambda question: questions.append(question) or 1000)
+    return questions
+
+
+def test_what_cudnn_says_is_usual(asked):
+    numbers = (FORWARD, MOVED, 0, 2, 86, 32, 64, 64, 1, *SQUARE)
+    by_rule = convolution(FORWARD, 32, 64, 64, 56**2, 56**2, 9, 14**2, 1, 2, MOVED)
+    assert [taken(choice, *numbers) for choice in ("low", "expected", "high")] == [0, 1000, by_rule.high]
+    edges = ((56, 56), (56, 56), (3, 3), (1, 1), (1, 1), (1, 1))
+    assert asked == [Question(86, FORWARD, 2, 0, 32, 64, 64, 1, *edges)] * 2
+
+
+def test_a_transposed_one_is_another_ones_gradient(asked):
+    edges = (6, 6, 12, 12, 2, 2, 2, 2, 0, 0, 1, 1)
+    for part in (FORWARD, INPUT, FILTER):
+        assert taken("expected", part, LAST, 1, 9, 90, 4, 8, 16, 1, *edges) == 1000
+    assert [q[1:10] for q in asked] == [
+        (part, 9, 1, 4, 16, 8, 1, (12, 12), (6, 6)) for part in (INPUT, FORWARD, FILTER)
+    ]
+
+
+def test_products_of_matrices_and_kernels_of_torchs_own_are_not_asked_for(asked):
+    pointwise = (56, 56, 56, 56, 1, 1, 1, 1, 0, 0, 1, 1)
+    assert taken("expected", FILTER, MOVED, 0, 2, 86, 32, 64, 128, 1, *pointwise) == 4 * 32 * 64 * 128
+    assert taken("expected", FORWARD, MOVED, 0, 2, 86, 32, 64, 64, 64, *SQUARE) == 0
+    assert taken("expected", FORWARD, PLAIN, 0, 0, 75, 32, 64, 64, 1, *SQUARE) == 0
+    assert not asked
+
+
+def test_without_cudnn_it_is_the_rules(monkeypatch):
+    monkeypatch.setenv("MEMPLAN_CUDNN", "0")
+    by_rule = convolution(INPUT, 32, 64, 64, 56**2, 56**2, 9, 14**2, 1, 2, MOVED)
+    numbers = (INPUT, MOVED, 0, 2, 86, 32, 64, 64, 1, *SQUARE)
+    assert (taken("expected", *numbers), taken("high", *numbers)) == by_rule[1:]
 
 
 # ----------------------------------------------------------------------------------------------------------- in a plan
 
 
-def test_an_estimate_has_a_range_and_its_peak_is_the_low_end():
+def test_an_estimate_has_a_range_and_its_peak_is_the_low_end(monkeypatch):
+    monkeypatch.setenv("MEMPLAN_CUDNN", "0")
     batch = torch.zeros(4, 16, 64, 64)
     estimate = mp.estimate(nn.Conv2d(16, 32, 3, padding=1), batch, precision="16-mixed")
     low, expected, high = estimate.reserved_range(256)

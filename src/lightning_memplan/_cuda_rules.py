@@ -26,6 +26,7 @@ from torch._prims_common import suggest_memory_format
 
 from lightning_memplan._attention import attention, efficient, efficient_backward, flash, flash_backward
 from lightning_memplan._autocast import autocast_kernels, cpu_only, exists, operator, users_autocast, without_autocast
+from lightning_memplan._cudnn import FILTER, FORWARD, INPUT, KINDS
 from lightning_memplan._recurrent import (
     cudnn_rnn,
     cudnn_rnn_backward,
@@ -37,7 +38,7 @@ from lightning_memplan._recurrent import (
     recurrent_packed,
     reflattened_rnn,
 )
-from lightning_memplan._workspaces import FILTER, FORWARD, INPUT, LAST, MOVED, PLAIN
+from lightning_memplan._workspaces import LAST, MOVED, PLAIN
 
 aten = torch.ops.aten
 _VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -344,21 +345,22 @@ def _with_workspaces(rule: Rule | None, capability: tuple[int, int]) -> Rule:
         copies = () if rule is None else rule(args, kwargs, out)
         gradients = len(args) > 9  # aten.convolution_backward: grad, input, weight, ..., stride, ..., groups, mask
         y, x, weight = args[:3] if gradients else (out, *args[:2])
-        stride, _, dilation, _, _, groups = args[4:10] if gradients else args[3:9]
+        stride, padding, dilation, transposed, _, groups = args[4:10] if gradients else args[3:9]
         images, filters = _images(x, weight)
-        places, results, taps = (tensor.shape[2:] for tensor in (x, y, weight))
-        tiles = 0
-        if tuple(taps) == (3, 3) and set(stride) == set(dilation) == {1}:
-            tiles = math.prod(-(-size // 4) for size in results)
-        channels = x.size(0), x.size(1), y.size(1)
-        sizes = (*channels, math.prod(places), math.prod(results), math.prod(taps), tiles, groups, x.element_size())
         layout = PLAIN
         if _tensor_cores(x.dtype, capability):
             layout = MOVED if _convolution_layout(images, filters) is torch.contiguous_format else LAST
+        edges = [edge if len(edge) == x.ndim - 2 else [*edge] * (x.ndim - 2) for edge in (stride, padding, dilation)]
+        places = (tensor.shape[2:] for tensor in (x, y, weight))
+        numbers = (
+            *(layout, int(transposed), KINDS.get(str(x.dtype), 0), 10 * capability[0] + capability[1]),
+            *(x.size(0), x.size(1), y.size(1), groups),
+            *(number for edge in (*places, *edges) for number in edge),
+        )
         parts = (
             [part for part, asked in zip((INPUT, FILTER), args[10], strict=False) if asked] if gradients else [FORWARD]
         )
-        return (*copies, *([("convolution", part, *sizes, layout)] for part in parts))
+        return (*copies, *([("convolution", part, *numbers)] for part in parts))
 
     return both
 

@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from math import prod
 
-from lightning_memplan._types import Range
-from lightning_memplan._workspaces import Choice, convolution
+from lightning_memplan._workspaces import Choice, taken
 
 
 def _last_power_of_two(n: int) -> int:
@@ -234,9 +233,8 @@ def sort_pairs(limit: int, count: int, rows: int) -> int:
     return second + 1024 * (2 * passes + _up(count, 3840)) + 511
 
 
-KERNELS: Mapping[str, Callable[..., int | Range]] = {
+KERNELS: Mapping[str, Callable[..., int]] = {
     "above": above,
-    "convolution": convolution,
     "embedding_segments": embedding_segments,
     "layer_norm_rows": layer_norm_rows,
     "measured": measured,
@@ -255,5 +253,6 @@ def kernel_bytes(rule: tuple[str, ...] | tuple[object, ...], workspaces: Choice 
     1536
     """
     name, *arguments = rule
-    found = KERNELS[str(name)](*arguments)
-    return getattr(found, workspaces) if isinstance(found, Range) else found
+    if name == "convolution":
+        return taken(workspaces, *arguments)
+    return KERNELS[str(name)](*arguments)

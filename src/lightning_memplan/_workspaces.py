@@ -7,20 +7,23 @@ what the hungriest of the common ones takes. Where a workspace does not fit, tor
 (aten/src/ATen/native/cudnn/Conv_v7.cpp ``AlgoIterator::try_all``, Conv_v8.cpp ``try_plans``): a large one makes a run
 slow before it makes it fail.
 
-What the usual one takes was read off 393 convolutions of 21 networks at three batch sizes in seven combinations of
-type and layout, on an H200 with cuDNN 9.19 (``python -m tests.accuracy.convolutions``; tests/accuracy/rows): copies of
-the operands, to the byte, wherever a kernel wants another layout, and partial sums of the filter's gradient.
+Where a cuDNN is installed, what the usual one takes is asked of it (``_cudnn``). What is not asked, or cannot be, was
+read off 393 convolutions of 21 networks at three batch sizes in seven combinations of type and layout, on an H200 with
+cuDNN 9.19 (``python -m tests.accuracy.convolutions``; tests/accuracy/rows): copies of the operands, to the byte,
+wherever a kernel wants another layout, and partial sums of the filter's gradient.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from math import prod
+from typing import Literal, NamedTuple
 
+from lightning_memplan._cudnn import FILTER, FORWARD, INPUT, Question, workspace
 from lightning_memplan._types import Range
 
 Choice = Literal["low", "expected", "high"]
 
-FORWARD, INPUT, FILTER = range(3)  #: what is computed: the results, or the gradient of the input or of the filter
 PLAIN, MOVED, LAST = range(3)  #: no tensor cores; tensor cores and channels first, which are moved; channels last
 
 
@@ -122,6 +125,78 @@ def convolution(
     else:
         usual = copies
     return Range(0, usual, max(usual, copies, transforms, relaid))
+
+
+class Recorded(NamedTuple):
+    """A convolution of a trace. ``kind`` is cuDNN's number of the operands' type, ``capability`` the card's, as 86."""
+
+    part: int
+    layout: int
+    transposed: int
+    kind: int
+    capability: int
+    n: int
+    c: int
+    k: int
+    groups: int
+    size: tuple[int, ...]
+    results: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Recorded:
+        """The last six are lists of as many numbers as there are dimensions."""
+        edges, step = numbers[9:], (len(numbers) - 9) // 6
+        return cls._make([*numbers[:9], *(tuple(edges[at : at + step]) for at in range(0, len(edges), step))])
+
+
+def allowance(*numbers: int) -> Range:
+    """What a recorded convolution takes, by the rules.
+
+    >>> square = (56, 56, 56, 56, 3, 3, 1, 1, 1, 1, 1, 1)
+    >>> allowance(FORWARD, MOVED, 0, 2, 86, 1, 64, 64, 1, *square)
+    Range(low=0, expected=876544, high=4202496)
+    """
+    r = Recorded.of(numbers)
+    winograds = r.kernel == (3, 3) and set(r.stride) == set(r.dilation) == {1}
+    tiles = prod(-(-edge // 4) for edge in r.results) if winograds else 0
+    sizes = prod(r.size), prod(r.results), prod(r.kernel), tiles
+    return convolution(r.part, r.n, r.c, r.k, *sizes, r.groups, _WIDTHS[r.kind], r.layout)
+
+
+def taken(choice: Choice, *numbers: int) -> int:
+    """What a recorded convolution takes: by the rules, but where cuDNN can be asked, usually what that says.
+
+    >>> taken("low", FORWARD, MOVED, 0, 2, 86, 1, 64, 64, 1, 56, 56, 56, 56, 3, 3, 1, 1, 1, 1, 1, 1)
+    0
+    """
+    if choice == "low":
+        return 0
+    found, question = allowance(*numbers), _question(Recorded.of(numbers))
+    usual = None if question is None else workspace(question)
+    if usual is None:
+        return found.expected if choice == "expected" else found.high
+    return usual if choice == "expected" else max(usual, found.high)
+
+
+def _question(r: Recorded) -> Question | None:
+    """None for what is not computed as cuDNN says without a card (see ``_cudnn``), and for torch's own kernels: those
+    of depthwise convolutions; with channels last and in float32 they are cuDNN's."""
+    pointwise = set(r.kernel) == {1} and r.size == r.results and r.groups == 1
+    depthwise = r.groups > 1 and r.groups in (r.c, r.k)
+    if r.layout == PLAIN or pointwise or (depthwise and (r.layout, r.kind) != (LAST, 0)):
+        return None
+    last, edges = int(r.layout == LAST), (r.kernel, r.stride, r.padding, r.dilation)
+    if r.transposed:  # the gradient of a convolution the other way
+        part = (INPUT, FORWARD, FILTER)[r.part]
+        return Question(r.capability, part, r.kind, last, r.n, r.k, r.c, r.groups, r.results, r.size, *edges)
+    return Question(r.capability, r.part, r.kind, last, r.n, r.c, r.k, r.groups, r.size, r.results, *edges)
+
+
+_WIDTHS = {0: 4, 1: 8, 2: 2, 9: 2}  # bytes of a value, by cuDNN's number of its type
 
 
 def _depthwise(part: int, n: int, k: int, results: int, taps: int, layout: int) -> int:

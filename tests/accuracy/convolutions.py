@@ -14,7 +14,7 @@ import csv
 import gzip
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby
 from math import prod
@@ -22,8 +22,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_memplan._types import Range
-from lightning_memplan._workspaces import FILTER, FORWARD, INPUT, LAST, MOVED, PLAIN, convolution
+from lightning_memplan._cudnn import FILTER, FORWARD, INPUT
+from lightning_memplan._workspaces import LAST, MOVED, PLAIN, allowance, taken
 
 
 class Shape(NamedTuple):
@@ -177,17 +177,23 @@ def measure_all(file: Path, names: list[str], batches: list[int], jobs: int) -> 
 
 
 class Seen(NamedTuple):
-    """What the rule says of one part of a measured convolution; ``operands`` are the bytes of input and result."""
+    """What is said of one part of a measured convolution: by the rules alone, and with what cuDNN says where it is
+    asked. ``operands`` are the bytes of input and result."""
 
     kind: str
     part: str
-    expected: Range
+    by_rule: int
+    expected: int
+    high: int
     measured: int
     operands: int
 
 
+_TYPES = {"float32": (0, 4), "float16": (2, 2), "bfloat16": (9, 2)}  # cuDNN's number, and bytes of a value
+
+
 def compared(file: Path = MEASURED) -> Iterator[Seen]:
-    """The package's rule beside each measurement."""
+    """What is expected beside each measurement."""
     with gzip.open(file, "rt") as lines:
         for row in csv.DictReader(lines):
             size, results, kernel, stride, dilation = (
@@ -195,29 +201,47 @@ def compared(file: Path = MEASURED) -> Iterator[Seen]:
                 for name in ("size", "results_size", "kernel", "stride", "dilation")
             )
             n, c, k, groups = (int(row[name]) for name in ("batch", "channels", "results", "groups"))
-            width = {"float32": 4}.get(row["dtype"], 2)
+            number, width = _TYPES[row["dtype"]]
             plain = row["dtype"] == "float32" and row["tf32"] == "0"
             last = row["layout"] == "last" and len(size) > 1
             layout = PLAIN if plain else LAST if last else MOVED
-            winograd = kernel == (3, 3) and set(stride) == set(dilation) == {1}
-            tiles = prod(-(-edge // 4) for edge in results) if winograd else 0
-            sizes = (n, c, k, prod(size), prod(results), prod(kernel), tiles, groups, width, layout)
+            transposed = row["transposed"] == "1"
+            padding = _padding(*((results, size) if transposed else (size, results)), kernel, stride, dilation)
+            edges = (*size, *results, *kernel, *stride, *padding, *dilation)
+            numbers = (layout, int(transposed), number, CAPABILITY, n, c, k, groups, *edges)
             kind = f"{row['dtype']}, channels {row['layout']}" + (", no TF32" if plain else "")
-            for part, number in PARTS.items():
+            for part, of_part in PARTS.items():
+                by_rule = allowance(of_part, *numbers)
+                expected, high = (taken(choice, of_part, *numbers) for choice in ("expected", "high"))
                 operands = width * n * (c * prod(size) + k * prod(results))
-                yield Seen(kind, part, convolution(number, *sizes), int(row[part]), operands)
+                yield Seen(kind, part, by_rule.expected, expected, high, int(row[part]), operands)
+
+
+CAPABILITY = 90  #: an H200's
+
+
+def _padding(size: Sequence[int], results: Sequence[int], *edges: Sequence[int]) -> list[int]:
+    """The least with which a convolution has that result: it is not in the table."""
+    return [
+        max(0, -(-((result - 1) * stride + dilation * (kernel - 1) + 1 - edge) // 2))
+        for edge, result, kernel, stride, dilation in zip(size, results, *edges, strict=True)
+    ]
 
 
 def report(file: Path = MEASURED) -> str:
-    """For each kind: how many workspaces are expected within 5 % of their operands, and bytes in sum."""
-    lines = [f"{'type and layout':34}{'part':>8}{'within 5 %':>12}{'under high':>12}{'off':>10}{'measured':>12}"]
+    """For each kind: how many workspaces are expected within 5 % of their operands, and how many bytes are not; by the
+    rules alone, then with cuDNN's answers."""
+    lines = [f"{'type and layout':30}{'part':>8}{'by rule':>18}{'asked':>18}{'high':>8}{'measured':>12}"]
     for (kind, part), seen in groupby(sorted(compared(file)), lambda s: s[:2]):
         rows = list(seen)
-        near = sum(abs(s.expected.expected - s.measured) <= 0.05 * s.operands for s in rows) / len(rows)
-        under = sum(s.measured <= s.expected.high + 2**24 for s in rows) / len(rows)
-        off = sum(abs(s.expected.expected - s.measured) for s in rows) / 2**30
+        cells = []
+        for of in (lambda s: s.by_rule, lambda s: s.expected):
+            near = sum(abs(of(s) - s.measured) <= 0.05 * s.operands for s in rows) / len(rows)
+            off = sum(abs(of(s) - s.measured) for s in rows) / 2**30
+            cells.append(f"{100 * near:>6.1f} %{off:>6.1f} GiB")
+        under = sum(s.measured <= s.high + 2**24 for s in rows) / len(rows)
         whole = sum(s.measured for s in rows) / 2**30
-        lines.append(f"{kind:34}{part:>8}{100 * near:>10.1f} %{100 * under:>10.1f} %{off:>7.1f} GiB{whole:>9.1f} GiB")
+        lines.append(f"{kind:30}{part:>8}{cells[0]:>18}{cells[1]:>18}{100 * under:>6.1f} %{whole:>8.1f} GiB")
     return "\n".join(lines)
 
 
