@@ -170,7 +170,7 @@ def test_products_of_matrices_and_kernels_of_torchs_own_are_not_asked_for(asked)
 
 
 def test_without_cudnn_it_is_the_rules(monkeypatch):
-    monkeypatch.setenv("MEMPLAN_CUDNN", "0")
+    monkeypatch.setenv("MEMPLAN_CUDNN", "off")
     by_rule = convolution(INPUT, 32, 64, 64, 56**2, 56**2, 9, 14**2, 1, 2, MOVED)
     numbers = (INPUT, MOVED, 0, 2, 86, 32, 64, 64, 1, *SQUARE)
     assert (taken("expected", *numbers), taken("high", *numbers)) == by_rule[1:]
@@ -180,7 +180,7 @@ def test_without_cudnn_it_is_the_rules(monkeypatch):
 
 
 def test_an_estimate_has_a_range_and_its_peak_is_the_low_end(monkeypatch):
-    monkeypatch.setenv("MEMPLAN_CUDNN", "0")
+    monkeypatch.setenv("MEMPLAN_CUDNN", "off")
     batch = torch.zeros(4, 16, 64, 64)
     estimate = mp.estimate(nn.Conv2d(16, 32, 3, padding=1), batch, precision="16-mixed")
     low, expected, high = estimate.reserved_range(256)

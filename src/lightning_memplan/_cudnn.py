@@ -65,7 +65,7 @@ def workspace(question: Question) -> int | None:
     """Bytes of the plan that cuDNN would run first; None where it cannot be asked, or has none.
 
     It is the installed cuDNN, or the ``libcudnn.so.9`` that ``MEMPLAN_CUDNN`` in the environment names: that of another
-    torch, with which training is to run. ``MEMPLAN_CUDNN=0`` asks none, so that plans are the same everywhere.
+    torch, with which training is to run. ``MEMPLAN_CUDNN=off`` asks none, so that plans are the same everywhere.
 
     Of a ResNet's 3×3 convolution, 256 images in float16 with channels first: all operands with channels last.
 
@@ -75,7 +75,7 @@ def workspace(question: Question) -> int | None:
     True
     """
     path = os.environ.get("MEMPLAN_CUDNN") or _installed()
-    if path == "0":
+    if path in ("", "off"):
         return None
     if (path, question) not in _answers:
         _answers[path, question] = _asked(path, question)
@@ -90,13 +90,13 @@ _lock = threading.Lock()
 
 @cache
 def _installed() -> str:
-    """The cuDNN that came with torch; "0" where there is none."""
+    """The cuDNN that came with torch; empty where there is none."""
     try:
         spec = find_spec("nvidia.cudnn")
     except ModuleNotFoundError:
-        return "0"
+        return ""
     folders = (spec and spec.submodule_search_locations) or ()
-    return next((str(path) for folder in folders if (path := Path(folder, "lib", "libcudnn.so.9")).exists()), "0")
+    return next((str(path) for folder in folders if (path := Path(folder, "lib", "libcudnn.so.9")).exists()), "")
 
 
 def _asked(path: str, question: Question) -> int | None:

@@ -184,16 +184,18 @@ class Estimate:
             return False
         return self.replay(batch_size, capacity, limit, workspaces).out_of_memory is None
 
-    def near(self, capacity: int, workspaces: Choice = "low") -> int | None:
+    def near(self, capacity: int, workspaces: Choice = "low", most: int | None = None) -> int | None:
         """A batch size near the largest that fits in ``capacity`` bytes, and not below it; None if none is known.
 
-        It is the largest whose blocks fit in there, wherever they lie.
+        It is the largest whose blocks fit in there, wherever they lie, and that is no larger than ``most``.
         """
         if self.program is None:
             return None
         try:
             return largest_fitting(
-                lambda size: not self._beyond(size) and self._most_alive(size, workspaces) <= capacity
+                lambda size: not self._beyond(size) and self._most_alive(size, workspaces) <= capacity,
+                near=most or None,
+                max_batch_size=most or None,
             ).batch_size
         except ValueError:  # it does not grow
             return None
@@ -394,8 +396,7 @@ def largest_on_card(
         if share is not None:
             return largest_dividing(fits, share, **limits)
         any_size = estimate_at(limits.get("min_batch_size", 1))
-        bounds = any_size.near(budget), any_size.near(capacity, workspaces)
-        return largest_fitting(fits, near=min((size for size in bounds if size is not None), default=None), **limits)
+        return largest_fitting(fits, near=any_size.near(capacity, workspaces, any_size.near(budget)), **limits)
 
     found = search("expected")
     # without room for the workspaces convolutions run all the same, by slower algorithms: better than not at all

@@ -192,8 +192,8 @@ class Seen(NamedTuple):
 _TYPES = {"float32": (0, 4), "float16": (2, 2), "bfloat16": (9, 2)}  # cuDNN's number, and bytes of a value
 
 
-def compared(file: Path = MEASURED) -> Iterator[Seen]:
-    """What is expected beside each measurement."""
+def compared(file: Path = MEASURED, only: str = "") -> Iterator[Seen]:
+    """What is expected beside each measurement, or those of one kind."""
     with gzip.open(file, "rt") as lines:
         for row in csv.DictReader(lines):
             size, results, kernel, stride, dilation = (
@@ -210,6 +210,8 @@ def compared(file: Path = MEASURED) -> Iterator[Seen]:
             edges = (*size, *results, *kernel, *stride, *padding, *dilation)
             numbers = (layout, int(transposed), number, CAPABILITY, n, c, k, groups, *edges)
             kind = f"{row['dtype']}, channels {row['layout']}" + (", no TF32" if plain else "")
+            if only not in ("", kind):
+                continue
             for part, of_part in PARTS.items():
                 by_rule = allowance(of_part, *numbers)
                 expected, high = (taken(choice, of_part, *numbers) for choice in ("expected", "high"))
@@ -232,7 +234,8 @@ def report(file: Path = MEASURED) -> str:
     """For each kind: how many workspaces are expected within 5 % of their operands, and how many bytes are not; by the
     rules alone, then with cuDNN's answers."""
     lines = [f"{'type and layout':30}{'part':>8}{'by rule':>18}{'asked':>18}{'high':>8}{'measured':>12}"]
-    for (kind, part), seen in groupby(sorted(compared(file)), lambda s: s[:2]):
+    every = sorted(compared(file))
+    for (kind, part), seen in groupby(every, lambda s: s[:2]):
         rows = list(seen)
         cells = []
         for of in (lambda s: s.by_rule, lambda s: s.expected):
@@ -242,6 +245,12 @@ def report(file: Path = MEASURED) -> str:
         under = sum(s.measured <= s.high + 2**24 for s in rows) / len(rows)
         whole = sum(s.measured for s in rows) / 2**30
         lines.append(f"{kind:30}{part:>8}{cells[0]:>18}{cells[1]:>18}{100 * under:>6.1f} %{whole:>8.1f} GiB")
+    cores = [s for s in every if "TF32" not in s.kind]
+    sums = (
+        sum(f(s) for s in cores) / 2**30
+        for f in (lambda s: abs(s.by_rule - s.measured), lambda s: abs(s.expected - s.measured), lambda s: s.measured)
+    )
+    lines.append("on tensor cores: by rule off by {:.1f} GiB, asked by {:.1f}, of {:.1f}".format(*sums))
     return "\n".join(lines)
 
 
