@@ -22,11 +22,24 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch._prims_common import suggest_memory_format
 
 from lightning_memplan._attention import attention, efficient, efficient_backward, flash, flash_backward
 from lightning_memplan._autocast import autocast_kernels, cpu_only, exists, operator, users_autocast, without_autocast
-from lightning_memplan._cudnn import FILTER, FORWARD, INPUT, KINDS
+from lightning_memplan._convolutions import (
+    COPIED_GRADIENTS,
+    MADE,
+    POOLS,
+    Made,
+    Rule,
+    convolution_layout,
+    convolutions,
+    copied,
+    is_dense,
+    laid_out_as,
+    nbytes,
+    relaid,
+    suggested,
+)
 from lightning_memplan._recurrent import (
     cudnn_rnn,
     cudnn_rnn_backward,
@@ -38,7 +51,6 @@ from lightning_memplan._recurrent import (
     recurrent_packed,
     reflattened_rnn,
 )
-from lightning_memplan._workspaces import LAST, MOVED, PLAIN
 
 aten = torch.ops.aten
 _VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -233,7 +245,7 @@ def workspaces(
 def _matrices(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...]:
     """aten/src/ATen/native/cuda/cuBlasCommonArgs.h, ``prepare_matrix_for_cublas``: an operand that is neither dense nor
     has rows or columns of its own is copied; the second first, since the result has its rows as cuBLAS has columns."""
-    return tuple(_bytes(operand) for operand in (b, a) if not _is_matrix(operand))
+    return tuple(nbytes(operand) for operand in (b, a) if not _is_matrix(operand))
 
 
 def _is_matrix(tensor: torch.Tensor) -> bool:
@@ -253,7 +265,7 @@ def _batches(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...]:
     m, n = (columns, rows) if swapped else (rows, columns)
     first, second = (b, a) if swapped else (a, b)
     copied = (x for x, sizes in ((first, (m, inner)), (second, (inner, n))) if not _is_batch(x, *sizes, swapped))
-    return tuple(map(_bytes, copied))
+    return tuple(map(nbytes, copied))
 
 
 def _is_batch(tensor: torch.Tensor, m: int, n: int, swapped: bool) -> bool:
@@ -267,7 +279,7 @@ def _matrix_and_vector(matrix: torch.Tensor, vector: torch.Tensor) -> tuple[int,
     """aten/src/ATen/native/cuda/Blas.cpp, ``addmv_out_cuda``."""
     (rows, columns), (down, right) = matrix.shape, matrix.stride()
     laid = (down == 1 and right >= max(1, rows)) or (right == 1 and down >= max(1, columns)) or matrix.is_contiguous()
-    return (*((_bytes(vector),) if vector.stride(0) == 0 else ()), *(() if laid else (_bytes(matrix),)))
+    return (*((nbytes(vector),) if vector.stride(0) == 0 else ()), *(() if laid else (nbytes(matrix),)))
 
 
 #: Copies of operands that cuBLAS cannot read as they lie
@@ -299,9 +311,6 @@ class Card(NamedTuple):
     threads: int = 1536  #: on each of them
 
 
-Rule = Callable[[Sequence[Any], Mapping[str, Any], Any], Sequence[Any]]
-
-
 def temporaries(
     capability: tuple[int, int] = (8, 6), multiprocessors: int = 82, threads: int = 1536
 ) -> Mapping[Any, Rule]:
@@ -315,11 +324,9 @@ def temporaries(
     rules.update(_NORMS)
     rules.update(_ROWS)
     rules[aten.native_layer_norm_backward.default] = _layer_norm_backward(card)
-    rules.update({operator(name): _copied(0) for name in _COPIED_GRADIENTS if exists(name)})
-    rules[aten.im2col.default] = rules[aten.col2im.default] = _columns
-    rules.update(_POOLS)
-    rules[aten.convolution.default] = _convolution
-    rules[aten.convolution_backward.default] = _convolution_backward(card)
+    rules.update({operator(name): copied(0) for name in COPIED_GRADIENTS if exists(name)})
+    rules.update(POOLS)
+    rules.update(convolutions(capability, lambda grad: _sums_of_channels(grad, card)))
     rules.update(
         dict.fromkeys([aten.mse_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default], _loss(card))
     )
@@ -332,44 +339,7 @@ def temporaries(
     rules[aten._scaled_dot_product_flash_attention_backward.default] = flash_backward
     rules.update(dict.fromkeys([aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default], sums))
     rules.update(dict.fromkeys([aten.cumsum.default, aten.cumprod.default], _cast_first(lambda args, kwargs, out: ())))
-    for op in (aten.convolution.default, aten.convolution_backward.default):
-        rules[op] = _with_workspaces(rules.get(op), capability)
     return rules
-
-
-def _with_workspaces(rule: Rule | None, capability: tuple[int, int]) -> Rule:
-    """A convolution's rule, and cuDNN's workspaces (see ``_workspaces``) one after the other: a call's one, or each
-    gradient's. They are none until a replay asks for more."""
-
-    def both(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-        copies = () if rule is None else rule(args, kwargs, out)
-        gradients = len(args) > 9  # aten.convolution_backward: grad, input, weight, ..., stride, ..., groups, mask
-        y, x, weight = args[:3] if gradients else (out, *args[:2])
-        stride, padding, dilation, transposed, _, groups = args[4:10] if gradients else args[3:9]
-        images, filters = _images(x, weight)
-        layout = PLAIN
-        if _tensor_cores(x.dtype, capability):
-            layout = MOVED if _convolution_layout(images, filters) is torch.contiguous_format else LAST
-        edges = [edge if len(edge) == x.ndim - 2 else [*edge] * (x.ndim - 2) for edge in (stride, padding, dilation)]
-        places = (tensor.shape[2:] for tensor in (x, y, weight))
-        numbers = (
-            *(layout, int(transposed), KINDS.get(str(x.dtype), 0), 10 * capability[0] + capability[1]),
-            *(x.size(0), x.size(1), y.size(1), groups),
-            *(number for edge in (*places, *edges) for number in edge),
-        )
-        parts = (
-            [part for part, asked in zip((INPUT, FILTER), args[10], strict=False) if asked] if gradients else [FORWARD]
-        )
-        return (*copies, *([("convolution", part, *numbers)] for part in parts))
-
-    return both
-
-
-def _tensor_cores(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
-    """Whether cuDNN computes in them: float32 does by default, as TF32 (torch.backends.cudnn.allow_tf32)."""
-    if dtype == torch.float32:
-        return capability >= (8, 0) and torch.backends.cudnn.allow_tf32
-    return (dtype == torch.float16 and capability >= (7, 0)) or (dtype == torch.bfloat16 and capability >= (8, 0))
 
 
 def _reduction(card: Card, width: Callable[[torch.Tensor], int], vector: Callable[[torch.Tensor], int]) -> Rule:
@@ -394,6 +364,10 @@ def reduction_blocks(source: torch.Tensor, dims: Any, width: int, vector: int, c
     return ("reduction", 0, *arguments), ("reduction", 1, *arguments)
 
 
+def _sums_of_channels(grad: torch.Tensor, card: Card) -> Sequence[Any]:
+    return reduction_blocks(grad, [0, *range(2, grad.dim())], 4, _sum_vector(grad), card)
+
+
 def _cast_first(rule: Rule) -> Rule:
     """aten/src/ATen/native/ReduceOpsUtils.h, ``make_reduction_from_out_ty``, and ReduceOps.cpp, ``cumsum``: a copy of
     what is of another type than the result (how many are true of a mask), but sums of halves in float32."""
@@ -404,9 +378,9 @@ def _cast_first(rule: Rule) -> Rule:
             return rule(args, kwargs, out)
         if source.element_size() == 2 and out.dtype == torch.float32 and out.shape != source.shape:
             return rule(args, kwargs, out)
-        strides = source.stride() if _is_dense(source) else torch.empty(source.shape, device="meta").stride()
+        strides = source.stride() if is_dense(source) else torch.empty(source.shape, device="meta").stride()
         same = torch.empty_strided(source.shape, strides, dtype=out.dtype, device="meta")
-        return (_bytes(same), *rule((same, *args[1:]), kwargs, out))
+        return (nbytes(same), *rule((same, *args[1:]), kwargs, out))
 
     return cast
 
@@ -446,13 +420,13 @@ def _reductions(card: Card) -> dict[Any, Rule]:
 
 def _batch_norm_copies(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
     """aten/src/ATen/native/Normalization.cpp, ``_batch_norm_impl_index``."""
-    copied = _relaid(args[0], _convolution_layout(args[0]))
+    copied = relaid(args[0], convolution_layout(args[0]))
     return (*copied, slice(None)) if copied else ()
 
 
 def _batch_norm_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
     """aten/src/ATen/native/cudnn/BatchNorm.cpp: the gradient is laid out as the input is."""
-    copied = _relaid(args[1], _convolution_layout(args[0]))
+    copied = relaid(args[1], convolution_layout(args[0]))
     return (*copied, slice(None)) if copied else ()
 
 
@@ -518,14 +492,14 @@ _NORMS: dict[Any, Rule] = {
 
 def _layer_norm(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
     """aten/src/ATen/native/cuda/layer_norm_kernel.cu."""
-    copied = _relaid(args[0], torch.contiguous_format)
+    copied = relaid(args[0], torch.contiguous_format)
     return (*copied, slice(None)) if copied else ()
 
 
 def _layer_norm_backward(card: Card) -> Rule:
     def rule(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
         grad, source, shape, _, _, weight, _, mask = args[:8]
-        copies = (*_relaid(source, torch.contiguous_format), slice(None), *_relaid(grad, torch.contiguous_format))
+        copies = (*relaid(source, torch.contiguous_format), slice(None), *relaid(grad, torch.contiguous_format))
         if weight is None or not mask[1]:
             return copies
         width = math.prod(shape)
@@ -539,7 +513,7 @@ def _layer_norm_backward(card: Card) -> Rule:
 
 def _softmax(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
     """aten/src/ATen/native/cuda/SoftMax.cu, ``host_softmax``."""
-    return _relaid(args[0], torch.contiguous_format)
+    return relaid(args[0], torch.contiguous_format)
 
 
 def _safe_softmax(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
@@ -551,13 +525,13 @@ def _softmax_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) 
     """The gradient times the output is a tensor of its own, laid out as the gradient is, and then made contiguous."""
     grad, output = args[:2]
     size = output.numel() * max(grad.element_size(), output.element_size())
-    again = (size,) if _is_dense(grad) and not grad.is_contiguous() else ()
-    return (size, *again, *_relaid(output, torch.contiguous_format))
+    again = (size,) if is_dense(grad) and not grad.is_contiguous() else ()
+    return (size, *again, *relaid(output, torch.contiguous_format))
 
 
 def _log_softmax_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
     grad, output = args[:2]
-    return (*_relaid(grad, torch.contiguous_format), *_relaid(output, torch.contiguous_format))
+    return (*relaid(grad, torch.contiguous_format), *relaid(output, torch.contiguous_format))
 
 
 _ROWS: dict[Any, Rule] = {
@@ -578,7 +552,7 @@ def _loss(card: Card) -> Rule:
             return ()
         terms = out.new_empty(torch.broadcast_shapes(args[0].shape, args[1].shape), device="meta")
         sums = reduction_blocks(terms, None, _accumulator(terms), _sum_vector(terms), card)
-        return (_bytes(terms), *sums)
+        return (nbytes(terms), *sums)
 
     return rule
 
@@ -602,7 +576,7 @@ def _embedding(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequ
     several = [(size, stride) for size, stride in zip(indices.shape, indices.stride(), strict=True) if size != 1]
     if all(stride == size * step for (_, stride), (size, step) in pairwise(several)):
         return ()
-    return (_bytes(indices), slice(None))
+    return (nbytes(indices), slice(None))
 
 
 def _embedding_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
@@ -610,7 +584,7 @@ def _embedding_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
     grad, indices, rows = args[:3]
     n = indices.numel()
     each, number = ("above", 3072, n, 8 * n), ("above", 3072, n, 8)
-    dense = tuple(_bytes(tensor) for tensor in (indices, grad) if not tensor.is_contiguous())
+    dense = tuple(nbytes(tensor) for tensor in (indices, grad) if not tensor.is_contiguous())
     sorting = [each, ("sort_pairs", 3072, n, rows)]
     segments, places, values, scanned = (("embedding_segments", k, n, rows, 4 * out.size(1)) for k in (0, 1, 2, 3))
     unique = [each, ("scan", 3072, n, 320)]
@@ -636,7 +610,7 @@ def _index(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence
     """aten/src/ATen/native/TensorAdvancedIndexing.cpp, ``AdvancedIndex``: indices that lie otherwise than one another
     when they have been expanded are copied."""
     given = [index for index in args[1] if index is not None]
-    moved = tuple(_bytes(index) for index in given if index.device != args[0].device)  # from the host
+    moved = tuple(nbytes(index) for index in given if index.device != args[0].device)  # from the host
     if moved:
         return (*moved, slice(None))
     if len(given) < 2 or any(index.dtype != torch.int64 for index in given):
@@ -644,7 +618,7 @@ def _index(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence
     indices = torch.broadcast_tensors(*given)
     if len({index.stride() for index in indices}) < 2:
         return ()
-    return (*(_bytes(index) for index in indices if not index.is_contiguous()), slice(None))
+    return (*(nbytes(index) for index in indices if not index.is_contiguous()), slice(None))
 
 
 def _index_put(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
@@ -665,187 +639,6 @@ def _index_put(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequ
     values = () if args[2].is_contiguous() else (args[2].numel() * args[2].element_size(),)
     others = ([8 * n, 8 * n] for _ in indices[1:])
     return (8 * n, [8 * n], *others, *values, 8 * n, 8 * n, 8 * n, [("sort_pairs", 0, n, rows)])
-
-
-# aten/src/ATen/native/transformers/cuda: flash_attn/flash_api.cpp and mem_eff_attention/kernel_backward.h (2.15)
-
-
-def _columns(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    """aten/src/ATen/native/cuda/Im2Col.cu and Col2Im.cu: what is read is made contiguous, twice (seen on 2.14)."""
-    return () if args[0].is_contiguous() else (_bytes(args[0]), _bytes(args[0]), slice(None))
-
-
-def _copied(*places: int) -> Rule:
-    """A kernel that reads these arguments only if they are contiguous, and copies them if not."""
-
-    def rule(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-        return tuple(_bytes(args[place]) for place in places if not _is_dense(args[place]))
-
-    return rule
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    formats = [torch.contiguous_format]
-    formats += [torch.channels_last] if tensor.dim() == 4 else [torch.channels_last_3d] if tensor.dim() == 5 else []
-    return any(tensor.is_contiguous(memory_format=layout) for layout in formats)
-
-
-#: aten/src/ATen/native/cuda: AveragePool*, DilatedMaxPool*, Adaptive*Pooling*, UpSample*, ReflectionPad (2.15)
-_COPIED_GRADIENTS = """
-adaptive_max_pool3d_backward avg_pool3d_backward max_pool3d_with_indices_backward
-reflection_pad1d_backward upsample_bilinear2d_backward upsample_nearest1d_backward upsample_nearest2d_backward
-upsample_nearest3d_backward upsample_linear1d_backward upsample_trilinear3d_backward _adaptive_avg_pool3d_backward
-_upsample_bilinear2d_aa_backward _upsample_nearest_exact2d_backward _upsample_nearest_exact1d_backward
-_upsample_nearest_exact3d_backward
-""".split()
-
-
-def _pool(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    return _relaid(args[0], _suggested(args[0]))
-
-
-def _pool_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    grad, source = args[:2]
-    return (*_relaid(source, _suggested(source)), *_relaid(grad, _suggested(source)))
-
-
-def _adaptive_average(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    return (*_pool(args, kwargs, out), slice(None))
-
-
-def _adaptive_average_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    plain = _suggested(args[1]) is torch.contiguous_format
-    return _relaid(args[0], torch.contiguous_format) if plain else _copied(0)(args, kwargs, out)
-
-
-def _adaptive_maximum(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    return tuple(size for tensor in (*out, args[0]) for size in _relaid(tensor, torch.contiguous_format))
-
-
-def _adaptive_maximum_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    return tuple(size for tensor in (args[0], args[2], out) for size in _relaid(tensor, torch.contiguous_format))
-
-
-def _made_contiguous(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    return _relaid(args[0], torch.contiguous_format)
-
-
-#: aten/src/ATen/native/cuda (2.14): DilatedMaxPool2d, AveragePool2d, AdaptiveAveragePooling, AdaptiveMaxPooling2d,
-#: UpSampleNearest2d, UpSampleBicubic2d, ReflectionPad
-_POOLS: dict[Any, Rule] = {
-    aten.max_pool2d_with_indices.default: _pool,
-    aten.max_pool2d_with_indices_backward.default: _pool_backward,
-    aten.avg_pool2d.default: _pool,
-    aten.avg_pool2d_backward.default: _pool_backward,
-    aten._adaptive_avg_pool2d.default: _adaptive_average,
-    aten._adaptive_avg_pool2d_backward.default: _adaptive_average_backward,
-    aten.adaptive_max_pool2d.default: _adaptive_maximum,
-    aten.adaptive_max_pool2d_backward.default: _adaptive_maximum_backward,
-    aten.upsample_nearest2d.default: _pool,
-    aten.upsample_bicubic2d_backward.default: _made_contiguous,
-    aten.reflection_pad2d.default: _made_contiguous,
-    aten.reflection_pad2d_backward.default: _made_contiguous,
-}
-
-
-def _suggested(tensor: torch.Tensor) -> torch.memory_format:
-    plain = tensor.is_contiguous() and tensor.stride(1) != 1  # else it may be laid out either way
-    return torch.contiguous_format if plain else suggest_memory_format(tensor)
-
-
-def _convolution_layout(*tensors: torch.Tensor) -> torch.memory_format:
-    """aten/src/ATen/native/ConvUtils.h, ``cudnn_conv_suggest_memory_format``: channels last if one of them is so."""
-    for tensor in tensors:
-        layout = _suggested(tensor)
-        if layout is not torch.contiguous_format and tensor.dtype != torch.float64:
-            return layout
-    return torch.contiguous_format
-
-
-def _images(source: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """aten/src/ATen/native/Convolution.cpp, ``view4d``: a 1D convolution is one of images of one row, whose input has
-    been made contiguous."""
-    if source.dim() != 3:
-        return source, *others
-    return torch.empty(source.shape, dtype=source.dtype, device="meta").unsqueeze(2), *(
-        torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta").unsqueeze(2)
-        for tensor in others
-    )
-
-
-def _row_copied(source: torch.Tensor) -> tuple[int, ...]:
-    return (_bytes(source),) if source.dim() == 3 and not source.is_contiguous() else ()
-
-
-def _relaid(tensor: torch.Tensor, layout: torch.memory_format) -> tuple[int, ...]:
-    """The copy that is made of a tensor which is not laid out so."""
-    return () if tensor.is_contiguous(memory_format=layout) else (_bytes(tensor),)
-
-
-def _depthwise(
-    source: torch.Tensor,
-    weight: torch.Tensor,
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    groups: int,
-) -> bool:
-    """aten/src/ATen/native/Convolution.cpp, ``is_depthwise`` without ``use_cudnn_depthwise``: torch's own."""
-    channels = source.size(1)
-    if transposed or source.dim() < 4 or groups == 1 or channels != groups or weight.size(0) % channels:
-        return False
-    if _convolution_layout(source, weight) is not torch.contiguous_format:
-        return False
-    if source.dim() == 5 or source.dtype != torch.float16 or channels < 32 or set(dilation) != {1}:
-        return True
-    if source.size(2) == 1 and stride[-1] == 1:
-        return False
-    width, kernel = source.size(3), weight.size(3)
-    if stride[0] != stride[-1] or weight.size(2) != kernel or kernel not in (1, 3, 5) or width < 7:
-        return True
-    wide = channels >= 512 or (channels >= 256 and width >= 28)
-    return stride[-1] != 1 and not (stride[-1] == 2 and kernel > 1 and wide)
-
-
-def _convolution(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    """aten/src/ATen/native/cudnn/ConvShared.cpp, ``cudnn_convolution``."""
-    source, weight = args[:2]
-    row = _row_copied(source)
-    source, weight = _images(source, weight)
-    if _depthwise(source, weight, args[3], args[5], args[6], args[8]):
-        return (*row, *_relaid(source, torch.contiguous_format), slice(None))
-    layout = _convolution_layout(source, weight)
-    return (*row, *_relaid(source, layout), slice(None), *_relaid(weight, layout))
-
-
-def _convolution_backward(card: Card) -> Rule:
-    """aten/src/ATen/native/Convolution.cpp and cudnn/ConvShared.cpp: what is not laid out as cuDNN wants it is copied;
-    the bias's gradient is a sum."""
-
-    def rule(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-        grad, source, weight, mask = *args[:3], args[10]
-        sums = reduction_blocks(grad, [0, *range(2, grad.dim())], 4, _sum_vector(grad), card) if mask[2] else ()
-        row = _row_copied(source)
-        source, grad, weight = _images(source, grad, weight)
-        if _depthwise(source, weight, args[4], args[6], args[7], args[9]):
-            copies = [_relaid(tensor, torch.contiguous_format) for tensor in (grad, source, weight)]
-            if source.dim() == 5:
-                return [slice(0, 2), *copies[0], *copies[1], *copies[2]], slice(2, 3), *sums
-            return *row, [*copies[0], [*copies[1], slice(1, 2)], slice(0, 1), *copies[2]], slice(2, 3), *sums
-        layout = _convolution_layout(source, weight)
-        copied, laid = (_relaid(source, layout) if mask[1] else ()), _relaid(grad, layout)
-        once: tuple[int, ...] = ()  # the gradient, laid out for both where it suggests another layout
-        if args[7] or (laid and _convolution_layout(grad) is not layout):
-            once, laid = laid, ()
-        of_input = [slice(0, 1), *laid, *_relaid(weight, layout)] if mask[0] else []
-        of_weight = [*laid, slice(1, 2)] if mask[1] else []
-        return *row, [*copied, *once, of_input, of_weight], slice(2, 3), *sums
-
-    return rule
 
 
 def _logsumexp(input: torch.Tensor, dim: Sequence[int], keepdim: bool = False) -> torch.Tensor:
@@ -1136,9 +929,6 @@ ORDER: Mapping[Any, Sequence[int]] = {
 # ----------------------------------------------------------------------------------- shapes of outputs, told directly
 
 
-Made = tuple[torch.Tensor | torch.Size, torch.dtype]
-
-
 def _dense(tensor: torch.Tensor) -> bool:
     last = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
     return tensor.is_contiguous() or (tensor.dim() in (4, 5) and tensor.is_contiguous(memory_format=last))
@@ -1222,62 +1012,6 @@ def _new_like(tensor: torch.Tensor, **kwargs: Any) -> list[Made] | None:
     return [(tensor, kwargs.get("dtype") or tensor.dtype)]
 
 
-def _convolution_made(
-    source: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> list[Made] | None:
-    if not source.numel():
-        return None
-    rank = source.dim() - 2
-    place = [[value[k % len(value)] for k in range(rank)] for value in (stride, padding, dilation, output_padding)]
-    sizes = [source.size(0), weight.size(1) * groups if transposed else weight.size(0)]
-    for length, kernel, s, p, d, o in zip(source.shape[2:], weight.shape[2:], *place, strict=True):
-        reach = d * (kernel - 1)
-        sizes.append((length - 1) * s - 2 * p + reach + o + 1 if transposed else (length + 2 * p - reach - 1) // s + 1)
-    source, weight = _images(source, weight)
-    own = _depthwise(source, weight, stride, dilation, transposed, groups)
-    return [_laid_out_as(sizes, torch.contiguous_format if own else _convolution_layout(source, weight), source.dtype)]
-
-
-def _laid_out_as(sizes: Sequence[int], layout: torch.memory_format, dtype: torch.dtype) -> Made:
-    if layout is torch.contiguous_format:
-        return torch.Size(sizes), dtype
-    if len(sizes) == 3:  # a convolution's, of a weight whose channels come last
-        image = torch.empty((sizes[0], sizes[1], 1, sizes[2]), dtype=dtype, device="meta", memory_format=layout)
-        return image.squeeze(2), dtype
-    return torch.empty(sizes, dtype=dtype, device="meta", memory_format=layout), dtype
-
-
-def _convolution_backward_made(
-    grad: torch.Tensor,
-    source: torch.Tensor,
-    weight: torch.Tensor,
-    bias_sizes: Any,
-    stride: Sequence[int],
-    padding: Any,
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Any,
-    groups: int,
-    mask: Sequence[bool],
-) -> list[Made | None] | None:
-    if not source.numel():
-        return None
-    images, filters = _images(source, weight)
-    own = _depthwise(images, filters, stride, dilation, transposed, groups)
-    layout = torch.contiguous_format if own else _convolution_layout(images, filters)
-    made: list[Made] = [_laid_out_as(tensor.shape, layout, tensor.dtype) for tensor in (source, weight)]
-    made.append((torch.Size([grad.size(1)]), grad.dtype))
-    return [one if wanted else None for one, wanted in zip(made, mask, strict=True)]
-
-
 def _layer_norm_made(source: torch.Tensor, shape: Sequence[int], *_: Any) -> list[Made]:
     wide = torch.float32 if source.element_size() == 2 else source.dtype
     rows = torch.Size([*source.shape[: source.dim() - len(shape)], *(1 for _ in shape)])
@@ -1295,13 +1029,13 @@ def _layer_norm_backward_made(
 
 def _batch_norm_made(input: torch.Tensor, weight: torch.Tensor, *rest: Any) -> list[Made] | None:
     sums: list[Made] = [(weight, weight.dtype), (weight, weight.dtype), (torch.Size([0]), torch.uint8)]
-    return [(input, input.dtype) if _dense(input) else _laid_out_as(input.shape, _suggested(input), input.dtype), *sums]
+    return [(input, input.dtype) if _dense(input) else laid_out_as(input.shape, suggested(input), input.dtype), *sums]
 
 
 def _batch_norm_backward_made(
     input: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor, *_: Any
 ) -> list[Made] | None:
-    of_input = (input, input.dtype) if _dense(input) else _laid_out_as(input.shape, _suggested(input), input.dtype)
+    of_input = (input, input.dtype) if _dense(input) else laid_out_as(input.shape, suggested(input), input.dtype)
     return [of_input, (weight, weight.dtype), (weight, weight.dtype)]
 
 
@@ -1327,8 +1061,7 @@ def _log_softmax_gradient(grad: torch.Tensor, output: torch.Tensor, dim: int, dt
 
 
 SHAPES: Mapping[Any, Callable[..., Sequence[Made | None] | None]] = {
-    aten.convolution.default: _convolution_made,
-    aten.convolution_backward.default: _convolution_backward_made,
+    **MADE,
     aten.native_layer_norm.default: _layer_norm_made,
     aten.native_layer_norm_backward.default: _layer_norm_backward_made,
     aten.cudnn_batch_norm.default: _batch_norm_made,
