@@ -662,3 +662,6 @@ if __name__ == "__main__":
                 show(_result)
         else:
             print(json.dumps({k: v for k, v in _result.items() if k not in ("real", "ours")}), flush=True)
+        if not gc.get_freeze_count():  # by now all is imported, which collecting garbage need not look at
+            gc.collect()
+            gc.freeze()
