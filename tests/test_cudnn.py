@@ -122,7 +122,10 @@ def test_its_process_ends_with_who_asks_and_when_nobody_does():
 @pytest.mark.parametrize("library", ["/nowhere/libcudnn.so.9", os.devnull])
 def test_without_a_library_there_is_no_answer(own_process, monkeypatch, library):
     monkeypatch.setenv("MEMPLAN_CUDNN", library)
-    assert workspace(OF_RESNET) is None
+    with pytest.warns(
+        UserWarning, match=f"^the cuDNN that MEMPLAN_CUDNN names, {library}, cannot be asked .* by rule: "
+    ):
+        assert workspace(OF_RESNET) is None
     assert _cudnn._broken == {library}  # and it is not tried again
     monkeypatch.setattr(_cudnn, "_started", None)
     assert workspace(FIRST) is None
@@ -135,7 +138,8 @@ def test_one_that_does_not_answer_is_not_waited_for(own_process, monkeypatch):
     monkeypatch.setattr(
         _cudnn, "_started", lambda _: subprocess.Popen(silent, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     )
-    assert workspace(OF_RESNET) is None
+    with pytest.warns(UserWarning, match="cannot be asked"):
+        assert workspace(OF_RESNET) is None
 
 
 def test_none_is_asked_where_plans_are_to_be_the_same_everywhere(own_process, monkeypatch):

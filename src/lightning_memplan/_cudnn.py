@@ -23,6 +23,7 @@ import select
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from ctypes import c_char, c_float, c_int, c_int64, c_size_t, c_void_p
@@ -113,6 +114,12 @@ def _asked(path: str, question: Question) -> int | None:
             if who in _processes:
                 _ended(_processes.pop(who))
         _broken.add(path)
+        if os.environ.get("MEMPLAN_CUDNN"):
+            warnings.warn(
+                f"the cuDNN that MEMPLAN_CUDNN names, {path}, cannot be asked for workspaces, so they are taken by rule: "
+                "a libcudnn.so.9 of version 9.8 or later can",
+                stacklevel=2,
+            )
         return None
 
 
