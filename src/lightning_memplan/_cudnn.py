@@ -116,8 +116,8 @@ def _asked(path: str, question: Question) -> int | None:
         _broken.add(path)
         if os.environ.get("MEMPLAN_CUDNN"):
             warnings.warn(
-                f"the cuDNN that MEMPLAN_CUDNN names, {path}, cannot be asked for workspaces, so they are taken by rule: "
-                "a libcudnn.so.9 of version 9.8 or later can",
+                f"MEMPLAN_CUDNN is {path!r}, which is no libcudnn.so.9 of version 9.8 or later that can be asked for "
+                "workspaces: they are taken by rule",
                 stacklevel=2,
             )
         return None
