@@ -110,6 +110,15 @@ def test_its_process_is_started_anew_where_it_has_ended(own_process):
 
 
 @installed
+def test_its_process_is_started_when_a_convolution_is_traced(own_process):
+    mp.estimate(nn.Linear(8, 8), torch.zeros(4, 8), method="trace")
+    assert not _cudnn._processes
+    mp.estimate(nn.Conv2d(3, 8, 3), torch.zeros(4, 3, 16, 16), method="trace")
+    (process,) = _cudnn._processes.values()
+    assert process.poll() is None
+
+
+@installed
 def test_its_process_ends_with_who_asks_and_when_nobody_does():
     command = [sys.executable, "-I", "-S", _cudnn.__file__, _cudnn._installed()]
     assert subprocess.run(command, stdin=subprocess.DEVNULL, timeout=60, capture_output=True).returncode == 0

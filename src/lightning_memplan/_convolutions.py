@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch._prims_common import suggest_memory_format
 
-from lightning_memplan._cudnn import FILTER, FORWARD, INPUT, KINDS
+from lightning_memplan._cudnn import FILTER, FORWARD, INPUT, KINDS, get_ready
 from lightning_memplan._workspaces import LAST, MOVED, PLAIN
 
 aten = torch.ops.aten
@@ -207,6 +207,7 @@ def _with_workspaces(rule: Rule, capability: tuple[int, int]) -> Rule:
     gradient's. They are none until a replay asks for more."""
 
     def both(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
+        get_ready()
         copies = rule(args, kwargs, out)
         gradients = len(args) > 9  # aten.convolution_backward: grad, input, weight, ..., stride, ..., groups, mask
         y, x, weight = args[:3] if gradients else (out, *args[:2])
