@@ -167,7 +167,7 @@ def benchmark_of() -> ScaledProgram:
 
     def step(number: int, n: int) -> tuple[Event, ...]:
         square = (64, 64, 64, 64, 3, 3, 1, 1, 2, 2, 2, 2)  # 3², dilated
-        rule = ("convolution", FORWARD, MOVED, 0, 2, 86, n, 512, 512, 1, *square)
+        rule = ("convolution", FORWARD, MOVED, 0, 2, 86, 0, n, 512, 512, 1, *square)
         a, b = 2 * number, 2 * number + 1
         made = Event(a, 20 * MIB * n, step=number), Event(b, 0, step=number, rule=rule)
         return *made, Event(b, -1, step=number), Event(a, -1, step=number)

@@ -88,18 +88,19 @@ def test_the_range_is_in_order_and_grows_with_the_batch(part, sizes, groups, wid
 
 def recorded(module, batch, precision="16-mixed", **options):
     """The numbers of each convolution's workspace in the first step, at the batch size of the first trace: its part,
-    layout, whether it is transposed, its type's number, the card's capability, and the rest."""
+    layout, whether it is transposed, its type's number, the card's capability, whether it is to be deterministic, and
+    the rest."""
     program = mp.estimate(module, batch, precision=precision, method="trace", **options).program
     found = [e.rule[1:] for e in program.events if e.rule[:1] == ("convolution",) and e.step == 1]
-    return [(*numbers[:5], numbers[5:]) for numbers in found]
+    return [(*numbers[:6], numbers[6:]) for numbers in found]
 
 
 def test_a_call_has_one_and_each_gradient_one():
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2))
     # two samples, 3 to 8 channels, one group, on 10² to 10² places by 3², in steps of 1, padded by 1, not dilated;
     # then 8 to 16, on 10² to 4², in steps of 2
-    first = (MOVED, 0, 2, 86, (2, 3, 8, 1, 10, 10, 10, 10, 3, 3, 1, 1, 1, 1, 1, 1))
-    second = (MOVED, 0, 2, 86, (2, 8, 16, 1, 10, 10, 4, 4, 3, 3, 2, 2, 0, 0, 1, 1))
+    first = (MOVED, 0, 2, 86, 0, (2, 3, 8, 1, 10, 10, 10, 10, 3, 3, 1, 1, 1, 1, 1, 1))
+    second = (MOVED, 0, 2, 86, 0, (2, 8, 16, 1, 10, 10, 4, 4, 3, 3, 2, 2, 0, 0, 1, 1))
     # the image needs no gradient, so the first convolution has one backwards, the second two
     parts = [(FORWARD, *first), (FORWARD, *second), (INPUT, *second), (FILTER, *second), (FILTER, *first)]
     assert recorded(net, torch.zeros(4, 3, 10, 10)) == parts
@@ -112,7 +113,7 @@ def test_in_one_and_three_dimensions_and_transposed():
     assert recorded(nn.Conv3d(4, 8, 3), torch.zeros(4, 4, 6, 6, 6))[0][-1] == cube
     assert recorded(nn.Conv1d(4, 8, 3), torch.zeros(4, 4, 6))[0][-1] == (2, 4, 8, 1, 6, 4, 3, 1, 0, 1)
     up = recorded(nn.ConvTranspose2d(4, 8, 2, stride=2), torch.zeros(4, 4, 6, 6))[0]
-    assert up[1:] == (MOVED, 1, 2, 86, (2, 4, 8, 1, 6, 6, 12, 12, 2, 2, 2, 2, 0, 0, 1, 1))
+    assert up[1:] == (MOVED, 1, 2, 86, 0, (2, 4, 8, 1, 6, 6, 12, 12, 2, 2, 2, 2, 0, 0, 1, 1))
 
 
 def test_channels_last_and_what_no_tensor_core_computes_is_not_moved():
@@ -124,6 +125,13 @@ def test_channels_last_and_what_no_tensor_core_computes_is_not_moved():
     turing = mp.Device("Turing", total=GiB, capability=(7, 5))
     assert recorded(nn.Conv2d(16, 32, 3), batch, "32-true", device=turing)[0][1:5] == (PLAIN, 0, 0, 75)
     assert recorded(nn.Conv2d(16, 32, 3), batch, "16-mixed", device=turing)[0][1:5] == (MOVED, 0, 2, 75)
+
+
+def test_whether_results_must_be_the_same_is_recorded(monkeypatch):
+    net, batch = nn.Conv2d(16, 32, 3), torch.zeros(4, 16, 8, 8)
+    assert recorded(net, batch)[0][5] == 0
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    assert recorded(net, batch)[0][5] == 1
 
 
 def test_float32_without_tf32_is_not_moved(monkeypatch):
@@ -145,34 +153,34 @@ def asked(monkeypatch):
 
 
 def test_what_cudnn_says_is_usual(asked):
-    numbers = (FORWARD, MOVED, 0, 2, 86, 32, 64, 64, 1, *SQUARE)
+    numbers = (FORWARD, MOVED, 0, 2, 86, 0, 32, 64, 64, 1, *SQUARE)
     by_rule = convolution(FORWARD, 32, 64, 64, 56**2, 56**2, 9, 14**2, 1, 2, MOVED)
     assert [taken(choice, *numbers) for choice in ("low", "expected", "high")] == [0, 1000, by_rule.high]
     edges = ((56, 56), (56, 56), (3, 3), (1, 1), (1, 1), (1, 1))
-    assert asked == [Question(86, FORWARD, 2, 0, 32, 64, 64, 1, *edges)] * 2
+    assert asked == [Question(86, FORWARD, 2, 0, 0, 32, 64, 64, 1, *edges)] * 2
 
 
 def test_a_transposed_one_is_another_ones_gradient(asked):
     edges = (6, 6, 12, 12, 2, 2, 2, 2, 0, 0, 1, 1)
     for part in (FORWARD, INPUT, FILTER):
-        assert taken("expected", part, LAST, 1, 9, 90, 4, 8, 16, 1, *edges) == 1000
-    assert [q[1:10] for q in asked] == [
-        (part, 9, 1, 4, 16, 8, 1, (12, 12), (6, 6)) for part in (INPUT, FORWARD, FILTER)
+        assert taken("expected", part, LAST, 1, 9, 90, 1, 4, 8, 16, 1, *edges) == 1000
+    assert [q[1:11] for q in asked] == [
+        (part, 9, 1, 1, 4, 16, 8, 1, (12, 12), (6, 6)) for part in (INPUT, FORWARD, FILTER)
     ]
 
 
 def test_products_of_matrices_and_kernels_of_torchs_own_are_not_asked_for(asked):
     pointwise = (56, 56, 56, 56, 1, 1, 1, 1, 0, 0, 1, 1)
-    assert taken("expected", FILTER, MOVED, 0, 2, 86, 32, 64, 128, 1, *pointwise) == 4 * 32 * 64 * 128
-    assert taken("expected", FORWARD, MOVED, 0, 2, 86, 32, 64, 64, 64, *SQUARE) == 0
-    assert taken("expected", FORWARD, PLAIN, 0, 0, 75, 32, 64, 64, 1, *SQUARE) == 0
+    assert taken("expected", FILTER, MOVED, 0, 2, 86, 0, 32, 64, 128, 1, *pointwise) == 4 * 32 * 64 * 128
+    assert taken("expected", FORWARD, MOVED, 0, 2, 86, 0, 32, 64, 64, 64, *SQUARE) == 0
+    assert taken("expected", FORWARD, PLAIN, 0, 0, 75, 0, 32, 64, 64, 1, *SQUARE) == 0
     assert not asked
 
 
 def test_without_cudnn_it_is_the_rules(monkeypatch):
     monkeypatch.setenv("MEMPLAN_CUDNN", "off")
     by_rule = convolution(INPUT, 32, 64, 64, 56**2, 56**2, 9, 14**2, 1, 2, MOVED)
-    numbers = (INPUT, MOVED, 0, 2, 86, 32, 64, 64, 1, *SQUARE)
+    numbers = (INPUT, MOVED, 0, 2, 86, 0, 32, 64, 64, 1, *SQUARE)
     assert (taken("expected", *numbers), taken("high", *numbers)) == by_rule[1:]
 
 

@@ -219,7 +219,13 @@ def _with_workspaces(rule: Rule, capability: tuple[int, int]) -> Rule:
         edges = [edge if len(edge) == x.ndim - 2 else [*edge] * (x.ndim - 2) for edge in (stride, padding, dilation)]
         places = (tensor.shape[2:] for tensor in (x, y, weight))
         numbers = (
-            *(layout, int(transposed), KINDS.get(str(x.dtype), 0), 10 * capability[0] + capability[1]),
+            *(
+                layout,
+                int(transposed),
+                KINDS.get(str(x.dtype), 0),
+                10 * capability[0] + capability[1],
+                _deterministic(),
+            ),
             *(x.size(0), x.size(1), y.size(1), groups),
             *(number for edge in (*places, *edges) for number in edge),
         )
@@ -229,6 +235,10 @@ def _with_workspaces(rule: Rule, capability: tuple[int, int]) -> Rule:
         return (*copies, *([("convolution", part, *numbers)] for part in parts))
 
     return both
+
+
+def _deterministic() -> int:
+    return int(torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
 
 
 def _tensor_cores(dtype: torch.dtype, capability: tuple[int, int]) -> bool:

@@ -38,13 +38,14 @@ FORWARD, INPUT, FILTER = range(3)  #: what is computed: the results, or the grad
 class Question(NamedTuple):
     """A convolution on a card, in one, two or three dimensions, of ``n`` samples.
 
-    ``capability`` is the card's, as 86; ``kind`` cuDNN's number of the operands' type. The last six are of each
-    dimension.
+    ``capability`` is the card's, as 86; ``kind`` cuDNN's number of the operands' type; ``deterministic`` 1 where only
+    algorithms are allowed that always have the same result. The last six are of each dimension.
     """
 
     capability: int
     part: int
     kind: int
+    deterministic: int
     channels_last: int
     n: int
     c: int
@@ -70,7 +71,7 @@ def workspace(question: Question) -> int | None:
 
     Of a ResNet's 3×3 convolution, 256 images in float16 with channels first: all operands with channels last.
 
-    >>> of_resnet = Question(86, FORWARD, 2, 0, 256, 64, 64, 1, (56, 56), (56, 56), (3, 3), (1, 1), (1, 1), (1, 1))
+    >>> of_resnet = Question(86, FORWARD, 2, 0, 0, 256, 64, 64, 1, (56, 56), (56, 56), (3, 3), (1, 1), (1, 1), (1, 1))
     >>> found = workspace(of_resnet)
     >>> found is None or found - 2 * (256 * 128 * 56**2 + 64 * 64 * 9) < 1024
     True
@@ -177,7 +178,7 @@ _CONVOLUTION, _ENGINE, _CONFIG, _HEURISTICS, _PLAN, _GRAPH, _TENSOR, _CARD = 1, 
 _OPERATION = {FORWARD: (10, 700), FILTER: (11, 712), INPUT: (12, 706)}  # and the first of its attributes
 _TYPE, _INT64, _FLOAT, _MODE, _HEURISTIC, _NOTE, _DESCRIPTOR, _CHAR = 1, 3, 4, 7, 8, 11, 15, 24
 _INSTANT, _FALLBACK = 0, 2  # cudnnBackendHeurMode_t
-_ROUNDS_INPUTS = 1  # cudnnBackendNumericalNote_t, which torch passes over
+_ROUNDS_INPUTS, _NONDETERMINISTIC = 1, 4  # cudnnBackendNumericalNote_t; torch's filterEngineConfigs passes over them
 _CANDIDATES = 8  # plans that are looked at, where the first is refused
 
 
@@ -299,16 +300,17 @@ class Cudnn:
             configs = [self.new(_CONFIG) for _ in range(_CANDIDATES)]
             count = self.get(heuristics, 202, _DESCRIPTOR, _descriptors(*configs))
             for config in configs[:count]:
-                found = self.plan(config, card)
+                found = self.plan(config, card, q.deterministic)
                 if found is not None:
                     return found
         return None
 
-    def plan(self, config: c_void_p, card: Any) -> int | None:
+    def plan(self, config: c_void_p, card: Any, deterministic: int) -> int | None:
         """The workspace of a plan that torch would run; None where it passes over it, or cuDNN has none."""
         engine, notes, bytes_ = self.new(_ENGINE), (c_int * 16)(), (c_int64 * 1)()
         self.get(config, 300, _DESCRIPTOR, _descriptors(engine))
-        if _ROUNDS_INPUTS in notes[: self.get(engine, 1303, _NOTE, notes)]:
+        noted = notes[: self.get(engine, 1303, _NOTE, notes)]
+        if _ROUNDS_INPUTS in noted or (deterministic and _NONDETERMINISTIC in noted):
             return None
         try:
             plan = self.make(_PLAN, (401, _DESCRIPTOR, _descriptors(config)), (407, _DESCRIPTOR, card))
@@ -364,7 +366,7 @@ def main(library: str) -> None:
     """Answer questions, a line each, until nobody asks any more."""
     cudnn, pending = Cudnn(library), b""
     with suppress(CudnnError):  # the first one takes long
-        cudnn.workspace(Question(80, FORWARD, 2, 0, 1, 8, 8, 1, (8, 8), (8, 8), (3, 3), (1, 1), (1, 1), (1, 1)))
+        cudnn.workspace(Question(80, FORWARD, 2, 0, 0, 1, 8, 8, 1, (8, 8), (8, 8), (3, 3), (1, 1), (1, 1), (1, 1)))
     while select.select([0], [], [], _IDLE)[0]:
         read = os.read(0, 2**16)
         if not read:

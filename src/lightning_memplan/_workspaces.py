@@ -128,13 +128,14 @@ def convolution(
 
 
 class Recorded(NamedTuple):
-    """A convolution of a trace. ``kind`` is cuDNN's number of the operands' type, ``capability`` the card's, as 86."""
+    """A convolution of a trace. See ``_cudnn.Question`` for ``kind``, ``capability`` and ``deterministic``."""
 
     part: int
     layout: int
     transposed: int
     kind: int
     capability: int
+    deterministic: int
     n: int
     c: int
     k: int
@@ -149,15 +150,15 @@ class Recorded(NamedTuple):
     @classmethod
     def of(cls, numbers: Sequence[int]) -> Recorded:
         """The last six are lists of as many numbers as there are dimensions."""
-        edges, step = numbers[9:], (len(numbers) - 9) // 6
-        return cls._make([*numbers[:9], *(tuple(edges[at : at + step]) for at in range(0, len(edges), step))])
+        edges, step = numbers[10:], (len(numbers) - 10) // 6
+        return cls._make([*numbers[:10], *(tuple(edges[at : at + step]) for at in range(0, len(edges), step))])
 
 
 def allowance(*numbers: int) -> Range:
     """What a recorded convolution takes, by the rules.
 
     >>> square = (56, 56, 56, 56, 3, 3, 1, 1, 1, 1, 1, 1)
-    >>> allowance(FORWARD, MOVED, 0, 2, 86, 1, 64, 64, 1, *square)
+    >>> allowance(FORWARD, MOVED, 0, 2, 86, 0, 1, 64, 64, 1, *square)
     Range(low=0, expected=876544, high=4202496)
     """
     r = Recorded.of(numbers)
@@ -170,7 +171,7 @@ def allowance(*numbers: int) -> Range:
 def taken(choice: Choice, *numbers: int) -> int:
     """What a recorded convolution takes: by the rules, but where cuDNN can be asked, usually what that says.
 
-    >>> taken("low", FORWARD, MOVED, 0, 2, 86, 1, 64, 64, 1, 56, 56, 56, 56, 3, 3, 1, 1, 1, 1, 1, 1)
+    >>> taken("low", FORWARD, MOVED, 0, 2, 86, 0, 1, 64, 64, 1, 56, 56, 56, 56, 3, 3, 1, 1, 1, 1, 1, 1)
     0
     """
     if choice == "low":
@@ -189,11 +190,11 @@ def _question(r: Recorded) -> Question | None:
     depthwise = r.groups > 1 and r.groups in (r.c, r.k)
     if r.layout == PLAIN or pointwise or (depthwise and (r.layout, r.kind) != (LAST, 0)):
         return None
-    last, edges = int(r.layout == LAST), (r.kernel, r.stride, r.padding, r.dilation)
+    how, edges = (r.kind, r.deterministic, int(r.layout == LAST)), (r.kernel, r.stride, r.padding, r.dilation)
     if r.transposed:  # the gradient of a convolution the other way
         part = (INPUT, FORWARD, FILTER)[r.part]
-        return Question(r.capability, part, r.kind, last, r.n, r.k, r.c, r.groups, r.results, r.size, *edges)
-    return Question(r.capability, r.part, r.kind, last, r.n, r.c, r.k, r.groups, r.size, r.results, *edges)
+        return Question(r.capability, part, *how, r.n, r.k, r.c, r.groups, r.results, r.size, *edges)
+    return Question(r.capability, r.part, *how, r.n, r.c, r.k, r.groups, r.size, r.results, *edges)
 
 
 _WIDTHS = {0: 4, 1: 8, 2: 2, 9: 2}  # bytes of a value, by cuDNN's number of its type

@@ -208,7 +208,7 @@ def compared(file: Path = MEASURED, only: str = "") -> Iterator[Seen]:
             transposed = row["transposed"] == "1"
             padding = _padding(*((results, size) if transposed else (size, results)), kernel, stride, dilation)
             edges = (*size, *results, *kernel, *stride, *padding, *dilation)
-            numbers = (layout, int(transposed), number, CAPABILITY, n, c, k, groups, *edges)
+            numbers = (layout, int(transposed), number, CAPABILITY, 0, n, c, k, groups, *edges)
             kind = f"{row['dtype']}, channels {row['layout']}" + (", no TF32" if plain else "")
             if only not in ("", kind):
                 continue
