@@ -492,3 +492,10 @@ def test_the_recipes(run):
     for words in commands:  # the others need a script of yours: their options are read
         with contextlib.suppress(UsageError):
             _job(_parse(words[1:]))
+
+
+def test_a_cudnn_that_is_not_there_is_an_error(run, monkeypatch):
+    monkeypatch.setenv("MEMPLAN_CUDNN", "/nowhere/libcudnn.so.9")
+    status, _, error = run("gpus", "T4")
+    what = "MEMPLAN_CUDNN is '/nowhere/libcudnn.so.9', and there is no such file: name a libcudnn.so.9, or say off"
+    assert (status, error) == (2, f"memplan: error: {what}\n")

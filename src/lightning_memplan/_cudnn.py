@@ -91,6 +91,17 @@ def get_ready() -> None:
             _processes[os.getpid(), path] = _started(path)
 
 
+def check_named() -> None:
+    """See that ``MEMPLAN_CUDNN`` names a file, where it names one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = os.environ.get("MEMPLAN_CUDNN") or "off"
+    if path != "off" and not Path(path).is_file():
+        raise ValueError(f"MEMPLAN_CUDNN is {path!r}, and there is no such file: name a libcudnn.so.9, or say off")
+
+
 def _library() -> str | None:
     path = os.environ.get("MEMPLAN_CUDNN") or _installed()
     return None if path in ("", "off") else path

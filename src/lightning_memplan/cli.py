@@ -38,6 +38,7 @@ from lightning_memplan._api import (
     plan_estimate,
     resolve_step,
 )
+from lightning_memplan._cudnn import check_named
 from lightning_memplan._device import detect_devices, gpu, gpus
 from lightning_memplan._errors import DoesNotFitError, MemplanError
 from lightning_memplan._figures import plot_measurements, plot_timeline
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             if not args.debug:
                 warnings.simplefilter("ignore")
+            check_named()
             return args.run(args)  # type: ignore[no-any-return]
     except DoesNotFitError as error:
         if args.json:
