@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from lightning_memplan._allocator import AllocatorSettings, replay
-from lightning_memplan._cudnn import FORWARD
+from lightning_memplan._cudnn import FORWARD, MOVED
 from lightning_memplan._scaling import ScaledProgram, scale
 from lightning_memplan._types import Event, Trace
-from lightning_memplan._workspaces import MOVED
 from tests.accuracy import chosen, convolutions, fits, nvml, regimes, rtx3090
 from tests.accuracy import nullgpu as accuracy
 from tests.accuracy.loop import trace_loop
@@ -167,7 +166,7 @@ def benchmark_of() -> ScaledProgram:
 
     def step(number: int, n: int) -> tuple[Event, ...]:
         square = (64, 64, 64, 64, 3, 3, 1, 1, 2, 2, 2, 2)  # 3², dilated
-        rule = ("convolution", FORWARD, MOVED, 0, 2, 86, 0, n, 512, 512, 1, *square)
+        rule = ("convolution", 0, 86, FORWARD, 2, 0, MOVED, n, 512, 512, 1, *square)
         a, b = 2 * number, 2 * number + 1
         made = Event(a, 20 * MIB * n, step=number), Event(b, 0, step=number, rule=rule)
         return *made, Event(b, -1, step=number), Event(a, -1, step=number)

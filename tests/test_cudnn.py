@@ -12,12 +12,12 @@ from torch import nn
 
 import lightning_memplan as mp
 from lightning_memplan import _cudnn
-from lightning_memplan._cudnn import FILTER, FORWARD, INPUT, Question, workspace
+from lightning_memplan._cudnn import FILTER, FORWARD, INPUT, LAST, MOVED, Question, workspace
 from tests.accuracy import convolutions
 
 MIB = 2**20
-OF_RESNET = Question(86, FORWARD, 2, 0, 0, 256, 64, 64, 1, (56, 56), (56, 56), (3, 3), (1, 1), (1, 1), (1, 1))
-FIRST = Question(86, FORWARD, 2, 0, 0, 256, 3, 64, 1, (224, 224), (112, 112), (7, 7), (2, 2), (3, 3), (1, 1))
+OF_RESNET = Question(86, FORWARD, 2, 0, MOVED, 256, 64, 64, 1, (56, 56), (56, 56), (3, 3), (1, 1), (1, 1), (1, 1))
+FIRST = Question(86, FORWARD, 2, 0, MOVED, 256, 3, 64, 1, (224, 224), (112, 112), (7, 7), (2, 2), (3, 3), (1, 1))
 
 installed = pytest.mark.skipif(not _cudnn._installed(), reason="this torch comes without cuDNN")
 
@@ -42,16 +42,16 @@ def test_with_channels_first_it_moves_all_operands(part):
 
 @installed
 def test_with_channels_last_it_does_not():
-    assert workspace(OF_RESNET._replace(channels_last=1)) < MIB
-    assert workspace(FIRST._replace(channels_last=1)) >= 2 * 256 * 4 * 224**2 - MIB  # but 3 channels are filled up
+    assert workspace(OF_RESNET._replace(layout=LAST)) < MIB
+    assert workspace(FIRST._replace(layout=LAST)) >= 2 * 256 * 4 * 224**2 - MIB  # but 3 channels are filled up
 
 
 @installed
 def test_in_one_and_in_three_dimensions():
-    row = Question(86, FORWARD, 2, 0, 0, 8, 64, 64, 1, (100,), (100,), (3,), (1,), (1,), (1,))
-    as_image = Question(86, FORWARD, 2, 0, 0, 8, 64, 64, 1, (1, 100), (1, 100), (1, 3), (1, 1), (0, 1), (1, 1))
+    row = Question(86, FORWARD, 2, 0, MOVED, 8, 64, 64, 1, (100,), (100,), (3,), (1,), (1,), (1,))
+    as_image = Question(86, FORWARD, 2, 0, MOVED, 8, 64, 64, 1, (1, 100), (1, 100), (1, 3), (1, 1), (0, 1), (1, 1))
     assert workspace(row) == workspace(as_image) >= 2 * (8 * 2 * 64 * 100 + 64 * 64 * 3)
-    cube = Question(86, INPUT, 2, 0, 0, 2, 32, 32, 1, *[(16,) * 3] * 2, (3,) * 3, *[(1,) * 3] * 3)
+    cube = Question(86, INPUT, 2, 0, MOVED, 2, 32, 32, 1, *[(16,) * 3] * 2, (3,) * 3, *[(1,) * 3] * 3)
     assert 0 <= workspace(cube) - 2 * (2 * 2 * 32 * 16**3 + 32 * 32 * 27) < MIB
 
 
@@ -59,7 +59,7 @@ def test_in_one_and_in_three_dimensions():
 def test_what_adds_up_in_any_order_is_passed_over_where_results_must_be_the_same():
     # a filter's gradient of 64 images of 112², in four groups of two channels, with channels last
     edges = (112, 112), (112, 112), (3, 3), (1, 1), (1, 1), (1, 1)
-    free = Question(75, FILTER, 0, 0, 1, 64, 8, 8, 4, *edges)
+    free = Question(75, FILTER, 0, 0, LAST, 64, 8, 8, 4, *edges)
     assert workspace(free) > workspace(free._replace(deterministic=1)) == 0
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import lightning_memplan as mp
 from lightning_memplan import _workspaces
-from lightning_memplan._cudnn import FILTER, FORWARD, INPUT, Question
-from lightning_memplan._workspaces import LAST, MOVED, PLAIN, convolution, padded, taken, transposed, winograd
+from lightning_memplan._cudnn import FILTER, FORWARD, INPUT, LAST, MOVED, PLAIN, Question
+from lightning_memplan._workspaces import convolution, padded, taken, transposed, winograd
 
 GiB = 2**30
 
@@ -92,7 +92,7 @@ def recorded(module, batch, precision="16-mixed", **options):
     the rest."""
     program = mp.estimate(module, batch, precision=precision, method="trace", **options).program
     found = [e.rule[1:] for e in program.events if e.rule[:1] == ("convolution",) and e.step == 1]
-    return [(*numbers[:6], numbers[6:]) for numbers in found]
+    return [(part, layout, *(up, kind, card, same), tuple(rest)) for up, card, part, kind, same, layout, *rest in found]
 
 
 def test_a_call_has_one_and_each_gradient_one():
@@ -153,34 +153,34 @@ def asked(monkeypatch):
 
 
 def test_what_cudnn_says_is_usual(asked):
-    numbers = (FORWARD, MOVED, 0, 2, 86, 0, 32, 64, 64, 1, *SQUARE)
+    numbers = (0, 86, FORWARD, 2, 0, MOVED, 32, 64, 64, 1, *SQUARE)
     by_rule = convolution(FORWARD, 32, 64, 64, 56**2, 56**2, 9, 14**2, 1, 2, MOVED)
     assert [taken(choice, *numbers) for choice in ("low", "expected", "high")] == [0, 1000, by_rule.high]
     edges = ((56, 56), (56, 56), (3, 3), (1, 1), (1, 1), (1, 1))
-    assert asked == [Question(86, FORWARD, 2, 0, 0, 32, 64, 64, 1, *edges)] * 2
+    assert asked == [Question(86, FORWARD, 2, 0, MOVED, 32, 64, 64, 1, *edges)] * 2
 
 
 def test_a_transposed_one_is_another_ones_gradient(asked):
     edges = (6, 6, 12, 12, 2, 2, 2, 2, 0, 0, 1, 1)
     for part in (FORWARD, INPUT, FILTER):
-        assert taken("expected", part, LAST, 1, 9, 90, 1, 4, 8, 16, 1, *edges) == 1000
+        assert taken("expected", 1, 90, part, 9, 1, LAST, 4, 8, 16, 1, *edges) == 1000
     assert [q[1:11] for q in asked] == [
-        (part, 9, 1, 1, 4, 16, 8, 1, (12, 12), (6, 6)) for part in (INPUT, FORWARD, FILTER)
+        (part, 9, 1, LAST, 4, 16, 8, 1, (12, 12), (6, 6)) for part in (INPUT, FORWARD, FILTER)
     ]
 
 
 def test_products_of_matrices_and_kernels_of_torchs_own_are_not_asked_for(asked):
     pointwise = (56, 56, 56, 56, 1, 1, 1, 1, 0, 0, 1, 1)
-    assert taken("expected", FILTER, MOVED, 0, 2, 86, 0, 32, 64, 128, 1, *pointwise) == 4 * 32 * 64 * 128
-    assert taken("expected", FORWARD, MOVED, 0, 2, 86, 0, 32, 64, 64, 64, *SQUARE) == 0
-    assert taken("expected", FORWARD, PLAIN, 0, 0, 75, 0, 32, 64, 64, 1, *SQUARE) == 0
+    assert taken("expected", 0, 86, FILTER, 2, 0, MOVED, 32, 64, 128, 1, *pointwise) == 4 * 32 * 64 * 128
+    assert taken("expected", 0, 86, FORWARD, 2, 0, MOVED, 32, 64, 64, 64, *SQUARE) == 0
+    assert taken("expected", 0, 75, FORWARD, 0, 0, PLAIN, 32, 64, 64, 1, *SQUARE) == 0
     assert not asked
 
 
 def test_without_cudnn_it_is_the_rules(monkeypatch):
     monkeypatch.setenv("MEMPLAN_CUDNN", "off")
     by_rule = convolution(INPUT, 32, 64, 64, 56**2, 56**2, 9, 14**2, 1, 2, MOVED)
-    numbers = (INPUT, MOVED, 0, 2, 86, 0, 32, 64, 64, 1, *SQUARE)
+    numbers = (0, 86, INPUT, 2, 0, MOVED, 32, 64, 64, 1, *SQUARE)
     assert (taken("expected", *numbers), taken("high", *numbers)) == by_rule[1:]
 
 

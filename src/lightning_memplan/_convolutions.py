@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch._prims_common import suggest_memory_format
 
-from lightning_memplan._cudnn import FILTER, FORWARD, INPUT, KINDS, get_ready
-from lightning_memplan._workspaces import LAST, MOVED, PLAIN
+from lightning_memplan._cudnn import FILTER, FORWARD, INPUT, KINDS, LAST, MOVED, PLAIN, get_ready
 
 aten = torch.ops.aten
 
@@ -218,21 +217,15 @@ def _with_workspaces(rule: Rule, capability: tuple[int, int]) -> Rule:
             layout = MOVED if convolution_layout(images, filters) is torch.contiguous_format else LAST
         edges = [edge if len(edge) == x.ndim - 2 else [*edge] * (x.ndim - 2) for edge in (stride, padding, dilation)]
         places = (tensor.shape[2:] for tensor in (x, y, weight))
+        card, kind = 10 * capability[0] + capability[1], KINDS.get(str(x.dtype), 0)
         numbers = (
-            *(
-                layout,
-                int(transposed),
-                KINDS.get(str(x.dtype), 0),
-                10 * capability[0] + capability[1],
-                _deterministic(),
-            ),
-            *(x.size(0), x.size(1), y.size(1), groups),
+            *(kind, _deterministic(), layout, x.size(0), x.size(1), y.size(1), groups),
             *(number for edge in (*places, *edges) for number in edge),
         )
         parts = (
             [part for part, asked in zip((INPUT, FILTER), args[10], strict=False) if asked] if gradients else [FORWARD]
         )
-        return (*copies, *([("convolution", part, *numbers)] for part in parts))
+        return (*copies, *([("convolution", int(transposed), card, part, *numbers)] for part in parts))
 
     return both
 

@@ -15,16 +15,13 @@ wherever a kernel wants another layout, and partial sums of the filter's gradien
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from lightning_memplan._cudnn import FILTER, FORWARD, INPUT, Question, workspace
+from lightning_memplan._cudnn import FILTER, FORWARD, INPUT, LAST, MOVED, PLAIN, Question, workspace
 from lightning_memplan._types import Range
 
 Choice = Literal["low", "expected", "high"]
-
-PLAIN, MOVED, LAST = range(3)  #: no tensor cores; tensor cores and channels first, which are moved; channels last
 
 
 def _up(a: int, b: int) -> int:
@@ -127,74 +124,50 @@ def convolution(
     return Range(0, usual, max(usual, copies, transforms, relaid))
 
 
-class Recorded(NamedTuple):
-    """A convolution of a trace. See ``_cudnn.Question`` for ``kind``, ``capability`` and ``deterministic``."""
-
-    part: int
-    layout: int
-    transposed: int
-    kind: int
-    capability: int
-    deterministic: int
-    n: int
-    c: int
-    k: int
-    groups: int
-    size: tuple[int, ...]
-    results: tuple[int, ...]
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-
-    @classmethod
-    def of(cls, numbers: Sequence[int]) -> Recorded:
-        """The last six are lists of as many numbers as there are dimensions."""
-        edges, step = numbers[10:], (len(numbers) - 10) // 6
-        return cls._make([*numbers[:10], *(tuple(edges[at : at + step]) for at in range(0, len(edges), step))])
-
-
-def allowance(*numbers: int) -> Range:
+def allowance(q: Question) -> Range:
     """What a recorded convolution takes, by the rules.
 
-    >>> square = (56, 56, 56, 56, 3, 3, 1, 1, 1, 1, 1, 1)
-    >>> allowance(FORWARD, MOVED, 0, 2, 86, 0, 1, 64, 64, 1, *square)
+    >>> allowance(Question(86, FORWARD, 2, 0, MOVED, 1, 64, 64, 1, *[(56, 56)] * 2, (3, 3), *[(1, 1)] * 3))
     Range(low=0, expected=876544, high=4202496)
     """
-    r = Recorded.of(numbers)
-    winograds = r.kernel == (3, 3) and set(r.stride) == set(r.dilation) == {1}
-    tiles = prod(-(-edge // 4) for edge in r.results) if winograds else 0
-    sizes = prod(r.size), prod(r.results), prod(r.kernel), tiles
-    return convolution(r.part, r.n, r.c, r.k, *sizes, r.groups, _WIDTHS[r.kind], r.layout)
+    winograds = q.kernel == (3, 3) and set(q.stride) == set(q.dilation) == {1}
+    tiles = prod(-(-edge // 4) for edge in q.results) if winograds else 0
+    sizes = prod(q.size), prod(q.results), prod(q.kernel), tiles
+    return convolution(q.part, q.n, q.c, q.k, *sizes, q.groups, _WIDTHS[q.kind], q.layout)
 
 
-def taken(choice: Choice, *numbers: int) -> int:
+def taken(choice: Choice, transposed: int, *numbers: int) -> int:
     """What a recorded convolution takes: by the rules, but where cuDNN can be asked, usually what that says.
 
-    >>> taken("low", FORWARD, MOVED, 0, 2, 86, 0, 1, 64, 64, 1, 56, 56, 56, 56, 3, 3, 1, 1, 1, 1, 1, 1)
+    ``numbers`` are those of a `Question`; ``transposed`` is 1 for the convolution of that name.
+
+    >>> taken("low", 0, 86, FORWARD, 2, 0, MOVED, 1, 64, 64, 1, 56, 56, 56, 56, 3, 3, 1, 1, 1, 1, 1, 1)
     0
     """
     if choice == "low":
         return 0
-    found, question = allowance(*numbers), _question(Recorded.of(numbers))
-    usual = None if question is None else workspace(question)
+    recorded = Question.of(numbers)
+    found, usual = allowance(recorded), _asked(recorded, transposed)
     if usual is None:
         return found.expected if choice == "expected" else found.high
     return usual if choice == "expected" else max(usual, found.high)
 
 
-def _question(r: Recorded) -> Question | None:
+def is_pointwise(q: Question) -> bool:
+    """Whether it is a product of matrices."""
+    return set(q.kernel) == {1} and q.size == q.results and q.groups == 1
+
+
+def _asked(q: Question, transposed: int) -> int | None:
     """None for what is not computed as cuDNN says without a card (see ``_cudnn``), and for torch's own kernels: those
     of depthwise convolutions; with channels last and in float32 they are cuDNN's."""
-    pointwise = set(r.kernel) == {1} and r.size == r.results and r.groups == 1
-    depthwise = r.groups > 1 and r.groups in (r.c, r.k)
-    if r.layout == PLAIN or pointwise or (depthwise and (r.layout, r.kind) != (LAST, 0)):
+    depthwise = q.groups > 1 and q.groups in (q.c, q.k)
+    if q.layout == PLAIN or is_pointwise(q) or (depthwise and (q.layout, q.kind) != (LAST, 0)):
         return None
-    how, edges = (r.kind, r.deterministic, int(r.layout == LAST)), (r.kernel, r.stride, r.padding, r.dilation)
-    if r.transposed:  # the gradient of a convolution the other way
-        part = (INPUT, FORWARD, FILTER)[r.part]
-        return Question(r.capability, part, *how, r.n, r.k, r.c, r.groups, r.results, r.size, *edges)
-    return Question(r.capability, r.part, *how, r.n, r.c, r.k, r.groups, r.size, r.results, *edges)
+    if transposed:  # the gradient of a convolution the other way
+        part = (INPUT, FORWARD, FILTER)[q.part]
+        q = q._replace(part=part, c=q.k, k=q.c, size=q.results, results=q.size)
+    return workspace(q)
 
 
 _WIDTHS = {0: 4, 1: 8, 2: 2, 9: 2}  # bytes of a value, by cuDNN's number of its type

@@ -193,7 +193,6 @@ def predict(row: Row) -> Prediction:
 def reserved_bytes(program: ScaledProgram, row: Row) -> int:
     """The mean of two replays: torch 2.6 takes, of free blocks of one size, the one at the lowest address, and in which
     order this driver gives addresses is not known. They fall in the one, and rise in the other."""
-    os.environ["MEMPLAN_CUDNN"] = "off"
     entries, capacity = program.at(row.batch, "expected"), row.card - CONTEXT
     orders = (AllocatorSettings(by_address=True), AllocatorSettings())
     return int(fmean(replay(entries, capacity, order).peak_reserved for order in orders))
@@ -204,6 +203,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=ROWS)
     parser.add_argument("models", nargs="*", help="only rows whose network's name begins with one of these")
     options = parser.parse_args()
+    os.environ.setdefault("MEMPLAN_CUDNN", "off")
     errors, formula_errors, widths, inside = [], [], [], 0
     print("network, optimizer, batch size: measured, predicted (nine in ten from, to), formula in GiB")
     for row in read_rows(options.rows):

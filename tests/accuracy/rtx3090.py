@@ -3,7 +3,7 @@
     python -m tests.accuracy.rtx3090 [--layout nhwc] [--half learn] [--method formula] [--jobs 2]
 
 Measured by the author of timm with ``benchmark.py --bench train``, torch 1.12 and CUDA 11.3 (rows/README.md). Its cuDNN
-cannot be asked for workspaces: they are taken by rule.
+cannot be asked for workspaces: they are taken by rule, unless MEMPLAN_CUDNN names one.
 """
 
 from __future__ import annotations
@@ -190,7 +190,6 @@ class Verdict(NamedTuple):
 def judge(task: tuple[Row, str, int, Choice, int, Path | None]) -> Verdict:
     """Does the first batch size of the row fit, and the second not?"""
     row, method, capacity, choice, steps, cache = task
-    os.environ["MEMPLAN_CUDNN"] = "off"
     torch.set_num_threads(1)
     try:
         if method == "formula":
@@ -240,6 +239,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.rows and not options.layout:
         parser.error("--rows needs --layout")
+    os.environ.setdefault("MEMPLAN_CUDNN", "off")
     capacity = int(options.capacity * 2**30)
     for layout in [options.layout] if options.layout else ["nhwc", "nchw"]:
         rows = [r for r in read_rows(layout, options.rows) if options.half in (None, r.half)]
