@@ -33,7 +33,8 @@ from lightning_memplan._cuda_rules import (
 from lightning_memplan._record import DEVICE, Recorder, Rules, labelled
 from lightning_memplan._scaling import scale
 from lightning_memplan._strategy import ranks_of
-from lightning_memplan._types import Parallel, Trace
+from lightning_memplan.settings import Parallel
+from lightning_memplan.types import Trace
 
 BATCH = 48
 Case = Callable[[int, torch.device], Any]

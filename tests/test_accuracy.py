@@ -13,7 +13,7 @@ from torch import nn
 from lightning_memplan._allocator import AllocatorSettings, replay
 from lightning_memplan._cudnn import FORWARD, MOVED
 from lightning_memplan._scaling import ScaledProgram, scale
-from lightning_memplan._types import Event, Trace
+from lightning_memplan.types import Event, Trace
 from tests.accuracy import chosen, convolutions, fits, nvml, regimes, rtx3090
 from tests.accuracy import nullgpu as accuracy
 from tests.accuracy.loop import trace_loop

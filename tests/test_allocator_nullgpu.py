@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lightning_memplan._allocator import GRAPHS, AllocatorSettings, replay
-from lightning_memplan._types import EMPTY, FREE
+from lightning_memplan.types import EMPTY, FREE
 
 MiB = 2**20
 CARD = 2000 * MiB

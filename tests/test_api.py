@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_memplan as mp
-from lightning_memplan import _api
+from lightning_memplan import _api, _step
 from tests.lengths_cases import Attention, tokens
 
 MiB = 2**20
@@ -183,7 +183,7 @@ def probed(monkeypatch):
             assert capacity == GPU.capacity
             if isinstance(what, Exception):
                 raise what
-            return _api.trace_counted(module, sample(), settings, **common)
+            return _step.trace_counted(module, sample(), settings, **common)
 
         monkeypatch.setattr(_api, "can_probe", lambda: True)
         monkeypatch.setattr(_api, "probe_steps", probe_steps)

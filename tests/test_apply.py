@@ -9,7 +9,7 @@ import pytest
 import pytorch_lightning as pl
 
 from lightning_memplan._apply import find_holders, holders_of
-from lightning_memplan._errors import ApplyError
+from lightning_memplan.errors import ApplyError
 
 
 class Module(pl.LightningModule):

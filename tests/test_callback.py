@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_memplan as mp
+from lightning_memplan import _api, _step
 from lightning_memplan._lightning import averaging_bytes, batches_into_epoch, check_accumulation
 
 GiB = 2**30
@@ -991,8 +992,8 @@ def test_it_is_traced_with_accumulation_only_where_it_has_to_be(monkeypatch):
         traced.append(settings.accumulate_grad_batches)
         return original(module, batches, settings, **kwargs)
 
-    original = mp._api.trace_counted
-    monkeypatch.setattr(mp._api, "trace_counted", trace_counted)
+    original = _step.trace_counted
+    monkeypatch.setattr(_api, "trace_counted", trace_counted)
     for effective, expected in ((7, [1]), (14, [1, 3]), (21, [1, 3])):
         traced.clear()
         fit(Net(), Data(), planner_of(effective_batch_size=effective))

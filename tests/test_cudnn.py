@@ -78,8 +78,8 @@ def test_of_a_card_its_compute_capability_counts(monkeypatch):
 
     def said(capability, **other):
         monkeypatch.setattr(_cudnn, "_described", lambda capability: as_it_is(capability) | other)
-        cudnn = _cudnn.Cudnn(_cudnn._installed())
-        return [cudnn.workspace(q._replace(capability=capability)) for q in questions]
+        asked = _cudnn.Cudnn(_cudnn._installed())
+        return [asked.workspace(q._replace(capability=capability)) for q in questions]
 
     assert said(86) == said(86, multiProcessorCount=28, maxThreadsPerSM=2048, l2CacheSize=2**26, totalGlobalMem=2**33)
     assert said(86) != said(90)

@@ -12,8 +12,8 @@ import torch
 
 from lightning_memplan import _device
 from lightning_memplan._device import CONTEXT, cpu_device, detect_devices, gpu, gpus, visible_indexes
-from lightning_memplan._types import Device
-from lightning_memplan._units import GiB, MiB
+from lightning_memplan.types import Device
+from lightning_memplan.units import GiB, MiB
 
 # --- NVML, faked: what a machine with these cards would answer before CUDA is initialised
 
@@ -362,8 +362,8 @@ def test_peaks_follow_the_allocator(on_null_gpu):
         "print(json.dumps(read_peaks(0)))\n"
         "assert read_peaks(0) == (torch.cuda.max_memory_allocated(0), torch.cuda.max_memory_reserved(0))\n"
         "torch.cuda.empty_cache(); reset_peaks(0); print(json.dumps(read_peaks(0)))\n"
-        "from lightning_memplan import _device\n"
-        "assert _device._STATS is torch._C._cuda_memoryStats  # what a step's reading costs rests on these two\n"
+        "\n"
+        "assert _device._STATS is torch._C._cuda_memoryStats\n"
         "assert _device._RESET is torch._C._cuda_resetPeakMemoryStats\n"
         "assert _device._STATS(0) == torch.cuda.memory_stats_as_nested_dict(0)\n"
         "try: _device.read_stats(7)\n"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lightning_memplan as mp
-from lightning_memplan import _draft
+from lightning_memplan import _api, _draft
 from lightning_memplan._draft import Draft, confirmed, on_all_ranks
 from lightning_memplan._planner import Word
 from lightning_memplan._probe import Tried
@@ -23,7 +23,7 @@ def draft(tried=None, **kwargs):
     estimate = mp.estimate(NET, torch.zeros(4, 1), method="formula")
 
     def planned(**limits):
-        return mp._api.plan_estimate(lambda size: estimate, CARD, **limits)
+        return _api.plan_estimate(lambda size: estimate, CARD, **limits)
 
     return Draft(planned(max_batch_size=100), lambda size: estimate, planned, tried, **kwargs)
 

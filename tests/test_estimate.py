@@ -13,7 +13,7 @@ from lightning_memplan._estimate import Estimate
 from lightning_memplan._formula import Formula
 from lightning_memplan._planner import largest_fitting
 from lightning_memplan._scaling import scale
-from lightning_memplan._types import Event, Layer, Trace
+from lightning_memplan.types import Event, Layer, Trace
 
 MiB = 2**20
 POINTS = (2, 3, 5)

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 import lightning_memplan as mp
 from lightning_memplan._history import ENOUGH, LEAST, append, history_path, latest, lesson, residual
 from lightning_memplan._report import history_table, lessons_table, run_report
-from lightning_memplan._types import Run
 from lightning_memplan.cli import main
+from lightning_memplan.types import Run
 
 GiB = 2**30
 
@@ -135,7 +135,7 @@ WRITER = """
 import dataclasses, sys
 from pathlib import Path
 from lightning_memplan._history import append
-from lightning_memplan._types import Run
+from lightning_memplan.types import Run
 print("ready", flush=True)
 sys.stdin.readline()
 for k in range(int(sys.argv[3])):

@@ -9,8 +9,8 @@ from pytorch_lightning.loggers import CSVLogger
 
 from lightning_memplan._logged import read_log
 from lightning_memplan._report import logged_report, plan_hparams, step_metrics, validation_metrics
-from lightning_memplan._types import Device, Measurement, Peaks, Plan
 from lightning_memplan.cli import main
+from lightning_memplan.types import Device, Measurement, Peaks, Plan
 
 GiB = 2**30
 CARD = Device("my card", total=16 * GiB)

@@ -16,7 +16,7 @@ import lightning_memplan as mp
 from lightning_memplan import _measure
 from lightning_memplan._device import AllocatorStats
 from lightning_memplan._measure import Floor, Meter, drift
-from lightning_memplan._types import Measurement, Peaks
+from lightning_memplan.types import Measurement, Peaks
 
 MiB, GiB = 2**20, 2**30
 

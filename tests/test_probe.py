@@ -11,7 +11,7 @@ import torch
 
 from lightning_memplan._probe import _events, _Scaler, aligned, can_probe, doubled, ran_out_of_memory
 from lightning_memplan._scaling import scale
-from lightning_memplan._types import Event, Trace
+from lightning_memplan.types import Event, Trace
 
 
 def trace(size, *events):

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from lightning_memplan._cuda_rules import LONGEST, SHAPES
 from lightning_memplan._record import DEVICE, Recorder, Rules, labelled, module_paths
-from lightning_memplan._types import EMPTY, FREE, Event
+from lightning_memplan.types import EMPTY, FREE, Event
 
 aten = torch.ops.aten
 

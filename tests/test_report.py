@@ -17,7 +17,7 @@ from lightning_memplan._report import (
     plan_table,
     step_metrics,
 )
-from lightning_memplan._types import Device, Layer, Measurement, Peaks, Plan
+from lightning_memplan.types import Device, Layer, Measurement, Peaks, Plan
 
 GiB = 2**30
 

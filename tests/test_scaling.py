@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_memplan._errors import TraceError
 from lightning_memplan._kernels import kernel_bytes
 from lightning_memplan._scaling import Polynomial, extended, interleaved, scale
-from lightning_memplan._types import FREE, Event, Trace
+from lightning_memplan.errors import TraceError
+from lightning_memplan.types import FREE, Event, Trace
 
 POINTS = (2, 3, 5)
 

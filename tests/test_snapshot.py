@@ -15,7 +15,7 @@ from torch.cuda import _memory_viz
 import lightning_memplan as mp
 from lightning_memplan._allocator import AllocatorSettings, Move, replay
 from lightning_memplan._snapshot import make_snapshot
-from lightning_memplan._types import Event
+from lightning_memplan.types import Event
 
 MiB = 2**20
 BATCH = 64

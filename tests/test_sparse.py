@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_memplan._step import trace_steps
-from lightning_memplan._types import StepSettings
+from lightning_memplan.settings import StepSettings
 
 TOKENS = [(n, torch.zeros(n, 6, dtype=torch.long)) for n in (2, 3)]
 

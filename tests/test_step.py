@@ -20,13 +20,13 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 import lightning_memplan as mp
 from lightning_memplan._cycle import MOST
-from lightning_memplan._errors import TraceError
-from lightning_memplan._order import STEPS, accumulated, traced_step
+from lightning_memplan._order import accumulated, traced_step
 from lightning_memplan._record import DEVICE
 from lightning_memplan._silent_cuda import FIRST
 from lightning_memplan._step import detached_copy, prepared, run_formula, trace_steps
 from lightning_memplan._twin import StandInTrainer
-from lightning_memplan._types import StepSettings
+from lightning_memplan.errors import TraceError
+from lightning_memplan.settings import STEPS, StepSettings
 
 KiB = 2**10
 BATCHES = [(2, torch.zeros(2, 1024)), (3, torch.zeros(3, 1024))]

@@ -18,7 +18,8 @@ from lightning_memplan._lightning import parallel_of
 from lightning_memplan._planner import Word, agreed
 from lightning_memplan._step import trace_steps
 from lightning_memplan._strategy import SIDE_STREAM, silent_ranks
-from lightning_memplan._types import EMPTY, Event, Parallel, StepSettings
+from lightning_memplan.settings import Parallel, StepSettings
+from lightning_memplan.types import EMPTY, Event
 
 MiB = 2**20
 

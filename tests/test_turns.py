@@ -12,12 +12,13 @@ from torch import nn
 
 import lightning_memplan as mp
 from lightning_memplan._allocator import replay
-from lightning_memplan._errors import TraceError
 from lightning_memplan._sample import read_samples
 from lightning_memplan._scaling import scale
 from lightning_memplan._step import trace_steps
 from lightning_memplan._turns import TURNS, loops, scaled, together
-from lightning_memplan._types import Event, StepSettings, Trace
+from lightning_memplan.errors import TraceError
+from lightning_memplan.settings import StepSettings
+from lightning_memplan.types import Event, Trace
 
 KIB = 2**10
 

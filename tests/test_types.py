@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_memplan._errors import ApplyError, DoesNotFitError, MemplanError, TraceError
-from lightning_memplan._types import Device, Event, Layer, Measurement, Plan, Trace
+from lightning_memplan.errors import ApplyError, DoesNotFitError, MemplanError, TraceError
+from lightning_memplan.types import Device, Event, Layer, Measurement, Plan, Trace
 
 PLAN = Plan(
     batch_size=8,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_memplan._units import format_bytes, gib, parse_bytes
+from lightning_memplan.units import format_bytes, gib, parse_bytes
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_memplan._errors import TraceError
 from lightning_memplan._estimate import Estimate, largest_on_card
 from lightning_memplan._lightning import (
     apply_to_collection,
@@ -29,13 +28,24 @@ from lightning_memplan._order import MakeOptimizer
 from lightning_memplan._record import fake_mode
 from lightning_memplan._step import detached_copy, prepared, trace_steps
 from lightning_memplan._turns import scaled
-from lightning_memplan._types import Advice, StepSettings, parse_precision
+from lightning_memplan.errors import TraceError
+from lightning_memplan.settings import StepSettings, parse_precision
+from lightning_memplan.types import Advice
 
 WORTH = 0.01  #: of the peak: what saves less is no advice
+
+
 _MUCH = 0.1  #: what takes more cards saves as much, or makes a batch fit
+
+
 _CARDS = (2, 4, 8)
+
+
 _SHARDED = ("parameters", "gradients", "optimizer", "communication")
+
+
 _MOST = 2**20  # samples in a batch: beyond, no larger batch is looked for
+
 
 ChangeOptimizer = Callable[[torch.optim.Optimizer], torch.optim.Optimizer]
 
@@ -164,8 +174,6 @@ def _changes(job: Job, batch_size: int) -> Iterator[_Change]:
 
 
 # --- precision
-
-
 def _precisions(settings: StepSettings) -> Iterator[tuple[str, str]]:
     half = "bf16" if settings.capability >= (8, 0) else "16"
     if settings.precision == "64-true":
@@ -177,8 +185,6 @@ def _precisions(settings: StepSettings) -> Iterator[tuple[str, str]]:
 
 
 # --- the module, copied: the original stays as it is
-
-
 def _copied(job: Job) -> Any:
     return detached_copy(job.module, fake_mode(), trainer=job.trainer)
 
@@ -269,6 +275,8 @@ def _with_gradients_freed(job: Job) -> Estimate:
 
 
 _FORMATS = {4: "channels_last", 5: "channels_last_3d"}
+
+
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -295,8 +303,6 @@ def _in_formats(job: Job, formats: Sequence[str]) -> Estimate:
 
 
 # --- more cards
-
-
 def _sharding(job: Job, batch_size: int, budget: int) -> Iterator[_Change]:
     """FSDP on the fewest cards with which the batch fits, else on the most; on as many as there are, with DDP.
 
@@ -334,8 +340,6 @@ def _sharding(job: Job, batch_size: int, budget: int) -> Iterator[_Change]:
 
 
 # --- the samples
-
-
 _SMALLEST = 16  # pixels or tokens: what measures less is no image and no text, or cannot be halved
 
 
@@ -370,8 +374,6 @@ def _by(size: Sequence[int]) -> str:
 
 
 # --- the optimizer
-
-
 def _with_optimizer(job: Job, change: ChangeOptimizer) -> Estimate:
     if not is_lightning_module(job.module):
         make = job.optimizer

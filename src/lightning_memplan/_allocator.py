@@ -20,24 +20,43 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from lightning_memplan._types import EMPTY
+from lightning_memplan.types import EMPTY
 
 _MIB = 2**20
+
+
 _ROUND = 512
+
+
 _SMALL = _MIB  # the largest request that the small pool serves
+
+
 _SMALL_SEGMENT = 2 * _MIB
+
+
 _LARGE_SEGMENT = 20 * _MIB
+
+
 _LARGE_ALONE = 10 * _MIB  # from here on a request has a segment of its own size, rounded up to 2 MiB
+
+
 _INTERVALS = 16  # sizes between powers of two that have divisions of their own: from 1 MiB, ... from 32 GiB
+
 
 #: Streams from here on stand for the pools of CUDA graphs, which keep their segments while the graphs are there
 #: (c10/cuda/CUDACachingAllocator.cpp, ``release_cached_blocks``: of private pools, only those in graph_pools_freeable)
 GRAPHS = 2**16
+
+
 _UNLIMITED = 2**62
+
 
 # A free block's key is its size and its address in one int: a sorted list of keys is in the order of best fit.
 _BITS = 64
+
+
 _ADDRESS = (1 << _BITS) - 1
+
 
 _SETTINGS = (
     "backend",
@@ -49,6 +68,8 @@ _SETTINGS = (
     "per_process_memory_fraction",
     "roundup_power2_divisions",
 )
+
+
 _WITHOUT_EFFECT = re.compile(  # on how many bytes are allocated and reserved
     "pinned_.*|release_lock_on_(cuda|hip)malloc|throw_on_cudamalloc_oom|graph_capture_record_stream_reuse"
     "|expandable_segments_reserve(_by_class)?"

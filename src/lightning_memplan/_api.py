@@ -17,7 +17,6 @@ from lightning_memplan._advice import Job, advise_job
 from lightning_memplan._allocator import AllocatorSettings
 from lightning_memplan._compiled import COMPILED_SIZES, FUSED, Graphs, compiled_parts
 from lightning_memplan._device import cpu_device, detect_devices, gpu, gpus
-from lightning_memplan._errors import DoesNotFitError, TraceError
 from lightning_memplan._estimate import Estimate, largest_on_card
 from lightning_memplan._lightning import (
     as_lightning_module,
@@ -39,15 +38,15 @@ from lightning_memplan._shards import named_ignored
 from lightning_memplan._step import prepared, run_formula, trace_counted, trace_steps, trace_test, trace_validation
 from lightning_memplan._suited import MANY, OF_FEW, EstimateAt, Estimates, is_of_many, of_many, suited, traced_at
 from lightning_memplan._turns import TURNS, scaled
-from lightning_memplan._twin import explain
-from lightning_memplan._types import NCCL, Advice, Device, Length, Lengths, Plan, StepSettings, parse_precision
-
-Method = Literal["auto", "trace", "formula", "probe"]
-_METHODS = ("auto", "trace", "formula", "probe")
+from lightning_memplan.checks import Method, check_count, check_margin, check_method
+from lightning_memplan.errors import DoesNotFitError, TraceError, explain
+from lightning_memplan.settings import NCCL, StepSettings, parse_precision
+from lightning_memplan.types import Advice, Device, Length, Lengths, Plan
 
 #: What a step raises where something is not there yet: a copy's trainer has no loops and no logger, and the hooks and
 #: callbacks that come before the first batch have not run. It need not be an error of training's.
 _OF_A_COPY = (AttributeError, TypeError, KeyError)
+
 
 #: The part of what the card can give that a plan leaves free by default: for cuDNN's workspaces, which no one knows
 #: before they are asked for, and for what the driver rounds up.
@@ -804,26 +803,6 @@ def _can_be_probed(device: Device | None, settings: StepSettings) -> bool:
         initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
         alone = not initialized or torch.distributed.get_world_size() == 1
     return device.kind == "cuda" and device.index is not None and alone and can_probe()
-
-
-def check_method(method: object) -> None:
-    """Raise ValueError unless ``method`` is one that there is."""
-    if method not in _METHODS:
-        raise ValueError(f"method is one of {', '.join(map(repr, _METHODS))}, not {method!r}")
-
-
-def check_count(name: str, value: object) -> None:
-    """Raise ValueError unless ``value`` is a number of things."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is an int of at least 1, not {value!r}")
-
-
-def check_margin(margin: object) -> None:
-    """Raise ValueError unless ``margin`` is a part of the whole."""
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < 1:
-        raise ValueError(
-            f"margin is the part of the device's memory to leave free, at least 0 and below 1, not {margin!r}"
-        )
 
 
 def named_device(device: Device | str | None) -> Device | None:

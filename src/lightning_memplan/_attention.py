@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 aten = torch.ops.aten
+
+
 _VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
@@ -137,6 +139,8 @@ def _attention_backend(
 
 #: Kernels are given inputs without a batch, and one head of keys for all, from torch 2.14 on (seen on 2.11 and 2.14)
 BROADCASTS = _VERSION >= (2, 14)
+
+
 #: Memory-efficient attention takes fewer heads of keys than of queries from torch 2.14 on (torch/nn/functional.py)
 GROUPED_EFFICIENT = _VERSION >= (2, 14)
 

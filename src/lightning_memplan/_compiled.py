@@ -51,10 +51,13 @@ _OF_LIBRARIES = frozenset(
 #: Compute capability -> bytes of the L2 cache, the largest of the cards that have it (NVIDIA's architecture papers)
 _L2 = {(7, 0): 6, (7, 5): 6, (8, 0): 40, (8, 6): 6, (8, 9): 96, (9, 0): 60, (10, 0): 126, (12, 0): 128}
 
+
 _PRODUCTS = frozenset("mm addmm bmm baddbmm".split())
+
 
 #: The stream of what is compiled: blocks of one stream share no segment with another's, and so do those of a pool
 POOL = 2**15
+
 
 #: Batch sizes of traces: what is saved depends on sizes, and of a few samples it would be other tensors than of many
 COMPILED_SIZES = (16, 24, 40)
@@ -444,10 +447,20 @@ def _calls_as_written(graphs: Graphs, notes: set[str]) -> Iterator[None]:
 
 
 TRIED = "the first step may take more than a probe shows, since torch.compile tries out kernels in it"
+
+
 FUSED = "how much of its graphs torch.compile fuses is known by a range, and planned for by its upper end"
+
+
 BROKEN = "what is compiled does not make one graph, and is planned as it is written"
+
+
 WRITTEN = "what torch.compile compiles is planned as it is written where it is called by another function"
+
+
 OTHER = "what another backend than inductor compiles is planned as it is written"
+
+
 CUDA_GRAPHS = "CUDA graphs of torch.compile share no segment with the rest: planned for the peaks of both"
 
 

@@ -16,6 +16,7 @@ from lightning_memplan._cudnn import FILTER, FORWARD, INPUT, KINDS, LAST, MOVED,
 
 aten = torch.ops.aten
 
+
 Rule = Callable[[Sequence[Any], Mapping[str, Any], Any], Sequence[Any]]
 
 
@@ -304,6 +305,7 @@ POOLS: dict[Any, Rule] = {
     aten.reflection_pad2d.default: _made_contiguous,
     aten.reflection_pad2d_backward.default: _made_contiguous,
 }
+
 
 #: outputs of convolutions, which torch's fake kernels lay out as the CPU does
 MADE: Mapping[Any, Callable[..., Sequence[Made | None] | None]] = {

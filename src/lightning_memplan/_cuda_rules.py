@@ -53,11 +53,12 @@ from lightning_memplan._recurrent import (
 )
 
 aten = torch.ops.aten
+
+
 _VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
+
 # -------------------------------------------------------------------------------------------- composites of CUDA's own
-
-
 def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
     # aten/src/ATen/native/Dropout.cpp, is_fused_kernel_acceptable: the fused kernel keeps a bool mask
     if train and 0 < p < 1 and input.numel():
@@ -212,12 +213,16 @@ def cuda_semantics(capability: tuple[int, int] = (8, 6)) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------- memory beside outputs
-
 _CUBLAS = [aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.addmm_.default]
+
+
 _CUBLAS += [aten.addmv.default, aten.mv.default, aten.addbmm.default, aten._addmm_activation.default]
+
 
 #: torch 2.15 takes cuBLAS's workspace anew for every call; before, each thread kept the first (seen on 2.14 and 2.15)
 WORKSPACE_PER_CALL = _VERSION >= (2, 15)
+
+
 _CUBLASLT_WORKSPACE = 2**20  # aten/src/ATen/cuda/CUDABlas.cpp, 2.15: 1 MiB where the product adds a bias
 
 
@@ -649,8 +654,6 @@ def _logsumexp(input: torch.Tensor, dim: Sequence[int], keepdim: bool = False) -
 
 
 # aten/src/ATen/native/cuda/Normalization.cu (2.14): batch norm in two passes, with what other ranks say between them
-
-
 def _norm_statistics(input: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _wide(input), _wide(input)
 
@@ -803,8 +806,6 @@ def _embedding_bag_backward(
 
 #: Kernels that are told by other operators: what these allocate and free is what CUDA's kernel does
 # ----------------------------------------------------------------------------------------- results of unknown length
-
-
 def _nonzero(mask: torch.Tensor) -> torch.Tensor:
     # aten/src/ATen/native/cuda/Nonzero.cu: a result of one row a dimension, seen through its transpose
     return torch.empty((mask.dim(), mask.numel()), dtype=torch.int64, device=mask.device).t()
@@ -919,6 +920,8 @@ WIDTHS: Mapping[Any, Mapping[int, int]] = {
     # what only the CPU keeps (aten/src/ATen/native/Activation.cpp, log_sigmoid_forward's buffer)
     aten.log_sigmoid_forward.default: {1: 0},
 }
+
+
 #: Outputs that CUDA allocates in another order than they are returned in: the mask first
 #: (aten/src/ATen/native/cuda/Dropout.cu)
 ORDER: Mapping[Any, Sequence[int]] = {
@@ -927,8 +930,6 @@ ORDER: Mapping[Any, Sequence[int]] = {
 
 
 # ----------------------------------------------------------------------------------- shapes of outputs, told directly
-
-
 def _dense(tensor: torch.Tensor) -> bool:
     last = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
     return tensor.is_contiguous() or (tensor.dim() in (4, 5) and tensor.is_contiguous(memory_format=last))
@@ -1090,8 +1091,6 @@ SHAPES: Mapping[Any, Callable[..., Sequence[Made | None] | None]] = {
 
 
 # ----------------------------------------------------------------------------------------------------------- optimizers
-
-
 @contextmanager
 def _capturable() -> Iterator[None]:
     """``capturable=True`` is for parameters on a card: traced ones are as good.

@@ -33,6 +33,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 FORWARD, INPUT, FILTER = range(3)  #: what is computed: the results, or the gradient of the input or of the filter
+
+
 PLAIN, MOVED, LAST = range(3)  #: no tensor cores; tensor cores and channels first, which are moved; channels last
 
 
@@ -68,7 +70,12 @@ class Question(NamedTuple):
 
 
 KINDS = {"torch.float32": 0, "torch.float64": 1, "torch.float16": 2, "torch.bfloat16": 9}  #: cudnnDataType_t
-_IDLE, _PATIENCE = 30.0, 20.0  # seconds until the process ends by itself, and in which it has to answer
+
+
+_IDLE = 30.0  # seconds until the process ends by itself
+
+
+_PATIENCE = 20.0  # seconds in which it has to answer
 
 
 def workspace(question: Question) -> int | None:
@@ -116,8 +123,14 @@ def _library() -> str | None:
 
 
 _answers: dict[tuple[str, Question], int | None] = {}
+
+
 _processes: dict[tuple[int, str], subprocess.Popen[bytes]] = {}  # by who asks, since a fork has its own, and library
+
+
 _broken: set[str] = set()
+
+
 _lock = threading.Lock()
 
 
@@ -194,10 +207,20 @@ def _answer(process: subprocess.Popen[bytes], question: Question) -> str | None:
 
 # cudnnBackendDescriptorType_t, cudnnBackendAttributeType_t and cudnnBackendAttributeName_t of cudnn_graph_v9.h
 _CONVOLUTION, _ENGINE, _CONFIG, _HEURISTICS, _PLAN, _GRAPH, _TENSOR, _CARD = 1, 2, 3, 4, 5, 15, 17, 38
+
+
 _OPERATION = {FORWARD: (10, 700), FILTER: (11, 712), INPUT: (12, 706)}  # and the first of its attributes
+
+
 _TYPE, _INT64, _FLOAT, _MODE, _HEURISTIC, _NOTE, _DESCRIPTOR, _CHAR = 1, 3, 4, 7, 8, 11, 15, 24
+
+
 _INSTANT, _FALLBACK = 0, 2  # cudnnBackendHeurMode_t
+
+
 _ROUNDS_INPUTS, _NONDETERMINISTIC = 1, 4  # cudnnBackendNumericalNote_t; torch's filterEngineConfigs passes over them
+
+
 _CANDIDATES = 8  # plans that are looked at, where the first is refused
 
 

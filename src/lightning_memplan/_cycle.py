@@ -7,9 +7,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
-from lightning_memplan._types import Event
+from lightning_memplan.types import Event
 
 MOST = 18  #: steps that are recorded at most: cycles of up to eight are seen whole
+
 
 _NOT_OF_A_STEP = ("other", "workspaces", "communication")  # made once, or when others are ready
 

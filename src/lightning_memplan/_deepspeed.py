@@ -22,11 +22,13 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lightning_memplan._errors import TraceError
 from lightning_memplan._shards import Mark, NotedCard, in_place_of
-from lightning_memplan._types import Parallel, Precision
+from lightning_memplan.errors import TraceError
+from lightning_memplan.settings import Parallel, Precision
 
 _HALF: Mapping[str, str] = {"16-mixed": "fp16", "16-true": "fp16", "bf16-mixed": "bf16", "bf16-true": "bf16"}
+
+
 _NAME = "DeepSpeedStrategy"
 
 
@@ -94,6 +96,8 @@ def _config(
 
 
 _OFFLOADED = ("offload_optimizer", "offload_param")
+
+
 #: DeepSpeed's own optimizers are kernels that it compiles; the others split a module in other ways than ZeRO
 _NOT_MODELLED = ("optimizer", "pipeline", "tensor_parallel", "sequence_parallel_size", "compression_training")
 
@@ -161,8 +165,6 @@ def _import(name: str) -> Any:
 
 
 # -------------------------------------------------------------------------------------------- an engine that is alone
-
-
 @contextmanager
 def silent_engine(device: torch.device, mark: Mark) -> Iterator[None]:
     """Where an engine can run in one process, in a group that says nothing. All that is changed is put back.

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lightning_memplan._types import Device
-from lightning_memplan._units import GiB, KiB, MiB
+from lightning_memplan.types import Device
+from lightning_memplan.units import GiB, KiB, MiB
 
 #: What a process's CUDA context takes of a card before its allocator gets any. Since CUDA 11.7, which loads kernels
 #: when they are first called (``CUDA_MODULE_LOADING=LAZY``): 300 to 450 MiB by card and driver, of which the upper end.
@@ -66,8 +66,6 @@ def detect_devices() -> tuple[Device, ...]:
 
 
 # --- NVML
-
-
 @contextmanager
 def _nvml() -> Iterator[Any]:
     """The pynvml module between its init and shutdown; None where it or the driver is missing."""
@@ -221,8 +219,6 @@ def _text(value: str | bytes) -> str:
 
 
 # --- torch.cuda
-
-
 def _from_torch(index: int) -> Device:
     """A device as torch.cuda alone describes it.
 
@@ -276,8 +272,6 @@ def _limit(index: int, total: int) -> int | None:
 
 
 # --- peaks
-
-
 class AllocatorStats(NamedTuple):
     """What the allocator of a CUDA device reports: bytes, and counts since the process began."""
 
@@ -292,6 +286,8 @@ class AllocatorStats(NamedTuple):
 #: in the midst of a training step each Python function on the way costs as much as a third of the reading itself.
 #: They raise RuntimeError before CUDA is initialised. Where torch has none of that name, the public functions.
 _STATS: Callable[[int], dict[str, Any]] = getattr(torch._C, "_cuda_memoryStats", torch.cuda.memory_stats_as_nested_dict)
+
+
 _RESET: Callable[[int], None] = getattr(torch._C, "_cuda_resetPeakMemoryStats", lambda _: None)
 
 
@@ -382,8 +378,6 @@ class CardMeter:
 
 
 # --- the catalogue
-
-
 class _Card(NamedTuple):
     name: str
     size: int  #: GB, as it is sold
@@ -498,6 +492,7 @@ _CATALOGUE = (
     _Card("GB200", 186, 189471, (10, 0)),
 )
 
+
 _DROPPED = frozenset(("nvidia", "geforce", "tesla", "rtx", "gtx", "gpu", "graphics", "card", "generation", "edition"))
 
 
@@ -575,8 +570,6 @@ def _listed(names: Sequence[str], conjunction: str) -> str:
 
 
 # --- the host
-
-
 def cpu_device() -> Device:
     """The host as a device: its memory, and what of it is available now.
 

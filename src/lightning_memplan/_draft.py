@@ -9,15 +9,14 @@ from functools import partial
 import torch
 from torch import nn
 
-from lightning_memplan._errors import DoesNotFitError
 from lightning_memplan._estimate import Estimate
 from lightning_memplan._lightning import over_ranks
 from lightning_memplan._planner import Word, agreed, lacking
 from lightning_memplan._probe import Tried, give_back
 from lightning_memplan._suited import EstimateAt
-from lightning_memplan._twin import explain
-from lightning_memplan._types import Plan
-from lightning_memplan._units import format_bytes
+from lightning_memplan.errors import DoesNotFitError, explain
+from lightning_memplan.types import Plan
+from lightning_memplan.units import format_bytes
 
 #: How often a plan shrinks at most, when real steps of its batch size run out of memory
 SHRINKS = 3

@@ -15,8 +15,8 @@ from lightning_memplan._history import structure_hash
 from lightning_memplan._planner import Found, largest_dividing, largest_fitting
 from lightning_memplan._scaling import ScaledProgram
 from lightning_memplan._snapshot import make_snapshot
-from lightning_memplan._types import Event, Layer, Peaks, Range
 from lightning_memplan._workspaces import Choice
+from lightning_memplan.types import Event, Layer, Peaks, Range
 
 if TYPE_CHECKING:
     from lightning_memplan._formula import Formula

@@ -10,12 +10,13 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from lightning_memplan._estimate import Estimate
-from lightning_memplan._types import Device, Event, Measurement, Plan
-from lightning_memplan._units import format_bytes, gib
+from lightning_memplan.types import Device, Event, Measurement, Plan
+from lightning_memplan.units import format_bytes, gib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 #: From the bottom of the stack, what stays throughout first: grey level and hatch
 _LOOK: Mapping[str, tuple[str, str]] = {
@@ -30,6 +31,8 @@ _LOOK: Mapping[str, tuple[str, str]] = {
     "activations": ("0.88", "//"),
     "temporaries": ("1.0", "\\\\\\\\"),
 }
+
+
 _SMALL = 0.01  # of the peak: what is never more is drawn as one with other small ones
 
 
@@ -215,8 +218,6 @@ def plot_layers(estimate: Estimate, batch_size: int, *, top: int = 15) -> Figure
 
 
 # --- what is drawn ----------------------------------------------------------------------------------------------------
-
-
 def _last_step(
     estimate: Estimate, batch_size: int, capacity: int | None
 ) -> tuple[dict[str, list[int]], list[int], Sequence[Event]]:
@@ -269,8 +270,6 @@ def _by_module(estimate: Estimate, batch_size: int) -> dict[str, tuple[int, int]
 
 
 # --- how it is drawn --------------------------------------------------------------------------------------------------
-
-
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     try:
         from matplotlib.figure import Figure

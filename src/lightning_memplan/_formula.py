@@ -26,11 +26,11 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from lightning_memplan._types import Layer
+from lightning_memplan.checks import check_batch_size
+from lightning_memplan.types import Layer
+
 
 # --- parameters of one layer ------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Filters:
     """``count`` equal filters of a layer: ``inputs`` weights for every place of the ``kernel``, and ``biases`` each.
@@ -134,8 +134,6 @@ def _recurrent_filters(module: nn.RNNBase) -> tuple[Filters, ...]:
 
 
 # --- feature maps -----------------------------------------------------------------------------------------------------
-
-
 def tensors_of(value: object) -> Iterator[Tensor]:
     """Every tensor in nested tuples, lists, mappings, dataclasses and what else has a ``to()`` (graphs), in order.
 
@@ -167,7 +165,7 @@ def sample_bytes(batch: object, batch_size: int) -> int:
     Raises:
         ValueError: ``batch_size`` is less than 1.
     """
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
     return _bytes_of(tensors_of(batch), seen=set()) // batch_size
 
 
@@ -208,8 +206,6 @@ def _sample_shape(tensor: Tensor | None, batch_size: int) -> tuple[int, ...]:
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
-
-
 def record_layers(module: nn.Module, run: Callable[[], object], batch_size: int) -> tuple[Layer, ...]:
     """Run a network once and write down its layers: a row for each call of each, in the order in which they finish.
 
@@ -242,7 +238,7 @@ def record_layers(module: nn.Module, run: Callable[[], object], batch_size: int)
     Raises:
         ValueError: ``batch_size`` is less than 1, or a lazy module has no shapes yet.
     """
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
     _check_initialised(module)
     recorder = _Recorder(module, batch_size)
     try:
@@ -366,14 +362,7 @@ def _check_initialised(module: nn.Module) -> None:
             raise ValueError(f"{name!r} has no shape yet: run one batch through the lazy modules first")
 
 
-def _check_batch_size(batch_size: object) -> None:
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"a batch size is an int of at least 1, not {batch_size!r}")
-
-
 # --- the formula ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Formula:
     """``memory(bs) = parameters + gradients + bs * (I1 + 2 * sum(Ii))``, in bytes.
@@ -424,7 +413,7 @@ class Formula:
         Raises:
             ValueError: ``batch_size`` is no int of at least 1.
         """
-        _check_batch_size(batch_size)
+        check_batch_size(batch_size)
         return self.fixed_bytes(include_optimizer=include_optimizer) + batch_size * self.sample_bytes
 
     def largest_batch_size(self, budget: int, *, include_optimizer: bool = False) -> int:

@@ -19,21 +19,29 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lightning_memplan._types import Run
-from lightning_memplan._units import MiB
+from lightning_memplan.types import Run
+from lightning_memplan.units import MiB
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+
 SCHEMA = 1
+
+
 #: Runs alike that must be there before they can lower the margin.
 ENOUGH = 3
+
+
 #: The share of runs whose residual a margin covers: of fewer than 20 runs, that is the largest.
 QUANTILE = 0.95
+
+
 #: The smallest margin that history can justify: the card's other users come and go.
 LEAST = 0.01
+
 
 _LOCK_SECONDS = 2.0
 
@@ -199,6 +207,8 @@ def _margin_for(ratio: float) -> float:
 
 
 _FIELDS = {field.name: field for field in fields(Run)}
+
+
 _REQUIRED = ("structure", "model", "device", "total", "capacity", "method", "batch_size", "predicted", "measured")
 
 

@@ -23,7 +23,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection as apply_to_collection
 from torch import nn
 
-from lightning_memplan._types import Parallel, StepSettings, parse_precision
+from lightning_memplan.settings import Parallel, StepSettings, parse_precision
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule
@@ -42,6 +42,7 @@ def _installed() -> tuple[ModuleType, ...]:
 
 
 _FLAVOURS = _installed()
+
 
 if TYPE_CHECKING:
     CallbackBase = Callback

@@ -21,8 +21,8 @@ import torch
 from torch.utils._pytree import tree_map
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
-from lightning_memplan._errors import ApplyError
 from lightning_memplan._lightning import is_combined_loader, isolated_random_state, remember_arguments
+from lightning_memplan.errors import ApplyError
 
 
 def map_loaders(change: Callable[[Any], Any], source: Any) -> Any:
@@ -136,8 +136,6 @@ def batches_of_epoch(source: Any, batch_size: int, ranks: int = 1) -> int | None
 
 
 # ------------------------------------------------------------------------------------------------ another batch size
-
-
 def resized_loaders(source: Any, sizes: Sequence[int]) -> Any:
     """The collection with copies of its loaders whose batches have other sizes, one for each of ``loaders_in``.
 
@@ -255,8 +253,6 @@ def _first_batch_of_another_size(batches: Any) -> str | None:
 
 
 # ----------------------------------------------------------------------------------------------------- read, not used
-
-
 def borrowed(thing: Any) -> Any:
     """A shallow copy of a dataset or sampler, to be read in its place: what reading sets, opens or draws stays its own.
 

@@ -9,11 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning_memplan._types import Measurement, Peaks
-from lightning_memplan._units import GiB
+from lightning_memplan.types import Measurement, Peaks
+from lightning_memplan.units import GiB
 
 _METRICS, _HPARAMS = "metrics.csv", "hparams.yaml"
+
+
 _MARK = "memplan/actual_reserved_gib"
+
+
 _STEP = {"allocated", "reserved"}  #: what is predicted of a step; all else that is, is of a phase
 
 

@@ -11,13 +11,17 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_memplan._device import AllocatorStats, CardMeter, driver_version, read_stats, reset_peaks
-from lightning_memplan._types import Measurement, Outcome, Peaks, Plan, Run
-from lightning_memplan._units import MiB, format_bytes
+from lightning_memplan.types import Measurement, Outcome, Peaks, Plan, Run
+from lightning_memplan.units import MiB, format_bytes
 
 #: Steps of a run whose phases are measured whatever ``every_n_steps`` is: what the first two allocate stays.
 FIRST = 3
+
+
 #: Steps at least from one whose phases are measured to the next, after the first three: as Lightning logs by default.
 APART = 50
+
+
 PHASES = ("forward", "backward", "optimizer")  #: those that hooks tell apart
 
 

@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_memplan._cycle import MOST, is_enough, period, shapes, until_all_were_seen
 from lightning_memplan._deepspeed import engine_around
-from lightning_memplan._errors import TraceError
 from lightning_memplan._formula import Formula, make_formula, record_layers, sample_bytes
 from lightning_memplan._lightning import (
     apply_to_collection,
@@ -34,20 +33,24 @@ from lightning_memplan._record import module_paths
 from lightning_memplan._repeated import Repeated
 from lightning_memplan._shards import in_place_of
 from lightning_memplan._strategy import local, ranks_of, through, without_reduction, wrapped
-from lightning_memplan._twin import explain
-from lightning_memplan._types import Category, Event, Layer, Parallel, Phase, StepSettings
+from lightning_memplan.errors import TraceError, explain
+from lightning_memplan.settings import STEPS, Parallel, StepSettings
+from lightning_memplan.types import Category, Event, Layer, Phase
 
 TRUE_DTYPE = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
+
+
 AUTOCAST_DTYPE = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+
 
 _TELLS = "register_step_post_hook"  # an optimizer of torch's has it, DeepSpeed's has not
 
+
 Evaluation = Literal["validation", "test"]
+
+
 MakeOptimizer = Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]
 
-#: Optimizer steps that a trace holds: the first, the second (with optimizer state and old gradients), a third; more
-#: where they take turns
-STEPS = 3
 
 PARTS = 3  #: batches of an optimizer's step that a trace holds at most: the first, one in the middle, the last
 

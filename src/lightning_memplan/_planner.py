@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import gcd, isqrt
 from typing import Literal, NamedTuple
 
-from lightning_memplan._errors import MemplanError
+from lightning_memplan.errors import MemplanError
 
 LimitedBy = Literal["memory", "max_batch_size", "dataset", "effective_batch_size", "step"]
 

@@ -28,26 +28,32 @@ from torch import nn
 from lightning_memplan._allocator import replay
 from lightning_memplan._compiled import TRIED, as_written, forget_compiled, within_graphs
 from lightning_memplan._device import cpu_device, read_peaks, reset_peaks
-from lightning_memplan._errors import TraceError
 from lightning_memplan._formula import Formula
 from lightning_memplan._lightning import is_overridden, isolated_random_state
-from lightning_memplan._order import STEPS, TRUE_DTYPE, MakeOptimizer, StepRunner, accumulated
+from lightning_memplan._order import TRUE_DTYPE, MakeOptimizer, StepRunner, accumulated
 from lightning_memplan._record import labelled, module_paths
 from lightning_memplan._scaling import Polynomial, scale
 from lightning_memplan._shards import noted_units
-from lightning_memplan._twin import explain, twin_of
-from lightning_memplan._types import EMPTY, FREE, Category, Event, Phase, StepSettings, Trace
-from lightning_memplan._units import parse_bytes
+from lightning_memplan._twin import twin_of
+from lightning_memplan.errors import TraceError, explain
+from lightning_memplan.settings import STEPS, StepSettings
+from lightning_memplan.types import EMPTY, FREE, Category, Event, Phase, Trace
+from lightning_memplan.units import parse_bytes
 
 #: Batch sizes that are run, and what is run instead where the larger ones do not fit on the card
 SIZES = ((2, 3, 5), (1, 2, 3), (1, 2), (1,))
 
+
 #: The most samples that the large batch of a probe has
 LARGEST = 2**16
 
+
 _MOST_EVENTS = 10**7
 
+
 MakeBatches = Callable[[Sequence[int]], Sequence[tuple[int, Any]]]  #: batches of given sizes
+
+
 _T = TypeVar("_T")
 
 
@@ -296,6 +302,8 @@ _OUT_OF_MEMORY = (
     "_ALLOC_FAILED",  # CUBLAS_STATUS_, CUDNN_STATUS_, CUSOLVER_STATUS_, CUFFT_
     "DEVICE_ALLOCATION_FAILED",  # CUDNN_STATUS_INTERNAL_ERROR_, from cuDNN 9 on
 )
+
+
 _PERHAPS_OUT_OF_MEMORY = (
     "unable to find an engine to execute this computation",  # aten/src/ATen/native/cudnn/Conv_v8.cpp: GET or FIND
     "Unable to find a valid cuDNN algorithm to run convolution",  # Conv_v7.cpp
@@ -439,8 +447,6 @@ def _shared(module: nn.Module) -> dict[int, Any]:
 
 
 # -------------------------------------------------------------------------------------------------------- recording
-
-
 @dataclass
 class _Place:
     """Where a step is. ``run`` counts the batch sizes: 0 is before the first one's steps, -1 between two."""
@@ -485,7 +491,11 @@ class _Mark(_Place):
 
 
 _Label = tuple[int, tuple[int, Phase, int, Category, str]]
+
+
 _EMPTIED = "(the cache was emptied)"  # the path of a mark that says so
+
+
 _MARK = 331  # bytes: a prime, which no tensor of the step is likely to have at the place of the very next mark
 
 
@@ -641,8 +651,6 @@ def _events(history: Sequence[Mapping[str, Any]], labels: Sequence[_Label]) -> _
 
 
 # -------------------------------------------------------------------------------------------------- different sizes
-
-
 def aligned(traces: Sequence[Trace]) -> list[Trace] | None:
     """Traces with the same events, where they differ only in workspaces; None where they differ in more.
 

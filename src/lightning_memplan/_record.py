@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_memplan._kernels import kernel_bytes
 from lightning_memplan._sequence import EngineSequence
 from lightning_memplan._sparse import is_sparse, parts
-from lightning_memplan._types import EMPTY, Category, Event, Phase
+from lightning_memplan.types import EMPTY, Category, Event, Phase
 
 DEVICE = torch.device("cpu", 0)  #: where traced tensors lie: the stand-in for the GPU
 
@@ -58,15 +58,35 @@ class Rules(NamedTuple):
 
 
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
+
+
 _FUNCTIONAL = torch._C._TorchDispatchModeKey.FUNCTIONAL
+
+
 _HOST = torch.device("cpu")
+
+
 _RAND = torch.ops.aten.rand.default
+
+
 _DEVICE_OF = torch.ops.prim.device.default
+
+
 _ADD = torch.ops.aten.add.Tensor
+
+
 _TO_COPY = torch.ops.aten._to_copy.default
+
+
 _EQUAL = torch.ops.aten.equal.default
+
+
 _CLONE = torch.ops.aten.clone.default
+
+
 _COALESCE = torch.ops.aten._coalesce.default
+
+
 #: What is asked of the kernel for tensors without data itself, as views are: torch's fake mode does the same in the
 #: end, and takes several times as long
 _DIRECT = frozenset(
@@ -84,11 +104,23 @@ _DIRECT = frozenset(
         torch.ops.aten.sum.dim_IntList,
     }
 )
+
+
 _COUNTS = frozenset({torch.ops.aten.sum.default, torch.ops.aten.sum.dim_IntList, torch.ops.aten.count_nonzero.default})
+
+
 _READ_VALUE = torch.ops.aten._local_scalar_dense.default
+
+
 _ALL_TRUE = torch.ops.aten._is_all_true.default
+
+
 _SAME = torch.ops.aten.eq.Tensor
+
+
 _NOT = torch.ops.aten.ne.Scalar
+
+
 _BOTH = frozenset(
     {
         torch.ops.aten.all.default,
@@ -98,6 +130,8 @@ _BOTH = frozenset(
         torch.ops.aten.mul.Tensor,
     }
 )
+
+
 _CHECKS = _BOTH | {_ALL_TRUE, _SAME, _NOT}
 
 
@@ -557,8 +591,14 @@ class Recorder(TorchDispatchMode):
 
 
 _TRUE = "_memplan_true"  # a fake tensor's attribute: all that is in it is true
+
+
 _NEW_ZEROS = "_memplan_zeros"  # a fake tensor's attribute: it was made of zeros
+
+
 _NUMBERS = "_memplan_numbers"  # a fake tensor's attribute: its values, where they are known
+
+
 _ORIGIN = "_memplan_origin"  # another: where these are from
 
 
@@ -642,8 +682,14 @@ def _sole_owner(tensor: torch.Tensor) -> bool:
 
 
 _ENGINE = torch.autograd.graph._engine_run_backward.__code__
+
+
 _ZEROS = frozenset({torch.ops.aten.zeros.default, torch.ops.aten.new_zeros.default, torch.ops.aten.zeros_like.default})
+
+
 _INDEX_PUT = torch.ops.aten.index_put.default
+
+
 _INTO_ZEROS = frozenset(
     {
         _INDEX_PUT,
@@ -758,8 +804,14 @@ def _is_cuda(device: object) -> bool:
 
 
 _ALL_VALUES = frozenset[Any]((torch.Tensor.numpy, torch.Tensor.__array__))
+
+
 _SET_ITEM = torch.Tensor.__setitem__
+
+
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+
+
 _FROM_NUMBERS = frozenset({torch.tensor, torch.as_tensor, torch.Tensor.new_tensor})
 
 

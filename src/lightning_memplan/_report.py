@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from lightning_memplan._types import Advice, Device, Layer, Measurement, Peaks, Plan, Run
-from lightning_memplan._units import GiB, format_bytes, gib
+from lightning_memplan.types import Advice, Device, Layer, Measurement, Peaks, Plan, Run
+from lightning_memplan.units import GiB, format_bytes, gib
 
 WIDTH = 80
+
 
 _LIMITS = {
     "memory": "limited by memory",
@@ -29,6 +30,7 @@ _LIMITS = {
 
 _PHASES = ("batch", "forward", "backward", "optimizer")
 
+
 _METHODS = {
     "probe": "real steps on the GPU",
     "trace": "a step on fake tensors",
@@ -37,8 +39,6 @@ _METHODS = {
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
-
-
 def plan_table(plan: Plan, rows: Iterable[tuple[str, str]] = ()) -> str:
     """A plan as a short table; ``rows`` adds lines of a label and a text.
 
@@ -240,8 +240,6 @@ def does_not_fit_message(
 
 
 # --- devices and estimates --------------------------------------------------------------------------------------------
-
-
 def device_fields(device: Device) -> dict[str, Any]:
     """A device as plain values, for JSON; sizes in bytes.
 
@@ -301,8 +299,6 @@ def estimate_table(model: str, rows: Sequence[Mapping[str, Any]], notes: Sequenc
 
 
 # --- advice -----------------------------------------------------------------------------------------------------------
-
-
 def advice_table(advice: Sequence[Advice]) -> str:
     """What would take less memory, a paragraph each.
 
@@ -351,8 +347,6 @@ def cards_table(cards: Sequence[tuple[Device, int]]) -> str:
 
 
 # --- the formula ------------------------------------------------------------------------------------------------------
-
-
 def layers_table(
     layers: Sequence[Layer],
     *,
@@ -424,8 +418,6 @@ def layers_table(
 
 
 # --- measurements -----------------------------------------------------------------------------------------------------
-
-
 def step_metrics(measurement: Measurement, formula_bytes: int) -> dict[str, float]:
     """One step's metrics: predicted and actual peaks in GiB, and the error of the allocated in percent of the actual.
 
@@ -619,8 +611,6 @@ def _retried(times: int) -> str:
 
 
 # --- history ---------------------------------------------------------------------------------------------------------
-
-
 def history_table(runs: Sequence[Run]) -> str:
     """Earlier runs by module and card, a line each: the reserved peak that was predicted, what came, and the error.
 
@@ -720,8 +710,6 @@ def lessons_table(rows: Iterable[tuple[Run, int, str]]) -> str:
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
-
-
 def _row(label: str, value: str, text: str) -> str:
     return f"  {label:<15}{value:>11}   {text}"
 

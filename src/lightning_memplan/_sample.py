@@ -17,14 +17,22 @@ from lightning_memplan._formula import tensors_of
 from lightning_memplan._lightning import apply_to_collection, is_combined_loader, isolated_random_state
 from lightning_memplan._loaders import borrowed, common_multiple, samples_of_loader, share_of
 from lightning_memplan._repeated import Repeated, repeats
-from lightning_memplan._units import format_bytes
+from lightning_memplan.units import format_bytes
 
 SIZES = (2, 3, 5)  #: batch sizes that are traced: two determine a line, three a parabola, and the last checks
 
+
 Which = Literal["first", "largest"]
+
+
 _WHICH = ("first", "largest")
+
+
 SAMPLE_SIZE = 64  #: samples that ``"largest"`` looks at where nothing is said
+
+
 _FIRST = max(SIZES)  #: samples that ``"first"`` looks at
+
 
 _Make = Callable[[int], Any]  # a batch of that many samples
 
@@ -127,8 +135,6 @@ def _maker(source: Any, look: _Look) -> _Make:
 
 
 # ------------------------------------------------------------------------------------------------------------- a batch
-
-
 def batch_size_of(batch: Any) -> int:
     """The first dimension of the first tensor that has one.
 
@@ -181,7 +187,6 @@ def _hidden_tensors(batch: Any) -> list[torch.Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------------------ a loader
-
 _EMPTY = "the dataset has length 0: there is nothing to plan a batch size for"
 
 
@@ -252,8 +257,6 @@ def _bytes_of(batch: Any) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------- several loaders
-
-
 def _is_collection(source: Any) -> bool:
     return any(isinstance(leaf, DataLoader) or is_combined_loader(leaf) for leaf in tree_leaves(source))
 

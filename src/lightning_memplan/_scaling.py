@@ -13,10 +13,10 @@ from fractions import Fraction
 from itertools import accumulate
 from math import lcm
 
-from lightning_memplan._errors import TraceError
 from lightning_memplan._kernels import kernel_bytes
-from lightning_memplan._types import EMPTY, FREE, Event, Trace
 from lightning_memplan._workspaces import Choice
+from lightning_memplan.errors import TraceError
+from lightning_memplan.types import EMPTY, FREE, Event, Trace
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _NUMBERED = "memplan"  # in a node's metadata: it has its number
+
+
 _LEAF = 2**62  # the nodes of leaves come first: their number is the highest there is
 
 

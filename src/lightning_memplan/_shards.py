@@ -20,9 +20,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lightning_memplan._errors import TraceError
-from lightning_memplan._types import Category, Event, Parallel, Precision
-from lightning_memplan._units import format_bytes
+from lightning_memplan.errors import TraceError
+from lightning_memplan.settings import Parallel, Precision
+from lightning_memplan.types import Category, Event
+from lightning_memplan.units import format_bytes
 
 #: In which FSDP gathers parameters, reduces gradients and keeps buffers (FSDPPrecision.mixed_precision_config)
 _DTYPES = {
@@ -171,8 +172,6 @@ def let_go(device: torch.device) -> Iterator[None]:
 
 
 # ----------------------------------------------------------------------------------------- streams that are only noted
-
-
 @contextmanager
 def noted_streams(device: torch.device, mark: Mark) -> Iterator[None]:
     """FSDP takes ``device`` for a card: what it allocates on a stream is marked with the stream's number."""

@@ -20,10 +20,13 @@ from lightning_memplan._shards import Mark, NotedCard, in_place_of
 
 FIRST = 2**10  #: the number of the first stream that a step makes: those of wrappers are lower
 
+
 _NOTHING = """
     synchronize empty_cache ipc_collect init set_device manual_seed manual_seed_all
     reset_peak_memory_stats reset_accumulated_memory_stats reset_max_memory_allocated reset_max_memory_cached
 """.split()
+
+
 _ZERO = """
     memory_allocated max_memory_allocated memory_reserved max_memory_reserved memory_cached max_memory_cached
     current_device utilization memory_usage temperature power_draw clock_rate

@@ -13,12 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from lightning_memplan._types import Event
+from lightning_memplan.types import Event
 
 if TYPE_CHECKING:
     from lightning_memplan._allocator import AllocatorSettings, Move
 
+
 _BASE = 0x7F00_0000_0000  # where a real process's addresses lie: the viewer's numbers are exact up to 2**53
+
 
 Entry = dict[str, Any]
 

@@ -25,9 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from lightning_memplan._deepspeed import silent_engine
-from lightning_memplan._errors import TraceError
 from lightning_memplan._shards import Mark, begin, fully_sharded, in_place_of, let_go, noted_streams
-from lightning_memplan._types import Parallel, Precision
+from lightning_memplan.errors import TraceError
+from lightning_memplan.settings import Parallel, Precision
 
 #: The stream beside the default one on which Lightning makes DistributedDataParallel, as events number it
 SIDE_STREAM = 1
@@ -203,8 +203,6 @@ def without_reduction(wrapper: nn.Module | None) -> AbstractContextManager[Any]:
 
 
 # --------------------------------------------------------------------------------------------- ranks that say nothing
-
-
 @contextmanager
 def silent_ranks(count: int, rank: int = 0, backend: str = "nccl") -> Iterator[None]:
     """Whatever is asked of ``torch.distributed`` inside is answered as by one rank of ``count``, and reaches no one.

@@ -16,7 +16,6 @@ from torch import nn
 
 from lightning_memplan._compiled import Graphs
 from lightning_memplan._device import cpu_device
-from lightning_memplan._errors import MemplanError, TraceError
 from lightning_memplan._estimate import Estimate, largest_on_card
 from lightning_memplan._formula import sample_bytes
 from lightning_memplan._order import PARTS, MakeOptimizer
@@ -24,18 +23,23 @@ from lightning_memplan._planner import Found, LimitedBy, largest_suited
 from lightning_memplan._sample import SAMPLE_SIZE, Samples, Which, read_samples
 from lightning_memplan._scaling import extended, scale
 from lightning_memplan._step import prepared, trace_steps
-from lightning_memplan._types import Device, StepSettings, Trace
 from lightning_memplan._workspaces import Choice
+from lightning_memplan.errors import MemplanError, TraceError
+from lightning_memplan.settings import StepSettings
+from lightning_memplan.types import Device, Trace
 
 #: Batch sizes of traces, where those of few samples cannot be had or are of unlike steps: each has 2 to 32 equal parts,
 #: or 2 to 6, 10, 12, 15, 20, 30 and 60
 MANY = ((32, 64, 128), (60, 120, 240))
 
+
 #: What a step raises of a batch that it cannot cut, or has no room for
 OF_FEW = (AssertionError, IndexError, RuntimeError, ValueError)
 
+
 #: Bytes of a batch that is made for it, where nothing says that the step may refuse it
 CHEAP = 2**28
+
 
 EstimateAt = Callable[[int], Estimate]
 
@@ -210,6 +214,8 @@ def suited(
 
 
 _TOO_LARGE = "a trace of so many takes more memory than those of others let expect"
+
+
 _EXACT = (
     "the step does something else at the batch size that is planned: it is traced at that very size, and more may fit"
 )

@@ -19,11 +19,12 @@ from fractions import Fraction
 from itertools import chain, groupby, pairwise
 from typing import NamedTuple
 
-from lightning_memplan._errors import TraceError
 from lightning_memplan._scaling import ScaledProgram, scale
-from lightning_memplan._types import FREE, Event, Trace
+from lightning_memplan.errors import TraceError
+from lightning_memplan.types import FREE, Event, Trace
 
 TURNS = "the step loops over its samples: what it does for each is planned for as if it shared no segment with the rest"
+
 
 #: The stream of what is taken together: no step of the user's has as many
 APART = 2**16

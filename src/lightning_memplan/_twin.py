@@ -6,9 +6,6 @@ Nothing of the user's is changed: the copy logs nothing, writes nothing, and rea
 from __future__ import annotations
 
 import copy
-import os
-import sys
-import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -21,8 +18,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_memplan._errors import TraceError
 from lightning_memplan._lightning import is_datamodule, is_lightning_module, silent_logger
+from lightning_memplan.errors import TraceError
 
 
 class StandInTrainer:
@@ -177,6 +174,8 @@ def _compile_anew(module: nn.Module, twin: nn.Module) -> None:
 
 
 _HOLDERS = (torch.Tensor, list, tuple, dict)
+
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -243,31 +242,3 @@ def _quiet(module: Any) -> None:
 
     for name in ("log", "log_dict", "print"):
         module.__dict__[name] = MethodType(nothing, module)
-
-
-# ------------------------------------------------------------------------------------------------------------- errors
-
-_LIBRARIES = ("torch", "lightning_memplan", "pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities")
-
-
-def _is_library(filename: str) -> bool:
-    modules = (sys.modules.get(name) for name in (*_LIBRARIES, "torchmetrics"))
-    roots = (os.path.dirname(module.__file__) + os.sep for module in modules if module is not None and module.__file__)
-    return filename.startswith(("<", *roots))
-
-
-def explain(error: BaseException, within: str = "a trace", what: str = "the step") -> str:
-    """What the step (or ``what`` else) needs that it has not ``within`` a trace or a probe, and the line of the user's
-    code."""
-    frames = traceback.extract_tb(error.__traceback__)
-    users = [frame for frame in frames if not _is_library(frame.filename)]
-    where = (
-        f"{users[-1].filename}:{users[-1].lineno}: {users[-1].line}" if users else "no line of the module's own code"
-    )
-    kind = type(error).__name__
-    if kind in ("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode"):
-        what = f"{what} needs the value of a tensor ({kind} in {getattr(error, 'func', error)}), which a trace has not"
-    else:
-        text = str(error).strip().splitlines()
-        what = f"{what} failed in {within} ({kind}: {text[0] if text else 'no message'})"
-    return f"{what}; at {where}"

@@ -19,7 +19,7 @@ from math import prod
 from typing import Literal
 
 from lightning_memplan._cudnn import FILTER, FORWARD, INPUT, LAST, MOVED, PLAIN, Question, workspace
-from lightning_memplan._types import Range
+from lightning_memplan.types import Range
 
 Choice = Literal["low", "expected", "high"]
 

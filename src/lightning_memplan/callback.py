@@ -13,9 +13,6 @@ from typing import Any, Literal
 from lightning_memplan._api import (
     MARGIN,
     advised_step,
-    check_count,
-    check_margin,
-    check_method,
     estimate_step,
     estimate_test,
     estimate_validation,
@@ -27,7 +24,6 @@ from lightning_memplan._api import (
 from lightning_memplan._apply import Holder, Place, find_holders, find_place
 from lightning_memplan._device import cpu_device, detect_devices
 from lightning_memplan._draft import Draft, confirmed, held_bytes, on_all_ranks
-from lightning_memplan._errors import MemplanError, TraceError
 from lightning_memplan._estimate import Estimate
 from lightning_memplan._figures import plot_timeline
 from lightning_memplan._history import Lesson, append, history, history_path, lesson
@@ -54,7 +50,7 @@ from lightning_memplan._lightning import (
 )
 from lightning_memplan._loaders import dataset_size, unit_of
 from lightning_memplan._measure import PHASES, Meter, run_record
-from lightning_memplan._order import STEPS, traced_step
+from lightning_memplan._order import traced_step
 from lightning_memplan._probe import Tried, ran_out_of_memory, try_step
 from lightning_memplan._report import (
     measurement_summary,
@@ -70,7 +66,10 @@ from lightning_memplan._sample import SAMPLE_SIZE, Which, batch_size_of, check_s
 from lightning_memplan._shards import named_ignored
 from lightning_memplan._step import prepared
 from lightning_memplan._suited import Estimates, traced_at
-from lightning_memplan._types import Device, Measurement, Outcome, Peaks, Plan, StepSettings
+from lightning_memplan.checks import check_count, check_margin, check_method
+from lightning_memplan.errors import MemplanError, TraceError
+from lightning_memplan.settings import STEPS, StepSettings
+from lightning_memplan.types import Device, Measurement, Outcome, Peaks, Plan
 
 
 class MemoryPlanner(CallbackBase):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
-import importlib
 import importlib.util
 import json
 import sys
@@ -40,7 +39,6 @@ from lightning_memplan._api import (
 )
 from lightning_memplan._cudnn import check_named
 from lightning_memplan._device import detect_devices, gpu, gpus
-from lightning_memplan._errors import DoesNotFitError, MemplanError
 from lightning_memplan._figures import plot_measurements, plot_timeline
 from lightning_memplan._history import Lesson, history, latest, lesson
 from lightning_memplan._lightning import read_cli_config, sharding
@@ -59,11 +57,16 @@ from lightning_memplan._report import (
     run_report,
 )
 from lightning_memplan._suited import Estimates, traced_at
-from lightning_memplan._types import Advice, Device, Run
-from lightning_memplan._units import MiB, format_bytes, parse_bytes
+from lightning_memplan.errors import DoesNotFitError, MemplanError
+from lightning_memplan.types import Advice, Device, Run
+from lightning_memplan.units import MiB, format_bytes, parse_bytes
 
 FITS, DOES_NOT_FIT, CANNOT_TELL = 0, 1, 2
+
+
 _HELP = "memplan COMMAND --help lists what a command takes: memplan plan train.py:Net --data train.py:Data --gpu T4"
+
+
 _NO_RUNS = "no runs on record: MemoryPlanner adds one for each fit on a GPU"
 
 
@@ -103,8 +106,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 # --- commands
-
-
 def _estimate(args: argparse.Namespace) -> int:
     job, device = _job(args), _device(args, default=False)
     with _working(f"estimating {job.name}"):
@@ -306,8 +307,6 @@ def _completion(args: argparse.Namespace) -> int:
 
 
 # --- the job: what is trained, on what, and how
-
-
 @dataclass(frozen=True)
 class _Job:
     module: nn.Module
@@ -516,8 +515,6 @@ def _device(args: argparse.Namespace, *, default: bool = True) -> Any:
 
 
 # --- what is typed
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(CANNOT_TELL, f"memplan: error: {message}; see {self.prog} --help\n")
@@ -627,8 +624,6 @@ def _of_files(action: argparse.Action) -> None:
 
 
 # --- what is printed
-
-
 @contextmanager
 def _written(path: str) -> Iterator[None]:
     """What is written meanwhile is written, or a line says why not."""

@@ -68,7 +68,7 @@ def recorded_probe(row: Row, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
 
     from lightning_memplan._probe import _as_found, _record, _Run
     from lightning_memplan._sample import read_samples
-    from lightning_memplan._types import StepSettings, parse_precision
+    from lightning_memplan.settings import StepSettings, parse_precision
     from tests.accuracy import networks
 
     module, sample = networks.build(row.network, row.optimizer)

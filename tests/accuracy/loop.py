@@ -19,7 +19,7 @@ from lightning_memplan._cuda_rules import KERNELS, LONGEST, ORDER, SHAPES, WIDTH
 from lightning_memplan._record import Recorder, Rules, labelled, module_paths
 from lightning_memplan._scaling import Polynomial, ScaledProgram, scale
 from lightning_memplan._step import _no_collection, _setup_order, detached_copy
-from lightning_memplan._types import EMPTY, FREE, Trace
+from lightning_memplan.types import EMPTY, FREE, Trace
 
 #: cuBLAS's workspace for compute capability 8.x, which each thread that multiplies matrices keeps
 CUBLAS = (2 * 4096 + 8 * 16) * 1024

@@ -214,7 +214,7 @@ def difference(row: Row, most: int) -> None:
 
     from lightning_memplan._sample import read_samples
     from lightning_memplan._step import trace_steps
-    from lightning_memplan._types import StepSettings, parse_precision
+    from lightning_memplan.settings import StepSettings, parse_precision
     from tests.accuracy import networks
 
     torch.cuda.memory._record_memory_history(

@@ -25,7 +25,7 @@ from lightning_memplan._allocator import AllocatorSettings, replay
 from lightning_memplan._record import DEVICE
 from lightning_memplan._scaling import ScaledProgram
 from lightning_memplan._step import run_formula
-from lightning_memplan._types import StepSettings
+from lightning_memplan.settings import StepSettings
 
 from .fits import FITS, read_fits
 from .loop import Loop, trace_loop

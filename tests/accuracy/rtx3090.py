@@ -29,8 +29,9 @@ from lightning_memplan._formula import Formula
 from lightning_memplan._record import DEVICE
 from lightning_memplan._scaling import Polynomial, ScaledProgram
 from lightning_memplan._step import run_formula
-from lightning_memplan._types import EMPTY, StepSettings
 from lightning_memplan._workspaces import Choice
+from lightning_memplan.settings import StepSettings
+from lightning_memplan.types import EMPTY
 
 from .loop import PRIME, Loop, trace_loop
 

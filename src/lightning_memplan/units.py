@@ -6,9 +6,14 @@ import re
 from fractions import Fraction
 
 KiB, MiB, GiB = 2**10, 2**20, 2**30
+
+
 KB, MB, GB = 10**3, 10**6, 10**9
 
+
 _SCALE = {"": 1, "b": 1, "kib": KiB, "mib": MiB, "gib": GiB, "kb": KB, "mb": MB, "gb": GB, "tib": 2**40, "tb": 10**12}
+
+
 _TEXT = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
 
 
