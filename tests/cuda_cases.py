@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_memplan._allocator import replay
 from lightning_memplan._cuda_rules import (
     KERNELS,
     LONGEST,
@@ -30,11 +29,12 @@ from lightning_memplan._cuda_rules import (
     temporaries,
     workspaces,
 )
-from lightning_memplan._record import DEVICE, Recorder, Rules, labelled
-from lightning_memplan._scaling import scale
+from lightning_memplan._record import DEVICE, Recorder, Rules
 from lightning_memplan._strategy import ranks_of
+from lightning_memplan.memory.allocator import replay
+from lightning_memplan.memory.events import Trace, labelled
+from lightning_memplan.memory.program import scale
 from lightning_memplan.settings import Parallel
-from lightning_memplan.types import Trace
 
 BATCH = 48
 Case = Callable[[int, torch.device], Any]

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_memplan._allocator import AllocatorSettings, replay
 from lightning_memplan._cudnn import FORWARD, MOVED
-from lightning_memplan._scaling import ScaledProgram, scale
-from lightning_memplan.types import Event, Trace
+from lightning_memplan.memory.allocator import replay
+from lightning_memplan.memory.allocator_settings import AllocatorSettings
+from lightning_memplan.memory.events import Event, Trace
+from lightning_memplan.memory.program import Program, scale
 from tests.accuracy import chosen, convolutions, fits, nvml, regimes, rtx3090
 from tests.accuracy import nullgpu as accuracy
 from tests.accuracy.loop import trace_loop
@@ -161,7 +162,7 @@ def test_fits_of_a_real_card_are_nearer_to_what_cudnn_says():
 MIB = 2**20
 
 
-def benchmark_of() -> ScaledProgram:
+def benchmark_of() -> Program:
     """15 MiB a sample, given back; then three steps of a feature map, 20 MiB a sample, and a convolution beside it."""
 
     def step(number: int, n: int) -> tuple[Event, ...]:

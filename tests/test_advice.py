@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 import lightning_memplan as mp
 from lightning_memplan import _advice, _api
 from lightning_memplan._advice import _in_eight_bits, _sample_size, checkpoint_themselves, checkpointed
-from lightning_memplan._allocator import AllocatorSettings
+from lightning_memplan.memory.allocator_settings import AllocatorSettings
 from tests.accuracy import advice as accuracy
 
 MiB = 2**20

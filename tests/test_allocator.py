@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_memplan._allocator import AllocatorSettings, Replay, replay
+from lightning_memplan.memory.allocator import Replay, replay
+from lightning_memplan.memory.allocator_settings import AllocatorSettings
 
 KiB, MiB, GiB = 2**10, 2**20, 2**30
 Program = list[tuple[int, int, int]]

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from lightning_memplan._allocator import GRAPHS, AllocatorSettings, replay
-from lightning_memplan.types import EMPTY, FREE
+from lightning_memplan.memory.allocator import GRAPHS, replay
+from lightning_memplan.memory.allocator_settings import AllocatorSettings
+from lightning_memplan.memory.events import EMPTY, FREE
 
 MiB = 2**20
 CARD = 2000 * MiB

@@ -12,8 +12,8 @@ import torch
 import lightning_memplan as mp
 from lightning_memplan import _api, _draft
 from lightning_memplan._draft import Draft, confirmed, on_all_ranks
-from lightning_memplan._planner import Word
 from lightning_memplan._probe import Tried
+from lightning_memplan.memory.search import RankResult
 
 CARD = mp.Device("a card", total=2**30, index=0)
 NET = torch.nn.Linear(1, 1000)
@@ -87,7 +87,7 @@ def ranks(monkeypatch, *others):
 
     def over_ranks(word):
         size = next(said)
-        return [word, Word("other", size, reason="" if size else "ValueError: theirs")]
+        return [word, RankResult("other", size, reason="" if size else "ValueError: theirs")]
 
     monkeypatch.setattr(_draft, "over_ranks", over_ranks)
 

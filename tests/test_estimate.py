@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_memplan._estimate import Estimate
-from lightning_memplan._formula import Formula
-from lightning_memplan._planner import largest_fitting
-from lightning_memplan._scaling import scale
-from lightning_memplan.types import Event, Layer, Trace
+from lightning_memplan.memory.estimate import Estimate
+from lightning_memplan.memory.events import Event, Trace
+from lightning_memplan.memory.formula import Formula
+from lightning_memplan.memory.program import scale
+from lightning_memplan.memory.search import largest_fitting
+from lightning_memplan.types import Layer
 
 MiB = 2**20
 POINTS = (2, 3, 5)

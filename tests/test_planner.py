@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_memplan._planner import Found, largest_dividing, largest_fitting, largest_suited
+from lightning_memplan.memory.search import Found, largest_dividing, largest_fitting, largest_suited
 
 positive = st.integers(1, 10**6)
 optional = st.none() | positive

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_memplan._probe import _events, _Scaler, aligned, can_probe, doubled, ran_out_of_memory
-from lightning_memplan._scaling import scale
-from lightning_memplan.types import Event, Trace
+from lightning_memplan._probe import _events, _Scaler, can_probe, ran_out_of_memory
+from lightning_memplan.memory.alignment import aligned, doubled
+from lightning_memplan.memory.events import Event, Trace
+from lightning_memplan.memory.program import scale
 
 
 def trace(size, *events):

@@ -11,8 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 from lightning_memplan._cuda_rules import LONGEST, SHAPES
-from lightning_memplan._record import DEVICE, Recorder, Rules, labelled, module_paths
-from lightning_memplan.types import EMPTY, FREE, Event
+from lightning_memplan._record import DEVICE, Recorder, Rules, module_paths
+from lightning_memplan.memory.events import EMPTY, FREE, Event, labelled
 
 aten = torch.ops.aten
 

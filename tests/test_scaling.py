@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_memplan._kernels import kernel_bytes
-from lightning_memplan._scaling import Polynomial, extended, interleaved, scale
 from lightning_memplan.errors import TraceError
-from lightning_memplan.types import FREE, Event, Trace
+from lightning_memplan.memory.events import FREE, Event, Trace
+from lightning_memplan.memory.program import Polynomial, extended, interleaved, scale
 
 POINTS = (2, 3, 5)
 

@@ -19,13 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 import lightning_memplan as mp
-from lightning_memplan._cycle import MOST
 from lightning_memplan._order import accumulated, traced_step
 from lightning_memplan._record import DEVICE
 from lightning_memplan._silent_cuda import FIRST
 from lightning_memplan._step import detached_copy, prepared, run_formula, trace_steps
 from lightning_memplan._twin import StandInTrainer
 from lightning_memplan.errors import TraceError
+from lightning_memplan.memory.cycles import MOST
 from lightning_memplan.settings import STEPS, StepSettings
 
 KiB = 2**10

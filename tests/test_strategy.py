@@ -15,11 +15,11 @@ from torch import nn
 
 import lightning_memplan as mp
 from lightning_memplan._lightning import parallel_of
-from lightning_memplan._planner import Word, agreed
 from lightning_memplan._step import trace_steps
 from lightning_memplan._strategy import SIDE_STREAM, silent_ranks
+from lightning_memplan.memory.events import EMPTY, Event
+from lightning_memplan.memory.search import RankResult, agreed
 from lightning_memplan.settings import Parallel, StepSettings
-from lightning_memplan.types import EMPTY, Event
 
 MiB = 2**20
 
@@ -122,10 +122,10 @@ def test_lightning_empties_the_cache_before_the_first_step():
 
 
 def test_the_smallest_decides_and_all_fail_with_the_reason():
-    words = [Word("A100", 512), Word("RTX 3090", 96, "dataset")]
+    words = [RankResult("A100", 512), RankResult("RTX 3090", 96, "dataset")]
     assert agreed(words) == 1
     with pytest.raises(mp.MemplanError, match=r"for all 3 ranks; rank 2: DoesNotFitError: it needs more"):
-        agreed([*words, Word(reason="DoesNotFitError: it needs more")])
+        agreed([*words, RankResult(reason="DoesNotFitError: it needs more")])
 
 
 KINDS = {

@@ -1,4 +1,4 @@
-"""Steps that loop over their samples: what differs between batch sizes, taken together."""
+"""Steps that loop over their samples: what differs between batch sizes, taken merge_loops."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import lightning_memplan as mp
-from lightning_memplan._allocator import replay
 from lightning_memplan._sample import read_samples
-from lightning_memplan._scaling import scale
 from lightning_memplan._step import trace_steps
-from lightning_memplan._turns import TURNS, loops, scaled, together
 from lightning_memplan.errors import TraceError
+from lightning_memplan.memory.allocator import replay
+from lightning_memplan.memory.events import Event, Trace
+from lightning_memplan.memory.loops import TURNS, loops, merge_loops, scaled
+from lightning_memplan.memory.program import scale
 from lightning_memplan.settings import StepSettings
-from lightning_memplan.types import Event, Trace
 
 KIB = 2**10
 
@@ -51,7 +51,7 @@ def test_bytes_are_those_of_a_trace_at_that_batch_size(beside):
 
 
 def test_what_all_have_keeps_its_place():
-    (first, *_) = together([step(n) for n in (2, 3, 5)])
+    (first, *_) = merge_loops([step(n) for n in (2, 3, 5)])
     assert next(event.op for event in first.events if event.size > 0) == "mm"
     assert "sum" in [event.op for event in first.events]
     assert {event.block for event in first.events if event.size >= 0} == {

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_memplan.errors import ApplyError, DoesNotFitError, MemplanError, TraceError
-from lightning_memplan.types import Device, Event, Layer, Measurement, Plan, Trace
+from lightning_memplan.memory.events import Event, Trace
+from lightning_memplan.types import Device, Layer, Measurement, Plan
 
 PLAN = Plan(
     batch_size=8,

@@ -14,10 +14,8 @@ import torch
 from torch import nn
 
 from lightning_memplan._advice import Job, advise_job
-from lightning_memplan._allocator import AllocatorSettings
 from lightning_memplan._compiled import COMPILED_SIZES, FUSED, Graphs, compiled_parts
 from lightning_memplan._device import cpu_device, detect_devices, gpu, gpus
-from lightning_memplan._estimate import Estimate, largest_on_card
 from lightning_memplan._lightning import (
     as_lightning_module,
     check_accumulation,
@@ -29,17 +27,19 @@ from lightning_memplan._lightning import (
 )
 from lightning_memplan._loaders import dataset_size
 from lightning_memplan._order import MakeOptimizer
-from lightning_memplan._planner import largest_fitting
 from lightning_memplan._probe import SIZES, can_probe, probe_steps
 from lightning_memplan._report import advice_lines, does_not_fit_message
 from lightning_memplan._sample import SAMPLE_SIZE, Samples, Which, check_sample, read_samples
-from lightning_memplan._scaling import interleaved, scale
 from lightning_memplan._shards import named_ignored
 from lightning_memplan._step import prepared, run_formula, trace_counted, trace_steps, trace_test, trace_validation
 from lightning_memplan._suited import MANY, OF_FEW, EstimateAt, Estimates, is_of_many, of_many, suited, traced_at
-from lightning_memplan._turns import TURNS, scaled
 from lightning_memplan.checks import Method, check_count, check_margin, check_method
 from lightning_memplan.errors import DoesNotFitError, TraceError, explain
+from lightning_memplan.memory.allocator_settings import AllocatorSettings
+from lightning_memplan.memory.estimate import Estimate, largest_on_card
+from lightning_memplan.memory.loops import TURNS, scaled
+from lightning_memplan.memory.program import interleaved, scale
+from lightning_memplan.memory.search import largest_fitting
 from lightning_memplan.settings import NCCL, StepSettings, parse_precision
 from lightning_memplan.types import Advice, Device, Length, Lengths, Plan
 

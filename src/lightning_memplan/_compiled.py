@@ -37,8 +37,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_memplan._allocator import GRAPHS
 from lightning_memplan._record import Recorder, fake_mode
+from lightning_memplan.memory.allocator import GRAPHS
 
 #: Kernels that inductor calls and does not make, beside its ``fallbacks``: their operands and results are blocks
 _OF_LIBRARIES = frozenset(

@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from torch import nn
 
-from lightning_memplan._estimate import Estimate
 from lightning_memplan._lightning import over_ranks
-from lightning_memplan._planner import Word, agreed, lacking
 from lightning_memplan._probe import Tried, give_back
 from lightning_memplan._suited import EstimateAt
 from lightning_memplan.errors import DoesNotFitError, explain
+from lightning_memplan.memory.estimate import Estimate
+from lightning_memplan.memory.search import RankResult, agreed, lacking
 from lightning_memplan.types import Plan
 from lightning_memplan.units import format_bytes
 
@@ -104,9 +104,9 @@ def on_all_ranks(make: Callable[[], Draft]) -> Draft:
     failure = None
     try:
         found = make()
-        word = Word(found.plan.device.name, found.plan.batch_size, found.plan.limited_by)
+        word = RankResult(found.plan.device.name, found.plan.batch_size, found.plan.limited_by)
     except Exception as error:  # noqa: BLE001 - the other ranks wait for this one's word, whatever happened
-        failure, word = error, Word(reason=f"{type(error).__name__}: {error}")
+        failure, word = error, RankResult(reason=f"{type(error).__name__}: {error}")
     words = over_ranks(word)
     if failure is not None:
         try:

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from lightning_memplan._estimate import Estimate
-from lightning_memplan.types import Device, Event, Measurement, Plan
+from lightning_memplan.memory.estimate import Estimate
+from lightning_memplan.memory.events import Event
+from lightning_memplan.types import Device, Measurement, Plan
 from lightning_memplan.units import format_bytes, gib
 
 if TYPE_CHECKING:

@@ -27,6 +27,7 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from lightning_memplan.checks import check_batch_size
+from lightning_memplan.memory.formula import Formula
 from lightning_memplan.types import Layer
 
 
@@ -360,78 +361,6 @@ def _check_initialised(module: nn.Module) -> None:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if is_lazy(tensor):
             raise ValueError(f"{name!r} has no shape yet: run one batch through the lazy modules first")
-
-
-# --- the formula ------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
-class Formula:
-    """``memory(bs) = parameters + gradients + bs * (I1 + 2 * sum(Ii))``, in bytes.
-
-    >>> formula = Formula(layers=(), parameter_bytes=1000, gradient_bytes=1000, input_bytes=10, feature_bytes=45)
-    >>> formula.memory(8)  # 1000 + 1000 + 8 * (10 + 2 * 45)
-    2800
-    >>> formula.largest_batch_size(2899), formula.largest_batch_size(2900), formula.largest_batch_size(500)
-    (8, 9, 0)
-    """
-
-    layers: tuple[Layer, ...]
-    parameter_bytes: int
-    gradient_bytes: int
-    input_bytes: int  #: I1: one sample of the network's input
-    feature_bytes: int  #: sum of Ii: every layer's output for one sample
-    optimizer_bytes: int = 0  #: the optimizer's state, which the formula leaves out unless asked
-
-    def __post_init__(self) -> None:
-        for name in ("parameter_bytes", "gradient_bytes", "input_bytes", "feature_bytes", "optimizer_bytes"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name} is a number of bytes (an int, at least 0), not {value!r}")
-
-    @property
-    def sample_bytes(self) -> int:
-        """Bytes that each further sample takes: I1 + 2 * sum(Ii).
-
-        >>> Formula((), 1000, 1000, input_bytes=10, feature_bytes=45).sample_bytes
-        100
-        """
-        return self.input_bytes + 2 * self.feature_bytes
-
-    def fixed_bytes(self, *, include_optimizer: bool = False) -> int:
-        """Bytes that do not grow with the batch size: parameters and gradients, and the optimizer's state if asked.
-
-        >>> Formula((), 1000, 1000, 10, 45, optimizer_bytes=2000).fixed_bytes(include_optimizer=True)
-        4000
-        """
-        return self.parameter_bytes + self.gradient_bytes + (self.optimizer_bytes if include_optimizer else 0)
-
-    def memory(self, batch_size: int, *, include_optimizer: bool = False) -> int:
-        """Bytes at a batch size.
-
-        >>> Formula((), 1000, 1000, 10, 45, optimizer_bytes=2000).memory(1, include_optimizer=True)
-        4100
-
-        Raises:
-            ValueError: ``batch_size`` is no int of at least 1.
-        """
-        check_batch_size(batch_size)
-        return self.fixed_bytes(include_optimizer=include_optimizer) + batch_size * self.sample_bytes
-
-    def largest_batch_size(self, budget: int, *, include_optimizer: bool = False) -> int:
-        """The largest batch size whose memory is at most ``budget`` bytes: (budget - fixed) // (I1 + 2 * sum(Ii)).
-
-        0 says that not even one sample fits.
-
-        >>> Formula((), 1000, 1000, 10, 45).largest_batch_size(4000)
-        20
-
-        Raises:
-            ValueError: ``budget`` is no number of bytes, or no byte depends on the batch size, so that none is largest.
-        """
-        if not isinstance(budget, int) or isinstance(budget, bool) or budget < 0:
-            raise ValueError(f"a budget is a number of bytes (an int, at least 0), not {budget!r}")
-        if self.sample_bytes == 0:
-            raise ValueError("no input and no layer's output takes memory, so that no batch size is the largest")
-        return max(0, (budget - self.fixed_bytes(include_optimizer=include_optimizer)) // self.sample_bytes)
 
 
 def make_formula(module: nn.Module, layers: Sequence[Layer], input_bytes: int, optimizer_bytes: int = 0) -> Formula:

@@ -6,14 +6,12 @@ set (``off``: none is kept), else ``lightning-memplan/history.jsonl`` in ``$XDG_
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import re
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -110,16 +108,6 @@ def append(run: Run, path: Path) -> None:
             os.write(file, b"\n" + line if cut else line)
     finally:
         os.close(file)
-
-
-def structure_hash(parts: Iterable[object]) -> str:
-    """Twelve hexadecimal digits that stand for a module's structure and a step's settings, wherever in memory they are.
-
-    >>> structure_hash(["Linear", (3, 4)]) == structure_hash(["Linear", (3, 4)]) != structure_hash(["Linear", (4, 3)])
-    True
-    """
-    text = "\n".join(re.sub(r" at 0x[0-9a-f]+", "", repr(part)) for part in parts)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def latest(runs: Sequence[Run]) -> Run:

@@ -16,9 +16,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_memplan._cycle import MOST, is_enough, period, shapes, until_all_were_seen
 from lightning_memplan._deepspeed import engine_around
-from lightning_memplan._formula import Formula, make_formula, record_layers, sample_bytes
+from lightning_memplan._formula import make_formula, record_layers, sample_bytes
 from lightning_memplan._lightning import (
     apply_to_collection,
     configured_optimizers,
@@ -34,8 +33,11 @@ from lightning_memplan._repeated import Repeated
 from lightning_memplan._shards import in_place_of
 from lightning_memplan._strategy import local, ranks_of, through, without_reduction, wrapped
 from lightning_memplan.errors import TraceError, explain
+from lightning_memplan.memory.cycles import MOST, is_enough, period, shapes, until_all_were_seen
+from lightning_memplan.memory.events import Category, Event, Phase
+from lightning_memplan.memory.formula import Formula
 from lightning_memplan.settings import STEPS, Parallel, StepSettings
-from lightning_memplan.types import Category, Event, Layer, Phase
+from lightning_memplan.types import Layer
 
 TRUE_DTYPE = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 

@@ -11,11 +11,9 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from itertools import chain, groupby
-from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_memplan._kernels import kernel_bytes
 from lightning_memplan._sequence import EngineSequence
 from lightning_memplan._sparse import is_sparse, parts
-from lightning_memplan.types import EMPTY, Category, Event, Phase
+from lightning_memplan.memory.events import EMPTY, Category, Event, Phase
 
 DEVICE = torch.device("cpu", 0)  #: where traced tensors lie: the stand-in for the GPU
 
@@ -847,38 +845,3 @@ def module_paths(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def labelled(events: Sequence[Event]) -> tuple[Event, ...]:
-    """Events with their final categories, operators as text, and a phase's frees in a row in the order of their blocks.
-
-    Where many blocks die at once (autocast's cache of weights, a graph), their order means nothing to the allocator,
-    and may differ between batch sizes.
-
-    What the backward pass makes and the optimizer's step still finds is a gradient; what a forward pass makes and frees
-    itself is a temporary; what an optimizer's step makes and leaves is its state.
-    """
-    freed: dict[int, Event] = {e.block: e for e in events if e.is_free}
-    names: dict[Any, str] = {}
-    result = []
-    for e in events:
-        category = e.category
-        if not e.is_free and e.step:
-            end = freed.get(e.block)
-            same_phase = end is not None and (end.step, end.phase) == (e.step, e.phase)
-            if category == "activations" and same_phase:
-                category = "temporaries"
-            elif e.phase == "backward" and category == "temporaries" and not same_phase:
-                category = "gradients"
-            elif e.phase == "optimizer" and category in ("optimizer", "temporaries"):
-                category = "temporaries" if end is not None else "optimizer"
-        op = names.get(e.op)
-        if op is None:
-            op = names[e.op] = "" if e.op is None else str(e.op)
-        result.append(Event(*e[:4], category, e.path, op, *e[7:]))
-    runs = groupby(result, attrgetter("is_free", "step", "phase"))
-    return tuple(chain.from_iterable(_run(kind[0], run) for kind, run in runs))
-
-
-def _run(free: bool, events: Iterator[Event]) -> Iterable[Event]:
-    return sorted(events, key=itemgetter(0)) if free else events

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from lightning_memplan.errors import TraceError
+from lightning_memplan.memory.events import Category, Event
 from lightning_memplan.settings import Parallel, Precision
-from lightning_memplan.types import Category, Event
 from lightning_memplan.units import format_bytes
 
 #: In which FSDP gathers parameters, reduces gradients and keeps buffers (FSDPPrecision.mixed_precision_config)

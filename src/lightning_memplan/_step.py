@@ -32,20 +32,21 @@ from lightning_memplan._cuda_rules import (
     workspaces,
 )
 from lightning_memplan._deepspeed import rests_on
-from lightning_memplan._formula import Formula, make_formula, record_layers, sample_bytes, tensors_of
+from lightning_memplan._formula import make_formula, record_layers, sample_bytes, tensors_of
 from lightning_memplan._lightning import is_overridden, isolated_random_state, random_states
 from lightning_memplan._order import TRUE_DTYPE, MakeOptimizer, StepRunner, accumulated
-from lightning_memplan._record import DEVICE, Recorder, Rules, fake_mode, has_values, labelled, module_paths, tell
+from lightning_memplan._record import DEVICE, Recorder, Rules, fake_mode, has_values, module_paths, tell
 from lightning_memplan._recurrent import flatten_weights
-from lightning_memplan._scaling import extended
 from lightning_memplan._shards import noted_units, waiting
 from lightning_memplan._silent_cuda import silent_cuda
 from lightning_memplan._sparse import SPARSE
 from lightning_memplan._strategy import ranks_of, unparallelized, wrapped
 from lightning_memplan._twin import metric_states, twin_of
 from lightning_memplan.errors import TraceError, explain
+from lightning_memplan.memory.events import Event, Trace, labelled
+from lightning_memplan.memory.formula import Formula
+from lightning_memplan.memory.program import extended
 from lightning_memplan.settings import STEPS, Parallel, StepSettings
-from lightning_memplan.types import Event, Trace
 
 
 def _fake(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device, dtype: torch.dtype | None) -> FakeTensor:

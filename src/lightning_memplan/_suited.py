@@ -16,17 +16,18 @@ from torch import nn
 
 from lightning_memplan._compiled import Graphs
 from lightning_memplan._device import cpu_device
-from lightning_memplan._estimate import Estimate, largest_on_card
 from lightning_memplan._formula import sample_bytes
 from lightning_memplan._order import PARTS, MakeOptimizer
-from lightning_memplan._planner import Found, LimitedBy, largest_suited
 from lightning_memplan._sample import SAMPLE_SIZE, Samples, Which, read_samples
-from lightning_memplan._scaling import extended, scale
 from lightning_memplan._step import prepared, trace_steps
 from lightning_memplan._workspaces import Choice
 from lightning_memplan.errors import MemplanError, TraceError
+from lightning_memplan.memory.estimate import Estimate, largest_on_card
+from lightning_memplan.memory.events import Trace
+from lightning_memplan.memory.program import extended, scale
+from lightning_memplan.memory.search import Found, LimitedBy, largest_suited
 from lightning_memplan.settings import StepSettings
-from lightning_memplan.types import Device, Trace
+from lightning_memplan.types import Device
 
 #: Batch sizes of traces, where those of few samples cannot be had or are of unlike steps: each has 2 to 32 equal parts,
 #: or 2 to 6, 10, 12, 15, 20, 30 and 60

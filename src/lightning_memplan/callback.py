@@ -24,7 +24,6 @@ from lightning_memplan._api import (
 from lightning_memplan._apply import Holder, Place, find_holders, find_place
 from lightning_memplan._device import cpu_device, detect_devices
 from lightning_memplan._draft import Draft, confirmed, held_bytes, on_all_ranks
-from lightning_memplan._estimate import Estimate
 from lightning_memplan._figures import plot_timeline
 from lightning_memplan._history import Lesson, append, history, history_path, lesson
 from lightning_memplan._lightning import (
@@ -68,6 +67,7 @@ from lightning_memplan._step import prepared
 from lightning_memplan._suited import Estimates, traced_at
 from lightning_memplan.checks import check_count, check_margin, check_method
 from lightning_memplan.errors import MemplanError, TraceError
+from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.settings import STEPS, StepSettings
 from lightning_memplan.types import Device, Measurement, Outcome, Peaks, Plan
 

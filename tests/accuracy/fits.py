@@ -16,7 +16,8 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import NamedTuple
 
-from lightning_memplan._allocator import AllocatorSettings, replay
+from lightning_memplan.memory.allocator import replay
+from lightning_memplan.memory.allocator_settings import AllocatorSettings
 
 FITS = Path(__file__).parent / "rows" / "h200_fits.csv"
 

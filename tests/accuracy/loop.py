@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_memplan import _autocast
 from lightning_memplan._cuda_rules import KERNELS, LONGEST, ORDER, SHAPES, WIDTHS, cuda_semantics, temporaries
-from lightning_memplan._record import Recorder, Rules, labelled, module_paths
-from lightning_memplan._scaling import Polynomial, ScaledProgram, scale
+from lightning_memplan._record import Recorder, Rules, module_paths
 from lightning_memplan._step import _no_collection, _setup_order, detached_copy
-from lightning_memplan.types import EMPTY, FREE, Trace
+from lightning_memplan.memory.events import EMPTY, FREE, Trace, labelled
+from lightning_memplan.memory.program import Polynomial, Program, scale
 
 #: cuBLAS's workspace for compute capability 8.x, which each thread that multiplies matrices keeps
 CUBLAS = (2 * 4096 + 8 * 16) * 1024
@@ -56,7 +56,7 @@ def trace_loop(
     sizes: tuple[int, ...] = (PRIME,),
     steps: int = 2,
     capability: tuple[int, int] = (8, 6),
-) -> ScaledProgram:
+) -> Program:
     """The loop's events at any batch size.
 
     By default from one trace at a prime batch size, for speed; several sizes are scaled as the package does it.
@@ -67,7 +67,7 @@ def trace_loop(
     return scale(traces) if len(traces) > 1 else _scale_prime(traces[0])
 
 
-def _scale_prime(trace: Trace) -> ScaledProgram:
+def _scale_prime(trace: Trace) -> Program:
     entries: dict[object, int] = {}
     table: list[Polynomial | tuple[str, tuple[Polynomial, ...]]] = []
     sizes = []
@@ -81,7 +81,7 @@ def _scale_prime(trace: Trace) -> ScaledProgram:
             table.append((str(rule[0]), tuple(map(_grown, rule[1:]))) if rule else _grown(event.size))
             entries[key] = len(table) + 1
         sizes.append(entries[key])
-    return ScaledProgram(trace.events, tuple(sizes), tuple(table), (trace.batch_size,))
+    return Program(trace.events, tuple(sizes), tuple(table), (trace.batch_size,))
 
 
 def _grown(value: Any) -> Polynomial:

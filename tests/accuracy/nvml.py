@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lightning_memplan._allocator import AllocatorSettings, replay
 from lightning_memplan._record import DEVICE
-from lightning_memplan._scaling import ScaledProgram
 from lightning_memplan._step import run_formula
+from lightning_memplan.memory.allocator import replay
+from lightning_memplan.memory.allocator_settings import AllocatorSettings
+from lightning_memplan.memory.program import Program
 from lightning_memplan.settings import StepSettings
 
 from .fits import FITS, read_fits
@@ -190,7 +191,7 @@ def predict(row: Row) -> Prediction:
     )
 
 
-def reserved_bytes(program: ScaledProgram, row: Row) -> int:
+def reserved_bytes(program: Program, row: Row) -> int:
     """The mean of two replays: torch 2.6 takes, of free blocks of one size, the one at the lowest address, and in which
     order this driver gives addresses is not known. They fall in the one, and rise in the other."""
     entries, capacity = program.at(row.batch, "expected"), row.card - CONTEXT

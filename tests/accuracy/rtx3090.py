@@ -24,14 +24,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lightning_memplan._allocator import AllocatorSettings, Replay, replay
-from lightning_memplan._formula import Formula
 from lightning_memplan._record import DEVICE
-from lightning_memplan._scaling import Polynomial, ScaledProgram
 from lightning_memplan._step import run_formula
 from lightning_memplan._workspaces import Choice
+from lightning_memplan.memory.allocator import Replay, replay
+from lightning_memplan.memory.allocator_settings import AllocatorSettings
+from lightning_memplan.memory.events import EMPTY
+from lightning_memplan.memory.formula import Formula
+from lightning_memplan.memory.program import Polynomial, Program
 from lightning_memplan.settings import StepSettings
-from lightning_memplan.types import EMPTY
 
 from .loop import PRIME, Loop, trace_loop
 
@@ -123,16 +124,14 @@ def network_of(row: Row) -> nn.Module:
     return network.to(memory_format=torch.channels_last) if row.layout == "nhwc" else network
 
 
-def trace_row(row: Row) -> ScaledProgram:
+def trace_row(row: Row) -> Program:
     network = network_of(row)
     recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
     sizes = (2, 3) if recurrent else (PRIME,)  # a recurrent network's workspace has a part that does not grow
     return trace_loop(network, timm_loop(row.layout, row.image_size), sizes=sizes, steps=3)
 
 
-def whole_run(
-    program: ScaledProgram, size: int, capacity: int, choice: Choice = "expected", steps: int = STEPS
-) -> Replay:
+def whole_run(program: Program, size: int, capacity: int, choice: Choice = "expected", steps: int = STEPS) -> Replay:
     """The replay of a run of the benchmark: of three steps, and of all where the allocator had to give back its cache,
     since then each step finds another one than the step before."""
     found = benchmarked(program, size, capacity, choice)
@@ -141,7 +140,7 @@ def whole_run(
     return benchmarked(program.settled(steps - 3), size, capacity, choice)
 
 
-def benchmarked(program: ScaledProgram, size: int, capacity: int, choice: Choice = "expected") -> Replay:
+def benchmarked(program: Program, size: int, capacity: int, choice: Choice = "expected") -> Replay:
     """The replay with what torch 1.12 does under ``cudnn.benchmark=True`` (aten/src/ATen/native/cudnn/Conv_v7.cpp).
 
     When a convolution is met for the first time, all its algorithms are tried and the allocator's cache is given back
@@ -206,7 +205,7 @@ def judge(task: tuple[Row, str, int, Choice, int, Path | None]) -> Verdict:
     return Verdict(row, (peaks[0], peaks[1]), (fits[0], fits[1]))
 
 
-def _cached(row: Row, cache: Path | None) -> ScaledProgram:
+def _cached(row: Row, cache: Path | None) -> Program:
     if cache is None:
         return trace_row(row)
     path = cache / f"{row.layout}-{row.model}-{row.image_size}.pickle"
@@ -215,7 +214,7 @@ def _cached(row: Row, cache: Path | None) -> ScaledProgram:
         cache.mkdir(parents=True, exist_ok=True)
         path.write_bytes(pickle.dumps(program))
     program = pickle.loads(path.read_bytes())
-    assert isinstance(program, ScaledProgram)
+    assert isinstance(program, Program)
     return program
 
 

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from lightning_memplan.types import Event
+from lightning_memplan.memory.events import Event
 
 if TYPE_CHECKING:
-    from lightning_memplan._allocator import AllocatorSettings, Move
+    from lightning_memplan.memory.allocator import Move
+    from lightning_memplan.memory.allocator_settings import AllocatorSettings
 
 
 _BASE = 0x7F00_0000_0000  # where a real process's addresses lie: the viewer's numbers are exact up to 2**53
@@ -36,7 +37,8 @@ def make_snapshot(
 
     Where the replay ran out of memory under its ``capacity`` (bytes) the last entry says so, as on a real card.
 
-    >>> from lightning_memplan._allocator import AllocatorSettings, Move
+    >>> from lightning_memplan.memory.allocator import Move
+    >>> from lightning_memplan.memory.allocator_settings import AllocatorSettings
     >>> event = Event(0, 600, "setup", category="parameters", path="layer.weight", op="")
     >>> journal = [Move("segment_alloc", 0, 2**21), Move("alloc", 0, 1024)]
     >>> found = make_snapshot([event], [(0, 600, 0)], journal, AllocatorSettings())

@@ -1,9 +1,4 @@
-"""Traces at a few batch sizes, made into one program for any batch size.
-
-Every trace of a step has the same events in the same order; only sizes differ. The size of an event is a polynomial of
-the batch size (a feature map grows with it, a weight does not, a table of similarities grows with its square), so two
-or three traces determine it exactly, and the last one checks it.
-"""
+"""Join traces of a few batch sizes into one program of any batch size."""
 
 from __future__ import annotations
 
@@ -16,7 +11,7 @@ from math import lcm
 from lightning_memplan._kernels import kernel_bytes
 from lightning_memplan._workspaces import Choice
 from lightning_memplan.errors import TraceError
-from lightning_memplan.types import EMPTY, FREE, Event, Trace
+from lightning_memplan.memory.events import EMPTY, FREE, Event, Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +72,7 @@ def _evaluate(coefficients: Sequence[Fraction], x: int) -> Fraction:
 
 
 @dataclass(frozen=True, slots=True)
-class ScaledProgram:
+class Program:
     """The events of a run at any batch size.
 
     ``events`` are those of the first trace, for their labels; ``sizes`` has, for every event, the place of its size in
@@ -144,7 +139,7 @@ class ScaledProgram:
         starts = [i for i, e in enumerate(self.events) if i == 0 or e.step != self.events[i - 1].step]
         return (*starts, len(self.events))
 
-    def settled(self, times: int = 3) -> ScaledProgram:
+    def settled(self, times: int = 3) -> Program:
         """With the last optimizer step ``times`` more times, if it is like the one before it; else the same program.
 
         Where steps take turns, it is with the last of their cycles.
@@ -192,7 +187,7 @@ class ScaledProgram:
         return (*(i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]), len(keys))
 
 
-def scale(traces: Sequence[Trace]) -> ScaledProgram:
+def scale(traces: Sequence[Trace]) -> Program:
     """One program out of traces of the same step at different batch sizes.
 
     Raises:
@@ -223,10 +218,10 @@ def scale(traces: Sequence[Trace]) -> ScaledProgram:
                 table.append(Polynomial.through(points, [e.size for e in events]))
             place = entries[key] = len(table) + 1
         sizes.append(place)
-    return ScaledProgram(columns[0], tuple(sizes), tuple(table), points, traces[0].parts, traces[0].period)
+    return Program(columns[0], tuple(sizes), tuple(table), points, traces[0].parts, traces[0].period)
 
 
-def interleaved(training: ScaledProgram, batch_size: int, validation: ScaledProgram) -> ScaledProgram:
+def interleaved(training: Program, batch_size: int, validation: Program) -> Program:
     """Training at one batch size with validation in between, as a program of validation's batch size.
 
     Validation is the last step of its program. It comes before the first step of training, as Lightning's sanity check
@@ -264,7 +259,7 @@ def interleaved(training: ScaledProgram, batch_size: int, validation: ScaledProg
     rest = [(e, k) for e, k in sized[last:] if not (e.is_free and e.block in old)]
     parts = (*sized[:begun], *run(0), *sized[begun:last], *zeroed, *run(1), *rest)
     events, sizes = tuple(e for e, _ in parts), tuple(k for _, k in parts)
-    return ScaledProgram(events, sizes, tuple(table), validation.batch_sizes, training.parts, training.period)
+    return Program(events, sizes, tuple(table), validation.batch_sizes, training.parts, training.period)
 
 
 def _gradients(events: Sequence[Event]) -> set[int]:

@@ -1,4 +1,4 @@
-"""The largest batch size that fits, found by asking a prediction, never by trying."""
+"""Find the largest batch size that fits by asking a prediction, never by trying."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Found:
     tried: int
 
 
-class Word(NamedTuple):
+class RankResult(NamedTuple):
     """What one rank says to the others: the batch size that it found for its card, or the ``reason`` why none."""
 
     card: str = ""
@@ -33,10 +33,10 @@ class Word(NamedTuple):
     reason: str = ""
 
 
-def agreed(words: Sequence[Word]) -> int:
+def agreed(words: Sequence[RankResult]) -> int:
     """The rank that decides for all, by the smallest batch size: the first of them where several have it.
 
-    >>> agreed([Word("RTX 3090", 96), Word("RTX 4080", 61), Word("RTX 4080", 61)])
+    >>> agreed([RankResult("RTX 3090", 96), RankResult("RTX 4080", 61), RankResult("RTX 4080", 61)])
     1
 
     Raises:

@@ -1,13 +1,11 @@
-"""Steps that take turns (a GAN whose generator trains in each fifth batch, gradients that are added up by hand): how
-many must be recorded until all that they do was seen, with the optimizers' state there.
-"""
+"""Detect steps that take turns (a GAN's generator in every fifth batch), and how many to record."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
-from lightning_memplan.types import Event
+from lightning_memplan.memory.events import Event
 
 MOST = 18  #: steps that are recorded at most: cycles of up to eight are seen whole
 

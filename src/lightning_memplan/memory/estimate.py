@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-from lightning_memplan._allocator import AllocatorSettings, Move, Replay, replay
-from lightning_memplan._history import structure_hash
-from lightning_memplan._planner import Found, largest_dividing, largest_fitting
-from lightning_memplan._scaling import ScaledProgram
-from lightning_memplan._snapshot import make_snapshot
 from lightning_memplan._workspaces import Choice
-from lightning_memplan.types import Event, Layer, Peaks, Range
+from lightning_memplan.memory.allocator import Move, Replay, replay
+from lightning_memplan.memory.allocator_settings import AllocatorSettings
+from lightning_memplan.memory.events import Event
+from lightning_memplan.memory.program import Program
+from lightning_memplan.memory.search import Found, largest_dividing, largest_fitting
+from lightning_memplan.memory.snapshot import make_snapshot
+from lightning_memplan.types import Layer, Peaks, Range
 
 if TYPE_CHECKING:
-    from lightning_memplan._formula import Formula
+    from lightning_memplan.memory.formula import Formula
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -50,11 +53,11 @@ class Estimate:
 
     method: Literal["trace", "formula", "probe"]
     formula: Formula
-    program: ScaledProgram | None = None
+    program: Program | None = None
     settings: AllocatorSettings = field(default_factory=AllocatorSettings)
     notes: tuple[str, ...] = ()
     others: tuple[Estimate, ...] = ()
-    least: ScaledProgram | None = None  #: the lower end of the step, where ``torch.compile`` compiles it
+    least: Program | None = None  #: the lower end of the step, where ``torch.compile`` compiles it
     turns: bool = False  #: whether the step loops over its samples, so that its segments are known by a range
     #: what was traced at a single batch size, where the step does something else than at those of the program
     exact: Mapping[int, Estimate] = field(default_factory=dict)
@@ -119,7 +122,7 @@ class Estimate:
         has measured it, so its three are one, and so are those of a step without convolutions.
 
         Where ``torch.compile`` compiles, ``peak`` is the upper end of what it can make of the step, and the low end is
-        what cannot be fused away (see ``_compiled``). Where the step loops over its samples (see ``_turns``), the low
+        what cannot be fused away. Where the step loops over its samples (see ``loops``), the low
         end is what is allocated.
 
         >>> import torch, lightning_memplan as mp
@@ -209,7 +212,7 @@ class Estimate:
         return self._program().turns()
 
     @cached_property
-    def _settled(self) -> ScaledProgram:
+    def _settled(self) -> Program:
         return self._program().settled()
 
     @cached_property
@@ -344,7 +347,7 @@ class Estimate:
     ) -> Replay:
         """The allocator's replay at that batch size (see ``_allocator.replay``); ``peaks`` are by step and phase.
 
-        It goes on beyond the recorded steps, until these leave what they find (``ScaledProgram.settled``).
+        It goes on beyond the recorded steps, until these leave what they find (``Program.settled``).
         """
         if self._beyond(batch_size):
             raise ValueError(
@@ -357,7 +360,7 @@ class Estimate:
             self._replays[key] = replay(entries, capacity, self.settings, limit, self._stretches[1:-1])
         return self._replays[key]
 
-    def _program(self) -> ScaledProgram:
+    def _program(self) -> Program:
         if self.program is None:
             raise ValueError("the formula has no events to replay: ask for method='trace'")
         return self.program
@@ -410,3 +413,13 @@ def _largest_first(parts: Mapping[str, int]) -> dict[str, int]:
 def _check_batch_size(batch_size: object) -> None:
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"a batch size is an int of at least 1, not {batch_size!r}")
+
+
+def structure_hash(parts: Iterable[object]) -> str:
+    """Twelve hexadecimal digits that stand for a module's structure and a step's settings, wherever in memory they are.
+
+    >>> structure_hash(["Linear", (3, 4)]) == structure_hash(["Linear", (3, 4)]) != structure_hash(["Linear", (4, 3)])
+    True
+    """
+    text = "\n".join(re.sub(r" at 0x[0-9a-f]+", "", repr(part)) for part in parts)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,13 +1,4 @@
-"""Steps that loop over their samples: they have more events the more samples there are, as many for each.
-
-What traces of a few batch sizes have in common stays as it is. The rest lies between two events that all have, and is
-taken together there: blocks that are made between the same two and freed between the same two are one block of all
-their bytes, and blocks that come and go between the same two are one of what they take at most. So traces have the same
-events again, and allocated bytes are as before.
-
-How their blocks share segments with others is lost: they are on a stream of their own, so that they share none, which
-takes more than they do.
-"""
+"""Handle steps that loop over their samples, whose event count grows linearly with the batch size."""
 
 from __future__ import annotations
 
@@ -19,9 +10,9 @@ from fractions import Fraction
 from itertools import chain, groupby, pairwise
 from typing import NamedTuple
 
-from lightning_memplan._scaling import ScaledProgram, scale
 from lightning_memplan.errors import TraceError
-from lightning_memplan.types import FREE, Event, Trace
+from lightning_memplan.memory.events import FREE, Event, Trace
+from lightning_memplan.memory.program import Program, scale
 
 TURNS = "the step loops over its samples: what it does for each is planned for as if it shared no segment with the rest"
 
@@ -30,7 +21,7 @@ TURNS = "the step loops over its samples: what it does for each is planned for a
 APART = 2**16
 
 
-def scaled(traces: Sequence[Trace]) -> tuple[ScaledProgram, tuple[str, ...]]:
+def scaled(traces: Sequence[Trace]) -> tuple[Program, tuple[str, ...]]:
     """``scale``, of a step that loops over its samples as well; and what there is to say of it.
 
     Raises:
@@ -41,7 +32,7 @@ def scaled(traces: Sequence[Trace]) -> tuple[ScaledProgram, tuple[str, ...]]:
     except TraceError:
         if not loops(traces):
             raise
-    return scale(together(traces)), (TURNS,)
+    return scale(merge_loops(traces)), (TURNS,)
 
 
 def loops(traces: Sequence[Trace]) -> bool:
@@ -55,7 +46,7 @@ def loops(traces: Sequence[Trace]) -> bool:
     return len(slopes) == 1 and min(slopes) > 0
 
 
-def together(traces: Sequence[Trace]) -> list[Trace]:
+def merge_loops(traces: Sequence[Trace]) -> list[Trace]:
     """Traces of a step that loops over its samples, with the same events.
 
     A turn takes 8 bytes for its result and 512 beside it; all results are freed at the end. Results are taken together,
@@ -65,7 +56,7 @@ def together(traces: Sequence[Trace]) -> list[Trace]:
     ...     turns = ((Event(2 * n, 8), Event(2 * n + 1, 512, op="mm"), Event(2 * n + 1, -1)) for n in range(samples))
     ...     frees = (Event(2 * n, -1) for n in range(samples))
     ...     return Trace(samples, (*(event for turn in turns for event in turn), *frees))
-    >>> for trace in together([step(1), step(2), step(3)]):
+    >>> for trace in merge_loops([step(1), step(2), step(3)]):
     ...     print([event.size for event in trace.events])
     [512, 512, -1, -1]
     [1024, 512, -1, -1]

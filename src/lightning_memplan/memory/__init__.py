@@ -1,0 +1,1 @@
+"""Events → program → allocator → estimate: pure arithmetic on numbers, without torch."""
