@@ -19,18 +19,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_memplan._cuda_rules import (
-    KERNELS,
-    LONGEST,
-    ORDER,
-    SHAPES,
-    WIDTHS,
-    cuda_semantics,
-    temporaries,
-    workspaces,
-)
-from lightning_memplan._record import DEVICE, Recorder, Rules
+from lightning_memplan._record import DEVICE, Recorder
 from lightning_memplan._strategy import ranks_of
+from lightning_memplan.cuda.decompositions import KERNELS
+from lightning_memplan.cuda.dispatch import cuda_semantics
+from lightning_memplan.cuda.indexing import LONGEST
+from lightning_memplan.cuda.rule_set import Rules
+from lightning_memplan.cuda.rules import ORDER, WIDTHS, temporaries, workspaces
+from lightning_memplan.cuda.shapes import SHAPES
 from lightning_memplan.memory.allocator import replay
 from lightning_memplan.memory.events import Trace, labelled
 from lightning_memplan.memory.program import scale

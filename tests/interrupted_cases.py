@@ -222,7 +222,7 @@ HOOKS = [name.strip() for name in HOOKS.replace("\n", "|").split("|") if name.st
 #: where planning itself is stopped: as a function is called for the n-th time, in the module that calls it
 INSIDE: dict[str, tuple[str, str, int]] = {
     "the history is read": ("callback", "history", 1),
-    "kernels are registered": ("_cuda_rules", "torch.library.Library.impl", 40),
+    "kernels are registered": ("cuda.rules", "torch.library.Library.impl", 40),
     "the host's kernel is registered": ("_step", "torch.library.Library.impl", 1),
     "an operator is recorded": ("_record", "Recorder._see", 60),
     "an operator of a second recording": ("_record", "Recorder._see", 200),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_memplan._cudnn import FORWARD, MOVED
+from lightning_memplan.cuda.cudnn_process import FORWARD, MOVED
 from lightning_memplan.memory.allocator import replay
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
 from lightning_memplan.memory.events import Event, Trace

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_memplan import _autocast, _cuda_rules, _recurrent
-from lightning_memplan._cuda_rules import foreach_by_default
+from lightning_memplan.cuda import autocast, decompositions, dispatch, recurrent, rules
+from lightning_memplan.cuda.dispatch import foreach_by_default
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = Path(torch.__file__).parent / "include/ATen/autocast_mode.h"
@@ -39,10 +39,10 @@ def _macro(name: str) -> set[str]:
 @pytest.mark.parametrize(
     ("macro", "ours"),
     [
-        ("AT_FORALL_LOWER_PRECISION_FP", _autocast.LOWER_PRECISION),
-        ("AT_FORALL_FP32", _autocast.FP32),
-        ("AT_FORALL_FP32_SET_OPT_DTYPE", _autocast.FP32_SET_OPT_DTYPE),
-        ("AT_FORALL_PROMOTE", _autocast.PROMOTE),
+        ("AT_FORALL_LOWER_PRECISION_FP", autocast.LOWER_PRECISION),
+        ("AT_FORALL_FP32", autocast.FP32),
+        ("AT_FORALL_FP32_SET_OPT_DTYPE", autocast.FP32_SET_OPT_DTYPE),
+        ("AT_FORALL_PROMOTE", autocast.PROMOTE),
     ],
 )
 def test_autocasts_lists_are_torchs_own(macro, ours):
@@ -52,7 +52,7 @@ def test_autocasts_lists_are_torchs_own(macro, ours):
 
 
 def test_every_operator_of_a_rule_is_one_of_torchs():
-    for table in (_cuda_rules.temporaries(), _cuda_rules.WIDTHS, _cuda_rules.ORDER, _cuda_rules.KERNELS):
+    for table in (rules.temporaries(), rules.WIDTHS, rules.ORDER, decompositions.KERNELS):
         assert all(isinstance(op, torch._ops.OpOverload) for op in table)
 
 
@@ -66,7 +66,7 @@ def test_every_operator_of_a_rule_is_one_of_torchs():
     ],
 )
 def test_what_recurrent_networks_take_for_themselves(mode, layers, steps, element, both, reserve, workspace):
-    rnn = _recurrent.RNN(mode, 256, 0, layers, True, 0.0, True, both)
+    rnn = recurrent.RNN(mode, 256, 0, layers, True, 0.0, True, both)
     assert rnn.reserve(32 * steps, element) == reserve
     if mode:  # an allowance only, and for a plain network less than was seen
         assert rnn.workspace(32 * steps, 128, element) == pytest.approx(workspace, rel=0.05)
@@ -75,7 +75,7 @@ def test_what_recurrent_networks_take_for_themselves(mode, layers, steps, elemen
 def test_the_cpus_kernels_are_back_after_a_trace():
     x = torch.randn(3, 4)
     before = torch.nn.functional.rms_norm(x, (4,))
-    with _cuda_rules.cuda_semantics():
+    with dispatch.cuda_semantics():
         pass
     torch.testing.assert_close(torch.nn.functional.rms_norm(x, (4,)), before)
 

@@ -11,25 +11,26 @@ import torch
 from torch import nn
 
 import lightning_memplan as mp
-from lightning_memplan import _cudnn
-from lightning_memplan._cudnn import FILTER, FORWARD, INPUT, LAST, MOVED, Question, workspace
+from lightning_memplan.cuda import cudnn, cudnn_process
+from lightning_memplan.cuda.cudnn import workspace
+from lightning_memplan.cuda.cudnn_process import FILTER, FORWARD, INPUT, LAST, MOVED, Question
 from tests.accuracy import convolutions
 
 MIB = 2**20
 OF_RESNET = Question(86, FORWARD, 2, 0, MOVED, 256, 64, 64, 1, (56, 56), (56, 56), (3, 3), (1, 1), (1, 1), (1, 1))
 FIRST = Question(86, FORWARD, 2, 0, MOVED, 256, 3, 64, 1, (224, 224), (112, 112), (7, 7), (2, 2), (3, 3), (1, 1))
 
-installed = pytest.mark.skipif(not _cudnn._installed(), reason="this torch comes without cuDNN")
+installed = pytest.mark.skipif(not cudnn._installed(), reason="this torch comes without cuDNN")
 
 
 @pytest.fixture
 def own_process(monkeypatch):
     """None is running, and none is left behind."""
-    monkeypatch.setattr(_cudnn, "_processes", {})
-    monkeypatch.setattr(_cudnn, "_answers", {})
-    monkeypatch.setattr(_cudnn, "_broken", set())
+    monkeypatch.setattr(cudnn, "_processes", {})
+    monkeypatch.setattr(cudnn, "_answers", {})
+    monkeypatch.setattr(cudnn, "_broken", set())
     yield
-    _cudnn._close()
+    cudnn._close()
 
 
 @installed
@@ -74,11 +75,11 @@ def test_of_a_card_its_compute_capability_counts(monkeypatch):
         OF_RESNET._replace(part=part, n=n, kind=kind) for part in range(3) for n in (8, 100) for kind in (0, 2)
     ]
 
-    as_it_is = _cudnn._described
+    as_it_is = cudnn_process._described
 
     def said(capability, **other):
-        monkeypatch.setattr(_cudnn, "_described", lambda capability: as_it_is(capability) | other)
-        asked = _cudnn.Cudnn(_cudnn._installed())
+        monkeypatch.setattr(cudnn_process, "_described", lambda capability: as_it_is(capability) | other)
+        asked = cudnn_process.Cudnn(cudnn._installed())
         return [asked.workspace(q._replace(capability=capability)) for q in questions]
 
     assert said(86) == said(86, multiProcessorCount=28, maxThreadsPerSM=2048, l2CacheSize=2**26, totalGlobalMem=2**33)
@@ -109,29 +110,31 @@ def test_a_plan_leaves_room_for_what_it_says(monkeypatch):
 @installed
 def test_its_process_is_started_anew_where_it_has_ended(own_process):
     before = workspace(OF_RESNET)
-    (process,) = _cudnn._processes.values()
+    (process,) = cudnn._processes.values()
     process.kill()
     process.wait()
     assert workspace(OF_RESNET._replace(n=255)) < before
-    (another,) = _cudnn._processes.values()
+    (another,) = cudnn._processes.values()
     assert another.pid != process.pid
 
 
 @installed
 def test_its_process_is_started_when_a_convolution_is_traced(own_process):
     mp.estimate(nn.Linear(8, 8), torch.zeros(4, 8), method="trace")
-    assert not _cudnn._processes
+    assert not cudnn._processes
     mp.estimate(nn.Conv2d(3, 8, 3), torch.zeros(4, 3, 16, 16), method="trace")
-    (process,) = _cudnn._processes.values()
+    (process,) = cudnn._processes.values()
     assert process.poll() is None
 
 
 @installed
 def test_its_process_ends_with_who_asks_and_when_nobody_does():
-    command = [sys.executable, "-I", "-S", _cudnn.__file__, _cudnn._installed()]
+    command = [sys.executable, "-I", "-S", cudnn_process.__file__, cudnn._installed()]
     assert subprocess.run(command, stdin=subprocess.DEVNULL, timeout=60, capture_output=True).returncode == 0
-    idle = f"import runpy; m = runpy.run_path({_cudnn.__file__!r}); m['main'].__globals__['_IDLE'] = 0.1; m['main']"
-    command = [sys.executable, "-c", f"{idle}({_cudnn._installed()!r})"]
+    idle = (
+        f"import runpy; m = runpy.run_path({cudnn_process.__file__!r}); m['main'].__globals__['_IDLE'] = 0.1; m['main']"
+    )
+    command = [sys.executable, "-c", f"{idle}({cudnn._installed()!r})"]
     asker, _ = os.pipe()  # stays open
     assert subprocess.run(command, stdin=asker, timeout=60, capture_output=True).returncode == 0
 
@@ -141,17 +144,17 @@ def test_without_a_library_there_is_no_answer(own_process, monkeypatch, library)
     monkeypatch.setenv("MEMPLAN_CUDNN", library)
     with pytest.warns(UserWarning, match=f"^MEMPLAN_CUDNN is '{library}', which is no .* by rule$"):
         assert workspace(OF_RESNET) is None
-    assert _cudnn._broken == {library}  # and it is not tried again
-    monkeypatch.setattr(_cudnn, "_started", None)
+    assert cudnn._broken == {library}  # and it is not tried again
+    monkeypatch.setattr(cudnn, "_started", None)
     assert workspace(FIRST) is None
 
 
 def test_one_that_does_not_answer_is_not_waited_for(own_process, monkeypatch):
     monkeypatch.setenv("MEMPLAN_CUDNN", "/some/libcudnn.so.9")
-    monkeypatch.setattr(_cudnn, "_PATIENCE", 0.1)
+    monkeypatch.setattr(cudnn, "_PATIENCE", 0.1)
     silent = [sys.executable, "-c", "import time; time.sleep(60)"]
     monkeypatch.setattr(
-        _cudnn, "_started", lambda _: subprocess.Popen(silent, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        cudnn, "_started", lambda _: subprocess.Popen(silent, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     )
     with pytest.warns(UserWarning, match="they are taken by rule"):
         assert workspace(OF_RESNET) is None
@@ -159,5 +162,5 @@ def test_one_that_does_not_answer_is_not_waited_for(own_process, monkeypatch):
 
 def test_none_is_asked_where_plans_are_to_be_the_same_everywhere(own_process, monkeypatch):
     monkeypatch.setenv("MEMPLAN_CUDNN", "off")
-    monkeypatch.setattr(_cudnn, "_started", None)
+    monkeypatch.setattr(cudnn, "_started", None)
     assert workspace(OF_RESNET) is None

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_memplan._kernels import KERNELS, kernel_bytes, reduction
+from lightning_memplan.cuda.kernel_sizes import KERNELS, kernel_bytes, reduction
 
 RTX3090 = (82, 1536)
 

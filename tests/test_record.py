@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
-from lightning_memplan._cuda_rules import LONGEST, SHAPES
-from lightning_memplan._record import DEVICE, Recorder, Rules, module_paths
+from lightning_memplan._record import DEVICE, Recorder, module_paths
+from lightning_memplan.cuda.indexing import LONGEST
+from lightning_memplan.cuda.rule_set import Rules
+from lightning_memplan.cuda.shapes import SHAPES
 from lightning_memplan.memory.events import EMPTY, FREE, Event, labelled
 
 aten = torch.ops.aten

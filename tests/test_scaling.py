@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_memplan._kernels import kernel_bytes
+from lightning_memplan.cuda.kernel_sizes import kernel_bytes
 from lightning_memplan.errors import TraceError
 from lightning_memplan.memory.events import FREE, Event, Trace
 from lightning_memplan.memory.program import Polynomial, extended, interleaved, scale

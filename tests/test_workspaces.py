@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lightning_memplan as mp
-from lightning_memplan import _workspaces
-from lightning_memplan._cudnn import FILTER, FORWARD, INPUT, LAST, MOVED, PLAIN, Question
-from lightning_memplan._workspaces import convolution, padded, taken, transposed, winograd
+from lightning_memplan.cuda import workspaces
+from lightning_memplan.cuda.cudnn_process import FILTER, FORWARD, INPUT, LAST, MOVED, PLAIN, Question
+from lightning_memplan.cuda.workspaces import convolution, padded, taken, transposed, winograd
 
 GiB = 2**30
 
@@ -148,7 +148,7 @@ SQUARE = (56, 56, 56, 56, 3, 3, 1, 1, 1, 1, 1, 1)  # a filter of 3², padded
 def asked(monkeypatch):
     """The questions that cuDNN was asked; it says 1,000 bytes of each."""
     questions = []
-    monkeypatch.setattr(_workspaces, "workspace", lambda question: questions.append(question) or 1000)
+    monkeypatch.setattr(workspaces, "workspace", lambda question: questions.append(question) or 1000)
     return questions
 
 

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
@@ -22,37 +22,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_memplan._kernels import kernel_bytes
 from lightning_memplan._sequence import EngineSequence
-from lightning_memplan._sparse import is_sparse, parts
+from lightning_memplan.cuda.kernel_sizes import kernel_bytes
+from lightning_memplan.cuda.rule_set import Rules
+from lightning_memplan.cuda.sparse import is_sparse, parts
 from lightning_memplan.memory.events import EMPTY, Category, Event, Phase
 
 DEVICE = torch.device("cpu", 0)  #: where traced tensors lie: the stand-in for the GPU
-
-
-class Rules(NamedTuple):
-    """What the GPU's kernels allocate that a fake tensor's do not show. Each is keyed by the operator."""
-
-    #: bytes that the kernel allocates beside its outputs, and frees when it returns: after them, or where a slice
-    #: stands for some of them; a list is a scope of its own
-    temporaries: Mapping[Any, Callable[[Sequence[Any], Mapping[str, Any], Any], Sequence[Any]]] = {}
-    #: name and bytes of a workspace that the first call in a thread allocates, and that stays
-    workspaces: Mapping[Any, tuple[str, int]] = {}
-    #: output -> bytes of one of its elements, where that differs from the fake tensor's
-    widths: Mapping[Any, Mapping[int, int]] = {}
-    #: the order in which the outputs are allocated, where it is not theirs
-    order: Mapping[Any, Sequence[int]] = {}
-    #: what a kernel does, told by other operators: what these allocate is what it allocates; NotImplemented where the
-    #: fake kernel tells
-    kernels: Mapping[Any, Callable[..., Any]] = {}
-    #: the same where an argument is a sparse tensor
-    sparse: Mapping[Any, Callable[..., Any]] = {}
-    #: the same, for operators whose result is as long as values say: at its longest, or NotImplemented where it is not
-    longest: Mapping[Any, Callable[..., Any]] = {}
-    #: outputs as ``(like, dtype)``: of a tensor's shape and strides, or of a size; None for an output that is not
-    #: asked for, and for all where the fake kernel must say. A fake kernel may be many operators, and is asked anew for
-    #: every shape
-    shapes: Mapping[Any, Callable[..., Sequence[tuple[torch.Tensor | torch.Size, torch.dtype] | None] | None]] = {}
 
 
 _FAKE = torch._C._TorchDispatchModeKey.FAKE

@@ -20,28 +20,23 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lightning_memplan._compiled import Graphs, as_graphs, as_written, compiled_parts
-from lightning_memplan._cuda_rules import (
-    KERNELS,
-    ORDER,
-    SHAPES,
-    WIDTHS,
-    cuda_semantics,
-    foreach_by_default,
-    longest,
-    temporaries,
-    workspaces,
-)
 from lightning_memplan._deepspeed import rests_on
 from lightning_memplan._formula import make_formula, record_layers, sample_bytes, tensors_of
 from lightning_memplan._lightning import is_overridden, isolated_random_state, random_states
 from lightning_memplan._order import TRUE_DTYPE, MakeOptimizer, StepRunner, accumulated
-from lightning_memplan._record import DEVICE, Recorder, Rules, fake_mode, has_values, module_paths, tell
-from lightning_memplan._recurrent import flatten_weights
+from lightning_memplan._record import DEVICE, Recorder, fake_mode, has_values, module_paths, tell
 from lightning_memplan._shards import noted_units, waiting
 from lightning_memplan._silent_cuda import silent_cuda
-from lightning_memplan._sparse import SPARSE
 from lightning_memplan._strategy import ranks_of, unparallelized, wrapped
 from lightning_memplan._twin import metric_states, twin_of
+from lightning_memplan.cuda.decompositions import KERNELS
+from lightning_memplan.cuda.dispatch import cuda_semantics, foreach_by_default
+from lightning_memplan.cuda.indexing import longest
+from lightning_memplan.cuda.recurrent import flatten_weights
+from lightning_memplan.cuda.rule_set import Rules
+from lightning_memplan.cuda.rules import ORDER, WIDTHS, temporaries, workspaces
+from lightning_memplan.cuda.shapes import SHAPES
+from lightning_memplan.cuda.sparse import SPARSE
 from lightning_memplan.errors import TraceError, explain
 from lightning_memplan.memory.events import Event, Trace, labelled
 from lightning_memplan.memory.formula import Formula

@@ -20,7 +20,7 @@ from lightning_memplan._formula import sample_bytes
 from lightning_memplan._order import PARTS, MakeOptimizer
 from lightning_memplan._sample import SAMPLE_SIZE, Samples, Which, read_samples
 from lightning_memplan._step import prepared, trace_steps
-from lightning_memplan._workspaces import Choice
+from lightning_memplan.cuda.workspaces import Choice
 from lightning_memplan.errors import MemplanError, TraceError
 from lightning_memplan.memory.estimate import Estimate, largest_on_card
 from lightning_memplan.memory.events import Trace

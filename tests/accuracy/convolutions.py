@@ -22,8 +22,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_memplan._cudnn import FILTER, FORWARD, INPUT, LAST, MOVED, PLAIN, Question
-from lightning_memplan._workspaces import allowance, is_pointwise, taken
+from lightning_memplan.cuda.cudnn_process import FILTER, FORWARD, INPUT, LAST, MOVED, PLAIN, Question
+from lightning_memplan.cuda.workspaces import allowance, is_pointwise, taken
 
 
 class Shape(NamedTuple):

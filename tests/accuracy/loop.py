@@ -14,10 +14,15 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_memplan import _autocast
-from lightning_memplan._cuda_rules import KERNELS, LONGEST, ORDER, SHAPES, WIDTHS, cuda_semantics, temporaries
-from lightning_memplan._record import Recorder, Rules, module_paths
+from lightning_memplan._record import Recorder, module_paths
 from lightning_memplan._step import _no_collection, _setup_order, detached_copy
+from lightning_memplan.cuda import autocast
+from lightning_memplan.cuda.decompositions import KERNELS
+from lightning_memplan.cuda.dispatch import cuda_semantics
+from lightning_memplan.cuda.indexing import LONGEST
+from lightning_memplan.cuda.rule_set import Rules
+from lightning_memplan.cuda.rules import ORDER, WIDTHS, temporaries
+from lightning_memplan.cuda.shapes import SHAPES
 from lightning_memplan.memory.events import EMPTY, FREE, Trace, labelled
 from lightning_memplan.memory.program import Polynomial, Program, scale
 
@@ -98,13 +103,13 @@ def _old_torch(old: bool) -> Iterator[None]:
     if not old:
         yield
         return
-    lists, adds = _autocast.FP32, Recorder._adds_in_place
-    _autocast.FP32 = [name for name in lists if "upsample" not in name]
+    lists, adds = autocast.FP32, Recorder._adds_in_place
+    autocast.FP32 = [name for name in lists if "upsample" not in name]
     Recorder._adds_in_place = lambda self, args: False  # type: ignore[method-assign]
     try:
         yield
     finally:
-        _autocast.FP32, Recorder._adds_in_place = lists, adds  # type: ignore[method-assign]
+        autocast.FP32, Recorder._adds_in_place = lists, adds  # type: ignore[method-assign]
 
 
 def _record(

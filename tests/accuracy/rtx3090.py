@@ -26,7 +26,7 @@ from torch import nn
 
 from lightning_memplan._record import DEVICE
 from lightning_memplan._step import run_formula
-from lightning_memplan._workspaces import Choice
+from lightning_memplan.cuda.workspaces import Choice
 from lightning_memplan.memory.allocator import Replay, replay
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
 from lightning_memplan.memory.events import EMPTY

@@ -12,7 +12,7 @@ from functools import cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-from lightning_memplan._workspaces import Choice
+from lightning_memplan.cuda.workspaces import Choice
 from lightning_memplan.memory.allocator import Move, Replay, replay
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
 from lightning_memplan.memory.events import Event
@@ -118,7 +118,7 @@ class Estimate:
         """``peak`` with nothing, the expected and the most that cuDNN's convolutions take for themselves.
 
         ``peak`` is the low end, which is known to the byte. How much is added cuDNN decides on the card (see
-        ``_workspaces``): more where it tries out algorithms (``cudnn.benchmark``), and never what is not there. A probe
+        ``workspaces``): more where it tries out algorithms (``cudnn.benchmark``), and never what is not there. A probe
         has measured it, so its three are one, and so are those of a step without convolutions.
 
         Where ``torch.compile`` compiles, ``peak`` is the upper end of what it can make of the step, and the low end is

@@ -73,7 +73,7 @@ class Event(NamedTuple):
     ``size`` is the bytes that were asked for, ``FREE`` where the block is freed, or ``EMPTY`` where all that is cached
     goes back to the card (``torch.cuda.empty_cache``; no block is meant). ``step`` is 0 before training, 1 in the first
     step. ``path`` is the module's dotted name and ``op`` the operator, where they are known. ``rule`` is a
-    kernel's name and arguments (see ``_kernels``) where the size is not a polynomial of the batch size.
+    kernel's name and arguments (see ``cuda.kernel_sizes``) where the size is not a polynomial of the batch size.
 
     >>> Event(block=7, size=2048, phase="forward", category="activations", path="layer1.0", op="aten.relu").is_free
     False

@@ -8,8 +8,8 @@ from fractions import Fraction
 from itertools import accumulate
 from math import lcm
 
-from lightning_memplan._kernels import kernel_bytes
-from lightning_memplan._workspaces import Choice
+from lightning_memplan.cuda.kernel_sizes import kernel_bytes
+from lightning_memplan.cuda.workspaces import Choice
 from lightning_memplan.errors import TraceError
 from lightning_memplan.memory.events import EMPTY, FREE, Event, Trace
 
@@ -94,7 +94,7 @@ class Program:
     def at(self, batch_size: int, workspaces: Choice = "low") -> list[tuple[int, int, int]]:
         """``(block, size, stream)`` of every event, as the allocator's replay takes them.
 
-        ``workspaces`` says how much convolutions take: see ``_workspaces``; the lowest is nothing.
+        ``workspaces`` says how much convolutions take: see ``cuda.workspaces``; the lowest is nothing.
         """
         values = (EMPTY, FREE, *self._values(batch_size, workspaces))
         return [(e.block, values[k], e.stream) for e, k in zip(self.events, self.sizes, strict=True)]

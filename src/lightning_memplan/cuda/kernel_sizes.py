@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from math import prod
 
-from lightning_memplan._workspaces import Choice, taken
+from lightning_memplan.cuda.workspaces import Choice, taken
 
 
 def _last_power_of_two(n: int) -> int:

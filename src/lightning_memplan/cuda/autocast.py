@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-aten = torch.ops.aten
-
+from lightning_memplan.cuda.rule_set import exists, operator
 
 LOWER_PRECISION = """
 _convolution.deprecated _convolution conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d.input
@@ -55,16 +54,6 @@ _SHARED = frozenset(
     conv_transpose3d.input addmm matmul mm linalg_vecdot linear addbmm baddbmm bmm
     scaled_dot_product_attention""".split()
 )
-
-
-def operator(name: str) -> Any:
-    packet, _, overload = name.partition(".")
-    return getattr(getattr(aten, packet), overload or "default")
-
-
-def exists(name: str) -> bool:
-    packet, _, overload = name.partition(".")
-    return hasattr(aten, packet) and hasattr(getattr(aten, packet), overload or "default")
 
 
 _CASTS: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}  # what autocast's cache holds of these kernels

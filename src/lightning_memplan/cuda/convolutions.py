@@ -1,7 +1,7 @@
 """Convolutions, pools and what else works on images: which layout CUDA wants, and what is copied into it.
 
 Kernels of images read tensors in one of two orders, channels first or last. What lies otherwise is copied beforehand,
-beside the outputs; a convolution takes a workspace as well (``_workspaces``). 1D convolutions are those of one row.
+beside the outputs; a convolution takes a workspace as well (``cuda.workspaces``). 1D convolutions are those of one row.
 """
 
 from __future__ import annotations
@@ -10,55 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._prims_common import suggest_memory_format
 
-from lightning_memplan._cudnn import FILTER, FORWARD, INPUT, KINDS, LAST, MOVED, PLAIN, get_ready
+from lightning_memplan.cuda.cudnn import KINDS, get_ready
+from lightning_memplan.cuda.cudnn_process import FILTER, FORWARD, INPUT, LAST, MOVED, PLAIN
+from lightning_memplan.cuda.layout import Made, Rule, copied, laid_out_as, nbytes, relaid, suggested
 
 aten = torch.ops.aten
-
-
-Rule = Callable[[Sequence[Any], Mapping[str, Any], Any], Sequence[Any]]
-
-
-Made = tuple[torch.Tensor | torch.Size, torch.dtype]
-
-
-def nbytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def is_dense(tensor: torch.Tensor) -> bool:
-    formats = [torch.contiguous_format]
-    formats += [torch.channels_last] if tensor.dim() == 4 else [torch.channels_last_3d] if tensor.dim() == 5 else []
-    return any(tensor.is_contiguous(memory_format=layout) for layout in formats)
-
-
-def relaid(tensor: torch.Tensor, layout: torch.memory_format) -> tuple[int, ...]:
-    """The copy that is made of a tensor which is not laid out so."""
-    return () if tensor.is_contiguous(memory_format=layout) else (nbytes(tensor),)
-
-
-def copied(*places: int) -> Rule:
-    """A kernel that reads these arguments only if they are contiguous, and copies them if not."""
-
-    def rule(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-        return tuple(nbytes(args[place]) for place in places if not is_dense(args[place]))
-
-    return rule
-
-
-def suggested(tensor: torch.Tensor) -> torch.memory_format:
-    plain = tensor.is_contiguous() and tensor.stride(1) != 1  # else it may be laid out either way
-    return torch.contiguous_format if plain else suggest_memory_format(tensor)
-
-
-def laid_out_as(sizes: Sequence[int], layout: torch.memory_format, dtype: torch.dtype) -> Made:
-    if layout is torch.contiguous_format:
-        return torch.Size(sizes), dtype
-    if len(sizes) == 3:  # a convolution's, of a weight whose channels come last
-        image = torch.empty((sizes[0], sizes[1], 1, sizes[2]), dtype=dtype, device="meta", memory_format=layout)
-        return image.squeeze(2), dtype
-    return torch.empty(sizes, dtype=dtype, device="meta", memory_format=layout), dtype
 
 
 def convolution_layout(*tensors: torch.Tensor) -> torch.memory_format:
@@ -203,7 +160,7 @@ def convolutions(capability: tuple[int, int], sums_of: Callable[[torch.Tensor], 
 
 
 def _with_workspaces(rule: Rule, capability: tuple[int, int]) -> Rule:
-    """A convolution's rule, and cuDNN's workspaces (see ``_workspaces``) one after the other: a call's one, or each
+    """A convolution's rule, and cuDNN's workspaces (see ``cuda.workspaces``) one after the other: a call's one, or each
     gradient's. They are none until a replay asks for more."""
 
     def both(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:

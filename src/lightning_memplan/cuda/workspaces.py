@@ -7,7 +7,7 @@ what the hungriest of the common ones takes. Where a workspace does not fit, tor
 (aten/src/ATen/native/cudnn/Conv_v7.cpp ``AlgoIterator::try_all``, Conv_v8.cpp ``try_plans``): a large one makes a run
 slow before it makes it fail.
 
-Where a cuDNN is installed, what the usual one takes is asked of it (``_cudnn``). What is not asked, or cannot be, was
+Where a cuDNN is installed, what the usual one takes is asked of it (``cudnn``). What is not asked, or cannot be, was
 read off 393 convolutions of 21 networks at three batch sizes in seven combinations of type and layout, on an H200 with
 cuDNN 9.19 (``python -m tests.accuracy.convolutions``; tests/accuracy/rows): copies of the operands, to the byte,
 wherever a kernel wants another layout, and partial sums of the filter's gradient.
@@ -18,7 +18,8 @@ from __future__ import annotations
 from math import prod
 from typing import Literal
 
-from lightning_memplan._cudnn import FILTER, FORWARD, INPUT, LAST, MOVED, PLAIN, Question, workspace
+from lightning_memplan.cuda.cudnn import workspace
+from lightning_memplan.cuda.cudnn_process import FILTER, FORWARD, INPUT, LAST, MOVED, PLAIN, Question
 from lightning_memplan.types import Range
 
 Choice = Literal["low", "expected", "high"]
@@ -159,7 +160,7 @@ def is_pointwise(q: Question) -> bool:
 
 
 def _asked(q: Question, transposed: int) -> int | None:
-    """None for what is not computed as cuDNN says without a card (see ``_cudnn``), and for torch's own kernels: those
+    """None for what is not computed as cuDNN says without a card (see ``cudnn``), and for torch's own kernels: those
     of depthwise convolutions; with channels last and in float32 they are cuDNN's."""
     depthwise = q.groups > 1 and q.groups in (q.c, q.k)
     if q.layout == PLAIN or is_pointwise(q) or (depthwise and (q.layout, q.kind) != (LAST, 0)):
