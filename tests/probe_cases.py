@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import lightning_memplan as mp
 from lightning_memplan._probe import Tried, probe_steps, try_step
-from lightning_memplan._sample import read_samples
+from lightning_memplan.data.samples import read_samples
 from lightning_memplan.settings import StepSettings
 
 

@@ -36,7 +36,13 @@ from torch.utils.data import (
 )
 
 import lightning_memplan as mp
-from lightning_memplan._loaders import batch_size_of_loader, check_resizable, dataset_size, loaders_in, resized_loaders
+from lightning_memplan.data.loaders import (
+    batch_size_of_loader,
+    check_resizable,
+    dataset_size,
+    loaders_in,
+    resized_loaders,
+)
 
 CARD = mp.Device("a card", total=2**30)
 numbers = list(torch.arange(1.0, 22.0))  # 21 samples: 3 batches of 7

@@ -26,9 +26,9 @@ from torch.utils.data import (
 )
 
 import lightning_memplan as mp
-from lightning_memplan._loaders import borrowed, dataset_size
-from lightning_memplan._repeated import Repeated
-from lightning_memplan._sample import SIZES, batch_size_of, read_samples, resized
+from lightning_memplan.data.batches import TiledBatch, batch_size_of, resized
+from lightning_memplan.data.loaders import borrowed, dataset_size
+from lightning_memplan.data.samples import SIZES, read_samples
 
 
 def sample_batches(source, **how):
@@ -522,11 +522,11 @@ def test_a_network_of_graphs_is_traced():
 def test_a_large_batch_of_plain_tensors_is_made_on_the_card():
     samples = read_samples(DataLoader([(row, torch.tensor(1)) for row in rows], batch_size=4))
     large = samples.large(23)
-    assert isinstance(large, Repeated)
+    assert isinstance(large, TiledBatch)
     assert (large.samples, large.size, large.few[0].shape) == (5, 23, (5, 4))
     for made, whole in zip(large.on(torch.device("cpu"), large.few), large.whole(), strict=True):
         assert torch.equal(made, whole)
-    assert [type(batch) for _, batch in samples.for_the_card((3, 23))] == [list, Repeated]
+    assert [type(batch) for _, batch in samples.for_the_card((3, 23))] == [list, TiledBatch]
 
 
 @pytest.mark.parametrize(
@@ -542,4 +542,4 @@ def test_a_large_batch_of_plain_tensors_is_made_on_the_card():
 )
 def test_another_large_batch_is_made_as_the_user_makes_it(collate):
     large = read_samples(DataLoader(list(rows), batch_size=4, collate_fn=collate)).large(23)
-    assert not isinstance(large, Repeated)
+    assert not isinstance(large, TiledBatch)

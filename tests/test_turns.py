@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import lightning_memplan as mp
-from lightning_memplan._sample import read_samples
 from lightning_memplan._step import trace_steps
+from lightning_memplan.data.samples import read_samples
 from lightning_memplan.errors import TraceError
 from lightning_memplan.memory.allocator import replay
 from lightning_memplan.memory.events import Event, Trace

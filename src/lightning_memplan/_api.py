@@ -25,15 +25,15 @@ from lightning_memplan._lightning import (
     parallel_named,
     trainer_settings,
 )
-from lightning_memplan._loaders import dataset_size
 from lightning_memplan._order import MakeOptimizer
 from lightning_memplan._probe import SIZES, can_probe, probe_steps
 from lightning_memplan._report import advice_lines, does_not_fit_message
-from lightning_memplan._sample import SAMPLE_SIZE, Samples, Which, check_sample, read_samples
 from lightning_memplan._shards import named_ignored
 from lightning_memplan._step import prepared, run_formula, trace_counted, trace_steps, trace_test, trace_validation
 from lightning_memplan._suited import MANY, OF_FEW, EstimateAt, Estimates, is_of_many, of_many, suited, traced_at
 from lightning_memplan.checks import Method, check_count, check_margin, check_method
+from lightning_memplan.data.loaders import dataset_size
+from lightning_memplan.data.samples import SAMPLE_SIZE, Samples, Which, check_sample, read_samples
 from lightning_memplan.errors import DoesNotFitError, TraceError, explain
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
 from lightning_memplan.memory.estimate import Estimate, largest_on_card

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_memplan._lightning import Phase, change_loaders, kept_loaders, loaders_are_made, train_loaders
-from lightning_memplan._loaders import (
+from lightning_memplan.data.loaders import (
     batch_size_of_loader,
     batches_of_epoch,
     check_resizable,

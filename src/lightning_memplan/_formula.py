@@ -16,8 +16,8 @@ on the ``meta`` device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from lightning_memplan.checks import check_batch_size
+from lightning_memplan.data.batches import bytes_of, storage_key, tensors_of
 from lightning_memplan.memory.formula import Formula
 from lightning_memplan.types import Layer
 
@@ -132,61 +133,6 @@ def _recurrent_filters(module: nn.RNNBase) -> tuple[Filters, ...]:
             if module.proj_size:
                 found.append(Filters(1, module.hidden_size, 0, module.proj_size))
     return tuple(found)
-
-
-# --- feature maps -----------------------------------------------------------------------------------------------------
-def tensors_of(value: object) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists, mappings, dataclasses and what else has a ``to()`` (graphs), in order.
-
-    >>> [tuple(t.shape) for t in tensors_of((torch.ones(2), {"state": [torch.ones(3), None, "text"]}))]
-    [(2,), (3,)]
-    """
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_of(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_of(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for entry in fields(value):
-            yield from tensors_of(getattr(value, entry.name, None))
-    elif callable(getattr(value, "to", None)) and not isinstance(value, nn.Module):  # as Lightning moves a batch
-        for item in getattr(value, "__dict__", {}).values():
-            yield from tensors_of(item)
-
-
-def sample_bytes(batch: object, batch_size: int) -> int:
-    """Bytes of one sample of a batch: all its tensors, by their own element sizes, over the batch size.
-
-    >>> sample_bytes({"image": torch.empty(4, 3, 8, 8), "label": torch.empty(4, dtype=torch.int64)}, 4)
-    776
-
-    Raises:
-        ValueError: ``batch_size`` is less than 1.
-    """
-    check_batch_size(batch_size)
-    return _bytes_of(tensors_of(batch), seen=set()) // batch_size
-
-
-def _bytes_of(tensors: Iterator[Tensor], seen: set[int]) -> int:
-    """Bytes of those tensors whose storage is not among ``seen``; adds their storages to it."""
-    total = 0
-    for tensor in tensors:
-        key = _storage_key(tensor)
-        if key not in seen:
-            seen.add(key)
-            total += tensor.numel() * tensor.element_size()
-    return total
-
-
-def _storage_key(tensor: Tensor) -> int:
-    """What tells storages apart while they live. (A data pointer does not: it is 0 for fake and meta tensors.)"""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):  # sparse tensors have no storage of their own
-        return id(tensor)
 
 
 def _sample_shape(tensor: Tensor | None, batch_size: int) -> tuple[int, ...]:
@@ -297,10 +243,10 @@ class _Recorder:
             self._calling[-1].has_calls = True
         if call.has_calls or _in_backward():
             return
-        held = {_storage_key(tensor) for tensor in tensors_of((args, kwargs))}
-        held.update(_storage_key(tensor) for tensor in (*module.parameters(), *module.buffers()))
+        held = {storage_key(tensor) for tensor in tensors_of((args, kwargs))}
+        held.update(storage_key(tensor) for tensor in (*module.parameters(), *module.buffers()))
         tensors = tuple(tensors_of(output))
-        feature_bytes = _bytes_of(iter(tensors), held) // self._batch_size
+        feature_bytes = bytes_of(iter(tensors), held) // self._batch_size
         shape = _sample_shape(tensors[0] if tensors else None, self._batch_size)
         self._add(module, self._parameters[id(module)], shape, feature_bytes)
 

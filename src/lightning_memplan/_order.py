@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_memplan._deepspeed import engine_around
-from lightning_memplan._formula import make_formula, record_layers, sample_bytes
+from lightning_memplan._formula import make_formula, record_layers
 from lightning_memplan._lightning import (
     apply_to_collection,
     configured_optimizers,
@@ -29,9 +29,9 @@ from lightning_memplan._lightning import (
     unfreeze,
 )
 from lightning_memplan._record import module_paths
-from lightning_memplan._repeated import Repeated
 from lightning_memplan._shards import in_place_of
 from lightning_memplan._strategy import local, ranks_of, through, without_reduction, wrapped
+from lightning_memplan.data.batches import TiledBatch, sample_bytes
 from lightning_memplan.errors import TraceError, explain
 from lightning_memplan.memory.cycles import MOST, is_enough, period, shapes, until_all_were_seen
 from lightning_memplan.memory.events import Category, Event, Phase
@@ -227,7 +227,7 @@ class StepRunner:
         """``run_steps``, and the formula, whose layers are written down in the first step."""
         self._counted_size = batch_size
         self.run_steps(batch, steps)
-        few = (batch.few, batch.samples) if isinstance(batch, Repeated) else (batch, batch_size)
+        few = (batch.few, batch.samples) if isinstance(batch, TiledBatch) else (batch, batch_size)
         return make_formula(self.twin, self.layers, sample_bytes(*few), self.state_bytes())
 
     def state_bytes(self) -> int:
@@ -393,7 +393,7 @@ class StepRunner:
     # -- the user's code
 
     def _to_device(self, batch: Any) -> Any:
-        repeated = batch if isinstance(batch, Repeated) else None
+        repeated = batch if isinstance(batch, TiledBatch) else None
         if repeated is not None:
             hooked = self._overrides("on_before_batch_transfer") or self._overrides("transfer_batch_to_device")
             batch, repeated = (repeated.whole(), None) if hooked else (repeated.few, repeated)

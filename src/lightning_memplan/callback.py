@@ -47,7 +47,6 @@ from lightning_memplan._lightning import (
     trainer_settings,
     validates,
 )
-from lightning_memplan._loaders import dataset_size, unit_of
 from lightning_memplan._measure import PHASES, Meter, run_record
 from lightning_memplan._order import traced_step
 from lightning_memplan._probe import Tried, ran_out_of_memory, try_step
@@ -61,11 +60,13 @@ from lightning_memplan._report import (
     validation_metrics,
     validation_text,
 )
-from lightning_memplan._sample import SAMPLE_SIZE, Which, batch_size_of, check_sample, read_samples
 from lightning_memplan._shards import named_ignored
 from lightning_memplan._step import prepared
 from lightning_memplan._suited import Estimates, traced_at
 from lightning_memplan.checks import check_count, check_margin, check_method
+from lightning_memplan.data.batches import batch_size_of
+from lightning_memplan.data.loaders import dataset_size, unit_of
+from lightning_memplan.data.samples import SAMPLE_SIZE, Which, check_sample, read_samples
 from lightning_memplan.errors import MemplanError, TraceError
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.settings import STEPS, StepSettings

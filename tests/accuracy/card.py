@@ -67,7 +67,7 @@ def recorded_probe(row: Row, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
     import torch
 
     from lightning_memplan._probe import _as_found, _record, _Run
-    from lightning_memplan._sample import read_samples
+    from lightning_memplan.data.samples import read_samples
     from lightning_memplan.settings import StepSettings, parse_precision
     from tests.accuracy import networks
 

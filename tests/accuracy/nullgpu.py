@@ -212,8 +212,8 @@ def difference(row: Row, most: int) -> None:
 
     import torch
 
-    from lightning_memplan._sample import read_samples
     from lightning_memplan._step import trace_steps
+    from lightning_memplan.data.samples import read_samples
     from lightning_memplan.settings import StepSettings, parse_precision
     from tests.accuracy import networks
 

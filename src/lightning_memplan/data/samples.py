@@ -13,10 +13,18 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_memplan._formula import tensors_of
-from lightning_memplan._lightning import apply_to_collection, is_combined_loader, isolated_random_state
-from lightning_memplan._loaders import borrowed, common_multiple, samples_of_loader, share_of
-from lightning_memplan._repeated import Repeated, repeats
+from lightning_memplan._lightning import is_combined_loader, isolated_random_state
+from lightning_memplan.data.batches import (
+    TiledBatch,
+    batch_size_of,
+    hidden_tensors,
+    kind,
+    repeats,
+    resized,
+    tensors,
+    tensors_of,
+)
+from lightning_memplan.data.loaders import borrowed, common_multiple, samples_of_loader, share_of
 from lightning_memplan.units import format_bytes
 
 SIZES = (2, 3, 5)  #: batch sizes that are traced: two determine a line, three a parabola, and the last checks
@@ -53,16 +61,16 @@ class Samples:
         return [(size * self.multiple, self.make(size * self.multiple)) for size in sizes]
 
     def for_the_card(self, sizes: Sequence[int] = SIZES) -> list[tuple[int, Any]]:
-        """``batches`` for steps on the card: a large one is ``Repeated`` there where it is made of plain tensors."""
+        """``batches`` for steps on the card: a large one is ``TiledBatch`` there where it is made of plain tensors."""
         return [(size * self.multiple, self.large(size * self.multiple)) for size in sizes]
 
     def large(self, size: int) -> Any:
-        """A batch of ``size`` samples, ``Repeated`` where that says the same and saves time."""
+        """A batch of ``size`` samples, ``TiledBatch`` where that says the same and saves time."""
         few = self.batches() if self.multiple == 1 and size > 2 * max(SIZES) else ()
         if not few or not repeats(few):
             return self.make(size)
         samples, batch = few[-1]
-        return Repeated(batch, samples, size, partial(self.make, size))
+        return TiledBatch(batch, samples, size, partial(self.make, size))
 
 
 def read_samples(source: Any, sample: Which = "first", sample_size: int = SAMPLE_SIZE) -> Samples:
@@ -125,7 +133,7 @@ def _maker(source: Any, look: _Look) -> _Make:
     if not _is_batch(source) and hasattr(source, "__iter__"):
         if hasattr(source, "__next__"):
             raise ValueError(
-                f"{_kind(source)} can be read only once, and the batch that a plan reads would be lost: pass what can "
+                f"{kind(source)} can be read only once, and the batch that a plan reads would be lost: pass what can "
                 "be begun anew, such as a DataLoader, or a batch"
             )
         source = next(iter(source), None)
@@ -134,56 +142,13 @@ def _maker(source: Any, look: _Look) -> _Make:
     return _from_batch(source)
 
 
-# ------------------------------------------------------------------------------------------------------------- a batch
-def batch_size_of(batch: Any) -> int:
-    """The first dimension of the first tensor that has one.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for leaf in _tensors(batch):
-        if leaf.dim():
-            return leaf.size(0)
-    if any(leaf.dim() for leaf in _hidden_tensors(batch)):
-        raise ValueError(
-            f"{_kind(batch)} cannot be cut into batches of other sizes: pass the DataLoader that makes it, whose "
-            "dataset and collate_fn do"
-        )
-    raise ValueError(f"a batch is made of tensors whose first dimension is the batch; there is none in {_kind(batch)}")
-
-
-def resized(batch: Any, size: int, wanted: int) -> Any:
-    """The batch with ``wanted`` samples in the place of ``size``: cut, or repeated from its start."""
-
-    def one(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.dim() or tensor.size(0) != size:
-            return tensor
-        if wanted <= size:
-            return tensor[:wanted].clone()
-        return torch.cat([tensor] * -(-wanted // size))[:wanted].clone()
-
-    return apply_to_collection(batch, torch.Tensor, one)
-
-
 def _from_batch(batch: Any) -> _Make:
     size = batch_size_of(batch)
     return lambda wanted: resized(batch, size, wanted)
 
 
 def _is_batch(thing: Any) -> bool:
-    return any(leaf.dim() for leaf in (*_tensors(thing), *_hidden_tensors(thing)))
-
-
-def _tensors(batch: Any) -> list[torch.Tensor]:
-    """The tensors that ``resized`` would cut."""
-    found: list[torch.Tensor] = []
-    apply_to_collection(batch, torch.Tensor, lambda t: found.append(t))
-    return found
-
-
-def _hidden_tensors(batch: Any) -> list[torch.Tensor]:
-    """The tensors of a batch that is an object of its own kind, such as a batch of graphs."""
-    return [*tensors_of(batch), *(leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor))]
+    return any(leaf.dim() for leaf in (*tensors(thing), *hidden_tensors(thing)))
 
 
 # ------------------------------------------------------------------------------------------------------------ a loader
@@ -274,7 +239,3 @@ def _from_collection(source: Any, look: _Look) -> _Make:
         largest, share = max(makers, key=lambda maker: _bytes_of(maker[0](1)) * maker[1])
         return lambda size: largest(max(1, int(size * share)))
     return make
-
-
-def _kind(batch: Any) -> str:
-    return f"a {type(batch).__name__}"
