@@ -10,8 +10,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from lightning_memplan import _device
-from lightning_memplan._device import CONTEXT, cpu_device, detect_devices, gpu, gpus, visible_indexes
+from lightning_memplan.devices import allocator_stats, catalogue, detect
+from lightning_memplan.devices.catalogue import gpu, gpus
+from lightning_memplan.devices.detect import CONTEXT, cpu_device, detect_devices, visible_indexes
 from lightning_memplan.types import Device
 from lightning_memplan.units import GiB, MiB
 
@@ -209,15 +210,16 @@ def test_a_build_without_cuda_has_no_devices(machine, monkeypatch):
 
 def test_peaks_are_zero_before_cuda_is_initialised(machine):
     machine([])
-    _device.reset_peaks(0)
-    assert _device.read_stats(0) == (0,) * 5
+    allocator_stats.reset_peaks(0)
+    assert allocator_stats.read_stats(0) == (0,) * 5
 
 
 # --- NVML and CUDA together, on the null GPU
 
 DETECT = """
 import json, dataclasses, torch
-from lightning_memplan._device import detect_devices, read_peaks, reset_peaks
+from lightning_memplan.devices.allocator_stats import read_peaks, reset_peaks
+from lightning_memplan.devices.detect import detect_devices
 def show(): print(json.dumps([{**dataclasses.asdict(d), "capacity": d.capacity} for d in detect_devices()]))
 """
 
@@ -334,7 +336,7 @@ def test_one_of_two_cards_has_a_context(on_null_gpu):
 def test_torch_can_say_whether_there_is_a_context(on_null_gpu):
     """The one private name of torch in this module: if it goes, its use must be thought over."""
     (before, after) = on_null_gpu(
-        "from lightning_memplan._device import _has_context\n"
+        "from lightning_memplan.devices.detect import _has_context\n"
         "assert hasattr(torch._C, '_cuda_hasPrimaryContext')\n"
         "torch.cuda.init(); print(json.dumps([_has_context(0), _has_context(1)]))\n"
         "torch.cuda.set_device(1); print(json.dumps([_has_context(0), _has_context(1)]))",
@@ -362,11 +364,11 @@ def test_peaks_follow_the_allocator(on_null_gpu):
         "print(json.dumps(read_peaks(0)))\n"
         "assert read_peaks(0) == (torch.cuda.max_memory_allocated(0), torch.cuda.max_memory_reserved(0))\n"
         "torch.cuda.empty_cache(); reset_peaks(0); print(json.dumps(read_peaks(0)))\n"
-        "\n"
-        "assert _device._STATS is torch._C._cuda_memoryStats\n"
-        "assert _device._RESET is torch._C._cuda_resetPeakMemoryStats\n"
-        "assert _device._STATS(0) == torch.cuda.memory_stats_as_nested_dict(0)\n"
-        "try: _device.read_stats(7)\n"
+        "from lightning_memplan.devices import allocator_stats\n"
+        "assert allocator_stats._STATS is torch._C._cuda_memoryStats\n"
+        "assert allocator_stats._RESET is torch._C._cuda_resetPeakMemoryStats\n"
+        "assert allocator_stats._STATS(0) == torch.cuda.memory_stats_as_nested_dict(0)\n"
+        "try: allocator_stats.read_stats(7)\n"
         "except RuntimeError: pass\n"
         "else: raise AssertionError('there is no such device')"
     )
@@ -479,7 +481,7 @@ def test_the_catalogue_holds_forty_cards_and_what_was_measured():
 
 def test_the_rule_for_unreported_cards_is_on_the_safe_side():
     """Where CUDA's figure is known it lies between the rule's and nvidia-smi's, and the rule costs under 5 percent."""
-    known = [card for card in _device._CATALOGUE if card.reported]
+    known = [card for card in catalogue._CATALOGUE if card.reported]
     assert len(known) >= 10
     for card in known:
         by_rule = card._replace(reported=0).total
@@ -491,11 +493,11 @@ def test_the_rule_for_unreported_cards_is_on_the_safe_side():
 
 
 def test_the_host(monkeypatch):
-    monkeypatch.setattr(_device, "_control_groups", list)
-    monkeypatch.setattr(_device, "_host_memory", lambda: (64 * GiB, 40 * GiB))
+    monkeypatch.setattr(detect, "_control_groups", list)
+    monkeypatch.setattr(detect, "_host_memory", lambda: (64 * GiB, 40 * GiB))
     assert cpu_device().capacity == 40 * GiB
     # A container that may have 16 GiB and uses 6; the group above it would leave 12.
-    monkeypatch.setattr(_device, "_control_groups", lambda: [(16 * GiB, 6 * GiB), (20 * GiB, 8 * GiB)])
+    monkeypatch.setattr(detect, "_control_groups", lambda: [(16 * GiB, 6 * GiB), (20 * GiB, 8 * GiB)])
     host = cpu_device()
     assert (host.kind, host.total, host.free, host.capacity) == ("cpu", 16 * GiB, 10 * GiB, 10 * GiB)
 
@@ -504,8 +506,8 @@ def test_the_host_without_psutil(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "psutil", None)
     table = tmp_path / "meminfo"
     table.write_text("MemTotal:       65536 kB\nMemFree:  1 kB\nMemAvailable:   32768 kB\nHugePages_Total:  0\n")
-    assert _device._host_memory(table) == (64 * MiB, 32 * MiB)
-    total, available = _device._host_memory(tmp_path / "none")
+    assert detect._host_memory(table) == (64 * MiB, 32 * MiB)
+    total, available = detect._host_memory(tmp_path / "none")
     assert total == available > 0
 
 
@@ -517,8 +519,8 @@ def test_control_groups_of_version_2(tmp_path):
         inner.parent, {"memory.max": "1000\n", "memory.current": "600\n", "memory.stat": "anon 5\ninactive_file 200\n"}
     )
     (tmp_path / "cgroup").write_text("0::/a/b\n")
-    assert _device._control_groups(tmp_path / "cgroup", tmp_path / "groups") == [(1000, 400)]
-    assert _device._control_groups(tmp_path / "none", tmp_path / "groups") == []
+    assert detect._control_groups(tmp_path / "cgroup", tmp_path / "groups") == [(1000, 400)]
+    assert detect._control_groups(tmp_path / "none", tmp_path / "groups") == []
 
 
 def test_control_groups_of_version_1(tmp_path):
@@ -527,7 +529,7 @@ def test_control_groups_of_version_1(tmp_path):
     stat = "inactive_file 1\ntotal_inactive_file 2\n"
     write(group, {"memory.limit_in_bytes": "1000", "memory.usage_in_bytes": "600", "memory.stat": stat})
     (tmp_path / "cgroup").write_text("9:cpu,cpuacct:/docker\n5:memory:/docker\n0::/\n")
-    assert _device._control_groups(tmp_path / "cgroup", tmp_path / "groups") == [(1000, 599)]
+    assert detect._control_groups(tmp_path / "cgroup", tmp_path / "groups") == [(1000, 599)]
 
 
 def write(folder, files):

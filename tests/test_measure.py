@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import lightning_memplan as mp
 from lightning_memplan import _measure
-from lightning_memplan._device import AllocatorStats
 from lightning_memplan._measure import Floor, Meter, drift
+from lightning_memplan.devices.allocator_stats import AllocatorStats
 from lightning_memplan.types import Measurement, Peaks
 
 MiB, GiB = 2**20, 2**30

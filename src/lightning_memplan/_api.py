@@ -15,7 +15,6 @@ from torch import nn
 
 from lightning_memplan._advice import Job, advise_job
 from lightning_memplan._compiled import COMPILED_SIZES, FUSED, Graphs, compiled_parts
-from lightning_memplan._device import cpu_device, detect_devices, gpu, gpus
 from lightning_memplan._lightning import (
     as_lightning_module,
     check_accumulation,
@@ -34,6 +33,8 @@ from lightning_memplan._suited import MANY, OF_FEW, EstimateAt, Estimates, is_of
 from lightning_memplan.checks import Method, check_count, check_margin, check_method
 from lightning_memplan.data.loaders import dataset_size
 from lightning_memplan.data.samples import SAMPLE_SIZE, Samples, Which, check_sample, read_samples
+from lightning_memplan.devices.catalogue import gpu, gpus
+from lightning_memplan.devices.detect import cpu_device, detect_devices
 from lightning_memplan.errors import DoesNotFitError, TraceError, explain
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
 from lightning_memplan.memory.estimate import Estimate, largest_on_card

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lightning_memplan._device import AllocatorStats, CardMeter, driver_version, read_stats, reset_peaks
+from lightning_memplan.devices.allocator_stats import AllocatorStats, read_stats, reset_peaks
+from lightning_memplan.devices.detect import CardMeter, driver_version
 from lightning_memplan.types import Measurement, Outcome, Peaks, Plan, Run
 from lightning_memplan.units import MiB, format_bytes
 

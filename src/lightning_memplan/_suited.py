@@ -15,12 +15,12 @@ from typing import Any, get_args
 from torch import nn
 
 from lightning_memplan._compiled import Graphs
-from lightning_memplan._device import cpu_device
 from lightning_memplan._order import PARTS, MakeOptimizer
 from lightning_memplan._step import prepared, trace_steps
 from lightning_memplan.cuda.workspaces import Choice
 from lightning_memplan.data.batches import sample_bytes
 from lightning_memplan.data.samples import SAMPLE_SIZE, Samples, Which, read_samples
+from lightning_memplan.devices.detect import cpu_device
 from lightning_memplan.errors import MemplanError, TraceError
 from lightning_memplan.memory.estimate import Estimate, largest_on_card
 from lightning_memplan.memory.events import Trace

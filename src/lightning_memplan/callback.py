@@ -22,7 +22,6 @@ from lightning_memplan._api import (
     samples_of_a_rank,
 )
 from lightning_memplan._apply import Holder, Place, find_holders, find_place
-from lightning_memplan._device import cpu_device, detect_devices
 from lightning_memplan._draft import Draft, confirmed, held_bytes, on_all_ranks
 from lightning_memplan._figures import plot_timeline
 from lightning_memplan._history import Lesson, append, history, history_path, lesson
@@ -67,6 +66,7 @@ from lightning_memplan.checks import check_count, check_margin, check_method
 from lightning_memplan.data.batches import batch_size_of
 from lightning_memplan.data.loaders import dataset_size, unit_of
 from lightning_memplan.data.samples import SAMPLE_SIZE, Which, check_sample, read_samples
+from lightning_memplan.devices.detect import cpu_device, detect_devices
 from lightning_memplan.errors import MemplanError, TraceError
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.settings import STEPS, StepSettings

@@ -37,7 +37,6 @@ from lightning_memplan._api import (
     plan_estimate,
     resolve_step,
 )
-from lightning_memplan._device import detect_devices, gpu, gpus
 from lightning_memplan._figures import plot_measurements, plot_timeline
 from lightning_memplan._history import Lesson, history, latest, lesson
 from lightning_memplan._lightning import read_cli_config, sharding
@@ -57,6 +56,8 @@ from lightning_memplan._report import (
 )
 from lightning_memplan._suited import Estimates, traced_at
 from lightning_memplan.cuda.cudnn import check_named
+from lightning_memplan.devices.catalogue import gpu, gpus
+from lightning_memplan.devices.detect import detect_devices
 from lightning_memplan.errors import DoesNotFitError, MemplanError
 from lightning_memplan.types import Advice, Device, Run
 from lightning_memplan.units import MiB, format_bytes, parse_bytes

@@ -34,7 +34,8 @@ import torch
 from pytorch_lightning.loggers import CSVLogger
 
 import lightning_memplan as mp
-from lightning_memplan import _device, _measure
+from lightning_memplan import _measure
+from lightning_memplan.devices import allocator_stats
 from tests.accuracy.networks import build, loader
 
 NETWORKS = ("torchvision.alexnet", "own.pointnet", "torchvision.resnet18", "torchvision.resnet50", "hf.bert")
@@ -202,7 +203,7 @@ def main() -> None:
         parts = f"{cost.allocator * 1e6:8.1f} us{cost.logger * 1e6:7.1f} us"
         shares = [f"{100 * part / cost.step:7.2f} %" for part in (cost.hooks - cost.logger, cost.hooks)]
         print(f"{name:<22}{times}{parts}{''.join(shares)}", flush=True)
-    hot = min(timeit.repeat(lambda: _device.read_stats(0), number=1000, repeat=20)) / 1000
+    hot = min(timeit.repeat(lambda: allocator_stats.read_stats(0), number=1000, repeat=20)) / 1000
     print(f"one reading of the allocator's statistics, in a loop, where caches hold what it needs: {hot * 1e6:.1f} us")
 
 

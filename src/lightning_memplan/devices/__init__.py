@@ -1,0 +1,1 @@
+"""GPUs of this machine and of the catalogue, and the host."""
