@@ -30,7 +30,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_memplan as mp
 from lightning_memplan import _api, _step
-from lightning_memplan._lightning import averaging_bytes, batches_into_epoch, check_accumulation
+from lightning_memplan.lightning.trainer import averaging_bytes, batches_into_epoch, check_accumulation
 
 GiB = 2**30
 CARD = mp.Device("a card", total=8 * GiB)

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_memplan as mp
-from lightning_memplan import _lightning
+from lightning_memplan.lightning import compat, data_source, loggers, trainer
 
 NAMES = [name for name in ("pytorch_lightning", "lightning.pytorch") if importlib.util.find_spec(name.split(".")[0])]
 FLAVOURS = pytest.mark.parametrize("flavour", [importlib.import_module(name) for name in NAMES], ids=NAMES)
@@ -68,21 +68,21 @@ def loader():
 @FLAVOURS
 def test_what_is_whose(flavour):
     module, data = module_of(flavour), flavour.LightningDataModule()
-    assert _lightning.is_lightning_module(module)
-    assert not _lightning.is_lightning_module(data)
-    assert _lightning.is_datamodule(data)
-    assert not _lightning.is_datamodule(module)
+    assert compat.is_lightning_module(module)
+    assert not compat.is_lightning_module(data)
+    assert compat.is_datamodule(data)
+    assert not compat.is_datamodule(module)
     assert isinstance(mp.MemoryPlanner(), flavour.Callback)
 
 
 @FLAVOURS
 def test_what_is_overridden(flavour):
     module = module_of(flavour, on_train_batch_start=lambda self, batch, batch_idx: None)
-    assert _lightning.is_overridden("on_train_batch_start", module)
-    assert not _lightning.is_overridden("on_train_batch_end", module)
-    assert _lightning.is_overridden("configure_optimizers", module)
-    assert not _lightning.is_overridden("train_dataloader", flavour.LightningDataModule())
-    assert not _lightning.is_overridden("training_step", nn.Linear(2, 2))
+    assert compat.is_overridden("on_train_batch_start", module)
+    assert not compat.is_overridden("on_train_batch_end", module)
+    assert compat.is_overridden("configure_optimizers", module)
+    assert not compat.is_overridden("train_dataloader", flavour.LightningDataModule())
+    assert not compat.is_overridden("training_step", nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("absent", ["pytorch_lightning", "lightning", "pytorch_lightning lightning"])
@@ -122,9 +122,9 @@ def test_how_optimizers_are_parsed(flavour):
     assert parse(optimizer) == ([optimizer], [], None)
     assert parse(([optimizer], [schedule]))[:2] == ([optimizer], [schedule])
     module.configure_optimizers = lambda: {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule}}
-    assert _lightning.configured_optimizers(module) == ([optimizer], [schedule])
+    assert compat.configured_optimizers(module) == ([optimizer], [schedule])
     module.configure_optimizers = lambda: None
-    assert _lightning.configured_optimizers(module) == ([], [])
+    assert compat.configured_optimizers(module) == ([], [])
 
 
 @FLAVOURS
@@ -140,8 +140,8 @@ def test_where_the_trainers_loaders_are(flavour):
 
     class Looks(flavour.Callback):
         def setup(self, trainer, pl_module, stage):
-            found["made"] = _lightning.loaders_are_made(trainer)
-            found["source"] = _lightning.loader_source(trainer, lambda: pl_module, trainer.datamodule)
+            found["made"] = data_source.loaders_are_made(trainer)
+            found["source"] = data_source.loader_source(trainer, lambda: pl_module, trainer.datamodule)
 
     def after(*args, **kwargs):
         quiet(flavour, callbacks=[Looks()]).fit(*args, **kwargs)
@@ -160,20 +160,20 @@ def test_the_trainer_trains_with_changed_loaders(flavour, how):
 
     class Changes(flavour.Callback):
         def setup(self, trainer, pl_module, stage):
-            _lightning.change_loaders(trainer, lambda loaders: found.append(loaders) or {"a": other})
+            data_source.change_loaders(trainer, lambda loaders: found.append(loaders) or {"a": other})
 
         def on_train_start(self, trainer, pl_module):
-            found.append(_lightning.train_loaders(trainer))
+            found.append(data_source.train_loaders(trainer))
 
         def teardown(self, trainer, pl_module, stage):
-            _lightning.release_loaders(trainer)
+            data_source.release_loaders(trainer)
 
     step = {"training_step": lambda self, batch, batch_idx: self.layer(batch["a"]).sum()}
     module = module_of(flavour, **step, **({"train_dataloader": lambda self: own} if how == "made" else {}))
     trainer = quiet(flavour, callbacks=[Changes()])
     trainer.fit(module, own if how == "passed" else None)
     assert found[0] is own
-    assert _lightning.is_combined_loader(found[1])
+    assert compat.is_combined_loader(found[1])
     assert found[1].flattened == [other]
     assert list(vars(trainer.fit_loop._data_source)) == ["instance", "name"]
 
@@ -191,7 +191,7 @@ def test_the_step_of_a_batch_is_lightnings_own(flavour, tmp_path):
 
     class Asks(flavour.Callback):
         def on_train_batch_end(self, trainer, *args):
-            steps.append(_lightning.logged_step(trainer))
+            steps.append(loggers.logged_step(trainer))
 
     def training_step(self, batch, batch_idx):
         self.log("loss", float(batch_idx))
@@ -205,7 +205,7 @@ def test_the_step_of_a_batch_is_lightnings_own(flavour, tmp_path):
 
 def test_random_states():
     before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
-    with contextlib.suppress(KeyError), _lightning.isolated_random_state():
+    with contextlib.suppress(KeyError), compat.isolated_random_state():
         random.random()
         np.random.rand()
         torch.rand(1)
@@ -218,11 +218,11 @@ def test_how_a_batch_is_moved():
         def to(self, device, **kwargs):
             return f"moved to {device}"
 
-    assert _lightning.move_to_device({"a": [Movable()], "b": 1}, torch.device("cpu")) == {"a": ["moved to cpu"], "b": 1}
+    assert compat.move_to_device({"a": [Movable()], "b": 1}, torch.device("cpu")) == {"a": ["moved to cpu"], "b": 1}
 
 
 def test_what_a_misconfiguration_is():
-    assert isinstance(_lightning.misconfiguration("text"), pl.utilities.exceptions.MisconfigurationException)
+    assert isinstance(compat.misconfiguration("text"), pl.utilities.exceptions.MisconfigurationException)
 
 
 @FLAVOURS
@@ -231,14 +231,14 @@ def test_the_trainers_settings(flavour, precision):
     whole = quiet(
         flavour, precision=precision, gradient_clip_val=0.5, gradient_clip_algorithm="value", accumulate_grad_batches=3
     )
-    settings = _lightning.trainer_settings(whole, (8, 0))
+    settings = trainer.trainer_settings(whole, (8, 0))
     assert (settings.precision, settings.gradient_clip_val, settings.gradient_clip_algorithm) == (
         precision,
         0.5,
         "value",
     )
     assert (settings.accumulate_grad_batches, settings.capability) == (3, (8, 0))
-    assert _lightning.cuda_index(whole) is None
+    assert trainer.cuda_index(whole) is None
 
 
 @FLAVOURS

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import nn
 
 import lightning_memplan as mp
-from lightning_memplan._lightning import parallel_of
 from lightning_memplan._step import trace_steps
 from lightning_memplan._strategy import SIDE_STREAM, silent_ranks
+from lightning_memplan.lightning.trainer import parallel_of
 from lightning_memplan.memory.events import EMPTY, Event
 from lightning_memplan.memory.search import RankResult, agreed
 from lightning_memplan.settings import Parallel, StepSettings

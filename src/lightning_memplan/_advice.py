@@ -15,18 +15,17 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_memplan._lightning import (
-    apply_to_collection,
-    configured_optimizers,
-    is_lightning_module,
-    is_overridden,
-    parallel_named,
-    sharding,
-)
 from lightning_memplan._order import MakeOptimizer
 from lightning_memplan._record import fake_mode
 from lightning_memplan._step import detached_copy, prepared, trace_steps
 from lightning_memplan.errors import TraceError
+from lightning_memplan.lightning.compat import (
+    apply_to_collection,
+    configured_optimizers,
+    is_lightning_module,
+    is_overridden,
+)
+from lightning_memplan.lightning.trainer import parallel_named, sharding
 from lightning_memplan.memory.estimate import Estimate, largest_on_card
 from lightning_memplan.memory.loops import scaled
 from lightning_memplan.settings import StepSettings, parse_precision

@@ -15,15 +15,6 @@ from torch import nn
 
 from lightning_memplan._advice import Job, advise_job
 from lightning_memplan._compiled import COMPILED_SIZES, FUSED, Graphs, compiled_parts
-from lightning_memplan._lightning import (
-    as_lightning_module,
-    check_accumulation,
-    is_datamodule,
-    is_lightning_module,
-    is_overridden,
-    parallel_named,
-    trainer_settings,
-)
 from lightning_memplan._order import MakeOptimizer
 from lightning_memplan._probe import SIZES, can_probe, probe_steps
 from lightning_memplan._report import advice_lines, does_not_fit_message
@@ -36,6 +27,8 @@ from lightning_memplan.data.samples import SAMPLE_SIZE, Samples, Which, check_sa
 from lightning_memplan.devices.catalogue import gpu, gpus
 from lightning_memplan.devices.detect import cpu_device, detect_devices
 from lightning_memplan.errors import DoesNotFitError, TraceError, explain
+from lightning_memplan.lightning.compat import as_lightning_module, is_datamodule, is_lightning_module, is_overridden
+from lightning_memplan.lightning.trainer import check_accumulation, parallel_named, trainer_settings
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
 from lightning_memplan.memory.estimate import Estimate, largest_on_card
 from lightning_memplan.memory.loops import TURNS, scaled

@@ -7,7 +7,6 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_memplan._lightning import Phase, change_loaders, kept_loaders, loaders_are_made, train_loaders
 from lightning_memplan.data.loaders import (
     batch_size_of_loader,
     batches_of_epoch,
@@ -18,6 +17,7 @@ from lightning_memplan.data.loaders import (
     unit_of,
 )
 from lightning_memplan.errors import ApplyError
+from lightning_memplan.lightning.data_source import Phase, change_loaders, kept_loaders, loaders_are_made, train_loaders
 
 DEFAULT_NAME = "batch_size"
 

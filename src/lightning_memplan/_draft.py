@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from lightning_memplan._lightning import over_ranks
 from lightning_memplan._probe import Tried, give_back
 from lightning_memplan._suited import EstimateAt
 from lightning_memplan.errors import DoesNotFitError, explain
+from lightning_memplan.lightning.compat import over_ranks
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.search import RankResult, agreed, lacking
 from lightning_memplan.types import Plan

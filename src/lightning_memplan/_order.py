@@ -18,21 +18,20 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_memplan._deepspeed import engine_around
 from lightning_memplan._formula import make_formula, record_layers
-from lightning_memplan._lightning import (
-    apply_to_collection,
-    configured_optimizers,
-    finetuning,
-    is_lightning_module,
-    is_overridden,
-    move_to_device,
-    random_states,
-    unfreeze,
-)
 from lightning_memplan._record import module_paths
 from lightning_memplan._shards import in_place_of
 from lightning_memplan._strategy import local, ranks_of, through, without_reduction, wrapped
 from lightning_memplan.data.batches import TiledBatch, sample_bytes
 from lightning_memplan.errors import TraceError, explain
+from lightning_memplan.lightning.compat import (
+    apply_to_collection,
+    configured_optimizers,
+    is_lightning_module,
+    is_overridden,
+    move_to_device,
+    random_states,
+)
+from lightning_memplan.lightning.trainer import finetuning, unfreeze
 from lightning_memplan.memory.cycles import MOST, is_enough, period, shapes, until_all_were_seen
 from lightning_memplan.memory.events import Category, Event, Phase
 from lightning_memplan.memory.formula import Formula

@@ -24,7 +24,6 @@ import torch
 from torch import nn
 
 from lightning_memplan._compiled import TRIED, as_written, forget_compiled, within_graphs
-from lightning_memplan._lightning import is_overridden, isolated_random_state
 from lightning_memplan._order import TRUE_DTYPE, MakeOptimizer, StepRunner, accumulated
 from lightning_memplan._record import module_paths
 from lightning_memplan._shards import noted_units
@@ -32,6 +31,7 @@ from lightning_memplan._twin import twin_of
 from lightning_memplan.devices.allocator_stats import read_peaks, reset_peaks
 from lightning_memplan.devices.detect import cpu_device
 from lightning_memplan.errors import TraceError, explain
+from lightning_memplan.lightning.compat import is_overridden, isolated_random_state
 from lightning_memplan.memory.alignment import aligned, doubled, expected_to_fit, prime_up_to
 from lightning_memplan.memory.events import EMPTY, FREE, Category, Event, Phase, Trace, labelled
 from lightning_memplan.memory.formula import Formula

@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from lightning_memplan._compiled import Graphs, as_graphs, as_written, compiled_parts
 from lightning_memplan._deepspeed import rests_on
 from lightning_memplan._formula import make_formula, record_layers
-from lightning_memplan._lightning import is_overridden, isolated_random_state, random_states
 from lightning_memplan._order import TRUE_DTYPE, MakeOptimizer, StepRunner, accumulated
 from lightning_memplan._record import DEVICE, Recorder, fake_mode, has_values, module_paths, tell
 from lightning_memplan._shards import noted_units, waiting
@@ -39,6 +38,7 @@ from lightning_memplan.cuda.shapes import SHAPES
 from lightning_memplan.cuda.sparse import SPARSE
 from lightning_memplan.data.batches import sample_bytes, tensors_of
 from lightning_memplan.errors import TraceError, explain
+from lightning_memplan.lightning.compat import is_overridden, isolated_random_state, random_states
 from lightning_memplan.memory.events import Event, Trace, labelled
 from lightning_memplan.memory.formula import Formula
 from lightning_memplan.memory.program import extended

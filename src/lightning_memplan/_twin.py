@@ -18,8 +18,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_memplan._lightning import is_datamodule, is_lightning_module, silent_logger
 from lightning_memplan.errors import TraceError
+from lightning_memplan.lightning.compat import is_datamodule, is_lightning_module
+from lightning_memplan.lightning.loggers import silent_logger
 
 
 class StandInTrainer:

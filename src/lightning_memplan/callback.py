@@ -25,27 +25,6 @@ from lightning_memplan._apply import Holder, Place, find_holders, find_place
 from lightning_memplan._draft import Draft, confirmed, held_bytes, on_all_ranks
 from lightning_memplan._figures import plot_timeline
 from lightning_memplan._history import Lesson, append, history, history_path, lesson
-from lightning_memplan._lightning import (
-    CallbackBase,
-    agree_on_smallest,
-    averaging_bytes,
-    batches_into_epoch,
-    check_accumulation,
-    check_alone,
-    cuda_index,
-    is_fitting,
-    loader_source,
-    log_first_hyperparams,
-    log_hyperparams,
-    logged_step,
-    misconfiguration,
-    over_ranks,
-    release_loaders,
-    say,
-    tensorboard_writers,
-    trainer_settings,
-    validates,
-)
 from lightning_memplan._measure import PHASES, Meter, run_record
 from lightning_memplan._order import traced_step
 from lightning_memplan._probe import Tried, ran_out_of_memory, try_step
@@ -68,6 +47,25 @@ from lightning_memplan.data.loaders import dataset_size, unit_of
 from lightning_memplan.data.samples import SAMPLE_SIZE, Which, check_sample, read_samples
 from lightning_memplan.devices.detect import cpu_device, detect_devices
 from lightning_memplan.errors import MemplanError, TraceError
+from lightning_memplan.lightning.compat import CallbackBase, agree_on_smallest, misconfiguration, over_ranks
+from lightning_memplan.lightning.data_source import loader_source, release_loaders
+from lightning_memplan.lightning.loggers import (
+    log_first_hyperparams,
+    log_hyperparams,
+    logged_step,
+    say,
+    tensorboard_writers,
+)
+from lightning_memplan.lightning.trainer import (
+    averaging_bytes,
+    batches_into_epoch,
+    check_accumulation,
+    check_alone,
+    cuda_index,
+    is_fitting,
+    trainer_settings,
+    validates,
+)
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.settings import STEPS, StepSettings
 from lightning_memplan.types import Device, Measurement, Outcome, Peaks, Plan

@@ -150,7 +150,7 @@ def train(row: Row, module: Any, sample: Any) -> tuple[int, int]:
 
 def asked(row: Row, module: Any) -> tuple[dict[str, Any], int]:
     """What is asked for a row beside module and samples; and what callbacks hold, as MemoryPlanner adds it."""
-    from lightning_memplan._lightning import averaging_bytes
+    from lightning_memplan.lightning.trainer import averaging_bytes
 
     if _fit_with(module):
         trainer = _trainer(row, module)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from lightning_memplan._lightning import apply_to_collection
 from lightning_memplan.checks import check_batch_size
+from lightning_memplan.lightning.compat import apply_to_collection
 
 
 # --- feature maps -----------------------------------------------------------------------------------------------------

@@ -21,8 +21,9 @@ import torch
 from torch.utils._pytree import tree_map
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
-from lightning_memplan._lightning import is_combined_loader, isolated_random_state, remember_arguments
 from lightning_memplan.errors import ApplyError
+from lightning_memplan.lightning.compat import is_combined_loader, isolated_random_state
+from lightning_memplan.lightning.data_source import remember_arguments
 
 
 def map_loaders(change: Callable[[Any], Any], source: Any) -> Any:

@@ -13,7 +13,6 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_memplan._lightning import is_combined_loader, isolated_random_state
 from lightning_memplan.data.batches import (
     TiledBatch,
     batch_size_of,
@@ -25,6 +24,7 @@ from lightning_memplan.data.batches import (
     tensors_of,
 )
 from lightning_memplan.data.loaders import borrowed, common_multiple, samples_of_loader, share_of
+from lightning_memplan.lightning.compat import is_combined_loader, isolated_random_state
 from lightning_memplan.units import format_bytes
 
 SIZES = (2, 3, 5)  #: batch sizes that are traced: two determine a line, three a parabola, and the last checks

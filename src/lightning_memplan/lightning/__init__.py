@@ -1,0 +1,1 @@
+"""Everything that is touched inside Lightning, each private interface behind one function."""
