@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_memplan._record import DEVICE, Recorder
+from lightning_memplan._record import Recorder
 from lightning_memplan._strategy import ranks_of
 from lightning_memplan.cuda.decompositions import KERNELS
 from lightning_memplan.cuda.dispatch import cuda_semantics
@@ -31,6 +31,7 @@ from lightning_memplan.memory.allocator import replay
 from lightning_memplan.memory.events import Trace, labelled
 from lightning_memplan.memory.program import scale
 from lightning_memplan.settings import Parallel
+from lightning_memplan.step.fake_cuda import DEVICE
 
 BATCH = 48
 Case = Callable[[int, torch.device], Any]

@@ -227,7 +227,7 @@ INSIDE: dict[str, tuple[str, str, int]] = {
     "an operator is recorded": ("_record", "Recorder._see", 60),
     "an operator of a second recording": ("_record", "Recorder._see", 200),
     "traces are scaled": ("_api", "scale", 1),
-    "the layers are counted": ("_order", "record_layers", 1),
+    "the layers are counted": ("step.runner", "record_layers", 1),
     "a batch size is looked for": ("memory.estimate", "largest_fitting", 1),
     "validation is traced": ("_api", "trace_validation", 1),
     "all ranks agree": ("_draft", "over_ranks", 1),

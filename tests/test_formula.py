@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
-from lightning_memplan._formula import filters_of, make_formula, record_layers
 from lightning_memplan.data.batches import sample_bytes, tensors_of
 from lightning_memplan.memory.formula import Formula
+from lightning_memplan.step.layers import filters_of, make_formula, record_layers
 from lightning_memplan.types import Layer
 
 

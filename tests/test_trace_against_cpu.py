@@ -11,9 +11,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from lightning_memplan._record import DEVICE, Recorder
+from lightning_memplan._record import Recorder
 from lightning_memplan._step import detached_copy
 from lightning_memplan.cuda.rule_set import Rules
+from lightning_memplan.step.fake_cuda import DEVICE
 
 
 class Residual(nn.Module):

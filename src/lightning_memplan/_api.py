@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from lightning_memplan._advice import Job, advise_job
-from lightning_memplan._compiled import COMPILED_SIZES, FUSED, Graphs, compiled_parts
-from lightning_memplan._order import MakeOptimizer
+from lightning_memplan._compiled import FUSED, Graphs
 from lightning_memplan._probe import SIZES, can_probe, probe_steps
 from lightning_memplan._report import advice_lines, does_not_fit_message
 from lightning_memplan._shards import named_ignored
@@ -35,6 +34,8 @@ from lightning_memplan.memory.loops import TURNS, scaled
 from lightning_memplan.memory.program import interleaved, scale
 from lightning_memplan.memory.search import largest_fitting
 from lightning_memplan.settings import NCCL, StepSettings, parse_precision
+from lightning_memplan.step.compiled_regions import COMPILED_SIZES, compiled_parts
+from lightning_memplan.step.runner import MakeOptimizer
 from lightning_memplan.types import Advice, Device, Length, Lengths, Plan
 
 #: What a step raises where something is not there yet: a copy's trainer has no loops and no logger, and the hooks and

@@ -22,9 +22,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lightning_memplan._shards import Mark, NotedCard, in_place_of
 from lightning_memplan.errors import TraceError
 from lightning_memplan.settings import Parallel, Precision
+from lightning_memplan.step.context import EventContext, in_place_of
+from lightning_memplan.step.fake_cuda import FakeDeviceModule
 
 _HALF: Mapping[str, str] = {"16-mixed": "fp16", "16-true": "fp16", "bf16-mixed": "bf16", "bf16-true": "bf16"}
 
@@ -37,7 +38,7 @@ def engine_around(
     parallel: Parallel,
     optimizers: list[torch.optim.Optimizer],
     device: torch.device,
-    mark: Mark,
+    mark: EventContext,
     *,
     precision: Precision,
     gradient_clip_val: float | None,
@@ -128,7 +129,7 @@ def _unread(step: Any) -> None:
         step()
 
 
-def _label(optimizer: Any, mark: Mark) -> None:
+def _label(optimizer: Any, mark: EventContext) -> None:
     """Say what is what of that which the engine has made, and of the buckets that stages 1 and 2 make anew."""
     for state in optimizer.state.values():
         for tensor in state.values():
@@ -166,7 +167,7 @@ def _import(name: str) -> Any:
 
 # -------------------------------------------------------------------------------------------- an engine that is alone
 @contextmanager
-def silent_engine(device: torch.device, mark: Mark) -> Iterator[None]:
+def silent_engine(device: torch.device, mark: EventContext) -> Iterator[None]:
     """Where an engine can run in one process, in a group that says nothing. All that is changed is put back.
 
     Raises:
@@ -228,17 +229,17 @@ def _backend() -> Any:
     return backend
 
 
-def _accelerator(device: torch.device, mark: Mark) -> Any:
+def _accelerator(device: torch.device, mark: EventContext) -> Any:
     """What DeepSpeed asks of a card, where ``device`` stands for one."""
     base: Any = _import("deepspeed.accelerator.cuda_accelerator").CUDA_Accelerator
-    card = NotedCard(device, mark)
+    card = FakeDeviceModule(device, mark)
     kind: Any = type("Accelerator", (base,), _answers(device, mark, card))
     made = kind.__new__(kind)  # without what its constructor connects to
     made._name, made._communication_backend_name, made._compile_backend = "cuda", "nccl", "inductor"
     return made
 
 
-def _answers(device: torch.device, mark: Mark, card: NotedCard) -> dict[str, Any]:
+def _answers(device: torch.device, mark: EventContext, card: FakeDeviceModule) -> dict[str, Any]:
     """Methods and properties of an accelerator (deepspeed/accelerator/cuda_accelerator.py)."""
 
     def always(value: Any) -> Any:

@@ -23,11 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from lightning_memplan._compiled import TRIED, as_written, forget_compiled, within_graphs
-from lightning_memplan._order import TRUE_DTYPE, MakeOptimizer, StepRunner, accumulated
-from lightning_memplan._record import module_paths
 from lightning_memplan._shards import noted_units
-from lightning_memplan._twin import twin_of
 from lightning_memplan.devices.allocator_stats import read_peaks, reset_peaks
 from lightning_memplan.devices.detect import cpu_device
 from lightning_memplan.errors import TraceError, explain
@@ -37,6 +33,10 @@ from lightning_memplan.memory.events import EMPTY, FREE, Category, Event, Phase,
 from lightning_memplan.memory.formula import Formula
 from lightning_memplan.memory.program import scale
 from lightning_memplan.settings import STEPS, StepSettings
+from lightning_memplan.step.compiled_regions import TRIED, as_written, forget_compiled, within_graphs
+from lightning_memplan.step.context import module_paths
+from lightning_memplan.step.module_copy import replica_of
+from lightning_memplan.step.runner import TRUE_DTYPE, MakeOptimizer, StepRunner, accumulated
 from lightning_memplan.units import parse_bytes
 
 #: Batch sizes that are run, and what is run instead where the larger ones do not fit on the card
@@ -368,7 +368,7 @@ class _Run:
         meshed = parallel is not None and parallel.kind == "model_parallel"  # configured with its mesh, and not before
         configures = is_overridden("configure_model", self.module) and not meshed
         memo = {} if sets_up or configures or meshed else _shared(self.module)
-        twin: Any = twin_of(self.module, memo, trainer=self.trainer, device=self.device)
+        twin: Any = replica_of(self.module, memo, trainer=self.trainer, device=self.device)
         if sets_up:
             twin.setup(self.stage)
         if configures:

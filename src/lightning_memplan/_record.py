@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
@@ -27,9 +27,7 @@ from lightning_memplan.cuda.kernel_sizes import kernel_bytes
 from lightning_memplan.cuda.rule_set import Rules
 from lightning_memplan.cuda.sparse import is_sparse, parts
 from lightning_memplan.memory.events import EMPTY, Category, Event, Phase
-
-DEVICE = torch.device("cpu", 0)  #: where traced tensors lie: the stand-in for the GPU
-
+from lightning_memplan.step.fake_cuda import DEVICE
 
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
@@ -787,37 +785,3 @@ _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 _FROM_NUMBERS = frozenset({torch.tensor, torch.as_tensor, torch.Tensor.new_tensor})
-
-
-class HasPath(Protocol):
-    """What is told which submodule is running."""
-
-    path: str
-
-
-@contextmanager
-def module_paths(
-    module: torch.nn.Module, recorder: HasPath, without: Collection[torch.nn.Module] = ()
-) -> Iterator[None]:
-    """Stamp events with the dotted name of the submodule whose forward is running; of none of those ``without``."""
-    stack: list[str] = []
-    handles = []
-    for path, child in module.named_modules():
-        if child in without:
-            continue
-
-        def enter(_: Any, __: Any, path: str = path) -> None:
-            stack.append(recorder.path)
-            recorder.path = path
-
-        def leave(_: Any, __: Any, ___: Any) -> None:
-            recorder.path = stack.pop() if stack else ""
-
-        handles.append(child.register_forward_pre_hook(enter))
-        # whatever is raised: checkpointing stops a recomputation by an exception, when it has what it needs
-        handles.append(child.register_forward_hook(leave, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -15,14 +15,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_memplan.errors import TraceError
-from lightning_memplan.memory.events import Category, Event
+from lightning_memplan.memory.events import Event
 from lightning_memplan.settings import Parallel, Precision
+from lightning_memplan.step.context import EventContext, in_place_of
+from lightning_memplan.step.fake_cuda import FakeDeviceModule
 from lightning_memplan.units import format_bytes
 
 #: In which FSDP gathers parameters, reduces gradients and keeps buffers (FSDPPrecision.mixed_precision_config)
@@ -35,22 +37,11 @@ _DTYPES = {
 }
 
 
-class Mark(Protocol):
-    """What is told which kind of memory is taken from here on, and on which stream."""
-
-    category: Category
-    stream: int
-
-    def empty_cache(self) -> None: ...
-
-    def label(self, tensor: Any, category: Category) -> None: ...
-
-
 def fully_sharded(
     twin: nn.Module,
     parallel: Parallel,
     device: torch.device,
-    mark: Mark,
+    mark: EventContext,
     precision: Precision,
     groups: tuple[Any, Any],
 ) -> nn.Module | None:
@@ -173,11 +164,11 @@ def let_go(device: torch.device) -> Iterator[None]:
 
 # ----------------------------------------------------------------------------------------- streams that are only noted
 @contextmanager
-def noted_streams(device: torch.device, mark: Mark) -> Iterator[None]:
+def noted_streams(device: torch.device, mark: EventContext) -> Iterator[None]:
     """FSDP takes ``device`` for a card: what it allocates on a stream is marked with the stream's number."""
     from torch.distributed.fsdp import _common_utils
 
-    card = NotedCard(device, mark)
+    card = FakeDeviceModule(device, mark)
     with ExitStack() as stack:
         stack.enter_context(in_place_of(_common_utils._FSDPDeviceHandle, "from_device", classmethod(lambda *_: card)))
         for module in _FSDP2:
@@ -191,80 +182,3 @@ _FSDP2 = tuple(
     f"torch.distributed.fsdp._fully_shard.{name}"
     for name in ("_fully_shard", "_fsdp_collectives", "_fsdp_init", "_fsdp_param_group", "_fsdp_state")
 )
-
-
-@contextmanager
-def in_place_of(owner: Any, name: str, other: Any) -> Iterator[None]:
-    """``owner`` has ``other`` by that name, until what it had is put back."""
-    own, before = name in vars(owner), vars(owner).get(name)
-    setattr(owner, name, other)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before) if own else delattr(owner, name)
-
-
-class NotedCard:
-    """What FSDP asks of ``torch.cuda``; streams are numbered in the order in which they are made."""
-
-    def __init__(self, device: torch.device, mark: Mark, made: int = 0) -> None:
-        self._device, self._mark, self._made = device, mark, made
-
-    def is_available(self) -> bool:
-        return True
-
-    def current_device(self) -> torch.device:
-        return self._device
-
-    def current_stream(self) -> _Stream:
-        return _Stream(self._mark.stream)
-
-    def default_stream(self) -> _Stream:
-        return _Stream(0)
-
-    def Stream(self, *_: Any, **__: Any) -> _Stream:  # noqa: N802 - torch's name
-        self._made += 1
-        return _Stream(self._made)
-
-    def Event(self, *_: Any, **__: Any) -> _Event:  # noqa: N802 - torch's name
-        return _Event()
-
-    @contextmanager
-    def stream(self, stream: _Stream) -> Iterator[None]:
-        before, self._mark.stream = self._mark.stream, stream.number
-        try:
-            yield
-        finally:
-            self._mark.stream = before
-
-
-class _Stream:
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def nothing(self, *_: Any) -> None:
-        """No work is under way that could be waited for."""
-
-    wait_stream = wait_event = synchronize = nothing
-
-    def query(self) -> bool:
-        return True
-
-    def record_event(self, *_: Any) -> _Event:
-        return _Event()
-
-
-class _Event:
-    def record(self, *_: Any) -> _Event:
-        return self
-
-    def synchronize(self) -> None:
-        """No work is under way that could be waited for."""
-
-    wait = record
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, end: object) -> float:
-        return 0.0

@@ -19,15 +19,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from lightning_memplan._compiled import Graphs, as_graphs, as_written, compiled_parts
+from lightning_memplan._compiled import Graphs, as_graphs
 from lightning_memplan._deepspeed import rests_on
-from lightning_memplan._formula import make_formula, record_layers
-from lightning_memplan._order import TRUE_DTYPE, MakeOptimizer, StepRunner, accumulated
-from lightning_memplan._record import DEVICE, Recorder, fake_mode, has_values, module_paths, tell
+from lightning_memplan._record import Recorder, fake_mode, has_values, tell
 from lightning_memplan._shards import noted_units, waiting
-from lightning_memplan._silent_cuda import silent_cuda
 from lightning_memplan._strategy import ranks_of, unparallelized, wrapped
-from lightning_memplan._twin import metric_states, twin_of
 from lightning_memplan.cuda.decompositions import KERNELS
 from lightning_memplan.cuda.dispatch import cuda_semantics, foreach_by_default
 from lightning_memplan.cuda.indexing import longest
@@ -43,6 +39,12 @@ from lightning_memplan.memory.events import Event, Trace, labelled
 from lightning_memplan.memory.formula import Formula
 from lightning_memplan.memory.program import extended
 from lightning_memplan.settings import STEPS, Parallel, StepSettings
+from lightning_memplan.step.compiled_regions import as_written, compiled_parts
+from lightning_memplan.step.context import module_paths
+from lightning_memplan.step.fake_cuda import DEVICE, fake_cuda
+from lightning_memplan.step.layers import make_formula, record_layers
+from lightning_memplan.step.module_copy import metric_states, replica_of
+from lightning_memplan.step.runner import TRUE_DTYPE, MakeOptimizer, StepRunner, accumulated
 
 
 def _fake(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device, dtype: torch.dtype | None) -> FakeTensor:
@@ -85,7 +87,7 @@ def detached_copy(
                 tell(fake, buffer)
     for state in metric_states(module):
         memo[id(state)] = _fake(state, mode, DEVICE, None)
-    return twin_of(module, memo, trainer=trainer, device=DEVICE)
+    return replica_of(module, memo, trainer=trainer, device=DEVICE)
 
 
 def prepared(module: nn.Module, settings: StepSettings, *, trainer: Any = None, stage: str | None = None) -> nn.Module:
@@ -350,7 +352,7 @@ def trace_test(
         run = _Run(module, mode, settings, trainer, datamodule, None)
 
         def once() -> None:
-            with _explained(run.recorder), silent_cuda(run.recorder, settings.capability), run.recorder:
+            with _explained(run.recorder), fake_cuda(run.recorder, settings.capability), run.recorder:
                 run.evaluate(batch, "test")
 
         formula = make_formula(run.twin, record_layers(run.twin, once, size), sample_bytes(batch, size))
@@ -388,7 +390,7 @@ def run_formula(
 
         def forward() -> None:
             try:
-                with silent_cuda(run.recorder, settings.capability), run.recorder:
+                with fake_cuda(run.recorder, settings.capability), run.recorder:
                     run.forward(batch)
             except Exception as error:  # noqa: BLE001 - whatever the user's step raises
                 failed.append(error)
@@ -481,7 +483,7 @@ class _Run(StepRunner):
         recorder, twin, states = self.recorder, self.twin, random_states()
         compiled = as_graphs(twin, recorder, self.graphs, self.settings.capability)
         # a step that draws what it does draws the same at each batch size
-        around = isolated_random_state(), _explained(recorder), silent_cuda(recorder, self.settings.capability)
+        around = isolated_random_state(), _explained(recorder), fake_cuda(recorder, self.settings.capability)
         with ExitStack() as stack:
             for context in (*around, recorder, module_paths(twin, recorder)):
                 stack.enter_context(context)

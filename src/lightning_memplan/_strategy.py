@@ -25,16 +25,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from lightning_memplan._deepspeed import silent_engine
-from lightning_memplan._shards import Mark, begin, fully_sharded, in_place_of, let_go, noted_streams
+from lightning_memplan._shards import begin, fully_sharded, let_go, noted_streams
 from lightning_memplan.errors import TraceError
 from lightning_memplan.settings import Parallel, Precision
+from lightning_memplan.step.context import EventContext, in_place_of
 
 #: The stream beside the default one on which Lightning makes DistributedDataParallel, as events number it
 SIDE_STREAM = 1
 
 
 @contextmanager
-def ranks_of(parallel: Parallel | None, device: torch.device, mark: Mark) -> Iterator[None]:
+def ranks_of(parallel: Parallel | None, device: torch.device, mark: EventContext) -> Iterator[None]:
     """Where steps of what a strategy wraps can run in one process; nothing changes where it wraps nothing."""
     with ExitStack() as stack:
         if parallel is not None:
@@ -54,7 +55,7 @@ def ranks_of(parallel: Parallel | None, device: torch.device, mark: Mark) -> Ite
 
 
 def wrapped(
-    twin: nn.Module, parallel: Parallel, device: torch.device, mark: Mark, precision: Precision
+    twin: nn.Module, parallel: Parallel, device: torch.device, mark: EventContext, precision: Precision
 ) -> nn.Module | None:
     """``twin``, wrapped as the strategy wraps it, None where it is changed in its place; in ``ranks_of`` only.
 
@@ -83,7 +84,7 @@ def wrapped(
         mark.category = category
 
 
-def _parallelized(twin: Any, parallel: Parallel, device: torch.device, mark: Mark) -> None:
+def _parallelized(twin: Any, parallel: Parallel, device: torch.device, mark: EventContext) -> None:
     """As ModelParallelStrategy does: ``configure_model`` shards layers over a mesh, then they are given memory."""
     mark.category = "parameters"
     parts, whole = parallel.tensor_parallel, parallel.ranks
@@ -109,7 +110,7 @@ def _forget_mesh() -> None:
             torch._C._distributed_c10d._unregister_process_group(f"silent {name}")  # type: ignore[arg-type]
 
 
-def _replicated(twin: nn.Module, parallel: Parallel, device: torch.device, mark: Mark) -> nn.Module:
+def _replicated(twin: nn.Module, parallel: Parallel, device: torch.device, mark: EventContext) -> nn.Module:
     real = device.type == "cuda"
     mark.category = "communication"
     arguments = dict(parallel.arguments)
@@ -173,7 +174,7 @@ def unparallelized(twin: nn.Module) -> None:
                 module._parameters[name] = nn.Parameter(local(parameter.detach()), parameter.requires_grad)
 
 
-def through(wrapper: nn.Module, twin: nn.Module, step: Callable[..., Any], moved: Any, mark: Mark) -> Any:
+def through(wrapper: nn.Module, twin: nn.Module, step: Callable[..., Any], moved: Any, mark: EventContext) -> Any:
     """Run a step of ``twin`` through its wrapper's forward, as Lightning redirects ``training_step``."""
     own, category = twin.__dict__.get("forward"), mark.category
 

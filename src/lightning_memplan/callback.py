@@ -26,7 +26,6 @@ from lightning_memplan._draft import Draft, confirmed, held_bytes, on_all_ranks
 from lightning_memplan._figures import plot_timeline
 from lightning_memplan._history import Lesson, append, history, history_path, lesson
 from lightning_memplan._measure import PHASES, Meter, run_record
-from lightning_memplan._order import traced_step
 from lightning_memplan._probe import Tried, ran_out_of_memory, try_step
 from lightning_memplan._report import (
     measurement_summary,
@@ -68,6 +67,7 @@ from lightning_memplan.lightning.trainer import (
 )
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.settings import STEPS, StepSettings
+from lightning_memplan.step.runner import traced_step
 from lightning_memplan.types import Device, Measurement, Outcome, Peaks, Plan
 
 

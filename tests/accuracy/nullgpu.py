@@ -127,7 +127,7 @@ def train(row: Row, module: Any, sample: Any) -> tuple[int, int]:
     """The same of this module and sample."""
     import torch
 
-    from lightning_memplan._compiled import forget_compiled
+    from lightning_memplan.step.compiled_regions import forget_compiled
     from tests.accuracy import networks
 
     batches = getattr(module, "batches", STEPS) * row.accumulate * _fit_with(module).get(_PARTS, 1)

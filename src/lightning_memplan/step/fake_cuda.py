@@ -1,10 +1,4 @@
-"""What a traced step asks of ``torch.cuda``: an idle card answers, whether there is one here or not.
-
-So a step that waits, times itself, works on streams of its own or logs what is allocated runs on a machine without a
-card, and on one that has a card it resets no peak, empties no cache and waits for nothing.
-
-Source: torch/cuda/__init__.py, memory.py, streams.py and nvtx.py (2.11 to 2.14).
-"""
+"""Answer what a traced step asks of ``torch.cuda`` as an idle GPU would, with or without one here."""
 
 from __future__ import annotations
 
@@ -15,8 +9,76 @@ from typing import Any
 
 import torch
 
-from lightning_memplan._record import DEVICE
-from lightning_memplan._shards import Mark, NotedCard, in_place_of
+from lightning_memplan.step.context import EventContext, in_place_of
+
+DEVICE = torch.device("cpu", 0)  #: where traced tensors lie: the stand-in for the GPU
+
+
+class FakeDeviceModule:
+    """What FSDP asks of ``torch.cuda``; streams are numbered in the order in which they are made."""
+
+    def __init__(self, device: torch.device, mark: EventContext, made: int = 0) -> None:
+        self._device, self._mark, self._made = device, mark, made
+
+    def is_available(self) -> bool:
+        return True
+
+    def current_device(self) -> torch.device:
+        return self._device
+
+    def current_stream(self) -> _Stream:
+        return _Stream(self._mark.stream)
+
+    def default_stream(self) -> _Stream:
+        return _Stream(0)
+
+    def Stream(self, *_: Any, **__: Any) -> _Stream:  # noqa: N802 - torch's name
+        self._made += 1
+        return _Stream(self._made)
+
+    def Event(self, *_: Any, **__: Any) -> _Event:  # noqa: N802 - torch's name
+        return _Event()
+
+    @contextmanager
+    def stream(self, stream: _Stream) -> Iterator[None]:
+        before, self._mark.stream = self._mark.stream, stream.number
+        try:
+            yield
+        finally:
+            self._mark.stream = before
+
+
+class _Stream:
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def nothing(self, *_: Any) -> None:
+        """No work is under way that could be waited for."""
+
+    wait_stream = wait_event = synchronize = nothing
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, *_: Any) -> _Event:
+        return _Event()
+
+
+class _Event:
+    def record(self, *_: Any) -> _Event:
+        return self
+
+    def synchronize(self) -> None:
+        """No work is under way that could be waited for."""
+
+    wait = record
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: object) -> float:
+        return 0.0
+
 
 FIRST = 2**10  #: the number of the first stream that a step makes: those of wrappers are lower
 
@@ -34,9 +96,9 @@ _ZERO = """
 
 
 @contextmanager
-def silent_cuda(mark: Mark, capability: tuple[int, int]) -> Iterator[None]:
+def fake_cuda(mark: EventContext, capability: tuple[int, int]) -> Iterator[None]:
     """``torch.cuda`` as an idle card; what is allocated on a stream is marked with the stream's number."""
-    card = NotedCard(DEVICE, mark, made=FIRST)
+    card = FakeDeviceModule(DEVICE, mark, made=FIRST)
 
     def on(stream: Any) -> AbstractContextManager[None]:
         return nullcontext() if stream is None else card.stream(stream)

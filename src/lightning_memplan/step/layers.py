@@ -1,17 +1,4 @@
-"""The formula: what a network takes, added up by hand.
-
-    memory(bs) = parameters + gradients + bs * (I1 + 2 * sum(Ii))
-
-``I1`` is one sample of the input and every ``Ii`` the output of one layer for one sample, twice: once as it is kept for
-the backward pass, once as its gradient. Parameters and gradients do not grow with the batch size ``bs``.
-
-The method is the lecture note "Parameters and Memory Consumptions of CNNs", and so are both ways of counting a layer's
-parameters. The formula knows nothing of optimizers, buffers, functions that are no modules (``F.relu``, ``a + b``),
-what is freed early, or the allocator; it explains itself layer by layer, and needs no more than shapes.
-
-Nothing here allocates an activation: the shapes come from whatever runs the network, on tensors that are real, fake or
-on the ``meta`` device.
-"""
+"""Walk a module's layers for the formula: parameters, output shapes, bytes of each feature map."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A copy of the user's module that can be trained a few steps, and what it sees as its trainer.
-
-Nothing of the user's is changed: the copy logs nothing, writes nothing, and reads the real Trainer's settings only.
-"""
+"""Copy a module so that it can train a few steps, and give it a Trainer to look at."""
 
 from __future__ import annotations
 
@@ -105,7 +102,7 @@ class StandInStrategy:
         """No rank is waited for."""
 
 
-def twin_of(module: nn.Module, memo: dict[int, Any], *, trainer: Any, device: torch.device) -> nn.Module:
+def replica_of(module: nn.Module, memo: dict[int, Any], *, trainer: Any, device: torch.device) -> nn.Module:
     """A deep copy for ``device``; ``memo`` names what stands in for which of the module's objects.
 
     Datasets and loaders are shared, since they are only read.

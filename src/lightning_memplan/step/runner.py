@@ -17,9 +17,6 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_memplan._deepspeed import engine_around
-from lightning_memplan._formula import make_formula, record_layers
-from lightning_memplan._record import module_paths
-from lightning_memplan._shards import in_place_of
 from lightning_memplan._strategy import local, ranks_of, through, without_reduction, wrapped
 from lightning_memplan.data.batches import TiledBatch, sample_bytes
 from lightning_memplan.errors import TraceError, explain
@@ -36,6 +33,8 @@ from lightning_memplan.memory.cycles import MOST, is_enough, period, shapes, unt
 from lightning_memplan.memory.events import Category, Event, Phase
 from lightning_memplan.memory.formula import Formula
 from lightning_memplan.settings import STEPS, Parallel, StepSettings
+from lightning_memplan.step.context import in_place_of, module_paths
+from lightning_memplan.step.layers import make_formula, record_layers
 from lightning_memplan.types import Layer
 
 TRUE_DTYPE = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
@@ -76,7 +75,7 @@ def traced_step(batch: int, whole: int, parts: int, steps: int = STEPS) -> int:
     return min(cycle, steps - 1) * parts + place
 
 
-class Mark(Protocol):
+class StepContext(Protocol):
     """Where a step is: stamped on what is recorded."""
 
     phase: Phase
@@ -96,7 +95,7 @@ class StepRunner:
     def __init__(
         self,
         twin: nn.Module,
-        mark: Mark,
+        mark: StepContext,
         device: torch.device,
         settings: StepSettings,
         *,
