@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import lightning_memplan as mp
-from lightning_memplan._deepspeed import _config
+from lightning_memplan.step.strategies.deepspeed import _config
 
 engine = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:torch.*")  # DeepSpeed's names of collectives

@@ -15,11 +15,12 @@ from torch import nn
 
 import lightning_memplan as mp
 from lightning_memplan._step import trace_steps
-from lightning_memplan._strategy import SIDE_STREAM, silent_ranks
 from lightning_memplan.lightning.trainer import parallel_of
 from lightning_memplan.memory.events import EMPTY, Event
 from lightning_memplan.memory.search import RankResult, agreed
 from lightning_memplan.settings import Parallel, StepSettings
+from lightning_memplan.step.strategies.process_group import fake_ranks
+from lightning_memplan.step.strategies.wrap import SIDE_STREAM
 
 MiB = 2**20
 
@@ -84,7 +85,7 @@ def test_batches_that_are_only_added_up_reduce_nothing():
 
 def test_a_group_that_says_nothing_is_there_only_inside():
     assert not dist.is_initialized()
-    with silent_ranks(4):
+    with fake_ranks(4):
         assert (dist.get_world_size(), dist.get_rank()) == (4, 0)
         value = torch.ones(3)
         dist.all_reduce(value)

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from lightning_memplan._shards import noted_units
 from lightning_memplan.devices.allocator_stats import read_peaks, reset_peaks
 from lightning_memplan.devices.detect import cpu_device
 from lightning_memplan.errors import TraceError, explain
@@ -37,6 +36,7 @@ from lightning_memplan.step.compiled_regions import TRIED, as_written, forget_co
 from lightning_memplan.step.context import module_paths
 from lightning_memplan.step.module_copy import replica_of
 from lightning_memplan.step.runner import TRUE_DTYPE, MakeOptimizer, StepRunner, accumulated
+from lightning_memplan.step.strategies.fsdp import noted_units
 from lightning_memplan.units import parse_bytes
 
 #: Batch sizes that are run, and what is run instead where the larger ones do not fit on the card

@@ -20,10 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lightning_memplan._compiled import Graphs, as_graphs
-from lightning_memplan._deepspeed import rests_on
 from lightning_memplan._record import Recorder, fake_mode, has_values, tell
-from lightning_memplan._shards import noted_units, waiting
-from lightning_memplan._strategy import ranks_of, unparallelized, wrapped
 from lightning_memplan.cuda.decompositions import KERNELS
 from lightning_memplan.cuda.dispatch import cuda_semantics, foreach_by_default
 from lightning_memplan.cuda.indexing import longest
@@ -45,6 +42,9 @@ from lightning_memplan.step.fake_cuda import DEVICE, fake_cuda
 from lightning_memplan.step.layers import make_formula, record_layers
 from lightning_memplan.step.module_copy import metric_states, replica_of
 from lightning_memplan.step.runner import TRUE_DTYPE, MakeOptimizer, StepRunner, accumulated
+from lightning_memplan.step.strategies.deepspeed import rests_on
+from lightning_memplan.step.strategies.fsdp import noted_units, waiting
+from lightning_memplan.step.strategies.wrap import ranks_of, unparallelized, wrapped
 
 
 def _fake(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device, dtype: torch.dtype | None) -> FakeTensor:

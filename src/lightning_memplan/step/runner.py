@@ -16,8 +16,6 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_memplan._deepspeed import engine_around
-from lightning_memplan._strategy import local, ranks_of, through, without_reduction, wrapped
 from lightning_memplan.data.batches import TiledBatch, sample_bytes
 from lightning_memplan.errors import TraceError, explain
 from lightning_memplan.lightning.compat import (
@@ -35,6 +33,8 @@ from lightning_memplan.memory.formula import Formula
 from lightning_memplan.settings import STEPS, Parallel, StepSettings
 from lightning_memplan.step.context import in_place_of, module_paths
 from lightning_memplan.step.layers import make_formula, record_layers
+from lightning_memplan.step.strategies.deepspeed import engine_around
+from lightning_memplan.step.strategies.wrap import local, ranks_of, through, without_reduction, wrapped
 from lightning_memplan.types import Layer
 
 TRUE_DTYPE = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}

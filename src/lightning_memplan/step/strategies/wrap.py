@@ -1,14 +1,4 @@
-"""What a strategy wraps around a module that several processes train together: its memory is the wrapper's own.
-
-DistributedDataParallel is here, what shards parameters in ``_shards``, DeepSpeed's engine in ``_deepspeed``.
-
-The real wrapper runs around a copy of the module, in a group of ranks that says nothing: every collective is done as
-soon as it is asked for, and moves no byte. So buckets, their sizes, their order and the moment at which they are
-rebuilt are those of torch's own code, on fake tensors in a trace and on the GPU in a probe, and one process is enough.
-
-Source: torch/nn/parallel/distributed.py and torch/csrc/distributed/c10d/reducer.cpp (torch 2.13 to 2.15);
-pytorch_lightning/strategies/ddp.py (2.6).
-"""
+"""Wrap a replica as a strategy does: DDP, FSDP, tensor parallelism, DeepSpeed."""
 
 from __future__ import annotations
 
@@ -22,13 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 from torch.nn.modules._functions import SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
 
-from lightning_memplan._deepspeed import silent_engine
-from lightning_memplan._shards import begin, fully_sharded, let_go, noted_streams
 from lightning_memplan.errors import TraceError
 from lightning_memplan.settings import Parallel, Precision
 from lightning_memplan.step.context import EventContext, in_place_of
+from lightning_memplan.step.strategies.deepspeed import silent_engine
+from lightning_memplan.step.strategies.fsdp import begin, fully_sharded, let_go, noted_streams
+from lightning_memplan.step.strategies.process_group import FakeProcessGroup, fake_ranks
 
 #: The stream beside the default one on which Lightning makes DistributedDataParallel, as events number it
 SIDE_STREAM = 1
@@ -39,7 +29,7 @@ def ranks_of(parallel: Parallel | None, device: torch.device, mark: EventContext
     """Where steps of what a strategy wraps can run in one process; nothing changes where it wraps nothing."""
     with ExitStack() as stack:
         if parallel is not None:
-            stack.enter_context(silent_ranks(parallel.ranks, parallel.rank, parallel.backend))
+            stack.enter_context(fake_ranks(parallel.ranks, parallel.rank, parallel.backend))
             if device.type != "cuda":
                 stack.enter_context(in_place_of(nn.SyncBatchNorm, "forward", _synchronized(mark)))
                 stack.enter_context(in_place_of(DistributedDataParallel, "_passing_sync_batchnorm_handle", _nothing))
@@ -74,7 +64,7 @@ def wrapped(
         if parallel.kind == "fsdp":
             shards = parallel.shard_ranks or parallel.ranks
             copies, place = divmod(parallel.rank, shards)
-            groups = _Silent(place, shards), _Silent(copies, parallel.ranks // shards)  # type: ignore[call-arg]
+            groups = FakeProcessGroup(place, shards), FakeProcessGroup(copies, parallel.ranks // shards)  # type: ignore[call-arg]
             for group in groups:
                 group.backend = parallel.backend
             return fully_sharded(twin, parallel, device, mark, precision, groups)
@@ -89,7 +79,7 @@ def _parallelized(twin: Any, parallel: Parallel, device: torch.device, mark: Eve
     mark.category = "parameters"
     parts, whole = parallel.tensor_parallel, parallel.ranks
     places = zip(divmod(parallel.rank, parts), (whole // parts, parts), strict=True)
-    groups: list[Any] = [_Silent(rank, size) for rank, size in places]  # type: ignore[call-arg]
+    groups: list[Any] = [FakeProcessGroup(rank, size) for rank, size in places]  # type: ignore[call-arg]
     for group, name in zip(groups, _DIMENSIONS, strict=True):
         group.backend, group.group_name = parallel.backend, f"silent {name}"
         torch._C._distributed_c10d._register_process_group(group.group_name, group)
@@ -201,109 +191,3 @@ def through(wrapper: nn.Module, twin: nn.Module, step: Callable[..., Any], moved
 def without_reduction(wrapper: nn.Module | None) -> AbstractContextManager[Any]:
     """A batch whose gradients are only added up: nothing is reduced (``ParallelStrategy.block_backward_sync``)."""
     return nullcontext() if wrapper is None else wrapper.no_sync()  # type: ignore[operator]
-
-
-# --------------------------------------------------------------------------------------------- ranks that say nothing
-@contextmanager
-def silent_ranks(count: int, rank: int = 0, backend: str = "nccl") -> Iterator[None]:
-    """Whatever is asked of ``torch.distributed`` inside is answered as by one rank of ``count``, and reaches no one.
-
-    The group that is there, if any, is put back afterwards. Nothing of the user's code can make other ranks wait.
-    ``backend`` names what would move the tensors.
-    """
-    world = torch.distributed.distributed_c10d._world
-    before, group = world.default_pg, _Silent(rank, count)  # type: ignore[call-arg]
-    group.backend = backend
-    world.default_pg = group
-    world.pg_map[group] = (backend, None)  # type: ignore[assignment]
-    world.pg_group_ranks[group] = {rank: rank for rank in range(count)}
-    try:
-        yield
-    finally:
-        world.default_pg = before
-        del world.pg_map[group], world.pg_group_ranks[group]
-
-
-class _Silent(torch.distributed.ProcessGroup):
-    """A group in which all ranks have what this one has: tensors are gathered from copies of its own.
-
-    Gathering and scattering go through a copy of all of it on the card with gloo. Source: ``_allgather_base`` and
-    ``reduce_scatter_tensor_coalesced`` in torch/csrc/distributed/c10d/ProcessGroupGloo.cpp (2.14).
-    """
-
-    backend = "nccl"
-    group_name: Any = "silent"
-
-    def _copy(self, whole: Any) -> None:
-        """A copy that is gone when the collective is done."""
-        if self.backend == "gloo":
-            tensors = tree_leaves(whole)
-            torch.empty(sum(tensor.numel() for tensor in tensors), dtype=tensors[0].dtype, device=tensors[0].device)
-
-    def getBackendName(self) -> str:  # noqa: N802 - torch's name
-        return "silent"  # DistributedDataParallel would ask NCCL itself
-
-    def allreduce(self, tensors: Any, *_: Any) -> Any:
-        return _done(tensors)
-
-    reduce = broadcast = allreduce  # type: ignore[assignment]
-
-    def allgather(self, outputs: Any, inputs: Any, *_: Any) -> Any:
-        self._copy(outputs)
-        for gathered, own in zip(outputs, inputs, strict=True):
-            for output in gathered:
-                _fill(output, own)
-        return _done(outputs)
-
-    def gather(self, outputs: Any, inputs: Any, *_: Any) -> Any:
-        return self.allgather(outputs, inputs[: len(outputs)])
-
-    def alltoall(self, outputs: Any, inputs: Any, *_: Any) -> Any:
-        for output, own in zip(outputs, inputs, strict=True):
-            _fill(output, own)
-        return _done(outputs)
-
-    def reduce_scatter(self, outputs: Any, inputs: Any, *_: Any) -> Any:
-        own = [parts[self.rank()] for parts in inputs]
-        return self.alltoall(outputs[: len(own)], own)
-
-    scatter = reduce_scatter  # type: ignore[assignment] # which has inputs on one rank only
-
-    def _allgather_base(self, output: Any, own: Any, *_: Any) -> Any:
-        self._copy(output)
-        _fill(output, own)
-        return _done([output])
-
-    alltoall_base = all_to_all_single = _allgather_base  # type: ignore[assignment]
-
-    def _reduce_scatter_base(self, output: Any, whole: Any, *_: Any) -> Any:
-        self._copy(whole)
-        _fill(output, whole)
-        return _done([output])
-
-    # their names from 2.14 on
-    all_gather_single = _allgather_base  # type: ignore[assignment]
-    reduce_scatter_single = _reduce_scatter_base  # type: ignore[assignment]
-
-    def barrier(self, *_: Any, **__: Any) -> Any:
-        return _done([])
-
-    monitored_barrier = barrier
-
-
-def _fill(output: torch.Tensor, own: torch.Tensor) -> None:
-    """Give ``output`` values that a step can do with (indices, say), as often as there is room; autograd sees none."""
-    count = min(output.numel(), own.numel())
-    if not count or not (output.is_contiguous() and own.is_contiguous()):
-        return
-    with torch.no_grad(), torch.autograd.grad_mode._unsafe_preserve_version_counter(output):
-        whole = output.view(-1)
-        for begin in range(0, output.numel(), count):
-            part = whole[begin : begin + count]
-            part.copy_(own.detach().view(-1)[: part.numel()])
-
-
-def _done(tensors: Any) -> Any:
-    future: torch.futures.Future[Any] = torch.futures.Future()
-    future.set_result(tensors)
-    return torch._C._distributed_c10d._create_work_from_future(future)

@@ -1,12 +1,4 @@
-"""Parameters of which each rank holds a part: torch's own FullyShardedDataParallel, around a copy of the module.
-
-It flattens, gathers and frees parameters, reduces gradients and prefetches by itself, as on a card. What it asks of the
-card are streams and events: in a trace they are only noted, so that each block is allocated on the stream on which it
-would be. The optimizer is made of the shards, so its state is sharded too.
-
-Source: torch/distributed/fsdp (2.14): ``_init_utils.py``, ``_flat_param.py``, ``_runtime_utils.py``;
-pytorch_lightning/strategies/fsdp.py and lightning_fabric/strategies/fsdp.py (2.6).
-"""
+"""Shard parameters with torch's own FullyShardedDataParallel, around a replica of the module."""
 
 from __future__ import annotations
 

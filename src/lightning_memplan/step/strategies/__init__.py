@@ -1,0 +1,1 @@
+"""What a Trainer's strategy wraps around a module, and its memory."""
