@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_memplan._record import Recorder
 from lightning_memplan.cuda.decompositions import KERNELS
 from lightning_memplan.cuda.dispatch import cuda_semantics
 from lightning_memplan.cuda.indexing import LONGEST
@@ -32,6 +31,7 @@ from lightning_memplan.memory.program import scale
 from lightning_memplan.settings import Parallel
 from lightning_memplan.step.fake_cuda import DEVICE
 from lightning_memplan.step.strategies.wrap import ranks_of
+from lightning_memplan.trace.recorder import Recorder
 
 BATCH = 48
 Case = Callable[[int, torch.device], Any]

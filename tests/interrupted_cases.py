@@ -223,9 +223,9 @@ HOOKS = [name.strip() for name in HOOKS.replace("\n", "|").split("|") if name.st
 INSIDE: dict[str, tuple[str, str, int]] = {
     "the history is read": ("callback", "history", 1),
     "kernels are registered": ("cuda.rules", "torch.library.Library.impl", 40),
-    "the host's kernel is registered": ("_step", "torch.library.Library.impl", 1),
-    "an operator is recorded": ("_record", "Recorder._see", 60),
-    "an operator of a second recording": ("_record", "Recorder._see", 200),
+    "the host's kernel is registered": ("trace.tracer", "torch.library.Library.impl", 1),
+    "an operator is recorded": ("trace.recorder", "Recorder._see", 60),
+    "an operator of a second recording": ("trace.recorder", "Recorder._see", 200),
     "traces are scaled": ("_api", "scale", 1),
     "the layers are counted": ("step.runner", "record_layers", 1),
     "a batch size is looked for": ("memory.estimate", "largest_fitting", 1),

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_memplan as mp
-from lightning_memplan import _api, _step
+from lightning_memplan import _api
+from lightning_memplan.trace import tracer
 from tests.lengths_cases import Attention, tokens
 
 MiB = 2**20
@@ -183,7 +184,7 @@ def probed(monkeypatch):
             assert capacity == GPU.capacity
             if isinstance(what, Exception):
                 raise what
-            return _step.trace_counted(module, sample(), settings, **common)
+            return tracer.trace_counted(module, sample(), settings, **common)
 
         monkeypatch.setattr(_api, "can_probe", lambda: True)
         monkeypatch.setattr(_api, "probe_steps", probe_steps)

@@ -12,8 +12,8 @@ from pytorch_lightning.utilities.compile import from_compiled
 from torch import nn
 
 import lightning_memplan as mp
-from lightning_memplan._compiled import BROKEN, CUDA_GRAPHS, FUSED, OTHER, WRITTEN
 from lightning_memplan.memory.allocator import GRAPHS
+from lightning_memplan.trace.compiled import BROKEN, CUDA_GRAPHS, FUSED, OTHER, WRITTEN
 
 WIDTH = 1024
 BATCH = torch.zeros(4, WIDTH)

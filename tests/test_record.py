@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
-from lightning_memplan._record import Recorder
 from lightning_memplan.cuda.indexing import LONGEST
 from lightning_memplan.cuda.rule_set import Rules
 from lightning_memplan.cuda.shapes import SHAPES
 from lightning_memplan.memory.events import EMPTY, FREE, Event, labelled
 from lightning_memplan.step.context import module_paths
 from lightning_memplan.step.fake_cuda import DEVICE
+from lightning_memplan.trace.recorder import Recorder
 
 aten = torch.ops.aten
 

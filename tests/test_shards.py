@@ -21,12 +21,12 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy, wrap
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import lightning_memplan as mp
-from lightning_memplan._step import trace_steps, trace_test, trace_validation
 from lightning_memplan.lightning.trainer import parallel_of
 from lightning_memplan.memory.estimate import structure_hash
 from lightning_memplan.memory.events import Event
 from lightning_memplan.settings import Parallel, StepSettings
 from lightning_memplan.step.strategies.fsdp import _DTYPES
+from lightning_memplan.trace.tracer import trace_steps, trace_test, trace_validation
 
 MiB = 2**20
 GATHERS, REDUCES, CASTS = 1, 2, 3  # FSDP's streams, in the order in which it makes them

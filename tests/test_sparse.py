@@ -7,8 +7,8 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from lightning_memplan._step import trace_steps
 from lightning_memplan.settings import StepSettings
+from lightning_memplan.trace.tracer import trace_steps
 
 TOKENS = [(n, torch.zeros(n, 6, dtype=torch.long)) for n in (2, 3)]
 

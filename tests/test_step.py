@@ -19,13 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 import lightning_memplan as mp
-from lightning_memplan._step import detached_copy, prepared, run_formula, trace_steps
 from lightning_memplan.errors import TraceError
 from lightning_memplan.memory.cycles import MOST
 from lightning_memplan.settings import STEPS, StepSettings
 from lightning_memplan.step.fake_cuda import DEVICE, FIRST
 from lightning_memplan.step.module_copy import StandInTrainer
 from lightning_memplan.step.runner import accumulated, traced_step
+from lightning_memplan.trace.tracer import detached_copy, prepared, run_formula, trace_steps
 
 KiB = 2**10
 BATCHES = [(2, torch.zeros(2, 1024)), (3, torch.zeros(3, 1024))]

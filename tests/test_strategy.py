@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torch import nn
 
 import lightning_memplan as mp
-from lightning_memplan._step import trace_steps
 from lightning_memplan.lightning.trainer import parallel_of
 from lightning_memplan.memory.events import EMPTY, Event
 from lightning_memplan.memory.search import RankResult, agreed
 from lightning_memplan.settings import Parallel, StepSettings
 from lightning_memplan.step.strategies.process_group import fake_ranks
 from lightning_memplan.step.strategies.wrap import SIDE_STREAM
+from lightning_memplan.trace.tracer import trace_steps
 
 MiB = 2**20
 

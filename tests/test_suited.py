@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import lightning_memplan as mp
-from lightning_memplan._step import trace_steps
 from lightning_memplan._suited import traced_at
 from lightning_memplan.cli import main
 from lightning_memplan.data.samples import read_samples
 from lightning_memplan.errors import MemplanError
 from lightning_memplan.memory.allocator import replay
 from lightning_memplan.settings import StepSettings
+from lightning_memplan.trace.tracer import trace_steps
 
 from .suited_cases import (
     WIDTH,

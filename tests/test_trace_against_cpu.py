@@ -11,10 +11,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from lightning_memplan._record import Recorder
-from lightning_memplan._step import detached_copy
 from lightning_memplan.cuda.rule_set import Rules
 from lightning_memplan.step.fake_cuda import DEVICE
+from lightning_memplan.trace.recorder import Recorder
+from lightning_memplan.trace.tracer import detached_copy
 
 
 class Residual(nn.Module):

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import lightning_memplan as mp
-from lightning_memplan._step import trace_steps
 from lightning_memplan.data.samples import read_samples
 from lightning_memplan.errors import TraceError
 from lightning_memplan.memory.allocator import replay
@@ -19,6 +18,7 @@ from lightning_memplan.memory.events import Event, Trace
 from lightning_memplan.memory.loops import TURNS, loops, merge_loops, scaled
 from lightning_memplan.memory.program import scale
 from lightning_memplan.settings import StepSettings
+from lightning_memplan.trace.tracer import trace_steps
 
 KIB = 2**10
 

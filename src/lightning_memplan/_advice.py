@@ -15,8 +15,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_memplan._record import fake_mode
-from lightning_memplan._step import detached_copy, prepared, trace_steps
 from lightning_memplan.errors import TraceError
 from lightning_memplan.lightning.compat import (
     apply_to_collection,
@@ -29,6 +27,8 @@ from lightning_memplan.memory.estimate import Estimate, largest_on_card
 from lightning_memplan.memory.loops import scaled
 from lightning_memplan.settings import StepSettings, parse_precision
 from lightning_memplan.step.runner import MakeOptimizer
+from lightning_memplan.trace.known_values import fake_mode
+from lightning_memplan.trace.tracer import detached_copy, prepared, trace_steps
 from lightning_memplan.types import Advice
 
 WORTH = 0.01  #: of the peak: what saves less is no advice

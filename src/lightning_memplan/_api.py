@@ -14,10 +14,8 @@ import torch
 from torch import nn
 
 from lightning_memplan._advice import Job, advise_job
-from lightning_memplan._compiled import FUSED, Graphs
 from lightning_memplan._probe import SIZES, can_probe, probe_steps
 from lightning_memplan._report import advice_lines, does_not_fit_message
-from lightning_memplan._step import prepared, run_formula, trace_counted, trace_steps, trace_test, trace_validation
 from lightning_memplan._suited import MANY, OF_FEW, EstimateAt, Estimates, is_of_many, of_many, suited, traced_at
 from lightning_memplan.checks import Method, check_count, check_margin, check_method
 from lightning_memplan.data.loaders import dataset_size
@@ -36,6 +34,15 @@ from lightning_memplan.settings import NCCL, StepSettings, parse_precision
 from lightning_memplan.step.compiled_regions import COMPILED_SIZES, compiled_parts
 from lightning_memplan.step.runner import MakeOptimizer
 from lightning_memplan.step.strategies.fsdp import named_ignored
+from lightning_memplan.trace.compiled import FUSED, Graphs
+from lightning_memplan.trace.tracer import (
+    prepared,
+    run_formula,
+    trace_counted,
+    trace_steps,
+    trace_test,
+    trace_validation,
+)
 from lightning_memplan.types import Advice, Device, Length, Lengths, Plan
 
 #: What a step raises where something is not there yet: a copy's trainer has no loops and no logger, and the hooks and

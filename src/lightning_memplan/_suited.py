@@ -14,8 +14,6 @@ from typing import Any, get_args
 
 from torch import nn
 
-from lightning_memplan._compiled import Graphs
-from lightning_memplan._step import prepared, trace_steps
 from lightning_memplan.cuda.workspaces import Choice
 from lightning_memplan.data.batches import sample_bytes
 from lightning_memplan.data.samples import SAMPLE_SIZE, Samples, Which, read_samples
@@ -27,6 +25,8 @@ from lightning_memplan.memory.program import extended, scale
 from lightning_memplan.memory.search import Found, LimitedBy, largest_suited
 from lightning_memplan.settings import StepSettings
 from lightning_memplan.step.runner import PARTS, MakeOptimizer
+from lightning_memplan.trace.compiled import Graphs
+from lightning_memplan.trace.tracer import prepared, trace_steps
 from lightning_memplan.types import Device
 
 #: Batch sizes of traces, where those of few samples cannot be had or are of unlike steps: each has 2 to 32 equal parts,

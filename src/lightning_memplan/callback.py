@@ -37,7 +37,6 @@ from lightning_memplan._report import (
     validation_metrics,
     validation_text,
 )
-from lightning_memplan._step import prepared
 from lightning_memplan._suited import Estimates, traced_at
 from lightning_memplan.checks import check_count, check_margin, check_method
 from lightning_memplan.data.batches import batch_size_of
@@ -68,6 +67,7 @@ from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.settings import STEPS, StepSettings
 from lightning_memplan.step.runner import traced_step
 from lightning_memplan.step.strategies.fsdp import named_ignored
+from lightning_memplan.trace.tracer import prepared
 from lightning_memplan.types import Device, Measurement, Outcome, Peaks, Plan
 
 

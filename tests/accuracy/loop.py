@@ -14,8 +14,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_memplan._record import Recorder
-from lightning_memplan._step import _no_collection, _setup_order, detached_copy
 from lightning_memplan.cuda import autocast
 from lightning_memplan.cuda.decompositions import KERNELS
 from lightning_memplan.cuda.dispatch import cuda_semantics
@@ -26,6 +24,8 @@ from lightning_memplan.cuda.shapes import SHAPES
 from lightning_memplan.memory.events import EMPTY, FREE, Trace, labelled
 from lightning_memplan.memory.program import Polynomial, Program, scale
 from lightning_memplan.step.context import module_paths
+from lightning_memplan.trace.recorder import Recorder
+from lightning_memplan.trace.tracer import _no_collection, _setup_order, detached_copy
 
 #: cuBLAS's workspace for compute capability 8.x, which each thread that multiplies matrices keeps
 CUBLAS = (2 * 4096 + 8 * 16) * 1024

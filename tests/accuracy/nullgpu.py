@@ -212,9 +212,9 @@ def difference(row: Row, most: int) -> None:
 
     import torch
 
-    from lightning_memplan._step import trace_steps
     from lightning_memplan.data.samples import read_samples
     from lightning_memplan.settings import StepSettings, parse_precision
+    from lightning_memplan.trace.tracer import trace_steps
     from tests.accuracy import networks
 
     torch.cuda.memory._record_memory_history(

@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lightning_memplan._step import run_formula
 from lightning_memplan.memory.allocator import replay
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
 from lightning_memplan.memory.program import Program
 from lightning_memplan.settings import StepSettings
 from lightning_memplan.step.fake_cuda import DEVICE
+from lightning_memplan.trace.tracer import run_formula
 
 from .fits import FITS, read_fits
 from .loop import Loop, trace_loop

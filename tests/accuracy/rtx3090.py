@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lightning_memplan._step import run_formula
 from lightning_memplan.cuda.workspaces import Choice
 from lightning_memplan.memory.allocator import Replay, replay
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
@@ -33,6 +32,7 @@ from lightning_memplan.memory.formula import Formula
 from lightning_memplan.memory.program import Polynomial, Program
 from lightning_memplan.settings import StepSettings
 from lightning_memplan.step.fake_cuda import DEVICE
+from lightning_memplan.trace.tracer import run_formula
 
 from .loop import PRIME, Loop, trace_loop
 

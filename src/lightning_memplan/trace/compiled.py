@@ -37,9 +37,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_memplan._record import Recorder, fake_mode
 from lightning_memplan.memory.allocator import GRAPHS
 from lightning_memplan.step.compiled_regions import Part, compiled_parts
+from lightning_memplan.trace.known_values import fake_mode
+from lightning_memplan.trace.recorder import Recorder
 
 #: Kernels that inductor calls and does not make, beside its ``fallbacks``: their operands and results are blocks
 _OF_LIBRARIES = frozenset(

@@ -19,8 +19,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from lightning_memplan._compiled import Graphs, as_graphs
-from lightning_memplan._record import Recorder, fake_mode, has_values, tell
 from lightning_memplan.cuda.decompositions import KERNELS
 from lightning_memplan.cuda.dispatch import cuda_semantics, foreach_by_default
 from lightning_memplan.cuda.indexing import longest
@@ -45,6 +43,9 @@ from lightning_memplan.step.runner import TRUE_DTYPE, MakeOptimizer, StepRunner,
 from lightning_memplan.step.strategies.deepspeed import rests_on
 from lightning_memplan.step.strategies.fsdp import noted_units, waiting
 from lightning_memplan.step.strategies.wrap import ranks_of, unparallelized, wrapped
+from lightning_memplan.trace.compiled import Graphs, as_graphs
+from lightning_memplan.trace.known_values import fake_mode, has_values, tell
+from lightning_memplan.trace.recorder import Recorder
 
 
 def _fake(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device, dtype: torch.dtype | None) -> FakeTensor:

@@ -1,10 +1,4 @@
-"""The dispatch mode that turns tensors' storages into events.
-
-It only intercepts: sizes, categories and tables are made elsewhere. Tensors are fake (they have a shape and a storage
-of known size, but no data) and lie on ``DEVICE``, a CPU device with an index. An ordinary CPU tensor's device has
-none, so what the user's code leaves on the host is told apart from what it puts on the device, and mixing the two is
-the error that it is on a GPU.
-"""
+"""Turn tensors' storages into events, by a dispatch mode."""
 
 from __future__ import annotations
 
@@ -18,21 +12,19 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_memplan._sequence import EngineSequence
 from lightning_memplan.cuda.kernel_sizes import kernel_bytes
 from lightning_memplan.cuda.rule_set import Rules
 from lightning_memplan.cuda.sparse import is_sparse, parts
 from lightning_memplan.memory.events import EMPTY, Category, Event, Phase
 from lightning_memplan.step.fake_cuda import DEVICE
+from lightning_memplan.trace.autograd import EngineSequence
+from lightning_memplan.trace.constructors import Constructors
+from lightning_memplan.trace.known_values import NUMBERS, ORIGIN, TRUE, has_numbers
 
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
-
-
-_FUNCTIONAL = torch._C._TorchDispatchModeKey.FUNCTIONAL
 
 
 _HOST = torch.device("cpu")
@@ -146,7 +138,7 @@ class Recorder(TorchDispatchMode):
         self._longest = rules.longest
         self._shapes = rules.shapes
         self._running: set[Any] = set()  # the kernels that are being told
-        self._constructors = _Constructors(self)
+        self._constructors = Constructors(self)
         self._storages = _Storages(self)
         self._sequence = EngineSequence(self._constructors)
         self._made: set[tuple[str, bool]] = set()
@@ -184,7 +176,7 @@ class Recorder(TorchDispatchMode):
         if values is not None:
             for made, value in zip(tree_leaves(out), tree_leaves(values), strict=True):
                 if isinstance(made, FakeTensor) and not made.is_floating_point():
-                    made.__dict__[_NUMBERS], made.__dict__[_ORIGIN] = value, origin
+                    made.__dict__[NUMBERS], made.__dict__[ORIGIN] = value, origin
         return out
 
     def _run(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
@@ -195,7 +187,7 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)  # on the host: real tensors, real values
         if func is _READ_VALUE and (args[0].is_floating_point() or args[0].dtype is torch.bool):
             self.values_read += 1
-            return _TRUE in args[0].__dict__ if args[0].dtype is torch.bool else 0.0
+            return TRUE in args[0].__dict__ if args[0].dtype is torch.bool else 0.0
         if func is _EQUAL:
             same = args[0].untyped_storage()._cdata == args[1].untyped_storage()._cdata
             self.values_read += not same and args[0].shape == args[1].shape
@@ -338,18 +330,18 @@ class Recorder(TorchDispatchMode):
         """What an operator gives for whole numbers of the batch, on the host; None where it is not known."""
         if func is _TO_COPY and id(args[0]) in self.numbers:
             return self.numbers[id(args[0])].clone()
-        if not any(map(_has_numbers, args)):
+        if not any(map(has_numbers, args)):
             return None
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        known = all(_has_numbers(leaf) or not isinstance(leaf, FakeTensor) for leaf in leaves)
+        known = all(has_numbers(leaf) or not isinstance(leaf, FakeTensor) for leaf in leaves)
         if not known or torch.Tag.nondeterministic_seeded in func.tags:
-            for leaf in filter(_has_numbers, leaves if func._schema.is_mutable else ()):
-                del leaf.__dict__[_NUMBERS]
+            for leaf in filter(has_numbers, leaves if func._schema.is_mutable else ()):
+                del leaf.__dict__[NUMBERS]
             return None
 
         def on_host(value: Any) -> Any:
             if isinstance(value, FakeTensor):
-                return value.__dict__[_NUMBERS]
+                return value.__dict__[NUMBERS]
             return _HOST if isinstance(value, torch.device) else value
 
         return func(*tree_map(on_host, args), **tree_map(on_host, dict(kwargs)))
@@ -358,14 +350,14 @@ class Recorder(TorchDispatchMode):
         """Where the values are from that an operator is given: the batch, a count of a mask, or what is known for sure
         (a buffer)."""
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        found = {"batch" if id(leaf) in self.numbers else leaf.__dict__.get(_ORIGIN, "") for leaf in leaves}
+        found = {"batch" if id(leaf) in self.numbers else leaf.__dict__.get(ORIGIN, "") for leaf in leaves}
         return next((origin for origin in ("batch", "mask") if origin in found), "")
 
     def _counted(self, out: Any, mask: torch.Tensor) -> Any:
         """How many are true: all of them, where it is asked for."""
         self._counts = True
-        out.__dict__[_NUMBERS] = torch.full(out.shape, mask.numel() // max(1, out.numel()))
-        out.__dict__[_ORIGIN] = "mask"
+        out.__dict__[NUMBERS] = torch.full(out.shape, mask.numel() // max(1, out.numel()))
+        out.__dict__[ORIGIN] = "mask"
         return out
 
     def _check(self, out: Any, func: Any, args: Sequence[Any]) -> None:
@@ -374,10 +366,10 @@ class Recorder(TorchDispatchMode):
         Source: aten/src/ATen/native/TensorCompare.cpp, ``isfinite``; torch/distributions/distribution.py (2.14).
         """
         if isinstance(out, FakeTensor) and out.dtype is torch.bool:
-            both = func in _BOTH and all(_TRUE in a.__dict__ for a in args if isinstance(a, torch.Tensor))
+            both = func in _BOTH and all(TRUE in a.__dict__ for a in args if isinstance(a, torch.Tensor))
             same = func is _SAME and args[0] is args[1]
             if both or same or func is _ALL_TRUE or (func is _NOT and args[1] == math.inf):
-                out.__dict__[_TRUE] = True
+                out.__dict__[TRUE] = True
 
     def _write(self, block: int, size: int, category: Category, func: Any) -> None:
         self.events.append(Event(block, size, self.phase, self.step, category, self.path, func, self.stream))
@@ -562,40 +554,7 @@ class Recorder(TorchDispatchMode):
             self._own(out.untyped_storage(), block)
 
 
-_TRUE = "_memplan_true"  # a fake tensor's attribute: all that is in it is true
-
-
 _NEW_ZEROS = "_memplan_zeros"  # a fake tensor's attribute: it was made of zeros
-
-
-_NUMBERS = "_memplan_numbers"  # a fake tensor's attribute: its values, where they are known
-
-
-_ORIGIN = "_memplan_origin"  # another: where these are from
-
-
-def fake_mode() -> FakeTensorMode:
-    """A mode that a step's own copies of its tensors share: copying one copies its attributes, its mode among them."""
-    mode: Any = FakeTensorMode(allow_non_fake_inputs=True)
-    mode.__deepcopy__ = lambda memo: mode
-    return mode  # type: ignore[no-any-return]
-
-
-def tell(fake: torch.Tensor, like: torch.Tensor) -> bool:
-    """Give a fake tensor the values of the few numbers that it stands for, if they have any: whether it has them now.
-
-    So a step may read where a queue begins, or whether it has begun. Its operators and views have values too.
-    """
-    values = like.__dict__.get(_NUMBERS) if isinstance(like, FakeTensor) else None if like.is_meta else like
-    if values is None or values.numel() > (1 if values.is_floating_point() else 16):
-        return False
-    fake.__dict__[_NUMBERS] = values.detach().to("cpu", copy=True)
-    return True
-
-
-def has_values(tensor: torch.Tensor) -> bool:
-    """Whether those of a fake tensor are known."""
-    return _NUMBERS in tensor.__dict__
 
 
 def _are_plain(args: Sequence[Any]) -> bool:
@@ -606,12 +565,6 @@ def _are_plain(args: Sequence[Any]) -> bool:
         or (isinstance(arg, FakeTensor) and arg.constant is None and arg.fake_device == device)
         for arg in args
     )
-
-
-def _has_numbers(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(map(_has_numbers, value))
-    return isinstance(value, FakeTensor) and _NUMBERS in value.__dict__
 
 
 def _into_zeros(grads: Sequence[torch.Tensor | None], given: Sequence[torch.Tensor | None]) -> Any:
@@ -702,86 +655,3 @@ class _Storages:
 
     def __exit__(self) -> None:
         torch.UntypedStorage.resize_, torch.UntypedStorage.data_ptr = self._before  # type: ignore[method-assign]
-
-
-class _Constructors(TorchFunctionMode):
-    """Where tensors are made and moved to, by the user's code.
-
-    What it puts on ``"cuda"`` is put on ``DEVICE``. Tensors that are made of Python's numbers are made on the host by
-    torch, which forgets ``DEVICE``'s index there. A fake tensor whose data are replaced is where these are. Values that
-    are read all at once, for NumPy or a list, are 0.
-    """
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def _values(self, tensor: Any) -> torch.Tensor:
-        known = tensor.__dict__.get(_NUMBERS)
-        self._recorder.values_read += known is None
-        return torch.zeros(tensor.shape, dtype=tensor.dtype) if known is None else known
-
-    @staticmethod
-    def _number(value: float, dtype: torch.dtype) -> Any:
-        """What is written to a part of a GPU's tensor is on the host, but where a graph is made.
-
-        Source: torch/csrc/autograd/python_variable_indexing.cpp (2.14).
-        """
-        return value if torch._C._get_dispatch_mode(_FUNCTIONAL) is not None else torch.tensor(value, dtype=dtype)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _ALL_VALUES and isinstance(args[0], FakeTensor) and args[0].device != DEVICE:
-            return func(self._values(args[0]).requires_grad_(args[0].requires_grad), *args[1:], **kwargs)
-        if func is torch.Tensor.tolist and isinstance(args[0], FakeTensor):
-            return self._values(args[0]).tolist()
-        if _is_cuda(kwargs.get("device")):
-            kwargs = {**kwargs, "device": DEVICE}
-        if func is torch.Tensor.cuda:
-            return args[0].to(DEVICE)
-        if func is torch.Tensor.pin_memory and isinstance(args[0], FakeTensor):
-            return args[0]  # on the host, pinned or not
-        if func == _SET_DATA and isinstance(args[0], FakeTensor) and isinstance(args[1], FakeTensor):
-            args[0].fake_device = args[1].fake_device
-        if func is torch.Tensor.data_ptr and isinstance(args[0], FakeTensor):
-            return args[0].untyped_storage().data_ptr() + args[0].storage_offset() * args[0].element_size()
-        if func == _SET_ITEM and type(args[2]) in (bool, int, float) and args[0].device == DEVICE:
-            args = (*args[:2], self._number(args[2], args[0].dtype))
-        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], DEVICE, *args[2:])
-        if func not in _FROM_NUMBERS:
-            return func(*args, **kwargs)
-        of_tensor = func is torch.Tensor.new_tensor
-        device = kwargs.get("device", args[0].device if of_tensor else None)
-        data = args[1 if of_tensor else 0] if len(args) > of_tensor else kwargs.get("data")
-        if isinstance(data, (list, tuple)) and any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(data)):
-            data = tree_map(lambda leaf: self._values(leaf) if isinstance(leaf, FakeTensor) else leaf, data)
-            args, kwargs = (*args[:of_tensor], data, *args[of_tensor + 1 :]), {**kwargs}
-            kwargs.pop("data", None)
-        if device is None or torch.device(device) != DEVICE or isinstance(data, torch.Tensor):
-            return func(*args, **kwargs)
-        grad = kwargs.pop("requires_grad", False)
-        made = func(*args, **{**kwargs, "device": "cpu"})
-        if torch._C._get_dispatch_mode(_FUNCTIONAL) is None:
-            made = made.to(DEVICE)
-        else:  # a graph is made, of which a number would be a constant that stays on the host
-            made = torch.empty(made.shape, dtype=made.dtype, device=DEVICE)
-        return made.requires_grad_() if grad else made
-
-
-def _is_cuda(device: object) -> bool:
-    if isinstance(device, torch.device):
-        return device.type == "cuda"
-    return type(device) is int or (isinstance(device, str) and device.partition(":")[0] == "cuda")
-
-
-_ALL_VALUES = frozenset[Any]((torch.Tensor.numpy, torch.Tensor.__array__))
-
-
-_SET_ITEM = torch.Tensor.__setitem__
-
-
-_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-
-
-_FROM_NUMBERS = frozenset({torch.tensor, torch.as_tensor, torch.Tensor.new_tensor})

@@ -1,0 +1,1 @@
+"""A training step on fake tensors, recorded as events."""
