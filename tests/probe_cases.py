@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_memplan as mp
-from lightning_memplan._probe import Tried, probe_steps, try_step
 from lightning_memplan.data.samples import read_samples
+from lightning_memplan.probe.probe import TrialPeaks, probe_steps, try_step
 from lightning_memplan.settings import StepSettings
 
 
@@ -111,7 +111,7 @@ def probe(net: nn.Module, side: int = 64, **kwargs: Any) -> list[int]:
     return [t.batch_size for t in traces]
 
 
-def tried(net: nn.Module, size: int = 512) -> Tried:
+def tried(net: nn.Module, size: int = 512) -> TrialPeaks:
     batch = (torch.zeros(size, 3, 64, 64), torch.zeros(size, dtype=torch.long))
     return try_step(net, batch, StepSettings(gradient_clip_val=1.0), 0)
 

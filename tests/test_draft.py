@@ -12,8 +12,8 @@ import torch
 import lightning_memplan as mp
 from lightning_memplan import _api, _draft
 from lightning_memplan._draft import Draft, confirmed, on_all_ranks
-from lightning_memplan._probe import Tried
 from lightning_memplan.memory.search import RankResult
+from lightning_memplan.probe.probe import TrialPeaks
 
 CARD = mp.Device("a card", total=2**30, index=0)
 NET = torch.nn.Linear(1, 1000)
@@ -34,7 +34,7 @@ def runs(most):
     def tried(plan):
         sizes.append(plan.batch_size)
         ran = plan.batch_size <= most
-        return Tried(plan.predicted_allocated, plan.predicted_peak, missing=0 if ran else 2**10)
+        return TrialPeaks(plan.predicted_allocated, plan.predicted_peak, missing=0 if ran else 2**10)
 
     sizes = []
     return tried, sizes

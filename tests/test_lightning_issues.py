@@ -23,8 +23,8 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 import lightning_memplan as mp
-from lightning_memplan._probe import ran_out_of_memory
 from lightning_memplan.lightning.trainer import averaging_bytes
+from lightning_memplan.probe.out_of_memory import ran_out_of_memory
 
 CARD = mp.Device("a card", total=2**30)
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_memplan._probe import _events, _Scaler, can_probe, ran_out_of_memory
 from lightning_memplan.memory.alignment import aligned, doubled
 from lightning_memplan.memory.events import Event, Trace
 from lightning_memplan.memory.program import scale
+from lightning_memplan.probe.allocator_history import _events
+from lightning_memplan.probe.out_of_memory import ran_out_of_memory
+from lightning_memplan.probe.probe import _Scaler, can_probe
 
 
 def trace(size, *events):

@@ -9,12 +9,13 @@ from functools import partial
 import torch
 from torch import nn
 
-from lightning_memplan._probe import Tried, give_back
 from lightning_memplan._suited import EstimateAt
 from lightning_memplan.errors import DoesNotFitError, explain
 from lightning_memplan.lightning.compat import over_ranks
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.search import RankResult, agreed, lacking
+from lightning_memplan.probe.clean_up import give_back
+from lightning_memplan.probe.probe import TrialPeaks
 from lightning_memplan.types import Plan
 from lightning_memplan.units import format_bytes
 
@@ -29,7 +30,7 @@ class Draft:
     plan: Plan
     estimate_at: EstimateAt
     planned: Callable[..., Plan]  #: within a ``max_batch_size`` and a ``budget``
-    tried: Callable[[Plan], Tried]  #: real steps of a plan's batch size
+    tried: Callable[[Plan], TrialPeaks]  #: real steps of a plan's batch size
     ranks: int = 1
     index: int = 0  #: of the card on which real steps run
     on_the_card: bool = False  #: the module's own tensors are there already
@@ -158,7 +159,7 @@ def _tried(draft: Draft, attempt: int, strict: bool) -> Draft:
     return replace(draft, plan=replace(draft.plan, confirmed=tried.reserved))
 
 
-def _shrunk(draft: Draft, tried: Tried, attempt: int) -> Draft:
+def _shrunk(draft: Draft, tried: TrialPeaks, attempt: int) -> Draft:
     plan = draft.plan
     budget = plan.predicted_peak - lacking(plan.predicted_peak, tried.reserved, tried.missing, attempt)
     most = min(plan.batch_size - 1, plan.batch_size * budget // plan.predicted_peak)

@@ -26,7 +26,6 @@ from lightning_memplan._draft import Draft, confirmed, held_bytes, on_all_ranks
 from lightning_memplan._figures import plot_timeline
 from lightning_memplan._history import Lesson, append, history, history_path, lesson
 from lightning_memplan._measure import PHASES, Meter, run_record
-from lightning_memplan._probe import Tried, ran_out_of_memory, try_step
 from lightning_memplan._report import (
     measurement_summary,
     plan_hparams,
@@ -64,6 +63,8 @@ from lightning_memplan.lightning.trainer import (
     validates,
 )
 from lightning_memplan.memory.estimate import Estimate
+from lightning_memplan.probe.out_of_memory import ran_out_of_memory
+from lightning_memplan.probe.probe import TrialPeaks, try_step
 from lightning_memplan.settings import STEPS, StepSettings
 from lightning_memplan.step.runner import traced_step
 from lightning_memplan.step.strategies.fsdp import named_ignored
@@ -269,7 +270,7 @@ class MemoryPlanner(CallbackBase):
             accumulating = replace(settings, accumulate_grad_batches=parts)
             return traced_at(found, size, module, source, accumulating, device=device, **how)
 
-        def tried(plan: Plan) -> Tried:
+        def tried(plan: Plan) -> TrialPeaks:
             program = estimate_at(plan.batch_size).program
             recorded = 0 if program is None else program.recorded()
             return try_step(

@@ -66,8 +66,9 @@ def recorded_probe(row: Row, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
     """The events of a probe of each batch size: numbers as above, and where each step's phases begin."""
     import torch
 
-    from lightning_memplan._probe import _as_found, _record, _Run
     from lightning_memplan.data.samples import read_samples
+    from lightning_memplan.probe.clean_up import as_found
+    from lightning_memplan.probe.probe import _record, _Run
     from lightning_memplan.settings import StepSettings, parse_precision
     from tests.accuracy import networks
 
@@ -77,7 +78,7 @@ def recorded_probe(row: Row, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
     )
     samples = read_samples(networks.loader(sample, row.batch_size, 1))
     device = torch.device("cuda", 0)
-    with _as_found(device):
+    with as_found(device):
         run = _Run(module, device, settings, None, None, None, None)
         traces, _ = _record(run, samples.batches(sizes), 3)
     found = []

@@ -39,7 +39,7 @@ MOST = 4096  #: samples: a row that fits more is limited by that
 
 def runs(row: Row, batch_size: int) -> tuple[int, int] | None:
     """Peak bytes allocated and reserved, None where memory runs out."""
-    from lightning_memplan._probe import ran_out_of_memory
+    from lightning_memplan.probe.out_of_memory import ran_out_of_memory
 
     try:
         return fit(row._replace(batch_size=batch_size))

@@ -104,7 +104,7 @@ def _fit_with(module: Any) -> dict[str, Any]:
 def _trainer(row: Row, module: Any) -> Any:
     import pytorch_lightning as pl
 
-    from lightning_memplan._probe import _Scaler
+    from lightning_memplan.probe.probe import _Scaler
 
     how: dict[str, Any] = {"precision": row.precision}
     if row.precision == "16-mixed":  # on a real card the first steps would be passed over: samples are zeros
