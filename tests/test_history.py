@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lightning_memplan as mp
-from lightning_memplan._history import ENOUGH, LEAST, append, history_path, latest, lesson, residual
 from lightning_memplan._report import history_table, lessons_table, run_report
 from lightning_memplan.cli import main
+from lightning_memplan.monitor.history import ENOUGH, LEAST, append, history_path, latest, lesson, residual
 from lightning_memplan.types import Run
 
 GiB = 2**30
@@ -134,7 +134,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 WRITER = """
 import dataclasses, sys
 from pathlib import Path
-from lightning_memplan._history import append
+from lightning_memplan.monitor.history import append
 from lightning_memplan.types import Run
 print("ready", flush=True)
 sys.stdin.readline()
@@ -182,7 +182,7 @@ def test_a_lock_that_is_held_for_long_is_not_waited_for(tmp_path, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
     path = tmp_path / "runs.jsonl"
     append(run(), path)
-    monkeypatch.setattr("lightning_memplan._history._LOCK_SECONDS", 0.02)
+    monkeypatch.setattr("lightning_memplan.monitor.history._LOCK_SECONDS", 0.02)
     with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         append(run(1.5), path)
@@ -383,7 +383,7 @@ import pytorch_lightning as pl
 import torch
 from fits import Classifier, Data, mlp
 import lightning_memplan as mp
-from lightning_memplan._history import append, history_path
+from lightning_memplan.monitor.history import append, history_path
 
 class Eater(pl.Callback):
     held = None

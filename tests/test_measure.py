@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lightning_memplan as mp
-from lightning_memplan import _measure
-from lightning_memplan._measure import Floor, Meter, drift
 from lightning_memplan.devices.allocator_stats import AllocatorStats
+from lightning_memplan.monitor import meter
+from lightning_memplan.monitor.meter import Floor, Meter, drift
 from lightning_memplan.types import Measurement, Peaks
 
 MiB, GiB = 2**20, 2**30
@@ -26,8 +26,8 @@ class Card:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.allocated = self.peak = self.reserved = self.retries = self.resets = self.reads = 0
-        monkeypatch.setattr(_measure, "read_stats", self.read)
-        monkeypatch.setattr(_measure, "reset_peaks", self.reset)
+        monkeypatch.setattr(meter, "read_stats", self.read)
+        monkeypatch.setattr(meter, "reset_peaks", self.reset)
 
     def take(self, peak: int, rest: int = 0) -> None:
         self.peak, self.reserved, self.allocated = max(self.peak, peak), max(self.reserved, peak + 2), rest

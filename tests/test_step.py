@@ -21,10 +21,11 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 import lightning_memplan as mp
 from lightning_memplan.errors import TraceError
 from lightning_memplan.memory.cycles import MOST
+from lightning_memplan.monitor.meter import traced_step
 from lightning_memplan.settings import STEPS, StepSettings
 from lightning_memplan.step.fake_cuda import DEVICE, FIRST
 from lightning_memplan.step.module_copy import StandInTrainer
-from lightning_memplan.step.runner import accumulated, traced_step
+from lightning_memplan.step.runner import accumulated
 from lightning_memplan.trace.tracer import detached_copy, prepared, run_formula, trace_steps
 
 KiB = 2**10

@@ -24,8 +24,6 @@ from lightning_memplan._api import (
 from lightning_memplan._apply import Holder, Place, find_holders, find_place
 from lightning_memplan._draft import Draft, confirmed, held_bytes, on_all_ranks
 from lightning_memplan._figures import plot_timeline
-from lightning_memplan._history import Lesson, append, history, history_path, lesson
-from lightning_memplan._measure import PHASES, Meter, run_record
 from lightning_memplan._report import (
     measurement_summary,
     plan_hparams,
@@ -63,10 +61,11 @@ from lightning_memplan.lightning.trainer import (
     validates,
 )
 from lightning_memplan.memory.estimate import Estimate
+from lightning_memplan.monitor.history import Lesson, append, history, history_path, lesson, run_record
+from lightning_memplan.monitor.meter import PHASES, Meter, traced_step
 from lightning_memplan.probe.out_of_memory import ran_out_of_memory
 from lightning_memplan.probe.probe import TrialPeaks, try_step
 from lightning_memplan.settings import STEPS, StepSettings
-from lightning_memplan.step.runner import traced_step
 from lightning_memplan.step.strategies.fsdp import named_ignored
 from lightning_memplan.trace.tracer import prepared
 from lightning_memplan.types import Device, Measurement, Outcome, Peaks, Plan

@@ -38,8 +38,6 @@ from lightning_memplan._api import (
     resolve_step,
 )
 from lightning_memplan._figures import plot_measurements, plot_timeline
-from lightning_memplan._history import Lesson, history, latest, lesson
-from lightning_memplan._logged import read_log
 from lightning_memplan._report import (
     advice_table,
     cards_table,
@@ -60,6 +58,8 @@ from lightning_memplan.devices.detect import detect_devices
 from lightning_memplan.errors import DoesNotFitError, MemplanError
 from lightning_memplan.lightning.config_file import read_cli_config
 from lightning_memplan.lightning.trainer import sharding
+from lightning_memplan.monitor.csv_log import read_log
+from lightning_memplan.monitor.history import Lesson, history, latest, lesson
 from lightning_memplan.types import Advice, Device, Run
 from lightning_memplan.units import MiB, format_bytes, parse_bytes
 

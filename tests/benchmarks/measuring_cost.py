@@ -34,12 +34,12 @@ import torch
 from pytorch_lightning.loggers import CSVLogger
 
 import lightning_memplan as mp
-from lightning_memplan import _measure
 from lightning_memplan.devices import allocator_stats
+from lightning_memplan.monitor import meter
 from tests.accuracy.networks import build, loader
 
 NETWORKS = ("torchvision.alexnet", "own.pointnet", "torchvision.resnet18", "torchvision.resnet50", "hf.bert")
-BLOCK = _measure.APART  #: steps: one of them has its phases measured
+BLOCK = meter.APART  #: steps: one of them has its phases measured
 WARM = BLOCK
 
 
@@ -76,7 +76,7 @@ class Timed(mp.MemoryPlanner):
         self.starts: list[tuple[float, float]] = []
         self.clocks = {name: Clock() for name in ("hooks", "allocator", "logger", "nothing")}
         self.plain = {name: getattr(self, name) for name in (*self.HOOKS, "_log_step")}
-        self.asked = {name: getattr(_measure, name) for name in ("read_stats", "reset_peaks")}
+        self.asked = {name: getattr(meter, name) for name in ("read_stats", "reset_peaks")}
         self.hooks = {name: self.clocks["hooks"].timed(self.plain[name]) for name in self.HOOKS}
         self.inner = {name: self.clocks["allocator"].timed(function) for name, function in self.asked.items()}
         self.timed_log = self.clocks["logger"].timed(self.plain["_log_step"])
@@ -104,7 +104,7 @@ class Timed(mp.MemoryPlanner):
     @staticmethod
     def ask(functions: dict[str, Callable[..., Any]]) -> None:
         for name, function in functions.items():
-            setattr(_measure, name, function)
+            setattr(meter, name, function)
 
 
 class Cost(NamedTuple):

@@ -60,21 +60,6 @@ def accumulated(settings: StepSettings) -> int:
     return min(settings.accumulate_grad_batches, PARTS)
 
 
-def traced_step(batch: int, whole: int, parts: int, steps: int = STEPS) -> int:
-    """Which of a trace's steps the ``batch``-th batch of training (from 0) is like.
-
-    ``whole`` batches are accumulated in training, ``parts`` in the trace, which has ``steps`` steps of the optimizer.
-
-    >>> [traced_step(batch, 1, 1) for batch in range(5)]
-    [0, 1, 2, 2, 2]
-    >>> [traced_step(batch, 4, 3) for batch in range(9)]
-    [0, 1, 1, 2, 3, 4, 4, 5, 6]
-    """
-    cycle, part = divmod(batch, whole)
-    place = part if part == 0 else parts - 1 if part == whole - 1 else 1
-    return min(cycle, steps - 1) * parts + place
-
-
 class StepContext(Protocol):
     """Where a step is: stamped on what is recorded."""
 

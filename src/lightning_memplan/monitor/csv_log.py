@@ -1,4 +1,4 @@
-"""What a run's ``CSVLogger`` wrote down, read back: its plan, and predicted and actual peaks of its logged steps."""
+"""Read back what a run's ``CSVLogger`` wrote: its plan, and predicted and actual peaks."""
 
 from __future__ import annotations
 

@@ -1,18 +1,15 @@
-"""What a training run takes of a CUDA device, step by step: a meter that the callback's hooks call."""
+"""Measure the peaks of each training step on a CUDA device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime, timezone
-from importlib.metadata import version
-from typing import Any
+from collections.abc import Callable
 
-import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_memplan.devices.allocator_stats import AllocatorStats, read_stats, reset_peaks
-from lightning_memplan.devices.detect import CardMeter, driver_version
-from lightning_memplan.types import Measurement, Outcome, Peaks, Plan, Run
+from lightning_memplan.devices.detect import CardMeter
+from lightning_memplan.settings import STEPS
+from lightning_memplan.types import Measurement, Peaks
 from lightning_memplan.units import MiB, format_bytes
 
 #: Steps of a run whose phases are measured whatever ``every_n_steps`` is: what the first two allocate stays.
@@ -189,63 +186,6 @@ class Meter:
         self._reserved = max(stats.peak_reserved, self._reserved)
 
 
-def run_record(
-    meter: Meter,
-    plan: Plan,
-    *,
-    structure: str,
-    model: str,
-    outcome: Outcome,
-    settings: Mapping[str, Any],
-    rank: int,
-    ranks: int,
-    held: int,
-) -> Run:
-    """A run as history keeps it: its peaks without the bytes ``held``, which the plan leaves out of the capacity."""
-
-    def most(peaks: Iterable[tuple[int, int]]) -> tuple[int, int]:
-        allocated, reserved = zip(*peaks, strict=True)
-        return max(allocated) - held, max(reserved) - held
-
-    kinds = {"first": meter.measurements[:1], "steady": meter.measurements[1:]}
-    ran = {kind: steps for kind, steps in kinds.items() if steps}
-    predicted = {
-        kind: most((m.predicted_allocated, m.predicted_reserved) for m in steps) for kind, steps in ran.items()
-    }
-    phases = {
-        name: most((m.predicted_phases.get(name, held), m.phases[name]) for m in meter.measurements if name in m.phases)
-        for name in PHASES
-        if any(name in m.phases for m in meter.measurements)
-    }
-    if outcome == "out of memory":
-        predicted["failed"] = most([(meter.predicted.allocated, meter.predicted.reserved)])
-    return Run(
-        structure=structure,
-        model=model,
-        device=plan.device.name,
-        total=plan.device.total,
-        capacity=plan.device.capacity,
-        method=plan.method,
-        batch_size=plan.batch_size,
-        predicted=predicted,
-        measured={kind: most((m.allocated, m.reserved) for m in steps) for kind, steps in ran.items()},
-        outcome=outcome,
-        steps=len(meter.measurements),
-        retries=sum(m.retries for m in meter.measurements),
-        margin=plan.margin,
-        settings=settings,
-        versions={
-            "lightning-memplan": version("lightning-memplan"),
-            "torch": torch.__version__,
-            "driver": driver_version(),
-        },
-        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        rank=rank,
-        ranks=ranks,
-        phases=phases,
-    )
-
-
 def drift(measurement: Measurement, margin: float) -> str:
     """By how much a step took more than was predicted, where that is more than a part ``margin`` of it, and 64 MiB.
 
@@ -318,3 +258,18 @@ class Floor:
 
 def _higher(a: Peaks, b: Peaks) -> Peaks:
     return Peaks(max(a.allocated, b.allocated), max(a.reserved, b.reserved))
+
+
+def traced_step(batch: int, whole: int, parts: int, steps: int = STEPS) -> int:
+    """Which of a trace's steps the ``batch``-th batch of training (from 0) is like.
+
+    ``whole`` batches are accumulated in training, ``parts`` in the trace, which has ``steps`` steps of the optimizer.
+
+    >>> [traced_step(batch, 1, 1) for batch in range(5)]
+    [0, 1, 2, 2, 2]
+    >>> [traced_step(batch, 4, 3) for batch in range(9)]
+    [0, 1, 1, 2, 3, 4, 4, 5, 6]
+    """
+    cycle, part = divmod(batch, whole)
+    place = part if part == 0 else parts - 1 if part == whole - 1 else 1
+    return min(cycle, steps - 1) * parts + place

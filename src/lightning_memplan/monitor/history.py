@@ -1,8 +1,4 @@
-"""What earlier runs took, against what was predicted: a file of JSON lines, and the margin that it justifies.
-
-Every run on a CUDA device appends one line, and none is ever changed. The file is ``$MEMPLAN_HISTORY``, where that is
-set (``off``: none is kept), else ``lightning-memplan/history.jsonl`` in ``$XDG_DATA_HOME`` or ``~/.local/share``.
-"""
+"""Keep a file of what earlier runs needed against what was predicted, and the margin that it justifies."""
 
 from __future__ import annotations
 
@@ -11,13 +7,19 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lightning_memplan.types import Run
+import torch
+
+from lightning_memplan.devices.detect import driver_version
+from lightning_memplan.monitor.meter import PHASES, Meter
+from lightning_memplan.types import Outcome, Plan, Run
 from lightning_memplan.units import MiB
 
 try:
@@ -244,3 +246,60 @@ def _locked(file: int) -> Iterator[None]:
 def _last_byte(file: int, size: int) -> bytes:
     os.lseek(file, size - 1, os.SEEK_SET)
     return os.read(file, 1)
+
+
+def run_record(
+    meter: Meter,
+    plan: Plan,
+    *,
+    structure: str,
+    model: str,
+    outcome: Outcome,
+    settings: Mapping[str, Any],
+    rank: int,
+    ranks: int,
+    held: int,
+) -> Run:
+    """A run as history keeps it: its peaks without the bytes ``held``, which the plan leaves out of the capacity."""
+
+    def most(peaks: Iterable[tuple[int, int]]) -> tuple[int, int]:
+        allocated, reserved = zip(*peaks, strict=True)
+        return max(allocated) - held, max(reserved) - held
+
+    kinds = {"first": meter.measurements[:1], "steady": meter.measurements[1:]}
+    ran = {kind: steps for kind, steps in kinds.items() if steps}
+    predicted = {
+        kind: most((m.predicted_allocated, m.predicted_reserved) for m in steps) for kind, steps in ran.items()
+    }
+    phases = {
+        name: most((m.predicted_phases.get(name, held), m.phases[name]) for m in meter.measurements if name in m.phases)
+        for name in PHASES
+        if any(name in m.phases for m in meter.measurements)
+    }
+    if outcome == "out of memory":
+        predicted["failed"] = most([(meter.predicted.allocated, meter.predicted.reserved)])
+    return Run(
+        structure=structure,
+        model=model,
+        device=plan.device.name,
+        total=plan.device.total,
+        capacity=plan.device.capacity,
+        method=plan.method,
+        batch_size=plan.batch_size,
+        predicted=predicted,
+        measured={kind: most((m.allocated, m.reserved) for m in steps) for kind, steps in ran.items()},
+        outcome=outcome,
+        steps=len(meter.measurements),
+        retries=sum(m.retries for m in meter.measurements),
+        margin=plan.margin,
+        settings=settings,
+        versions={
+            "lightning-memplan": version("lightning-memplan"),
+            "torch": torch.__version__,
+            "driver": driver_version(),
+        },
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        rank=rank,
+        ranks=ranks,
+        phases=phases,
+    )

@@ -1,0 +1,1 @@
+"""Measure training steps against their predictions, and remember runs."""
