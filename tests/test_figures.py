@@ -45,7 +45,7 @@ def test_a_step(estimate, tmp_path):
 
 
 def test_what_is_stacked_is_what_is_allocated(estimate):
-    from lightning_memplan._figures import _last_step
+    from lightning_memplan.report.figures import _last_step
 
     parts, reserved, events = _last_step(estimate, 256, None)
     assert len(reserved) == len(events) == len(parts["activations"])

@@ -7,9 +7,10 @@ import os
 import pytest
 from pytorch_lightning.loggers import CSVLogger
 
-from lightning_memplan._report import logged_report, plan_hparams, step_metrics, validation_metrics
 from lightning_memplan.cli import main
 from lightning_memplan.monitor.csv_log import read_log
+from lightning_memplan.report.metrics import plan_hparams, step_metrics, validation_metrics
+from lightning_memplan.report.runs import logged_report
 from lightning_memplan.types import Device, Measurement, Peaks, Plan
 
 GiB = 2**30

@@ -14,8 +14,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
 
 import lightning_memplan as mp
-from lightning_memplan._report import scalars_layout, step_metrics
 from lightning_memplan.lightning.loggers import tensorboard_writers
+from lightning_memplan.report.metrics import scalars_layout, step_metrics
 
 CASES = Path(__file__).with_name("logger_cases.py")
 STEPS = 5

@@ -9,14 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_memplan._report import (
-    does_not_fit_message,
-    layers_table,
-    measurement_summary,
-    plan_hparams,
-    plan_table,
-    step_metrics,
-)
+from lightning_memplan.report.metrics import plan_hparams, step_metrics
+from lightning_memplan.report.plans import does_not_fit_message, layers_table, plan_table
+from lightning_memplan.report.runs import measurement_summary
 from lightning_memplan.types import Device, Layer, Measurement, Peaks, Plan
 
 GiB = 2**30

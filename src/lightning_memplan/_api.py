@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from lightning_memplan._advice import Job, advise_job
-from lightning_memplan._report import advice_lines, does_not_fit_message
 from lightning_memplan._suited import MANY, OF_FEW, EstimateAt, Estimates, is_of_many, of_many, suited, traced_at
 from lightning_memplan.checks import Method, check_count, check_margin, check_method
 from lightning_memplan.data.loaders import dataset_size
@@ -30,6 +29,7 @@ from lightning_memplan.memory.loops import TURNS, scaled
 from lightning_memplan.memory.program import interleaved, scale
 from lightning_memplan.memory.search import largest_fitting
 from lightning_memplan.probe.probe import SIZES, can_probe, probe_steps
+from lightning_memplan.report.plans import advice_lines, does_not_fit_message
 from lightning_memplan.settings import NCCL, StepSettings, parse_precision
 from lightning_memplan.step.compiled_regions import COMPILED_SIZES, compiled_parts
 from lightning_memplan.step.runner import MakeOptimizer

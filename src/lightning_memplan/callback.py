@@ -23,17 +23,6 @@ from lightning_memplan._api import (
 )
 from lightning_memplan._apply import Holder, Place, find_holders, find_place
 from lightning_memplan._draft import Draft, confirmed, held_bytes, on_all_ranks
-from lightning_memplan._figures import plot_timeline
-from lightning_memplan._report import (
-    measurement_summary,
-    plan_hparams,
-    plan_table,
-    ranks_metrics,
-    scalars_layout,
-    step_metrics,
-    validation_metrics,
-    validation_text,
-)
 from lightning_memplan._suited import Estimates, traced_at
 from lightning_memplan.checks import check_count, check_margin, check_method
 from lightning_memplan.data.batches import batch_size_of
@@ -65,6 +54,16 @@ from lightning_memplan.monitor.history import Lesson, append, history, history_p
 from lightning_memplan.monitor.meter import PHASES, Meter, traced_step
 from lightning_memplan.probe.out_of_memory import ran_out_of_memory
 from lightning_memplan.probe.probe import TrialPeaks, try_step
+from lightning_memplan.report.figures import plot_timeline
+from lightning_memplan.report.metrics import (
+    plan_hparams,
+    ranks_metrics,
+    scalars_layout,
+    step_metrics,
+    validation_metrics,
+)
+from lightning_memplan.report.plans import plan_table, validation_text
+from lightning_memplan.report.runs import measurement_summary
 from lightning_memplan.settings import STEPS, StepSettings
 from lightning_memplan.step.strategies.fsdp import named_ignored
 from lightning_memplan.trace.tracer import prepared

@@ -37,20 +37,6 @@ from lightning_memplan._api import (
     plan_estimate,
     resolve_step,
 )
-from lightning_memplan._figures import plot_measurements, plot_timeline
-from lightning_memplan._report import (
-    advice_table,
-    cards_table,
-    device_fields,
-    devices_table,
-    estimate_table,
-    history_table,
-    lessons_table,
-    logged_report,
-    plan_fields,
-    plan_table,
-    run_report,
-)
 from lightning_memplan._suited import Estimates, traced_at
 from lightning_memplan.cuda.cudnn import check_named
 from lightning_memplan.devices.catalogue import gpu, gpus
@@ -60,6 +46,17 @@ from lightning_memplan.lightning.config_file import read_cli_config
 from lightning_memplan.lightning.trainer import sharding
 from lightning_memplan.monitor.csv_log import read_log
 from lightning_memplan.monitor.history import Lesson, history, latest, lesson
+from lightning_memplan.report.figures import plot_measurements, plot_timeline
+from lightning_memplan.report.plans import (
+    advice_table,
+    cards_table,
+    device_fields,
+    devices_table,
+    estimate_table,
+    plan_fields,
+    plan_table,
+)
+from lightning_memplan.report.runs import history_table, lessons_table, logged_report, run_report
 from lightning_memplan.types import Advice, Device, Run
 from lightning_memplan.units import MiB, format_bytes, parse_bytes
 
