@@ -226,12 +226,12 @@ INSIDE: dict[str, tuple[str, str, int]] = {
     "the host's kernel is registered": ("trace.tracer", "torch.library.Library.impl", 1),
     "an operator is recorded": ("trace.recorder", "Recorder._see", 60),
     "an operator of a second recording": ("trace.recorder", "Recorder._see", 200),
-    "traces are scaled": ("_api", "scale", 1),
+    "traces are scaled": ("planning.predict", "scale", 1),
     "the layers are counted": ("step.runner", "record_layers", 1),
     "a batch size is looked for": ("memory.estimate", "largest_fitting", 1),
-    "validation is traced": ("_api", "trace_validation", 1),
-    "all ranks agree": ("_draft", "over_ranks", 1),
-    "loaders are changed": ("_apply", "change_loaders", 1),
+    "validation is traced": ("planning.predict", "trace_validation", 1),
+    "all ranks agree": ("planning.proposal", "over_ranks", 1),
+    "loaders are changed": ("planning.apply", "change_loaders", 1),
     "the plan is printed": ("callback", "say", 1),
 }
 SETTERS = ["batch_size is set", "val_size is set"]

@@ -12,9 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 import lightning_memplan as mp
-from lightning_memplan import _advice, _api
-from lightning_memplan._advice import _in_eight_bits, _sample_size, checkpoint_themselves, checkpointed
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
+from lightning_memplan.planning import advice as advice_module
+from lightning_memplan.planning import changes, predict
+from lightning_memplan.planning.changes import _in_eight_bits, _sample_size, checkpoint_themselves, checkpointed
 from tests.accuracy import advice as accuracy
 
 MiB = 2**20
@@ -51,7 +52,7 @@ CARD = mp.Device("a card", total=2**30, capability=(8, 6))
 def one_allocator():
     """What is saved of reserved bytes depends on which of equal blocks is used, which torch 2.14 changed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_api, "_allocator", AllocatorSettings)
+        patch.setattr(predict, "_allocator", AllocatorSettings)
         yield
 
 
@@ -153,8 +154,8 @@ def test_where_none_repeats_it_is_the_parts_of_the_network():
             self.net, self.loss = Net(), nn.MSELoss()
 
     assert [path for path, _ in checkpointed(Whole())] == ["net.down", "net.up"]
-    assert _advice._named(checkpointed(Whole())) == "net.down, net.up"
-    assert _advice._named([("a", Block()), ("b", Block())]) == "the 2 blocks (Block)"
+    assert changes._named(checkpointed(Whole())) == "net.down, net.up"
+    assert changes._named([("a", Block()), ("b", Block())]) == "the 2 blocks (Block)"
     assert checkpointed(nn.Sequential(nn.Linear(8, 8), nn.ReLU())) == []
 
 
@@ -266,7 +267,7 @@ def test_what_samples_measure(batch, size):
 
 
 def test_a_layout_is_that_of_a_module_that_has_it(monkeypatch):
-    monkeypatch.setattr(_advice, "WORTH", -10)  # all changes, whatever they save
+    monkeypatch.setattr(advice_module, "WORTH", -10)  # all changes, whatever they save
     module, batch, how = Convolves(), torch.zeros(2, 3, 64, 64), {"device": CARD, "precision": "16-mixed"}
     found = mp.advise(module, batch, batch_size=64, **how)
     (item,) = (item for item in found if item.kind == "layout")

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_memplan as mp
-from lightning_memplan import _api
+from lightning_memplan.planning import predict
 from lightning_memplan.trace import tracer
 from tests.lengths_cases import Attention, tokens
 
@@ -186,8 +186,8 @@ def probed(monkeypatch):
                 raise what
             return tracer.trace_counted(module, sample(), settings, **common)
 
-        monkeypatch.setattr(_api, "can_probe", lambda: True)
-        monkeypatch.setattr(_api, "probe_steps", probe_steps)
+        monkeypatch.setattr(predict, "can_probe", lambda: True)
+        monkeypatch.setattr(predict, "probe_steps", probe_steps)
 
     return does
 
@@ -235,16 +235,16 @@ def test_the_steps_own_error_is_raised_unchanged(probed):
 def test_a_probe_that_has_seen_a_large_batch_plans_alone(probed, monkeypatch):
     # the trace would let fewer samples fit: weights are 64 MiB in it
     probed("a step")
-    monkeypatch.setattr(_api, "SIZES", ((1,),))
+    monkeypatch.setattr(predict, "SIZES", ((1,),))
     wide = mp.estimate(nn.Linear(4096, 4096), torch.zeros(4, 4096))
-    monkeypatch.setattr(_api, "_traced", lambda *_: wide)
+    monkeypatch.setattr(predict, "_traced", lambda *_: wide)
     found = mp.estimate(Module(), torch.zeros(4, 1024), device=GPU)
     assert (found.method, found.largest_seen, found.others) == ("probe", 5, (wide,))
 
 
 def test_the_method_that_needs_more_plans(estimate):
     wide = mp.estimate(nn.Linear(4096, 4096), torch.zeros(4, 4096))  # 64 MiB of weights: fewer samples fit
-    assert [_api._tightest_first(found, CARD)[0] for found in ((estimate, wide), (wide, estimate))] == [wide, wide]
+    assert [predict._tightest_first(found, CARD)[0] for found in ((estimate, wide), (wide, estimate))] == [wide, wide]
 
 
 # ---------------------------------------------------------------------------------------------------------------- plan

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 
-from lightning_memplan._apply import find_holders, holders_of
 from lightning_memplan.errors import ApplyError
+from lightning_memplan.planning.apply import find_holders, holders_of
 
 
 class Module(pl.LightningModule):

@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_memplan as mp
-from lightning_memplan import _api
 from lightning_memplan.lightning.trainer import averaging_bytes, batches_into_epoch, check_accumulation
+from lightning_memplan.planning import predict
 from lightning_memplan.trace import tracer
 
 GiB = 2**30
@@ -994,7 +994,7 @@ def test_it_is_traced_with_accumulation_only_where_it_has_to_be(monkeypatch):
         return original(module, batches, settings, **kwargs)
 
     original = tracer.trace_counted
-    monkeypatch.setattr(_api, "trace_counted", trace_counted)
+    monkeypatch.setattr(predict, "trace_counted", trace_counted)
     for effective, expected in ((7, [1]), (14, [1, 3]), (21, [1, 3])):
         traced.clear()
         fit(Net(), Data(), planner_of(effective_batch_size=effective))

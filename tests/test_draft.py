@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import lightning_memplan as mp
-from lightning_memplan import _api, _draft
-from lightning_memplan._draft import Draft, confirmed, on_all_ranks
-from lightning_memplan.memory.search import RankResult
+from lightning_memplan.planning import plan, proposal
+from lightning_memplan.planning.proposal import Proposal, RankResult, confirmed, on_all_ranks
 from lightning_memplan.probe.probe import TrialPeaks
 
 CARD = mp.Device("a card", total=2**30, index=0)
@@ -23,9 +22,9 @@ def draft(tried=None, **kwargs):
     estimate = mp.estimate(NET, torch.zeros(4, 1), method="formula")
 
     def planned(**limits):
-        return _api.plan_estimate(lambda size: estimate, CARD, **limits)
+        return plan.plan_estimate(lambda size: estimate, CARD, **limits)
 
-    return Draft(planned(max_batch_size=100), lambda size: estimate, planned, tried, **kwargs)
+    return Proposal(planned(max_batch_size=100), lambda size: estimate, planned, tried, **kwargs)
 
 
 def runs(most):
@@ -89,7 +88,7 @@ def ranks(monkeypatch, *others):
         size = next(said)
         return [word, RankResult("other", size, reason="" if size else "ValueError: theirs")]
 
-    monkeypatch.setattr(_draft, "over_ranks", over_ranks)
+    monkeypatch.setattr(proposal, "over_ranks", over_ranks)
 
 
 def test_the_smallest_of_all_ranks_is_confirmed_by_all(monkeypatch):

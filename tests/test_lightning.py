@@ -284,7 +284,7 @@ trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_steps=1, 
                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 data, module = Data(), Net()
 trainer.fit(module, data)
-from lightning_memplan._api import plan_estimate
+from lightning_memplan.planning.plan import plan_estimate
 own = plan_estimate(lambda _: planner.estimate, planner.plan.device).batch_size
 open(os.path.join(sys.argv[1], f"{RANK}.json"), "w").write(json.dumps({
     "own": own, "agreed": planner.plan.batch_size, "set": data.batch_size, "seen": module.seen,

@@ -315,7 +315,7 @@ def test_which_cards_would_do_together():
     ],
 )
 def test_wrong_arguments(how, message, monkeypatch):
-    monkeypatch.setattr("lightning_memplan._api.trainer_settings", lambda trainer: StepSettings())
+    monkeypatch.setattr("lightning_memplan.planning.job.trainer_settings", lambda trainer: StepSettings())
     with pytest.raises(ValueError, match=message):
         mp.estimate(net(), torch.zeros(4, 1024), **how)
 

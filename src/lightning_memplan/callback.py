@@ -10,20 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_memplan._api import (
-    MARGIN,
-    advised_step,
-    estimate_step,
-    estimate_test,
-    estimate_validation,
-    named_device,
-    nccl_allowance,
-    plan_estimate,
-    samples_of_a_rank,
-)
-from lightning_memplan._apply import Holder, Place, find_holders, find_place
-from lightning_memplan._draft import Draft, confirmed, held_bytes, on_all_ranks
-from lightning_memplan._suited import Estimates, traced_at
 from lightning_memplan.checks import check_count, check_margin, check_method
 from lightning_memplan.data.batches import batch_size_of
 from lightning_memplan.data.loaders import dataset_size, unit_of
@@ -52,6 +38,12 @@ from lightning_memplan.lightning.trainer import (
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.monitor.history import Lesson, append, history, history_path, lesson, run_record
 from lightning_memplan.monitor.meter import PHASES, Meter, traced_step
+from lightning_memplan.planning.apply import Holder, Place, find_holders, find_place
+from lightning_memplan.planning.job import named_device, nccl_allowance, samples_of_a_rank
+from lightning_memplan.planning.plan import MARGIN, advised_step, plan_estimate
+from lightning_memplan.planning.predict import estimate_step, estimate_test, estimate_validation
+from lightning_memplan.planning.proposal import Proposal, confirmed, held_bytes, on_all_ranks
+from lightning_memplan.planning.retrace import EstimateCache, retrace_at
 from lightning_memplan.probe.out_of_memory import ran_out_of_memory
 from lightning_memplan.probe.probe import TrialPeaks, try_step
 from lightning_memplan.report.figures import plot_timeline
@@ -210,7 +202,7 @@ class MemoryPlanner(CallbackBase):
         self._val_place: Place | None = None
         self._test_place: Place | None = None
         self._accumulates = 1
-        self._draft: Draft | None = None
+        self._draft: Proposal | None = None
 
     # -- plan, at setup: before any loader is built
 
@@ -239,7 +231,7 @@ class MemoryPlanner(CallbackBase):
             for writer in tensorboard_writers(trainer):  # now: the last layout counts, and the user's may come later
                 writer.add_custom_scalars(scalars_layout(PHASES if self.reset_peaks else ()))
 
-    def _make_draft(self, trainer: Any, module: Any) -> Draft:
+    def _make_draft(self, trainer: Any, module: Any) -> Proposal:
         holders = find_holders(self.batch_arg_name, module, trainer.datamodule) if self.apply else ()
         val_holders = self._val_holders(trainer, module)
         device = self._device_of(trainer)
@@ -266,7 +258,7 @@ class MemoryPlanner(CallbackBase):
 
         def traced(found: Estimate, size: int, parts: int) -> Estimate:
             accumulating = replace(settings, accumulate_grad_batches=parts)
-            return traced_at(found, size, module, source, accumulating, device=device, **how)
+            return retrace_at(found, size, module, source, accumulating, device=device, **how)
 
         def tried(plan: Plan) -> TrialPeaks:
             program = estimate_at(plan.batch_size).program
@@ -281,7 +273,7 @@ class MemoryPlanner(CallbackBase):
                 **where,
             )
 
-        estimate_at = Estimates(estimated, traced, parts, self.effective_batch_size, ranks)
+        estimate_at = EstimateCache(estimated, traced, parts, self.effective_batch_size, ranks)
         held, own = held_bytes(self._index, module)  # before a probe, whose estimate has what it leaves
         first = estimate_at((self.effective_batch_size or ranks) // ranks)
         beside = averaging_bytes(trainer, begun) if self._index is not None else 0
@@ -309,7 +301,7 @@ class MemoryPlanner(CallbackBase):
             advised=advised_step(module, source, settings, device=device, **how),
         )
         plan = planned(max_batch_size=self.max_batch_size)
-        draft = Draft(plan, estimate_at, planned, tried, ranks, index, on_the_card=own > 0)
+        draft = Proposal(plan, estimate_at, planned, tried, ranks, index, on_the_card=own > 0)
         if not val_holders:
             return draft
         val_source = loader_source(trainer, begun, datamodule, "val")
@@ -317,7 +309,7 @@ class MemoryPlanner(CallbackBase):
         limits |= {"max_batch_size": self.max_batch_size, "model": f"{type(module).__name__} in validation"}
         limits["samples"] = samples_of_a_rank(dataset_size(val_source), ranks)
 
-        def validated(draft: Draft) -> Plan:
+        def validated(draft: Proposal) -> Plan:
             size, own = draft.plan.batch_size, unit_of(val_source)
             found = estimate_validation(draft.estimate, size, module, source, val_source, settings, own=own, **how)
             assert found.program is not None
@@ -334,7 +326,7 @@ class MemoryPlanner(CallbackBase):
         holders = find_holders(self.val_batch_arg_name, module, trainer.datamodule)
         return holders if validates(trainer) else ()
 
-    def _apply_plan(self, trainer: Any, draft: Draft) -> None:
+    def _apply_plan(self, trainer: Any, draft: Proposal) -> None:
         """Set what is planned: all of it, or nothing."""
         plan, estimate, capacity = draft.plan, draft.estimate, draft.plan.device.capacity
         val_plan, val_size = self._plan_validation(draft)
@@ -395,7 +387,7 @@ class MemoryPlanner(CallbackBase):
             runs = []
         return lesson(runs, self._structure, device.name, method=method, capacity=device.capacity, prior=MARGIN)
 
-    def _plan_validation(self, draft: Draft) -> tuple[Plan | None, int]:
+    def _plan_validation(self, draft: Proposal) -> tuple[Plan | None, int]:
         """Validation's plan and batch size: training's where it cannot be traced, 0 where none is asked for."""
         if draft.validated is None:
             return None, 0

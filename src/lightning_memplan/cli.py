@@ -25,19 +25,6 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from lightning_memplan._api import (
-    MARGIN,
-    advise,
-    advised_step,
-    cards_for,
-    default_device,
-    estimate,
-    nccl_allowance,
-    plan,
-    plan_estimate,
-    resolve_step,
-)
-from lightning_memplan._suited import Estimates, traced_at
 from lightning_memplan.cuda.cudnn import check_named
 from lightning_memplan.devices.catalogue import gpu, gpus
 from lightning_memplan.devices.detect import detect_devices
@@ -46,6 +33,10 @@ from lightning_memplan.lightning.config_file import read_cli_config
 from lightning_memplan.lightning.trainer import sharding
 from lightning_memplan.monitor.csv_log import read_log
 from lightning_memplan.monitor.history import Lesson, history, latest, lesson
+from lightning_memplan.planning.api import advise, cards_for, estimate, plan
+from lightning_memplan.planning.job import default_device, nccl_allowance, resolve_step
+from lightning_memplan.planning.plan import MARGIN, advised_step, plan_estimate
+from lightning_memplan.planning.retrace import EstimateCache, retrace_at
 from lightning_memplan.report.figures import plot_measurements, plot_timeline
 from lightning_memplan.report.plans import (
     advice_table,
@@ -163,7 +154,7 @@ def _check(args: argparse.Namespace) -> int:
     with _working(f"checking {job.name}"):
         estimated = job.estimated(device)
         advised, traced, nccl = job.advised(device)
-        estimate_at = Estimates(lambda _: estimated, lambda found, size, _: traced(found, size), parts=1)
+        estimate_at = EstimateCache(lambda _: estimated, lambda found, size, _: traced(found, size), parts=1)
         card = replace(device, context=device.context + nccl)
         only = {"min_batch_size": size, "max_batch_size": size, "nccl": nccl}
         how = {"model": job.name, "advised": advised, "trace": estimate_at.trace}
@@ -337,7 +328,7 @@ class _Job:
         )
         advised = advised_step(self.module, source, settings, **rest, **sampled)
         how = {"module": self.module, "source": source, "settings": settings, **rest, **sampled}
-        return advised, partial(traced_at, **how), nccl_allowance(settings, device)
+        return advised, partial(retrace_at, **how), nccl_allowance(settings, device)
 
 
 def _job(args: argparse.Namespace) -> _Job:

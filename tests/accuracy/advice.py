@@ -52,7 +52,7 @@ def made(row: Row, change: Any) -> tuple[Row, Any, Any]:
     from torch.utils._pytree import tree_map
     from torch.utils.checkpoint import checkpoint
 
-    from lightning_memplan._advice import checkpoint_themselves, checkpointed
+    from lightning_memplan.planning.changes import checkpoint_themselves, checkpointed
     from tests.accuracy import networks
 
     row = row._replace(batch_size=change.batch_size)

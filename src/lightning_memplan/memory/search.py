@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import gcd, isqrt
-from typing import Literal, NamedTuple
-
-from lightning_memplan.errors import MemplanError
+from typing import Literal
 
 LimitedBy = Literal["memory", "max_batch_size", "dataset", "effective_batch_size", "step"]
 
 
-_MEMORY: LimitedBy = "memory"
+MEMORY: LimitedBy = "memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,30 +20,6 @@ class Found:
     batch_size: int
     limited_by: LimitedBy
     tried: int
-
-
-class RankResult(NamedTuple):
-    """What one rank says to the others: the batch size that it found for its card, or the ``reason`` why none."""
-
-    card: str = ""
-    batch_size: int = 0
-    limited_by: LimitedBy | Literal["checkpoint"] = _MEMORY
-    reason: str = ""
-
-
-def agreed(words: Sequence[RankResult]) -> int:
-    """The rank that decides for all, by the smallest batch size: the first of them where several have it.
-
-    >>> agreed([RankResult("RTX 3090", 96), RankResult("RTX 4080", 61), RankResult("RTX 4080", 61)])
-    1
-
-    Raises:
-        MemplanError: a rank has no batch size; says which and why.
-    """
-    failed = [f"rank {rank}: {word.reason}" for rank, word in enumerate(words) if word.reason]
-    if failed:
-        raise MemplanError(f"there is no batch size for all {len(words)} ranks; {'; '.join(failed)}")
-    return min(range(len(words)), key=lambda rank: words[rank].batch_size)
 
 
 def largest_fitting(
@@ -244,7 +218,7 @@ def _limit(
     if max_batch_size is not None:
         _check_positive("max_batch_size", max_batch_size)
         limits.append((max_batch_size, "max_batch_size"))
-    return min(limits, key=lambda limit: limit[0]) if limits else (None, _MEMORY)
+    return min(limits, key=lambda limit: limit[0]) if limits else (None, MEMORY)
 
 
 def _check_positive(name: str, value: object) -> None:

@@ -1,8 +1,4 @@
-"""What would take less memory: each change is made on a copy, and its whole step is traced and replayed.
-
-So no figure here is a rule of thumb. A change that cannot be traced, or that does not apply, is left out. What is not
-traced does not count: what cuDNN's workspaces become (``channels_last`` counts by what its tensors take).
-"""
+"""The changes that advice tries: precision, checkpointing, optimizer, layout, sharding."""
 
 from __future__ import annotations
 
@@ -24,15 +20,10 @@ from lightning_memplan.lightning.compat import (
 )
 from lightning_memplan.lightning.trainer import parallel_named, sharding
 from lightning_memplan.memory.estimate import Estimate, largest_on_card
-from lightning_memplan.memory.loops import scaled
+from lightning_memplan.planning.job import Job
 from lightning_memplan.settings import StepSettings, parse_precision
-from lightning_memplan.step.runner import MakeOptimizer
 from lightning_memplan.trace.known_values import fake_mode
-from lightning_memplan.trace.tracer import detached_copy, prepared, trace_steps
-from lightning_memplan.types import Advice
-
-WORTH = 0.01  #: of the peak: what saves less is no advice
-
+from lightning_memplan.trace.tracer import detached_copy
 
 _MUCH = 0.1  #: what takes more cards saves as much, or makes a batch fit
 
@@ -50,28 +41,6 @@ ChangeOptimizer = Callable[[torch.optim.Optimizer], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
-class Job:
-    """A training step as it is: what ``trace_steps`` takes, and the estimate that came of it."""
-
-    found: Estimate
-    module: nn.Module
-    batches: Sequence[tuple[int, Any]]
-    settings: StepSettings
-    trainer: Any = None
-    datamodule: Any = None
-    optimizer: MakeOptimizer | None = None
-    stage: str | None = None
-
-    def again(self, **changes: Any) -> Estimate:
-        """The estimate with some of these changed."""
-        job = replace(self, **changes)
-        common = {"trainer": job.trainer, "datamodule": job.datamodule, "optimizer": job.optimizer}
-        module = prepared(job.module, job.settings, trainer=job.trainer, stage=job.stage)
-        program, _ = scaled(trace_steps(module, job.batches, job.settings, **common))
-        return replace(self.found, program=program, _replays={})
-
-
-@dataclass(frozen=True)
 class _Change:
     kind: str
     text: str
@@ -81,54 +50,15 @@ class _Change:
     nccl: int = 0  #: bytes of the card that are no longer there for the allocator
 
 
-class _DoesNotApplyError(Exception):
+class DoesNotApplyError(Exception):
     pass
 
 
-def advise_job(job: Job, batch_size: int, budget: int, capacity: int | None = None) -> tuple[Advice, ...]:
-    """What saves at least a hundredth of the peak at ``batch_size``; nothing where there is no trace.
-
-    The best first, and last what changes the samples. With the ``capacity`` of the card (bytes), of which a plan uses
-    the ``budget``, each says the largest batch size that would then fit.
-    """
-    if job.found.method != "trace":
-        return ()
-    before = job.found.peak(batch_size)
-    advice = []
-    for change in (*_changes(job, batch_size), *_sharding(job, batch_size, budget)):
-        try:
-            after = change.make()
-        except (TraceError, _DoesNotApplyError):
-            continue
-        size = batch_size // change.parts
-        saved = before - after.peak(size)
-        if saved < WORTH * before:
-            continue
-        advice.append((saved, change, size, after))
-    advice.sort(key=lambda item: (item[1].kind == "samples", -item[0]))
-    return tuple(
-        Advice(
-            kind=change.kind,
-            change=change.text,
-            cost=change.cost,
-            batch_size=size,
-            saved=saved,
-            peak_reserved=after.peak(size),
-            peak_allocated=after.peak_allocated(size),
-            largest_batch_size=None
-            if capacity is None
-            else _largest(after, budget - change.nccl, capacity - change.nccl),
-            nccl=change.nccl,
-        )
-        for saved, change, size, after in advice
-    )
-
-
-def _largest(after: Estimate, budget: int, capacity: int) -> int:
+def largest(after: Estimate, budget: int, capacity: int) -> int:
     return largest_on_card(lambda _: after, budget, capacity, max_batch_size=_MOST).batch_size
 
 
-def _changes(job: Job, batch_size: int) -> Iterator[_Change]:
+def changes(job: Job, batch_size: int) -> Iterator[_Change]:
     settings = job.settings
     for precision, cost in _precisions(settings):
         changed = replace(settings, precision=parse_precision(precision))
@@ -302,7 +232,7 @@ def _in_formats(job: Job, formats: Sequence[str]) -> Estimate:
 
 
 # --- more cards
-def _sharding(job: Job, batch_size: int, budget: int) -> Iterator[_Change]:
+def sharding_changes(job: Job, batch_size: int, budget: int) -> Iterator[_Change]:
     """FSDP on the fewest cards with which the batch fits, else on the most; on as many as there are, with DDP.
 
     Where all that is sharded is no more than what NCCL takes and what would be worth it, nothing is traced.
@@ -377,11 +307,11 @@ def _with_optimizer(job: Job, change: ChangeOptimizer) -> Estimate:
     if not is_lightning_module(job.module):
         make = job.optimizer
         if make is None:
-            raise _DoesNotApplyError
+            raise DoesNotApplyError
         return job.again(optimizer=lambda parameters: change(make(parameters)))
     twin = _copied(job)
     if not twin.automatic_optimization:
-        raise _DoesNotApplyError
+        raise DoesNotApplyError
 
     def configure_optimizers() -> list[torch.optim.Optimizer]:
         del twin.__dict__["configure_optimizers"]  # the copy's own, from here on
@@ -402,14 +332,14 @@ def _one_by_one(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def _with_option(optimizer: torch.optim.Optimizer, **options: bool) -> torch.optim.Optimizer:
     for group in optimizer.param_groups:
         if any(name not in group for name in options) or all(group[name] is value for name, value in options.items()):
-            raise _DoesNotApplyError
+            raise DoesNotApplyError
         group.update(options)
     return optimizer
 
 
 def _stateless(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     if isinstance(optimizer, torch.optim.SGD) and not any(group["momentum"] for group in optimizer.param_groups):
-        raise _DoesNotApplyError
+        raise DoesNotApplyError
     return torch.optim.SGD([{"params": group["params"]} for group in optimizer.param_groups], lr=1e-3)
 
 
@@ -419,7 +349,7 @@ _STATES = {torch.optim.Adam: 2, torch.optim.AdamW: 2, torch.optim.SGD: 1}  #: te
 def _in_eight_bits(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     states = _STATES.get(type(optimizer), 0)
     if not states or not all(group.get("momentum", True) for group in optimizer.param_groups):
-        raise _DoesNotApplyError
+        raise DoesNotApplyError
     return _EightBit([{"params": group["params"]} for group in optimizer.param_groups], states)
 
 

@@ -1,9 +1,4 @@
-"""Whether the step takes the batch size that is found to fit: it is traced once more, at that very size.
-
-A program for any batch size tells what the step takes, and not what it refuses: a queue whose length the batch size
-must divide, a batch that is cut into equal parts. Nor does it tell what is done at some sizes only (a batch is cut
-into parts of at most so many).
-"""
+"""Check that the step accepts the chosen batch size by tracing it at exactly that size."""
 
 from __future__ import annotations
 
@@ -45,7 +40,7 @@ CHEAP = 2**28
 EstimateAt = Callable[[int], Estimate]
 
 
-class Estimates:
+class EstimateCache:
     """The estimate that holds at a batch size, made when it is first asked for.
 
     ``estimated`` makes one for a number of accumulated batches: ``parts``, or what makes up the effective batch size.
@@ -108,7 +103,7 @@ def _bytes_of_one(samples: Samples) -> int:
     return samples.multiple * sample_bytes(batch, size)
 
 
-def traced_at(
+def retrace_at(
     found: Estimate,
     batch_size: int,
     module: nn.Module,
@@ -165,7 +160,7 @@ def _noted(found: Estimate, text: str) -> Estimate:
     return replace(found, notes=tuple(dict.fromkeys((*found.notes, text))))
 
 
-def suited(
+def retrace(
     search: Found,
     estimate_at: EstimateAt,
     trace: Callable[[int], None],

@@ -1,19 +1,20 @@
-"""A plan in the making: all ranks come to the same batch size, and real steps of it are run before it is set."""
+"""Agree on one batch size across ranks, and confirm it by real steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from lightning_memplan._suited import EstimateAt
-from lightning_memplan.errors import DoesNotFitError, explain
+from lightning_memplan.errors import DoesNotFitError, MemplanError, explain
 from lightning_memplan.lightning.compat import over_ranks
 from lightning_memplan.memory.estimate import Estimate
-from lightning_memplan.memory.search import RankResult, agreed, lacking
+from lightning_memplan.memory.search import MEMORY, LimitedBy, lacking
+from lightning_memplan.planning.retrace import EstimateAt
 from lightning_memplan.probe.clean_up import give_back
 from lightning_memplan.probe.probe import TrialPeaks
 from lightning_memplan.types import Plan
@@ -24,7 +25,7 @@ SHRINKS = 3
 
 
 @dataclass(frozen=True)
-class Draft:
+class Proposal:
     """A plan, and what it follows from, so that it can follow again with less."""
 
     plan: Plan
@@ -34,13 +35,13 @@ class Draft:
     ranks: int = 1
     index: int = 0  #: of the card on which real steps run
     on_the_card: bool = False  #: the module's own tensors are there already
-    validated: Callable[[Draft], Plan] | None = None  #: validation's own plan, beside training's
+    validated: Callable[[Proposal], Plan] | None = None  #: validation's own plan, beside training's
 
     @property
     def estimate(self) -> Estimate:
         return self.estimate_at(self.plan.batch_size)
 
-    def at(self, batch_size: int) -> Draft:
+    def at(self, batch_size: int) -> Proposal:
         """The same at another batch size: the one on which all ranks agreed."""
         plan, whole, estimate = self.plan, self.plan.effective_batch_size, self.estimate_at(batch_size)
         if batch_size == plan.batch_size:
@@ -62,7 +63,7 @@ class Draft:
         )
         return replace(self, plan=plan)
 
-    def kept(self, batch_size: int) -> Draft:
+    def kept(self, batch_size: int) -> Proposal:
         """The same at the batch size of the run that is resumed, if it can run here at all.
 
         Raises:
@@ -90,11 +91,11 @@ class Draft:
             ) from error
         return replace(self, plan=replace(plan, limited_by="checkpoint", notes=self.plan.notes))
 
-    def noted(self, text: str) -> Draft:
+    def noted(self, text: str) -> Proposal:
         return replace(self, plan=replace(self.plan, notes=(*self.plan.notes, text)))
 
 
-def on_all_ranks(make: Callable[[], Draft]) -> Draft:
+def on_all_ranks(make: Callable[[], Proposal]) -> Proposal:
     """What ``make`` gives, at the smallest batch size of all ranks'.
 
     Where it raises on one rank, it raises on all: none waits for the word of one that is gone.
@@ -123,7 +124,7 @@ def on_all_ranks(make: Callable[[], Draft]) -> Draft:
     return replace(draft, plan=replace(draft.plan, limited_by=decides.limited_by)).noted(note)
 
 
-def confirmed(draft: Draft, *, strict: bool) -> Draft:
+def confirmed(draft: Proposal, *, strict: bool) -> Proposal:
     """The draft at its batch size, or at a smaller one, of which real steps ran on the cards of all ranks.
 
     A copy that fails, other than for want of memory, is noted, or raises the user's own error where this is ``strict``.
@@ -140,7 +141,7 @@ def confirmed(draft: Draft, *, strict: bool) -> Draft:
     return draft
 
 
-def _tried(draft: Draft, attempt: int, strict: bool) -> Draft:
+def _tried(draft: Proposal, attempt: int, strict: bool) -> Proposal:
     """The draft, if real steps of its batch size run on this rank's card, else at a smaller one, to be tried."""
     if draft.on_the_card:
         return draft.noted("not confirmed by real steps: the module is on the card already, beside a copy of it")
@@ -159,7 +160,7 @@ def _tried(draft: Draft, attempt: int, strict: bool) -> Draft:
     return replace(draft, plan=replace(draft.plan, confirmed=tried.reserved))
 
 
-def _shrunk(draft: Draft, tried: TrialPeaks, attempt: int) -> Draft:
+def _shrunk(draft: Proposal, tried: TrialPeaks, attempt: int) -> Proposal:
     plan = draft.plan
     budget = plan.predicted_peak - lacking(plan.predicted_peak, tried.reserved, tried.missing, attempt)
     most = min(plan.batch_size - 1, plan.batch_size * budget // plan.predicted_peak)
@@ -186,3 +187,27 @@ def held_bytes(index: int | None, module: nn.Module) -> tuple[int, int]:
     blocks = {t.data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device == torch.device("cuda", index)}
     own = sum(blocks.values())
     return max(0, torch.cuda.memory_allocated(index) - own), own
+
+
+class RankResult(NamedTuple):
+    """What one rank says to the others: the batch size that it found for its card, or the ``reason`` why none."""
+
+    card: str = ""
+    batch_size: int = 0
+    limited_by: LimitedBy | Literal["checkpoint"] = MEMORY
+    reason: str = ""
+
+
+def agreed(words: Sequence[RankResult]) -> int:
+    """The rank that decides for all, by the smallest batch size: the first of them where several have it.
+
+    >>> agreed([RankResult("RTX 3090", 96), RankResult("RTX 4080", 61), RankResult("RTX 4080", 61)])
+    1
+
+    Raises:
+        MemplanError: a rank has no batch size; says which and why.
+    """
+    failed = [f"rank {rank}: {word.reason}" for rank, word in enumerate(words) if word.reason]
+    if failed:
+        raise MemplanError(f"there is no batch size for all {len(words)} ranks; {'; '.join(failed)}")
+    return min(range(len(words)), key=lambda rank: words[rank].batch_size)

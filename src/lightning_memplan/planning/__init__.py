@@ -1,0 +1,1 @@
+"""Which batch size: predicted, searched, agreed across ranks, confirmed, applied."""

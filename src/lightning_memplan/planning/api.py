@@ -1,0 +1,380 @@
+"""The functions of the package: ``estimate``, ``plan``, ``advise``, ``cards_for``, ``plan_lengths``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any, Literal
+
+from torch import nn
+
+from lightning_memplan.checks import Method, check_count, check_margin, check_method
+from lightning_memplan.data.loaders import dataset_size
+from lightning_memplan.data.samples import SAMPLE_SIZE, Which, check_sample
+from lightning_memplan.devices.catalogue import gpus
+from lightning_memplan.errors import DoesNotFitError
+from lightning_memplan.lightning.compat import as_lightning_module
+from lightning_memplan.lightning.trainer import check_accumulation
+from lightning_memplan.memory.estimate import Estimate, largest_on_card
+from lightning_memplan.planning.job import (
+    data_source_of,
+    default_device,
+    named_device,
+    nccl_allowance,
+    ranks,
+    resolve_step,
+    samples_of_a_rank,
+)
+from lightning_memplan.planning.plan import MARGIN, advised_step, plan_estimate
+from lightning_memplan.planning.predict import estimate_step
+from lightning_memplan.planning.retrace import EstimateCache, retrace_at
+from lightning_memplan.settings import NCCL
+from lightning_memplan.step.runner import MakeOptimizer
+from lightning_memplan.types import Advice, Device, Length, Lengths, Plan
+
+
+def estimate(
+    module: nn.Module,
+    batch: Any,
+    *,
+    method: Method = "auto",
+    precision: str | int | None = None,
+    optimizer: MakeOptimizer | None = None,
+    trainer: Any = None,
+    device: Device | str | None = None,
+    gradient_clip_val: float | None = None,
+    accumulate_grad_batches: int = 1,
+    devices: int = 1,
+    strategy: Any = None,
+    sample: Which = "first",
+    sample_size: int = SAMPLE_SIZE,
+    max_batch_size: int | None = None,
+) -> Estimate:
+    """What training ``module`` takes, at any batch size, without running it on a GPU.
+
+    >>> import torch
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Flatten())
+    >>> est = estimate(net, torch.zeros(4, 3, 32, 32))
+    >>> est.method, est.phase(batch_size=64)
+    ('trace', 'backward')
+
+    Args:
+        module: a LightningModule, whose ``training_step`` and ``configure_optimizers`` are run on fake tensors, or any
+            module, whose forward is run on the batch and whose outputs' sum (or the ``loss`` it returns) is the loss.
+        batch: what the user's dataloader yields, its first dimension the batch; or a DataLoader, a collection of them,
+            or a LightningDataModule.
+        method: ``"probe"`` runs the step on the GPU, ``"trace"`` on fake tensors, ``"formula"`` adds
+            up feature maps. ``"auto"`` traces, and probes too where the device is a GPU of this machine: the estimate
+            is the probe's if a large batch ran, else that of the two by which fewer samples fit, and ``methods`` tells
+            what each says. Where neither can be had it is the formula's.
+        precision: a Trainer's ``precision``; ``"32-true"`` where nothing is said.
+        optimizer: for a module that is no LightningModule: makes its optimizer from its parameters.
+        trainer: a Trainer, from which precision, clipping and accumulation are taken.
+        device: the card to plan for, by which kernels are chosen (compute capability); ``"RTX 3090"``, or a ``Device``.
+        gradient_clip_val: as a Trainer's.
+        accumulate_grad_batches: as a Trainer's.
+        devices: how many cards train together, without a Trainer; the estimate is of each, and so is the batch size.
+        strategy: how they do: ``"ddp"`` where nothing is said, ``"fsdp"``, ``"fsdp2"`` for a module that calls
+            ``fully_shard`` in ``configure_model``, or one of Lightning's strategies
+            (``FSDPStrategy(auto_wrap_policy={Block})``).
+        sample: which samples of a loader's dataset batches are made of: ``"first"``, its first five, or ``"largest"``,
+            copies of the largest of ``sample_size`` that are spread over it (where samples differ in size: texts,
+            graphs, boxes).
+        sample_size: how many samples ``"largest"`` looks at.
+        max_batch_size: the largest batch size that will be asked for, where that is known: no larger batch is probed,
+            and what a probe of that one sees holds for it.
+
+    Raises:
+        TraceError: ``method="trace"`` and the step cannot be traced: says what it needs, and at which line; or
+            ``method="probe"`` and it cannot be probed. What the step itself raises in a probe is raised unchanged;
+            ``"auto"`` goes on to the trace where that may be the copy's doing (AttributeError, TypeError, KeyError).
+        ValueError: an argument that is wrong in itself.
+    """
+    check_method(method)
+    check_sample(sample, sample_size)
+    if max_batch_size is not None:
+        check_count("max_batch_size", max_batch_size)
+    module = as_lightning_module(module)
+    source, settings, job = resolve_step(
+        module,
+        batch,
+        precision,
+        optimizer,
+        trainer,
+        device,
+        gradient_clip_val,
+        accumulate_grad_batches,
+        devices,
+        strategy,
+    )
+    options: dict[str, Any] = {"sample": sample, "sample_size": sample_size, "largest": max_batch_size}
+    return estimate_step(module, source, settings, method=method, **options, **job)
+
+
+def plan(
+    module: nn.Module,
+    batch: Any,
+    *,
+    device: Device | str | None = None,
+    margin: float = MARGIN,
+    min_batch_size: int = 1,
+    max_batch_size: int | None = None,
+    multiple_of: int = 1,
+    method: Method = "auto",
+    precision: str | int | None = None,
+    optimizer: MakeOptimizer | None = None,
+    trainer: Any = None,
+    gradient_clip_val: float | None = None,
+    accumulate_grad_batches: int = 1,
+    devices: int = 1,
+    strategy: Any = None,
+    sample: Which = "first",
+    sample_size: int = SAMPLE_SIZE,
+    effective_batch_size: int | None = None,
+) -> Plan:
+    """The largest batch size with which ``module`` trains on ``device``.
+
+    >>> import torch
+    >>> card, net = Device("a small card", total=2**30), torch.nn.Linear(1000, 1000)
+    >>> found = plan(net, torch.zeros(4, 1000), device=card, max_batch_size=256)
+    >>> found.batch_size, found.limited_by
+    (256, 'max_batch_size')
+    >>> found = plan(net, torch.zeros(4, 1000), device=card, max_batch_size=256, effective_batch_size=768)
+    >>> found.batch_size, found.accumulate_grad_batches
+    (256, 3)
+
+    Args:
+        module: as for ``estimate``, and so are ``batch``, ``method`` and what follows it.
+        device: a card by name (``"RTX 3090"``) or as a ``Device``; the first one found where nothing is said, and the
+            host's memory where there is none.
+        margin: the part of the device's capacity that is left free, from 0 up to but not including 1.
+        min_batch_size: the smallest batch size allowed.
+        max_batch_size: the largest allowed; a dataset's length is a limit too, where ``batch`` is a loader.
+        multiple_of: what the batch size must be a multiple of.
+        effective_batch_size: samples that the optimizer is to see a step, on all of the Trainer's devices together:
+            finds the largest batch size that divides them and fits, and the number of batches to accumulate.
+
+    Raises:
+        DoesNotFitError: not even the smallest batch size fits; ``needed`` and ``available`` are its bytes.
+        MisconfigurationException: ``effective_batch_size``, where something else decides how much is accumulated.
+    """
+    check_margin(margin)
+    check_method(method)
+    check_sample(sample, sample_size)
+    card = named_device(device) or default_device()
+    parts, ranks = accumulate_grad_batches, getattr(trainer, "world_size", devices)
+    module = as_lightning_module(module)
+    source, how, job = resolve_step(
+        module, batch, precision, optimizer, trainer, card, gradient_clip_val, parts, devices, strategy
+    )
+    nccl = nccl_allowance(how, card)
+    sampled: dict[str, Any] = {"sample": sample, "sample_size": sample_size}
+    if trainer is not None and parts == 1:
+        parts = trainer.accumulate_grad_batches
+    if effective_batch_size is not None:
+        check_count("effective_batch_size", effective_batch_size)
+        check_accumulation(effective_batch_size, module, trainer, parts, ranks)
+
+    samples = samples_of_a_rank(dataset_size(source), ranks)
+    most = min((size for size in (max_batch_size, samples) if size is not None), default=None)
+
+    def estimated(parts: int) -> Estimate:
+        accumulating = replace(how, accumulate_grad_batches=parts)
+        return estimate_step(module, source, accumulating, method=method, largest=most, **sampled, **job)
+
+    def traced(found: Estimate, size: int, parts: int) -> Estimate:
+        accumulating = replace(how, accumulate_grad_batches=parts)
+        return retrace_at(found, size, module, source, accumulating, **sampled, **job)
+
+    estimate_at = EstimateCache(estimated, traced, parts, effective_batch_size, ranks)
+    return plan_estimate(
+        estimate_at,
+        replace(card, context=card.context + nccl),
+        nccl=nccl,
+        margin=margin,
+        min_batch_size=min_batch_size,
+        max_batch_size=max_batch_size,
+        multiple_of=multiple_of,
+        samples=samples,
+        accumulate_grad_batches=parts,
+        effective_batch_size=effective_batch_size,
+        ranks=ranks,
+        model=type(module).__name__,
+        advised=advised_step(module, source, how, **sampled, **job),
+        trace=estimate_at.trace,
+    )
+
+
+def advise(
+    module: nn.Module,
+    batch: Any,
+    *,
+    batch_size: int | None = None,
+    device: Device | str | None = None,
+    margin: float = MARGIN,
+    precision: str | int | None = None,
+    optimizer: MakeOptimizer | None = None,
+    trainer: Any = None,
+    gradient_clip_val: float | None = None,
+    accumulate_grad_batches: int = 1,
+    devices: int = 1,
+    strategy: Any = None,
+    sample: Which = "first",
+    sample_size: int = SAMPLE_SIZE,
+) -> tuple[Advice, ...]:
+    """What would take less memory, the most saving change first.
+
+    Each change (half precision, gradient checkpointing of repeated blocks, a fused optimizer, accumulation, expandable
+    segments, ...) is made on a copy, and its whole step traced: no figure is a rule of thumb. What saves less than a
+    hundredth of the peak is left out. FSDP on 2, 4 or 8 cards, the fewest that do, is advised where the batch then fits
+    on each and did not, or where it saves a tenth.
+
+    >>> import torch
+    >>> net = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.GELU(), torch.nn.Linear(256, 256))
+    >>> card = Device("a small card", total=2**28)
+    >>> best, *_ = advise(net, torch.zeros(4, 256), batch_size=8192, device=card)
+    >>> best.change, best.saved > 0
+    ("precision='bf16-true'", True)
+
+    Args:
+        module: as for ``estimate``, and so are ``batch``, ``precision`` and what follows it.
+        batch_size: the one to save memory at; the largest that fits on ``device`` where nothing is said.
+        device: as for ``plan``; each advice says the largest batch size that would then fit on it.
+        margin: as for ``plan``.
+
+    Raises:
+        TraceError: the step cannot be traced.
+    """
+    check_margin(margin)
+    card = named_device(device) or default_device()
+    module = as_lightning_module(module)
+    source, settings, job = resolve_step(
+        module,
+        batch,
+        precision,
+        optimizer,
+        trainer,
+        card,
+        gradient_clip_val,
+        accumulate_grad_batches,
+        devices,
+        strategy,
+    )
+    card = replace(card, context=card.context + nccl_allowance(settings, card))
+    options: dict[str, Any] = {"sample": sample, "sample_size": sample_size}
+    found = estimate_step(module, source, settings, method="trace", **options, **job)
+    budget = int(card.capacity * (1 - margin))
+    if batch_size is None:
+        limits: dict[str, Any] = {"dataset_size": dataset_size(source)}
+        batch_size = largest_on_card(lambda _: found, budget, card.capacity, **limits).batch_size
+    advised = advised_step(module, source, settings, capacity=card.capacity, **options, **job)
+    return advised(found, batch_size or 1, budget)
+
+
+def cards_for(
+    module: nn.Module,
+    batch: Any,
+    *,
+    cards: Sequence[Device] | None = None,
+    margin: float = MARGIN,
+    min_batch_size: int = 1,
+    max_batch_size: int | None = None,
+    multiple_of: int = 1,
+    **settings: Any,
+) -> tuple[tuple[Device, int], ...]:
+    """Each card of the catalogue with the largest batch size that fits on it (0: none does), the smallest card first.
+
+    >>> import torch
+    >>> net, some = torch.nn.Linear(1000, 1000), [gpu("T4"), gpu("RTX 3090")]
+    >>> [(card.name, size) for card, size in cards_for(net, torch.zeros(4, 1000), cards=some, max_batch_size=512)]
+    [('T4', 512), ('RTX 3090', 512)]
+
+    Args:
+        module: as for ``estimate``, and so are ``batch`` and ``settings``.
+        cards: those to look at, in place of ``gpus()``.
+        margin: as for ``plan``, and so are the limits of the batch size.
+    """
+    check_margin(margin)
+    source, _ = data_source_of(batch, settings.get("trainer"))
+    nccl = NCCL if settings.get("devices", 1) > 1 else 0
+    limits: dict[str, Any] = {
+        "min_batch_size": min_batch_size,
+        "max_batch_size": max_batch_size,
+        "multiple_of": multiple_of,
+        "dataset_size": dataset_size(source),
+    }
+
+    @cache
+    def estimated(capability: tuple[int, int] | None) -> Estimate:
+        card = Device("a card", total=1, capability=capability)  # kernels are chosen by it, whatever the memory
+        return estimate(module, batch, device=card, **settings)
+
+    @cache
+    def largest(capability: tuple[int, int] | None, capacity: int) -> int:
+        found = estimated(capability)
+        return largest_on_card(lambda _: found, int(capacity * (1 - margin)), capacity, **limits).batch_size
+
+    ordered = sorted(gpus() if cards is None else cards, key=lambda card: card.capacity)
+    return tuple((card, largest(card.capability, max(0, card.capacity - nccl))) for card in ordered)
+
+
+def plan_lengths(
+    module: nn.Module,
+    make_batch: Callable[[int], Any],
+    lengths: Iterable[int],
+    *,
+    device: Device | str | None = None,
+    margin: float = MARGIN,
+    max_batch_size: int | None = None,
+    **settings: Any,
+) -> Lengths:
+    """The largest batch size at each length of samples, and the most tokens of a batch that fit at all of them.
+
+    >>> import torch
+    >>> net = torch.nn.TransformerEncoderLayer(64, 4, batch_first=True)
+    >>> card = Device("a small card", total=2**28)
+    >>> found = plan_lengths(net, lambda length: torch.zeros(2, length, 64), [128, 256], device=card)
+    >>> [row.length for row in found.rows], found.token_budget == min(row.tokens for row in found.rows)
+    ([128, 256], True)
+
+    Each length is traced by itself, in steps that all have it. A batch sampler that pads samples to one of the lengths
+    can take ``found.token_budget // length`` of them: no more than that row's ``batch_size``. Where batches of each
+    row's own ``batch_size`` come in turn, blocks that one leaves cached may be too small for the next: let segments
+    grow then (``PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True``, which is planned with).
+
+    Args:
+        module: as for ``estimate``, and so are ``settings``.
+        make_batch: ``make_batch(512)`` makes what the dataloader yields for a few samples of that length.
+        lengths: those that samples are padded to, in tokens; of pictures of several scales, their pixels.
+        device: as for ``plan``, and so is ``margin``.
+        max_batch_size: the largest batch size at any length, where short samples would make too large a batch.
+
+    Raises:
+        TraceError: a step cannot be traced. The formula does not stand in, since it does not count attention.
+        ValueError: an argument that is wrong in itself.
+    """
+    check_margin(margin)
+    if not callable(make_batch):
+        raise TypeError(f"make_batch makes a batch of a length (make_batch(512)): not {make_batch!r}")
+    asked = list(lengths)
+    for length in asked:
+        check_count("a length", length)
+    if not asked:
+        raise ValueError("lengths is empty: name at least the longest, as in [128, 512, 2048]")
+    if "method" in settings:
+        raise ValueError("plan_lengths plans each length by its trace: leave method out")
+    card = named_device(device) or default_device()
+    nccl = nccl_allowance(ranks(**settings), card)
+    card = replace(card, context=card.context + nccl)
+
+    def row(length: int) -> Length:
+        found = estimate(module, make_batch(length), method="trace", device=card, **settings)
+        try:
+            plan = plan_estimate(lambda _: found, card, margin=margin, max_batch_size=max_batch_size, nccl=nccl)
+        except DoesNotFitError as error:
+            return Length(length, 0, error.needed, "memory")
+        limited_by: Literal["memory", "max_batch_size"] = "memory" if plan.limited_by == "memory" else "max_batch_size"
+        return Length(length, plan.batch_size, plan.predicted_peak, limited_by)
+
+    return Lengths(tuple(map(row, sorted(set(asked)))), card, int(card.capacity * (1 - margin)))
