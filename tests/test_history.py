@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lightning_memplan as mp
-from lightning_memplan.cli import main
+from lightning_memplan.cli.main import main
 from lightning_memplan.monitor.history import ENOUGH, LEAST, append, history_path, latest, lesson, residual
 from lightning_memplan.report.runs import history_table, lessons_table, run_report
 from lightning_memplan.types import Run

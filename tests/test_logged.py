@@ -7,7 +7,7 @@ import os
 import pytest
 from pytorch_lightning.loggers import CSVLogger
 
-from lightning_memplan.cli import main
+from lightning_memplan.cli.main import main
 from lightning_memplan.monitor.csv_log import read_log
 from lightning_memplan.report.metrics import plan_hparams, step_metrics, validation_metrics
 from lightning_memplan.report.runs import logged_report

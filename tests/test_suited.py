@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lightning_memplan as mp
-from lightning_memplan.cli import main
+from lightning_memplan.cli.main import main
 from lightning_memplan.data.samples import read_samples
 from lightning_memplan.errors import MemplanError
 from lightning_memplan.memory.allocator import replay
