@@ -10,7 +10,10 @@ import pytest
 import torch
 
 import lightning_memplan as mp
-from lightning_memplan.planning import plan, proposal
+from lightning_memplan.planning import proposal
+from lightning_memplan.planning.limits import Limits
+from lightning_memplan.planning.plan import make_plan
+from lightning_memplan.planning.predictor import OneEstimate
 from lightning_memplan.planning.proposal import Proposal, RankResult, confirmed, on_all_ranks
 from lightning_memplan.probe.probe import TrialPeaks
 
@@ -18,13 +21,23 @@ CARD = mp.Device("a card", total=2**30, index=0)
 NET = torch.nn.Linear(1, 1000)
 
 
-def draft(tried=None, **kwargs):
-    estimate = mp.estimate(NET, torch.zeros(4, 1), method="formula")
+class Session:
+    """A session whose trials are what the test says."""
 
-    def planned(**limits):
-        return plan.plan_estimate(lambda size: estimate, CARD, **limits)
+    limits, index = Limits(max_batch_size=100), 0
 
-    return Proposal(planned(max_batch_size=100), lambda size: estimate, planned, tried, **kwargs)
+    def __init__(self, trial, module_is_on_gpu=False):
+        self.trial, self.module_is_on_gpu = trial, module_is_on_gpu
+        self.predictor = OneEstimate(mp.estimate(NET, torch.zeros(4, 1), method="formula"))
+        self.estimate_at = self.predictor.estimate_at
+
+    def plan(self, limits=None, *, retrace=True):
+        return make_plan(self.predictor, CARD, limits or self.limits, retrace=retrace)
+
+
+def draft(trial=None):
+    session = Session(trial)
+    return Proposal(session.plan(), session)
 
 
 def runs(most):

@@ -284,8 +284,9 @@ trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_steps=1, 
                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 data, module = Data(), Net()
 trainer.fit(module, data)
-from lightning_memplan.planning.plan import plan_estimate
-own = plan_estimate(lambda _: planner.estimate, planner.plan.device).batch_size
+from lightning_memplan.planning.limits import Limits
+from lightning_memplan.planning.plan import largest_batch_size
+own = largest_batch_size(planner.estimate, planner.plan.device, Limits())
 open(os.path.join(sys.argv[1], f"{RANK}.json"), "w").write(json.dumps({
     "own": own, "agreed": planner.plan.batch_size, "set": data.batch_size, "seen": module.seen,
     "peak": planner.plan.predicted_peak, "total": planner.plan.device.total}))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -12,12 +10,9 @@ from typing import Any, Literal
 
 from lightning_memplan.checks import check_count, check_margin, check_method
 from lightning_memplan.data.batches import batch_size_of
-from lightning_memplan.data.loaders import dataset_size, unit_of
-from lightning_memplan.data.samples import SAMPLE_SIZE, Which, check_sample, read_samples
-from lightning_memplan.devices.detect import cpu_device, detect_devices
-from lightning_memplan.errors import MemplanError, TraceError
-from lightning_memplan.lightning.compat import CallbackBase, agree_on_smallest, misconfiguration, over_ranks
-from lightning_memplan.lightning.data_source import loader_source, release_loaders
+from lightning_memplan.data.samples import SAMPLE_SIZE, Which
+from lightning_memplan.lightning.compat import CallbackBase, misconfiguration, over_ranks
+from lightning_memplan.lightning.data_source import release_loaders
 from lightning_memplan.lightning.loggers import (
     log_first_hyperparams,
     log_hyperparams,
@@ -28,24 +23,28 @@ from lightning_memplan.lightning.loggers import (
 from lightning_memplan.lightning.trainer import (
     averaging_bytes,
     batches_into_epoch,
-    check_accumulation,
     check_alone,
     cuda_index,
     is_fitting,
-    trainer_settings,
     validates,
 )
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.monitor.history import Lesson, append, history, history_path, lesson, run_record
 from lightning_memplan.monitor.meter import PHASES, Meter, traced_step
-from lightning_memplan.planning.apply import Holder, Place, find_holders, find_place
-from lightning_memplan.planning.job import named_device, nccl_allowance, samples_of_a_rank
-from lightning_memplan.planning.plan import MARGIN, advised_step, plan_estimate
-from lightning_memplan.planning.predict import estimate_step, estimate_test, estimate_validation
-from lightning_memplan.planning.proposal import Proposal, confirmed, held_bytes, on_all_ranks
-from lightning_memplan.planning.retrace import EstimateCache, retrace_at
+from lightning_memplan.planning.apply import Holder, Place, find_holders, find_place, write_together
+from lightning_memplan.planning.evaluation import agreed_plan, plan_test, plan_validation
+from lightning_memplan.planning.job import (
+    DataSource,
+    Sampling,
+    device_of_trainer,
+    job_of_trainer,
+    named_device,
+    source_of_trainer,
+)
+from lightning_memplan.planning.limits import MARGIN, Limits
+from lightning_memplan.planning.proposal import Proposal, confirmed, on_all_ranks
+from lightning_memplan.planning.session import PlanningSession, allocated_on, check_effective_batch_size
 from lightning_memplan.probe.out_of_memory import ran_out_of_memory
-from lightning_memplan.probe.probe import TrialPeaks, try_step
 from lightning_memplan.report.figures import plot_timeline
 from lightning_memplan.report.metrics import (
     plan_hparams,
@@ -56,9 +55,7 @@ from lightning_memplan.report.metrics import (
 )
 from lightning_memplan.report.plans import plan_table, validation_text
 from lightning_memplan.report.runs import measurement_summary
-from lightning_memplan.settings import STEPS, StepSettings
-from lightning_memplan.step.strategies.fsdp import named_ignored
-from lightning_memplan.trace.tracer import prepared
+from lightning_memplan.settings import StepSettings
 from lightning_memplan.types import Device, Measurement, Outcome, Peaks, Plan
 
 
@@ -151,7 +148,7 @@ class MemoryPlanner(CallbackBase):
         super().__init__()
         if margin is not None:
             check_margin(margin)
-        check_sample(sample, sample_size)
+        self._sampling = Sampling(sample, sample_size)
         check_method(method)
         if val_batch_arg_name == batch_arg_name:
             raise ValueError(
@@ -194,15 +191,17 @@ class MemoryPlanner(CallbackBase):
         self._parts = 1  # batches of one of the optimizer's steps, as recorded
         self._cycle = 1  # steps of the optimizer that take turns
         self._index: int | None = None
-        self._held = 0
         self._settings = StepSettings()
+        self._already_allocated = 0
+        self._session: PlanningSession | None = None
+        self._validation: DataSource | None = None
         self._structure = ""
         self._lesson = Lesson(MARGIN)
         self._place: Place | None = None
         self._val_place: Place | None = None
         self._test_place: Place | None = None
         self._accumulates = 1
-        self._draft: Proposal | None = None
+        self._proposal: Proposal | None = None
 
     # -- plan, at setup: before any loader is built
 
@@ -211,7 +210,8 @@ class MemoryPlanner(CallbackBase):
             self._plan_test(trainer, pl_module, self.test_batch_arg_name)
         if stage != "fit":
             return
-        self.plan = self.val_plan = self._place = self._val_place = self._draft = self._meter = None
+        self.plan = self.val_plan = self._place = self._val_place = self._meter = None
+        self._release_planning()
         self._index = cuda_index(trainer)
         if trainer.fast_dev_run:
             say("MemoryPlanner plans nothing: fast_dev_run runs a few batches of the size that is set")
@@ -222,128 +222,69 @@ class MemoryPlanner(CallbackBase):
             )
         if self.apply:
             check_alone(trainer)
-        draft = on_all_ranks(partial(self._make_draft, trainer, pl_module))
+        proposal = on_all_ranks(partial(self._propose, trainer, pl_module))
         if self.confirm or (self.confirm is None and self.device is None and self._index is not None):
-            draft = confirmed(draft, strict=self.confirm is True)
-        self._apply_plan(trainer, draft)
-        self._draft = draft if self._place is not None else None
+            proposal = confirmed(proposal, strict=self.confirm is True)
+        self._apply_plan(trainer, proposal)
+        self._proposal = proposal if self._place is not None else None
         if self._index is not None:
             for writer in tensorboard_writers(trainer):  # now: the last layout counts, and the user's may come later
                 writer.add_custom_scalars(scalars_layout(PHASES if self.reset_peaks else ()))
 
-    def _make_draft(self, trainer: Any, module: Any) -> Proposal:
+    def _propose(self, trainer: Any, module: Any) -> Proposal:
+        """Plan this rank's run: find where the batch size is kept, and the largest that fits."""
         holders = find_holders(self.batch_arg_name, module, trainer.datamodule) if self.apply else ()
-        val_holders = self._val_holders(trainer, module)
-        device = self._device_of(trainer)
-        settings = trainer_settings(trainer, device.capability)
-        settings = replace(settings, parallel=named_ignored(settings.parallel, module))
-        parts, ranks, index = settings.accumulate_grad_batches, trainer.world_size, self._index or 0
-        if self.effective_batch_size is not None:
-            parts = 1 if parts == self._accumulates else parts  # what an earlier plan set is no obstacle
-            check_accumulation(self.effective_batch_size, module, trainer, parts, ranks)
-        datamodule = copy.copy(trainer.datamodule)
-        begun = partial(prepared, module, settings, trainer=trainer, stage="fit")
-        source = loader_source(trainer, begun, datamodule)
-        self._place = find_place(trainer, source, holders) if self.apply else None
-
-        where: dict[str, Any] = {"trainer": trainer, "datamodule": datamodule, "stage": "fit"}
-        how: dict[str, Any] = {"sample": self.sample, "sample_size": self.sample_size, **where}
-
-        samples = samples_of_a_rank(dataset_size(source), ranks)
-        most = min((size for size in (self.max_batch_size, samples) if size is not None), default=None)
-
-        def estimated(parts: int) -> Estimate:
-            accumulating = replace(settings, accumulate_grad_batches=parts)
-            return estimate_step(module, source, accumulating, method=self.method, device=device, largest=most, **how)
-
-        def traced(found: Estimate, size: int, parts: int) -> Estimate:
-            accumulating = replace(settings, accumulate_grad_batches=parts)
-            return retrace_at(found, size, module, source, accumulating, device=device, **how)
-
-        def tried(plan: Plan) -> TrialPeaks:
-            program = estimate_at(plan.batch_size).program
-            recorded = 0 if program is None else program.recorded()
-            return try_step(
-                module,
-                read_samples(source, self.sample, self.sample_size).large(plan.batch_size),
-                replace(settings, accumulate_grad_batches=plan.accumulate_grad_batches),
-                index,
-                beside=beside,
-                steps=recorded if recorded > STEPS else 2,  # where they take turns, all of them
-                **where,
-            )
-
-        estimate_at = EstimateCache(estimated, traced, parts, self.effective_batch_size, ranks)
-        held, own = held_bytes(self._index, module)  # before a probe, whose estimate has what it leaves
-        first = estimate_at((self.effective_batch_size or ranks) // ranks)
-        beside = averaging_bytes(trainer, begun) if self._index is not None else 0
-        self._held = held + beside
+        val_holders: tuple[Holder, ...] = ()
+        if self.val_batch_arg_name is not None and self.apply:
+            val_holders = find_holders(self.val_batch_arg_name, module, trainer.datamodule)
+        job = job_of_trainer(trainer, module, "fit", self.device or device_of_trainer(trainer), self._sampling)
+        if self.effective_batch_size is not None and job.settings.accumulate_grad_batches == self._accumulates:
+            job = job.accumulating(1)  # set by an earlier plan
+        limits = self._limits()
+        check_effective_batch_size(job, limits)
+        self._place = find_place(trainer, job.source.data, holders) if self.apply else None
+        session = PlanningSession(job, limits, self.method, allocated_on(self._index, module))
+        self._session, ranks = session, job.ranks
+        first = session.estimate_at((self.effective_batch_size or ranks) // ranks)
+        session.extra_bytes = averaging_bytes(trainer, job.begun) if self._index is not None else 0
         if self.method == "auto" and first.method == "formula" and trainer.is_global_zero:
             warnings.warn(f"MemoryPlanner: {'; '.join(first.notes)}", stacklevel=2)
-        nccl = nccl_allowance(settings, device)
-        card = replace(device, context=device.context + self._held + nccl)
-        self._settings, self._structure = settings, first.structure(type(module).__name__, settings, ranks)
-        self._lesson = self._learn(card, first.method)
-        limits: dict[str, Any] = {"device": card, "margin": self._lesson.margin, "multiple_of": self.multiple_of}
-        limits["nccl"] = nccl
-        planned = partial(
-            plan_estimate,
-            estimate_at,
-            trace=estimate_at.trace,
-            **limits,
-            failed=self._lesson.failed,
-            min_batch_size=self.min_batch_size,
-            samples=samples,
-            accumulate_grad_batches=parts,
-            effective_batch_size=self.effective_batch_size,
-            ranks=ranks,
-            model=type(module).__name__,
-            advised=advised_step(module, source, settings, device=device, **how),
+        self._settings, self._already_allocated = job.settings, session.already_allocated
+        self._structure = first.structure(job.name, job.settings, ranks)
+        self._lesson = self._learn(session.device, first.method)
+        session.limits = replace(session.limits, margin=self._lesson.margin, failed=self._lesson.failed)
+        proposal = session.propose()
+        if val_holders and validates(trainer):
+            self._validation = source_of_trainer(job, "val", self._sampling)
+            self._val_place = find_place(trainer, self._validation.data, val_holders, "val")
+        return proposal
+
+    def _limits(self) -> Limits:
+        return Limits(
+            MARGIN if self.margin is None else self.margin,
+            self.min_batch_size,
+            self.max_batch_size,
+            self.multiple_of,
+            self.effective_batch_size,
         )
-        plan = planned(max_batch_size=self.max_batch_size)
-        draft = Proposal(plan, estimate_at, planned, tried, ranks, index, on_the_card=own > 0)
-        if not val_holders:
-            return draft
-        val_source = loader_source(trainer, begun, datamodule, "val")
-        self._val_place = find_place(trainer, val_source, val_holders, "val")
-        limits |= {"max_batch_size": self.max_batch_size, "model": f"{type(module).__name__} in validation"}
-        limits["samples"] = samples_of_a_rank(dataset_size(val_source), ranks)
 
-        def validated(draft: Proposal) -> Plan:
-            size, own = draft.plan.batch_size, unit_of(val_source)
-            found = estimate_validation(draft.estimate, size, module, source, val_source, settings, own=own, **how)
-            assert found.program is not None
-            if found.program.batch_sizes == (own,):  # known at this size alone: it stays
-                limits.update(min_batch_size=own, max_batch_size=own, samples=None)
-            return plan_estimate(lambda batch_size: found, **limits)
-
-        return replace(draft, validated=validated)
-
-    def _val_holders(self, trainer: Any, module: Any) -> tuple[Holder, ...]:
-        """What holds validation's own batch size, nothing where it has none or there is no validation."""
-        if self.val_batch_arg_name is None or not self.apply:
-            return ()
-        holders = find_holders(self.val_batch_arg_name, module, trainer.datamodule)
-        return holders if validates(trainer) else ()
-
-    def _apply_plan(self, trainer: Any, draft: Proposal) -> None:
+    def _apply_plan(self, trainer: Any, proposal: Proposal) -> None:
         """Set what is planned: all of it, or nothing."""
-        plan, estimate, capacity = draft.plan, draft.estimate, draft.plan.device.capacity
-        val_plan, val_size = self._plan_validation(draft)
-        predicted = self._foreseen(estimate, plan.batch_size, capacity)
-        with ExitStack() as undo:
-            if self._place is not None:
-                self._place.write(plan.batch_size, undo)
-            if self._place is not None and self.effective_batch_size is not None:
-                undo.callback(setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches)
-                trainer.accumulate_grad_batches = plan.accumulate_grad_batches
-                self._accumulates = plan.accumulate_grad_batches
-            if self._val_place is not None:
-                self._val_place.write(val_size, undo)
+        plan, estimate = proposal.plan, proposal.estimate
+        val_plan, val_size = None, 0
+        if self._validation is not None:
+            assert self._session is not None
+            make = partial(plan_validation, self._session, plan, self._validation)
+            val_plan, val_size = agreed_plan(make, "validation", otherwise=plan.batch_size)
+        predicted = self._foreseen(estimate, plan.batch_size, plan.device.capacity)
+        sizes = [(self._place, plan.batch_size), (self._val_place, val_size)]
+        accumulate = None if self.effective_batch_size is None else plan.accumulate_grad_batches
+        with write_together([(place, size) for place, size in sizes if place is not None], trainer, accumulate):
             say(plan_table(plan, [("earlier runs", self._lesson.text)] if self._lesson.text else ()))
             if self._val_place is not None:
                 say(validation_text(val_size, plan, val_plan))
-            undo.pop_all()
+        if self._place is not None and accumulate is not None:
+            self._accumulates = accumulate
         self.plan, self.val_plan, self.estimate, self._predicted = plan, val_plan, estimate, predicted
         self._formula_peak = plan.formula_peak
         program = estimate.program  # the formula has none, and but one step
@@ -351,11 +292,12 @@ class MemoryPlanner(CallbackBase):
         self._cycle = 1 if program is None else max(1, program.period // program.parts)
 
     def _foreseen(self, estimate: Estimate, batch_size: int, capacity: int) -> list[Peaks]:
+        held = self._already_allocated
         return [
             Peaks(
-                step.allocated + self._held,
-                step.reserved + self._held,
-                {name: peak + self._held for name, peak in step.phases.items()},
+                step.allocated + held,
+                step.reserved + held,
+                {name: peak + held for name, peak in step.phases.items()},
             )
             for step in estimate.step_peaks(batch_size, capacity)
         ]
@@ -387,69 +329,19 @@ class MemoryPlanner(CallbackBase):
             runs = []
         return lesson(runs, self._structure, device.name, method=method, capacity=device.capacity, prior=MARGIN)
 
-    def _plan_validation(self, draft: Proposal) -> tuple[Plan | None, int]:
-        """Validation's plan and batch size: training's where it cannot be traced, 0 where none is asked for."""
-        if draft.validated is None:
-            return None, 0
-        plan, size = None, 0
-        try:
-            plan = draft.validated(draft)
-            size = plan.batch_size
-        except TraceError as error:
-            size = draft.plan.batch_size
-            remark = f"validation gets training's batch size, since it cannot be traced: {error}"
-            warnings.warn(f"MemoryPlanner: {remark}", stacklevel=2)
-        finally:  # the other ranks wait for this one
-            size = agree_on_smallest(size)
-        if not size:
-            raise MemplanError("there is no batch size of validation for all ranks: another rank says why")
-        return plan, size
-
     def _plan_test(self, trainer: Any, module: Any, name: str) -> None:
-        """The batch size of the test that is to come."""
+        """Plan and set the batch size of the test that is to come."""
         holders = find_holders(name, module, trainer.datamodule)
-        device = self._device_of(trainer)
-        card = replace(device, context=device.context + held_bytes(cuda_index(trainer), module)[0])
-        settings = trainer_settings(trainer, device.capability)
-        where: dict[str, Any] = {"trainer": trainer, "datamodule": copy.copy(trainer.datamodule), "stage": "test"}
-        begun = partial(prepared, module, settings, trainer=trainer, stage="test")
-        source = loader_source(trainer, begun, where["datamodule"], "test")
-        place = find_place(trainer, source, holders, "test")
-        size = 0
-        try:
-            estimate = estimate_test(
-                module, source, settings, sample=self.sample, sample_size=self.sample_size, **where
-            )
-            self.test_plan = plan_estimate(
-                lambda batch_size: estimate,
-                card,
-                margin=MARGIN if self.margin is None else self.margin,
-                max_batch_size=self.max_batch_size,
-                samples=samples_of_a_rank(dataset_size(source), trainer.world_size),
-                model=f"{type(module).__name__} in a test",
-            )
-            size = self.test_plan.batch_size
-        finally:  # the other ranks wait for this one
-            size = agree_on_smallest(size)
-        if not size:
-            raise MemplanError("there is no batch size of a test for all ranks: another rank says why")
-        with ExitStack() as undo:
-            place.write(size, undo)
+        device = self.device or device_of_trainer(trainer)
+        held = allocated_on(cuda_index(trainer), module).other_bytes
+        job = job_of_trainer(trainer, module, "test", device, self._sampling)
+        place = find_place(trainer, job.source.data, holders, "test")
+        limits = Limits(MARGIN if self.margin is None else self.margin, max_batch_size=self.max_batch_size)
+        make = partial(plan_test, job, replace(device, context=device.context + held), limits)
+        self.test_plan, size = agreed_plan(make, "a test")
+        with write_together([(place, size)], trainer):
             say(f"MemoryPlanner: the batch size of the test is {size}")
-            undo.pop_all()
         self._test_place = place
-
-    def _device_of(self, trainer: Any) -> Device:
-        if self.device is not None:
-            return self.device
-        index = cuda_index(trainer)
-        if index is None:
-            return cpu_device()
-        devices = detect_devices()
-        for device in devices:
-            if device.index == index:
-                return device
-        raise misconfiguration(f"the Trainer runs on cuda:{index}, and the devices found are {devices}")
 
     # -- resume: Lightning restores after setup, and before any loader is built
 
@@ -458,20 +350,24 @@ class MemoryPlanner(CallbackBase):
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         size = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("batch_size")
-        if self._draft is None or size in (None, self._draft.plan.batch_size):
+        if self._proposal is None or size in (None, self._proposal.plan.batch_size):
             return
         if self.resume == "keep":
-            self._apply_plan(trainer, self._draft.kept(size))
+            self._apply_plan(trainer, self._proposal.kept(size))
         elif (count := batches_into_epoch(checkpoint)) and trainer.is_global_zero:
             warnings.warn(
                 f"MemoryPlanner: the checkpoint was made within an epoch, after {count} batches of {size}, and "
-                f"resume='plan' goes on with batches of {self._draft.plan.batch_size}: some of that epoch's samples "
+                f"resume='plan' goes on with batches of {self._proposal.plan.batch_size}: some of that epoch's samples "
                 "are left out or seen again, as its loader may have it; resume='keep' goes on at the same sample",
                 stacklevel=2,
             )
 
+    def _release_planning(self) -> None:
+        """Let go of samples and estimates that only planning needs."""
+        self._proposal = self._session = self._validation = None
+
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        self._draft = None
+        self._release_planning()
         if self.plan is not None:
             log_first_hyperparams(trainer, pl_module, plan_hparams(self.plan) | self._applied())
 
@@ -590,7 +486,7 @@ class MemoryPlanner(CallbackBase):
             settings=_on_record(self._settings),
             rank=trainer.global_rank,
             ranks=trainer.world_size,
-            held=self._held,
+            held=self._already_allocated,
         )
         try:
             append(run, path)
@@ -607,7 +503,8 @@ class MemoryPlanner(CallbackBase):
     def _release(self, trainer: Any) -> None:
         if self._place is not None or self._test_place is not None:
             release_loaders(trainer)
-        self._place = self._val_place = self._test_place = self._draft = None
+        self._place = self._val_place = self._test_place = None
+        self._release_planning()
         if self._meter is not None:
             self._meter.close()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,8 @@ from lightning_memplan.devices.catalogue import gpus
 from lightning_memplan.devices.detect import detect_devices
 from lightning_memplan.monitor.csv_log import read_log
 from lightning_memplan.monitor.history import Lesson, history, latest, lesson
-from lightning_memplan.planning.api import advise, cards_for, plan
-from lightning_memplan.planning.plan import MARGIN, plan_estimate
-from lightning_memplan.planning.retrace import EstimateCache
+from lightning_memplan.planning.api import advise, cards_for, check, plan
+from lightning_memplan.planning.limits import MARGIN
 from lightning_memplan.report.figures import plot_measurements, plot_timeline
 from lightning_memplan.report.plans import (
     advice_table,
@@ -94,13 +93,7 @@ def run_plan(args: argparse.Namespace) -> int:
 def run_check(args: argparse.Namespace) -> int:
     job, device, size = make_job(args), device_of(args), args.batch_size
     with working(f"checking {job.name}"):
-        estimated = job.estimated(device)
-        advised, traced, nccl = job.advised(device)
-        estimate_at = EstimateCache(lambda _: estimated, lambda found, size, _: traced(found, size), parts=1)
-        card = replace(device, context=device.context + nccl)
-        only = {"min_batch_size": size, "max_batch_size": size, "nccl": nccl}
-        how = {"model": job.name, "advised": advised, "trace": estimate_at.trace}
-        found = plan_estimate(estimate_at, card, margin=args.margin, **how, **only)
+        found = check(job.module, job.batch, size, device=device, margin=args.margin, **job.settings)
     if args.json:
         say(args, {"model": job.name, "fits": True, **plan_fields(found)})
     else:

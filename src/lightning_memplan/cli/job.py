@@ -22,9 +22,7 @@ from lightning_memplan.devices.catalogue import gpu
 from lightning_memplan.lightning.config_file import read_cli_config
 from lightning_memplan.lightning.trainer import sharding
 from lightning_memplan.planning.api import estimate
-from lightning_memplan.planning.job import default_device, nccl_allowance, resolve_step
-from lightning_memplan.planning.plan import advised_step
-from lightning_memplan.planning.retrace import retrace_at
+from lightning_memplan.planning.job import default_device
 from lightning_memplan.types import Device
 from lightning_memplan.units import MiB, parse_bytes
 
@@ -42,26 +40,6 @@ class Job:
 
     def estimated(self, device: Device | None) -> Any:
         return estimate(self.module, self.batch, device=device, **self.settings)
-
-    def advised(self, device: Device) -> tuple[Any, Any, int]:
-        """What advises on the job, what traces it at a batch size, and the bytes of the card that are left to NCCL."""
-        given = self.settings
-        sampled = {"sample": given["sample"]} if "sample" in given else {}
-        source, settings, rest = resolve_step(
-            self.module,
-            self.batch,
-            precision=given.get("precision"),
-            optimizer=given.get("optimizer"),
-            trainer=None,
-            device=device,
-            gradient_clip_val=given.get("gradient_clip_val"),
-            accumulate_grad_batches=given.get("accumulate_grad_batches", 1),
-            devices=given.get("devices", 1),
-            strategy=given.get("strategy"),
-        )
-        advised = advised_step(self.module, source, settings, **rest, **sampled)
-        how = {"module": self.module, "source": source, "settings": settings, **rest, **sampled}
-        return advised, partial(retrace_at, **how), nccl_allowance(settings, device)
 
 
 def make_job(args: argparse.Namespace) -> Job:

@@ -25,7 +25,7 @@ from lightning_memplan.cli.commands import (
 from lightning_memplan.cli.output import described, say
 from lightning_memplan.cuda.cudnn import check_named
 from lightning_memplan.errors import DoesNotFitError, MemplanError
-from lightning_memplan.planning.plan import MARGIN
+from lightning_memplan.planning.limits import MARGIN
 
 _HELP = "memplan COMMAND --help lists what a command takes: memplan plan train.py:Net --data train.py:Data --gpu T4"
 

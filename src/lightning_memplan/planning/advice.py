@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from lightning_memplan.errors import TraceError
-from lightning_memplan.planning.changes import DoesNotApplyError, changes, largest, sharding_changes
-from lightning_memplan.planning.job import Job
+from lightning_memplan.memory.estimate import Estimate
+from lightning_memplan.planning.changes import DoesNotApplyError, TracedJob, changes, largest, sharding_changes
+from lightning_memplan.planning.job import TrainingJob
 from lightning_memplan.types import Advice
 
-WORTH = 0.01  #: of the peak: what saves less is no advice
+#: Fraction of the peak that a change must save to be advised
+WORTH = 0.01
 
 
-def advise_job(job: Job, batch_size: int, budget: int, capacity: int | None = None) -> tuple[Advice, ...]:
-    """What saves at least a hundredth of the peak at ``batch_size``; nothing where there is no trace.
+def advise_job(
+    job: TrainingJob, estimate: Estimate, batch_size: int, budget: int, capacity: int | None = None
+) -> tuple[Advice, ...]:
+    """Return the changes that save at least a hundredth of the peak at ``batch_size``, the most saving change first.
 
-    The best first, and last what changes the samples. With the ``capacity`` of the card (bytes), of which a plan uses
-    the ``budget``, each says the largest batch size that would then fit.
+    Changes of the samples come last. Without a trace in the ``estimate`` there is no advice. With the ``capacity`` of
+    the GPU (bytes), of which a plan uses the ``budget``, each advice has the largest batch size that would then fit.
     """
-    if job.found.method != "trace":
+    if estimate.method != "trace":
         return ()
-    before = job.found.peak(batch_size)
+    traced = TracedJob(job, estimate, job.source.samples.batches())
+    before = estimate.peak(batch_size)
     advice = []
-    for change in (*changes(job, batch_size), *sharding_changes(job, batch_size, budget)):
+    for change in (*changes(traced, batch_size), *sharding_changes(traced, batch_size, budget)):
         try:
             after = change.make()
         except (TraceError, DoesNotApplyError):

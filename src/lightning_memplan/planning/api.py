@@ -10,26 +10,22 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_memplan.checks import Method, check_count, check_margin, check_method
-from lightning_memplan.data.loaders import dataset_size
-from lightning_memplan.data.samples import SAMPLE_SIZE, Which, check_sample
+from lightning_memplan.data.samples import SAMPLE_SIZE, Which
 from lightning_memplan.devices.catalogue import gpus
 from lightning_memplan.errors import DoesNotFitError
-from lightning_memplan.lightning.compat import as_lightning_module
-from lightning_memplan.lightning.trainer import check_accumulation
-from lightning_memplan.memory.estimate import Estimate, largest_on_card
+from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.planning.job import (
-    data_source_of,
+    Sampling,
     default_device,
     named_device,
     nccl_allowance,
-    ranks,
-    resolve_step,
-    samples_of_a_rank,
+    training_job,
 )
-from lightning_memplan.planning.plan import MARGIN, advised_step, plan_estimate
-from lightning_memplan.planning.predict import estimate_step
-from lightning_memplan.planning.retrace import EstimateCache, retrace_at
-from lightning_memplan.settings import NCCL
+from lightning_memplan.planning.limits import MARGIN, Limits
+from lightning_memplan.planning.plan import largest_batch_size, make_plan
+from lightning_memplan.planning.predict import predict
+from lightning_memplan.planning.predictor import OneEstimate
+from lightning_memplan.planning.session import PlanningSession, check_effective_batch_size
 from lightning_memplan.step.runner import MakeOptimizer
 from lightning_memplan.types import Advice, Device, Length, Lengths, Plan
 
@@ -92,24 +88,23 @@ def estimate(
         ValueError: an argument that is wrong in itself.
     """
     check_method(method)
-    check_sample(sample, sample_size)
     if max_batch_size is not None:
         check_count("max_batch_size", max_batch_size)
-    module = as_lightning_module(module)
-    source, settings, job = resolve_step(
+    job = training_job(
         module,
         batch,
-        precision,
-        optimizer,
-        trainer,
-        device,
-        gradient_clip_val,
-        accumulate_grad_batches,
-        devices,
-        strategy,
+        device=device,
+        precision=precision,
+        optimizer=optimizer,
+        trainer=trainer,
+        gradient_clip_val=gradient_clip_val,
+        accumulate_grad_batches=accumulate_grad_batches,
+        devices=devices,
+        strategy=strategy,
+        sampling=Sampling(sample, sample_size),
+        assume_default=False,
     )
-    options: dict[str, Any] = {"sample": sample, "sample_size": sample_size, "largest": max_batch_size}
-    return estimate_step(module, source, settings, method=method, **options, **job)
+    return predict(job, method, max_batch_size)
 
 
 def plan(
@@ -159,51 +154,57 @@ def plan(
         DoesNotFitError: not even the smallest batch size fits; ``needed`` and ``available`` are its bytes.
         MisconfigurationException: ``effective_batch_size``, where something else decides how much is accumulated.
     """
-    check_margin(margin)
     check_method(method)
-    check_sample(sample, sample_size)
-    card = named_device(device) or default_device()
-    parts, ranks = accumulate_grad_batches, getattr(trainer, "world_size", devices)
-    module = as_lightning_module(module)
-    source, how, job = resolve_step(
-        module, batch, precision, optimizer, trainer, card, gradient_clip_val, parts, devices, strategy
+    limits = Limits(margin, min_batch_size, max_batch_size, multiple_of, effective_batch_size)
+    job = training_job(
+        module,
+        batch,
+        device=device,
+        precision=precision,
+        optimizer=optimizer,
+        trainer=trainer,
+        gradient_clip_val=gradient_clip_val,
+        accumulate_grad_batches=accumulate_grad_batches,
+        devices=devices,
+        strategy=strategy,
+        sampling=Sampling(sample, sample_size),
     )
-    nccl = nccl_allowance(how, card)
-    sampled: dict[str, Any] = {"sample": sample, "sample_size": sample_size}
-    if trainer is not None and parts == 1:
-        parts = trainer.accumulate_grad_batches
-    if effective_batch_size is not None:
-        check_count("effective_batch_size", effective_batch_size)
-        check_accumulation(effective_batch_size, module, trainer, parts, ranks)
+    check_effective_batch_size(job, limits)
+    return PlanningSession(job, limits, method).plan()
 
-    samples = samples_of_a_rank(dataset_size(source), ranks)
-    most = min((size for size in (max_batch_size, samples) if size is not None), default=None)
 
-    def estimated(parts: int) -> Estimate:
-        accumulating = replace(how, accumulate_grad_batches=parts)
-        return estimate_step(module, source, accumulating, method=method, largest=most, **sampled, **job)
+def check(
+    module: nn.Module,
+    batch: Any,
+    batch_size: int,
+    *,
+    device: Device | str | None = None,
+    margin: float = MARGIN,
+    method: Method = "auto",
+    sample: Which = "first",
+    sample_size: int = SAMPLE_SIZE,
+    **settings: Any,
+) -> Plan:
+    """Return the plan of one given batch size: does it fit?
 
-    def traced(found: Estimate, size: int, parts: int) -> Estimate:
-        accumulating = replace(how, accumulate_grad_batches=parts)
-        return retrace_at(found, size, module, source, accumulating, **sampled, **job)
+    >>> import torch
+    >>> check(torch.nn.Linear(1000, 1000), torch.zeros(4, 1000), 64, device="T4").batch_size
+    64
 
-    estimate_at = EstimateCache(estimated, traced, parts, effective_batch_size, ranks)
-    return plan_estimate(
-        estimate_at,
-        replace(card, context=card.context + nccl),
-        nccl=nccl,
-        margin=margin,
-        min_batch_size=min_batch_size,
-        max_batch_size=max_batch_size,
-        multiple_of=multiple_of,
-        samples=samples,
-        accumulate_grad_batches=parts,
-        effective_batch_size=effective_batch_size,
-        ranks=ranks,
-        model=type(module).__name__,
-        advised=advised_step(module, source, how, **sampled, **job),
-        trace=estimate_at.trace,
-    )
+    Args:
+        module: as for ``estimate``, and so are ``batch``, ``method`` and ``settings``.
+        batch_size: the one to check.
+        device: as for ``plan``, and so is ``margin``.
+
+    Raises:
+        DoesNotFitError: it does not fit; says what it needs, and what would save memory.
+        MemplanError: the step refuses it.
+    """
+    check_method(method)
+    check_count("batch_size", batch_size)
+    job = training_job(module, batch, device=device, sampling=Sampling(sample, sample_size), **settings)
+    session = PlanningSession(job, Limits(margin, max_batch_size=batch_size), method)
+    return session.plan(session.limits.exactly(batch_size))
 
 
 def advise(
@@ -246,30 +247,25 @@ def advise(
     Raises:
         TraceError: the step cannot be traced.
     """
-    check_margin(margin)
-    card = named_device(device) or default_device()
-    module = as_lightning_module(module)
-    source, settings, job = resolve_step(
+    limits = Limits(margin)
+    job = training_job(
         module,
         batch,
-        precision,
-        optimizer,
-        trainer,
-        card,
-        gradient_clip_val,
-        accumulate_grad_batches,
-        devices,
-        strategy,
+        device=device,
+        precision=precision,
+        optimizer=optimizer,
+        trainer=trainer,
+        gradient_clip_val=gradient_clip_val,
+        accumulate_grad_batches=accumulate_grad_batches,
+        devices=devices,
+        strategy=strategy,
+        sampling=Sampling(sample, sample_size),
     )
-    card = replace(card, context=card.context + nccl_allowance(settings, card))
-    options: dict[str, Any] = {"sample": sample, "sample_size": sample_size}
-    found = estimate_step(module, source, settings, method="trace", **options, **job)
-    budget = int(card.capacity * (1 - margin))
+    session = PlanningSession(job, limits, "trace")
+    found, on = session.estimate(job.settings.accumulate_grad_batches), session.device
     if batch_size is None:
-        limits: dict[str, Any] = {"dataset_size": dataset_size(source)}
-        batch_size = largest_on_card(lambda _: found, budget, card.capacity, **limits).batch_size
-    advised = advised_step(module, source, settings, capacity=card.capacity, **options, **job)
-    return advised(found, batch_size or 1, budget)
+        batch_size = largest_batch_size(found, on, replace(limits, samples=job.source.size)) or 1
+    return session.advise(found, batch_size, limits.budget_of(on), on.capacity)
 
 
 def cards_for(
@@ -281,12 +277,15 @@ def cards_for(
     min_batch_size: int = 1,
     max_batch_size: int | None = None,
     multiple_of: int = 1,
+    method: Method = "auto",
+    sample: Which = "first",
+    sample_size: int = SAMPLE_SIZE,
     **settings: Any,
 ) -> tuple[tuple[Device, int], ...]:
     """Each card of the catalogue with the largest batch size that fits on it (0: none does), the smallest card first.
 
     >>> import torch
-    >>> net, some = torch.nn.Linear(1000, 1000), [gpu("T4"), gpu("RTX 3090")]
+    >>> net, some = torch.nn.Linear(1000, 1000), [device for device in gpus() if device.name in ("T4", "RTX 3090")]
     >>> [(card.name, size) for card, size in cards_for(net, torch.zeros(4, 1000), cards=some, max_batch_size=512)]
     [('T4', 512), ('RTX 3090', 512)]
 
@@ -295,25 +294,21 @@ def cards_for(
         cards: those to look at, in place of ``gpus()``.
         margin: as for ``plan``, and so are the limits of the batch size.
     """
-    check_margin(margin)
-    source, _ = data_source_of(batch, settings.get("trainer"))
-    nccl = NCCL if settings.get("devices", 1) > 1 else 0
-    limits: dict[str, Any] = {
-        "min_batch_size": min_batch_size,
-        "max_batch_size": max_batch_size,
-        "multiple_of": multiple_of,
-        "dataset_size": dataset_size(source),
-    }
+    check_method(method)
+    limits = Limits(margin, min_batch_size, max_batch_size, multiple_of)
+    job = training_job(module, batch, sampling=Sampling(sample, sample_size), assume_default=False, **settings)
+    limits = replace(limits, samples=job.source.size)
+    nccl = 0 if job.settings.parallel is None else job.settings.parallel.nccl
 
     @cache
     def estimated(capability: tuple[int, int] | None) -> Estimate:
-        card = Device("a card", total=1, capability=capability)  # kernels are chosen by it, whatever the memory
-        return estimate(module, batch, device=card, **settings)
+        settings = job.settings if capability is None else replace(job.settings, capability=capability)
+        card = Device("a card", total=1, capability=capability)  # it chooses the kernels, whatever its memory
+        return predict(replace(job, settings=settings, device=card), method)
 
     @cache
     def largest(capability: tuple[int, int] | None, capacity: int) -> int:
-        found = estimated(capability)
-        return largest_on_card(lambda _: found, int(capacity * (1 - margin)), capacity, **limits).batch_size
+        return largest_batch_size(estimated(capability), Device("a card", total=max(1, capacity)), limits)
 
     ordered = sorted(gpus() if cards is None else cards, key=lambda card: card.capacity)
     return tuple((card, largest(card.capability, max(0, card.capacity - nccl))) for card in ordered)
@@ -365,16 +360,18 @@ def plan_lengths(
     if "method" in settings:
         raise ValueError("plan_lengths plans each length by its trace: leave method out")
     card = named_device(device) or default_device()
-    nccl = nccl_allowance(ranks(**settings), card)
+    shared = {name: settings[name] for name in ("trainer", "devices", "strategy") if name in settings}
+    nccl = nccl_allowance(training_job(module, None, **shared).settings, card)
     card = replace(card, context=card.context + nccl)
+    limits = Limits(margin, max_batch_size=max_batch_size)
 
     def row(length: int) -> Length:
         found = estimate(module, make_batch(length), method="trace", device=card, **settings)
         try:
-            plan = plan_estimate(lambda _: found, card, margin=margin, max_batch_size=max_batch_size, nccl=nccl)
+            plan = make_plan(OneEstimate(found), card, limits, nccl=nccl)
         except DoesNotFitError as error:
             return Length(length, 0, error.needed, "memory")
         limited_by: Literal["memory", "max_batch_size"] = "memory" if plan.limited_by == "memory" else "max_batch_size"
         return Length(length, plan.batch_size, plan.predicted_peak, limited_by)
 
-    return Lengths(tuple(map(row, sorted(set(asked)))), card, int(card.capacity * (1 - margin)))
+    return Lengths(tuple(map(row, sorted(set(asked)))), card, limits.budget_of(card))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,3 +195,24 @@ def find_place(trainer: Any, source: Any, holders: tuple[Holder, ...], phase: Ph
     if not holders or not loaders_are_made(trainer, phase):
         check_resizable(source)
     return Place(holders, trainer, source, tuple(holder.read() for holder in holders), phase)
+
+
+@contextmanager
+def write_together(
+    sizes: Sequence[tuple[Place, int]], trainer: Any, accumulate_grad_batches: int | None = None
+) -> Iterator[None]:
+    """Write batch sizes and accumulation, all of them or none: what fails inside the block undoes all.
+
+    Accumulation is set where a batch size is, and where it is given.
+
+    Raises:
+        ApplyError: a holder or a loader cannot be set, or an epoch has too few batches of that size.
+    """
+    with ExitStack() as undo:
+        for place, size in sizes:
+            place.write(size, undo)
+        if sizes and accumulate_grad_batches is not None:
+            undo.callback(setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches)
+            trainer.accumulate_grad_batches = accumulate_grad_batches
+        yield
+        undo.pop_all()

@@ -20,10 +20,11 @@ from lightning_memplan.lightning.compat import (
 )
 from lightning_memplan.lightning.trainer import parallel_named, sharding
 from lightning_memplan.memory.estimate import Estimate, largest_on_card
-from lightning_memplan.planning.job import Job
+from lightning_memplan.memory.loops import scaled
+from lightning_memplan.planning.job import TrainingJob
 from lightning_memplan.settings import StepSettings, parse_precision
 from lightning_memplan.trace.known_values import fake_mode
-from lightning_memplan.trace.tracer import detached_copy
+from lightning_memplan.trace.tracer import detached_copy, trace_steps
 
 _MUCH = 0.1  #: what takes more cards saves as much, or makes a batch fit
 
@@ -38,6 +39,39 @@ _MOST = 2**20  # samples in a batch: beyond, no larger batch is looked for
 
 
 ChangeOptimizer = Callable[[torch.optim.Optimizer], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class TracedJob:
+    """A training job, the estimate that its trace gave, and the batches of the trace."""
+
+    job: TrainingJob
+    found: Estimate
+    batches: Sequence[tuple[int, Any]]
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that is trained."""
+        return self.job.module
+
+    @property
+    def settings(self) -> StepSettings:
+        """The settings of the step."""
+        return self.job.settings
+
+    def again(self, *, batches: Sequence[tuple[int, Any]] | None = None, **changes: Any) -> Estimate:
+        """Return the estimate of the job with other batches, or with some of its fields changed."""
+        job = replace(self.job, **changes)
+        traces = trace_steps(
+            job.begun(),
+            self.batches if batches is None else batches,
+            job.settings,
+            trainer=job.trainer,
+            datamodule=job.datamodule,
+            optimizer=job.optimizer,
+        )
+        program, _ = scaled(traces)
+        return replace(self.found, program=program, _replays={})
 
 
 @dataclass(frozen=True)
@@ -58,7 +92,7 @@ def largest(after: Estimate, budget: int, capacity: int) -> int:
     return largest_on_card(lambda _: after, budget, capacity, max_batch_size=_MOST).batch_size
 
 
-def changes(job: Job, batch_size: int) -> Iterator[_Change]:
+def changes(job: TracedJob, batch_size: int) -> Iterator[_Change]:
     settings = job.settings
     for precision, cost in _precisions(settings):
         changed = replace(settings, precision=parse_precision(precision))
@@ -114,8 +148,8 @@ def _precisions(settings: StepSettings) -> Iterator[tuple[str, str]]:
 
 
 # --- the module, copied: the original stays as it is
-def _copied(job: Job) -> Any:
-    return detached_copy(job.module, fake_mode(), trainer=job.trainer)
+def _copied(job: TracedJob) -> Any:
+    return detached_copy(job.module, fake_mode(), trainer=job.job.trainer)
 
 
 _ENABLE = "gradient_checkpointing_enable({'use_reentrant': False})"
@@ -137,7 +171,7 @@ def checkpoint_themselves(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return list(found.items())
 
 
-def _with_own_checkpoints(job: Job, models: Sequence[tuple[str, nn.Module]]) -> Estimate:
+def _with_own_checkpoints(job: TracedJob, models: Sequence[tuple[str, nn.Module]]) -> Estimate:
     twin = _copied(job)
     for path, _ in models:
         twin.get_submodule(path).gradient_checkpointing_enable({"use_reentrant": False})
@@ -183,7 +217,7 @@ def _repeated_blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return list(found.items())
 
 
-def _with_checkpoints(job: Job, blocks: Sequence[tuple[str, nn.Module]]) -> Estimate:
+def _with_checkpoints(job: TracedJob, blocks: Sequence[tuple[str, nn.Module]]) -> Estimate:
     twin = _copied(job)
     for path, _ in blocks:
         _checkpoint(twin.get_submodule(path))
@@ -197,7 +231,7 @@ def _checkpoint(block: nn.Module) -> None:
     block.__dict__["forward"] = forward
 
 
-def _with_gradients_freed(job: Job) -> Estimate:
+def _with_gradients_freed(job: TracedJob) -> Estimate:
     twin = _copied(job)
     twin.__dict__["optimizer_zero_grad"] = lambda epoch, batch_idx, optimizer: optimizer.zero_grad(set_to_none=True)
     return job.again(module=twin)
@@ -221,7 +255,7 @@ def _formats(module: nn.Module) -> list[str]:
     )
 
 
-def _in_formats(job: Job, formats: Sequence[str]) -> Estimate:
+def _in_formats(job: TracedJob, formats: Sequence[str]) -> Estimate:
     twin = _copied(job)
     with torch.no_grad():
         for parameter in twin.parameters():  # ``Module.to`` cannot exchange fake ones
@@ -232,7 +266,7 @@ def _in_formats(job: Job, formats: Sequence[str]) -> Estimate:
 
 
 # --- more cards
-def sharding_changes(job: Job, batch_size: int, budget: int) -> Iterator[_Change]:
+def sharding_changes(job: TracedJob, batch_size: int, budget: int) -> Iterator[_Change]:
     """FSDP on the fewest cards with which the batch fits, else on the most; on as many as there are, with DDP.
 
     Where all that is sharded is no more than what NCCL takes and what would be worth it, nothing is traced.
@@ -286,7 +320,7 @@ def _sample_size(batch: Any) -> tuple[int, ...]:
     return tuple(size) if size and min(size) >= _SMALLEST else ()
 
 
-def _with_smaller_samples(job: Job, size: tuple[int, ...], halves: tuple[int, ...]) -> Estimate:
+def _with_smaller_samples(job: TracedJob, size: tuple[int, ...], halves: tuple[int, ...]) -> Estimate:
     def cut(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dim() <= len(size) or tensor.shape[-len(size) :] != size:
             return tensor
@@ -303,9 +337,9 @@ def _by(size: Sequence[int]) -> str:
 
 
 # --- the optimizer
-def _with_optimizer(job: Job, change: ChangeOptimizer) -> Estimate:
+def _with_optimizer(job: TracedJob, change: ChangeOptimizer) -> Estimate:
     if not is_lightning_module(job.module):
-        make = job.optimizer
+        make = job.job.optimizer
         if make is None:
             raise DoesNotApplyError
         return job.again(optimizer=lambda parameters: change(make(parameters)))

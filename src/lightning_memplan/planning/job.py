@@ -1,63 +1,159 @@
-"""What is trained, on which data, and how."""
+"""What is trained, on which data, and how: a ``TrainingJob``, made from a user's arguments or from a Trainer."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
 from lightning_memplan.checks import check_count
+from lightning_memplan.data.loaders import dataset_size, unit_of
+from lightning_memplan.data.samples import SAMPLE_SIZE, Samples, Which, check_sample, read_samples
 from lightning_memplan.devices.catalogue import gpu
 from lightning_memplan.devices.detect import cpu_device, detect_devices
-from lightning_memplan.lightning.compat import is_datamodule, is_lightning_module, is_overridden
-from lightning_memplan.lightning.trainer import parallel_named, trainer_settings
-from lightning_memplan.memory.estimate import Estimate
-from lightning_memplan.memory.loops import scaled
+from lightning_memplan.lightning.compat import (
+    as_lightning_module,
+    is_datamodule,
+    is_lightning_module,
+    is_overridden,
+    misconfiguration,
+)
+from lightning_memplan.lightning.data_source import Phase, loader_source
+from lightning_memplan.lightning.trainer import cuda_index, parallel_named, trainer_settings
 from lightning_memplan.settings import StepSettings, parse_precision
 from lightning_memplan.step.runner import MakeOptimizer
 from lightning_memplan.step.strategies.fsdp import named_ignored
-from lightning_memplan.trace.tracer import prepared, trace_steps
+from lightning_memplan.trace.tracer import prepared
 from lightning_memplan.types import Device
 
 
 @dataclass(frozen=True)
-class Job:
-    """A training step as it is: what ``trace_steps`` takes, and the estimate that came of it."""
+class Sampling:
+    """Which samples of a dataset batches are made of: its first few, or copies of the largest of ``count`` samples.
 
-    found: Estimate
+    >>> Sampling("largest", count=16).which
+    'largest'
+    """
+
+    which: Which = "first"
+    count: int = SAMPLE_SIZE
+
+    def __post_init__(self) -> None:
+        check_sample(self.which, self.count)
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where batches come from: a batch, a loader, or a collection of loaders. Samples are read once, and kept.
+
+    >>> import torch
+    >>> DataSource(torch.zeros(4, 3)).samples.make(2).shape
+    torch.Size([2, 3])
+    """
+
+    data: Any
+    sampling: Sampling = Sampling()
+
+    @cached_property
+    def samples(self) -> Samples:
+        """Samples of which batches of any size are made."""
+        return read_samples(self.data, self.sampling.which, self.sampling.count)
+
+    @cached_property
+    def size(self) -> int | None:
+        """Number of samples in the dataset; None where it is not known, or where ``data`` is a batch."""
+        return dataset_size(self.data)
+
+    @property
+    def batch_size(self) -> int | None:
+        """Batch size that the loaders have now."""
+        return unit_of(self.data)
+
+    def samples_of_a_rank(self, ranks: int) -> int | None:
+        """Number of samples that each rank is given, rounded up as DistributedSampler does.
+
+        >>> import torch
+        >>> DataSource(torch.utils.data.DataLoader(range(21))).samples_of_a_rank(2)
+        11
+        """
+        return None if self.size is None else -(-self.size // ranks)
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What is trained, on which data, and how.
+
+    ``datamodule`` is the one whose hooks a batch passes; ``stage`` is the argument of the module's ``setup``, which is
+    not called where it is None.
+
+    >>> import torch
+    >>> job = training_job(torch.nn.Linear(8, 8), torch.zeros(4, 8), device="T4", accumulate_grad_batches=2)
+    >>> job.name, job.ranks, job.settings.accumulate_grad_batches
+    ('Linear', 1, 2)
+    """
+
     module: nn.Module
-    batches: Sequence[tuple[int, Any]]
+    source: DataSource
     settings: StepSettings
+    device: Device
     trainer: Any = None
     datamodule: Any = None
     optimizer: MakeOptimizer | None = None
     stage: str | None = None
 
-    def again(self, **changes: Any) -> Estimate:
-        """The estimate with some of these changed."""
-        job = replace(self, **changes)
-        common = {"trainer": job.trainer, "datamodule": job.datamodule, "optimizer": job.optimizer}
-        module = prepared(job.module, job.settings, trainer=job.trainer, stage=job.stage)
-        program, _ = scaled(trace_steps(module, job.batches, job.settings, **common))
-        return replace(self.found, program=program, _replays={})
+    @property
+    def name(self) -> str:
+        """Class of the module."""
+        return type(self.module).__name__
+
+    @property
+    def ranks(self) -> int:
+        """Number of processes that train together, a GPU each."""
+        if self.trainer is not None:
+            return int(self.trainer.world_size)
+        return 1 if self.settings.parallel is None else self.settings.parallel.ranks
+
+    @property
+    def nccl(self) -> int:
+        """Bytes of the GPU that are left to NCCL, beside the allocator, where several ranks train together."""
+        return nccl_allowance(self.settings, self.device)
+
+    def accumulating(self, microbatches: int) -> TrainingJob:
+        """Return the same job with another number of batches in each optimizer step."""
+        return replace(self, settings=replace(self.settings, accumulate_grad_batches=microbatches))
+
+    def begun(self) -> nn.Module:
+        """Return the module as it is when training begins: after ``setup`` and ``configure_model``, on a replica."""
+        return prepared(self.module, self.settings, trainer=self.trainer, stage=self.stage)
 
 
-def resolve_step(
+def training_job(
     module: nn.Module,
     batch: Any,
-    precision: str | int | None,
-    optimizer: MakeOptimizer | None,
-    trainer: Any,
-    device: Device | str | None,
-    gradient_clip_val: float | None,
-    accumulate_grad_batches: int,
+    *,
+    device: Device | str | None = None,
+    precision: str | int | None = None,
+    optimizer: MakeOptimizer | None = None,
+    trainer: Any = None,
+    gradient_clip_val: float | None = None,
+    accumulate_grad_batches: int = 1,
     devices: int = 1,
     strategy: Any = None,
-) -> tuple[Any, StepSettings, dict[str, Any]]:
-    """What ``estimate_step`` takes, from what the user passed: where samples come from, the settings, and the rest."""
+    sampling: Sampling = Sampling(),
+    assume_default: bool = True,
+) -> TrainingJob:
+    """Return the job that a user's arguments describe; see ``estimate`` for each of them.
+
+    Kernels are chosen for the compute capability of ``device``; without a device for that of the first GPU here, unless
+    ``assume_default`` is False.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong in itself.
+    """
+    module = as_lightning_module(module)
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a LightningModule or another nn.Module, not {module!r}")
     if optimizer is not None and is_lightning_module(module) and is_overridden("configure_optimizers", module):
@@ -81,37 +177,50 @@ def resolve_step(
                 "configure_model that does: add one that calls fully_shard, or use strategy='fsdp'"
             )
         settings = replace(settings, parallel=parallel)
-    card = named_device(device)
-    if card is not None and card.capability is not None:
-        settings = replace(settings, capability=card.capability)
+    named = named_device(device)
+    found = named or default_device()
+    assumed = found if assume_default else named
+    if assumed is not None and assumed.capability is not None:
+        settings = replace(settings, capability=assumed.capability)
     settings = replace(settings, parallel=named_ignored(settings.parallel, module))
-    source, datamodule = data_source_of(batch, trainer)
-    return source, settings, {"device": card, "trainer": trainer, "datamodule": datamodule, "optimizer": optimizer}
+    data, datamodule = _data_of(batch, trainer)
+    return TrainingJob(module, DataSource(data, sampling), settings, found, trainer, datamodule, optimizer)
+
+
+def job_of_trainer(
+    trainer: Any,
+    module: nn.Module,
+    stage: str,
+    device: Device,
+    sampling: Sampling = Sampling(),
+) -> TrainingJob:
+    """Return the job of a Trainer's ``fit`` or ``test``, on the loaders that it was given or that a hook makes.
+
+    Hooks that make loaders are called on copies: the user's objects stay as they are.
+    """
+    settings = trainer_settings(trainer, device.capability)
+    settings = replace(settings, parallel=named_ignored(settings.parallel, module))
+    datamodule = copy.copy(trainer.datamodule)
+    job = TrainingJob(module, DataSource(None), settings, device, trainer, datamodule, stage=stage)
+    return replace(job, source=source_of_trainer(job, "test" if stage == "test" else "train", sampling))
+
+
+def source_of_trainer(job: TrainingJob, phase: Phase, sampling: Sampling) -> DataSource:
+    """Return the loaders that a job's Trainer has for a phase."""
+    return DataSource(loader_source(job.trainer, job.begun, job.datamodule, phase), sampling)
 
 
 def nccl_allowance(settings: StepSettings, device: Device) -> int:
-    """Bytes of the card that are left to NCCL, which it takes beside the allocator, where there are several ranks."""
+    """Return the bytes of a GPU that are left to NCCL, which allocates beside the caching allocator."""
     return 0 if settings.parallel is None or device.kind != "cuda" else settings.parallel.nccl
 
 
-def ranks(trainer: Any = None, devices: int = 1, strategy: Any = None, **_: Any) -> StepSettings:
-    """Of the settings of ``estimate``, those that say how several cards train together."""
-    if trainer is not None:
-        return trainer_settings(trainer)
-    return StepSettings(parallel=parallel_named(strategy, devices))
-
-
-def samples_of_a_rank(samples: int | None, ranks: int) -> int | None:
-    """How many samples each of the ranks is given of a dataset, rounded up as DistributedSampler does.
-
-    >>> samples_of_a_rank(21, 2), samples_of_a_rank(None, 2)
-    (11, None)
-    """
-    return None if samples is None else -(-samples // ranks)
-
-
 def named_device(device: Device | str | None) -> Device | None:
-    """A device that was named, or described by hand."""
+    """Return a device that was named or described by hand; None where nothing was.
+
+    Raises:
+        TypeError, ValueError: it is neither, or there is no GPU of that name.
+    """
     if device is None or isinstance(device, Device):
         return device
     if isinstance(device, str):
@@ -120,15 +229,30 @@ def named_device(device: Device | str | None) -> Device | None:
 
 
 def default_device() -> Device:
-    """The first CUDA device that this process can use, else the host's memory."""
-    devices: Sequence[Device] = detect_devices()
-    return devices[0] if devices else cpu_device()
+    """Return the first CUDA device that this process can use, else the host's memory."""
+    return next(iter(detect_devices()), None) or cpu_device()
 
 
-def data_source_of(batch: Any, trainer: Any) -> tuple[Any, Any]:
-    """Where samples come from, and the datamodule whose hooks a batch passes.
+def device_of_trainer(trainer: Any) -> Device:
+    """Return the device on which a Trainer runs.
 
-    A datamodule is prepared and set up on a shallow copy, so that the user's own stays as it is.
+    Raises:
+        MisconfigurationException: it runs on a CUDA device that is not among those found.
+    """
+    index = cuda_index(trainer)
+    if index is None:
+        return cpu_device()
+    devices = detect_devices()
+    for device in devices:
+        if device.index == index:
+            return device
+    raise misconfiguration(f"the Trainer runs on cuda:{index}, and the devices found are {devices}")
+
+
+def _data_of(batch: Any, trainer: Any) -> tuple[Any, Any]:
+    """Return where batches come from, and the datamodule whose hooks they pass.
+
+    A datamodule is prepared and set up on a shallow copy: the user's own stays as it is.
     """
     if not is_datamodule(batch):
         return batch, getattr(trainer, "datamodule", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -13,66 +13,37 @@ import torch
 from torch import nn
 
 from lightning_memplan.checks import Method
-from lightning_memplan.data.samples import SAMPLE_SIZE, Samples, Which, read_samples
+from lightning_memplan.data.samples import Samples
 from lightning_memplan.errors import TraceError, explain
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.loops import TURNS, scaled
 from lightning_memplan.memory.program import interleaved, scale
 from lightning_memplan.memory.search import largest_fitting
-from lightning_memplan.planning.job import default_device
-from lightning_memplan.planning.retrace import MANY, OF_FEW, is_of_many, of_many
+from lightning_memplan.planning.job import DataSource, TrainingJob
+from lightning_memplan.planning.retrace import MANY, OF_FEW, batches_of_many, is_of_many
 from lightning_memplan.probe.probe import SIZES, can_probe, probe_steps
-from lightning_memplan.settings import StepSettings
 from lightning_memplan.step.compiled_regions import COMPILED_SIZES, compiled_parts
-from lightning_memplan.step.runner import MakeOptimizer
 from lightning_memplan.trace.compiled import FUSED, Graphs
-from lightning_memplan.trace.tracer import (
-    prepared,
-    run_formula,
-    trace_counted,
-    trace_steps,
-    trace_test,
-    trace_validation,
-)
+from lightning_memplan.trace.tracer import run_formula, trace_counted, trace_steps, trace_test, trace_validation
 from lightning_memplan.types import Device
 
-#: What a step raises where something is not there yet: a copy's trainer has no loops and no logger, and the hooks and
-#: callbacks that come before the first batch have not run. It need not be an error of training's.
-_OF_A_COPY = (AttributeError, TypeError, KeyError)
+#: Errors of a step on a replica where something is not there yet: its trainer has no loops and no logger, and the hooks
+#: and callbacks that come before the first batch have not run. Training itself need not raise them.
+_OF_A_REPLICA = (AttributeError, TypeError, KeyError)
 
 
-def estimate_step(
-    module: nn.Module,
-    source: Any,
-    settings: StepSettings,
-    *,
-    method: Method = "auto",
-    device: Device | None = None,
-    trainer: Any = None,
-    datamodule: Any = None,
-    optimizer: MakeOptimizer | None = None,
-    stage: str | None = None,
-    sample: Which = "first",
-    sample_size: int = SAMPLE_SIZE,
-    largest: int | None = None,
-) -> Estimate:
-    """``estimate`` with every setting in hand; ``stage`` names what ``setup`` is called with, on a copy.
+def predict(job: TrainingJob, method: Method = "auto", largest: int | None = None) -> Estimate:
+    """Return the estimate of a job's step. No batch of more than ``largest`` samples is probed.
 
-    No batch of more than ``largest`` samples is probed.
+    Raises:
+        TraceError: the step cannot be traced or probed, by the ``method`` that was asked for.
     """
-    samples = read_samples(source, sample, sample_size)
-    common: dict[str, Any] = {"trainer": trainer, "datamodule": datamodule, "optimizer": optimizer}
     probed, why_not, refused = None, "", None
-    if method == "probe" or (method == "auto" and _can_be_probed(device, settings)):
+    if method == "probe" or (method == "auto" and _can_be_probed(job)):
         try:
-            index, capacity = _probed_index(device), (device or default_device()).capacity
-            where: dict[str, Any] = {"capacity": capacity, "largest": largest, "stage": stage}
-            traces, formula = probe_steps(module, samples.for_the_card, settings, index, **where, **common)
-            program, more = scaled(traces)
-            notes = traces[0].notes + more + samples.notes
-            probed = Estimate("probe", formula, program, _allocator(), notes, turns=bool(more))
-        except (TraceError, *_OF_A_COPY) as error:
+            probed = _probed(job, largest)
+        except (TraceError, *_OF_A_REPLICA) as error:
             if method == "probe":
                 raise
             why_not = str(error) if isinstance(error, TraceError) else explain(error, "a probe")
@@ -82,9 +53,8 @@ def estimate_step(
             refused, why_not = error, explain(error, "a probe")
     if probed is not None and method == "probe":
         return probed
-    module = prepared(module, settings, trainer=trainer, stage=stage)
-    traced = _traced(module, samples, settings, method, common)
-    if refused is not None and not is_of_many(traced, samples):  # no size suits it: the step is wrong in itself
+    traced = _traced(job, method)
+    if refused is not None and not is_of_many(traced, job.source.samples):  # no size suits the step: it is wrong
         raise refused
     if probed is None:
         notes = (f"not planned by a probe: {why_not}",) if why_not else ()
@@ -92,16 +62,54 @@ def estimate_step(
     if traced.method != "trace":
         return probed
     first, second = probed, traced
-    if probed.largest_seen <= max(SIZES[0]):  # what kernels a large batch takes only the trace knows
-        first, second = _tightest_first((probed, traced), device or default_device())
+    if probed.largest_seen <= max(SIZES[0]):  # only the trace knows which kernels a large batch gets
+        first, second = _tightest_first((probed, traced), job.device)
     return replace(first, others=(second,), notes=tuple(dict.fromkeys(probed.notes + traced.notes)))
 
 
-def _tightest_first(found: Sequence[Estimate], device: Device) -> list[Estimate]:
-    """Estimates of the same step, the one with which the fewest samples fit on the card first.
+def _probed(job: TrainingJob, largest: int | None) -> Estimate:
+    if job.device.kind != "cuda" or job.device.index is None:
+        raise ValueError(
+            f"a probe runs on a CUDA device of this machine, not on {job.device.name!r}: use method='trace'"
+        )
+    samples = job.source.samples
+    traces, formula = probe_steps(
+        job.module,
+        samples.for_the_card,
+        job.settings,
+        job.device.index,
+        capacity=job.device.capacity,
+        largest=largest,
+        stage=job.stage,
+        trainer=job.trainer,
+        datamodule=job.datamodule,
+        optimizer=job.optimizer,
+    )
+    program, more = scaled(traces)
+    notes = traces[0].notes + more + samples.notes
+    return Estimate("probe", formula, program, _allocator(), notes, turns=bool(more))
 
-    A probe of a few samples does not see the kernels that are chosen for many, nor a trace what cuDNN takes for itself:
-    what is too small is the error that stops a training.
+
+def _can_be_probed(job: TrainingJob) -> bool:
+    """Return True where ``auto`` probes.
+
+    A strategy that shards parameters is not probed: each rank would make a copy of all of them. Nor is an unknown
+    strategy: its ranks may wait for one another.
+    """
+    parallel = job.settings.parallel
+    if parallel is not None:
+        alone = parallel.ranks == 1 or parallel.kind == "ddp"
+    else:
+        initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+        alone = not initialized or torch.distributed.get_world_size() == 1
+    return job.device.kind == "cuda" and job.device.index is not None and alone and can_probe()
+
+
+def _tightest_first(found: Sequence[Estimate], device: Device) -> list[Estimate]:
+    """Sort estimates of the same step: the one with which the fewest samples fit on the GPU comes first.
+
+    A probe of a few samples does not see the kernels that are chosen for many, nor a trace the workspaces of cuDNN.
+    Training stops where an estimate is too small.
     """
 
     def largest(estimate: Estimate) -> int:
@@ -112,76 +120,82 @@ def _tightest_first(found: Sequence[Estimate], device: Device) -> list[Estimate]
     return sorted(found, key=largest)
 
 
-def _traced(
-    module: nn.Module, samples: Samples, settings: StepSettings, method: Method, common: Mapping[str, Any]
-) -> Estimate:
-    """By trace, or by the formula where ``method`` says so, or leaves it open and the step cannot be traced."""
-    batches = samples.batches(COMPILED_SIZES) if compiled_parts(module) else samples.batches()
+def _traced(job: TrainingJob, method: Method) -> Estimate:
+    """Return the estimate by trace, or by the formula: where ``method`` says so, or ``auto`` cannot trace the step."""
+    module = job.begun()
     notes: tuple[str, ...] = ()
     reason = ""
     if method != "formula":
         try:
-            graphs, least = Graphs(), None
-            try:
-                traces, formula = trace_counted(module, batches, settings, graphs=graphs, **common)
-                program, more = scaled(traces)
-            except TraceError as unlike:
-                if not isinstance(unlike.__cause__, (type(None), *OF_FEW)):
-                    raise
-                for sizes in MANY:
-                    with suppress(TraceError):
-                        batches = of_many(samples, sizes)
-                        traces, formula = trace_counted(module, batches, settings, graphs=graphs, **common)
-                        program, more = scaled(traces)
-                        break
-                else:
-                    raise
-                more = (*more, f"the step does something else with few samples: planned from {sizes[0]} and more")
-            notes = traces[0].notes + more + samples.notes
-            if FUSED in notes:
-                graphs.least = True
-                least, _ = scaled(trace_steps(module, batches, settings, graphs=graphs, **common))
-            return Estimate("trace", formula, program, _allocator(), notes, least=least, turns=TURNS in more)
+            return _by_trace(job, module)
         except TraceError as error:
             if method == "trace":
                 raise TraceError(f"{type(module).__name__} cannot be traced: {error}") from error
             reason = f": {error}"
             notes = (f"planned by the formula, since the step cannot be traced{reason}",)
-    formula, more = run_formula(module, batches[0], settings, **common)
-    more = tuple(note.removesuffix(reason) for note in more)  # it is said once
+    samples = job.source.samples
+    formula, more = run_formula(
+        module,
+        _batches(samples, module)[0],
+        job.settings,
+        trainer=job.trainer,
+        datamodule=job.datamodule,
+        optimizer=job.optimizer,
+    )
+    more = tuple(note.removesuffix(reason) for note in more)  # said once
     return Estimate("formula", formula, None, _allocator(), notes + more + samples.notes)
 
 
-def estimate_validation(
-    training: Estimate,
-    batch_size: int,
-    module: nn.Module,
-    source: Any,
-    validated: Any,
-    settings: StepSettings,
-    *,
-    trainer: Any = None,
-    datamodule: Any = None,
-    stage: str | None = None,
-    sample: Which = "first",
-    sample_size: int = SAMPLE_SIZE,
-    own: int | None = None,
-) -> Estimate:
-    """What training at a batch size takes with validation in between, at any batch size of validation.
+def _batches(samples: Samples, module: nn.Module) -> list[tuple[int, Any]]:
+    return samples.batches(COMPILED_SIZES) if compiled_parts(module) else samples.batches()
 
-    ``training`` is the estimate of training on ``source``, with a program; ``validated`` is what validation reads.
-    Where more than sizes differs from one batch size to another (a sliding window takes more turns), the estimate is of
-    validation's ``own`` batch size alone, the only one among its program's.
+
+def _by_trace(job: TrainingJob, module: nn.Module) -> Estimate:
+    samples, settings, graphs = job.source.samples, job.settings, Graphs()
+    batches = _batches(samples, module)
+    counted = partial(
+        trace_counted, trainer=job.trainer, datamodule=job.datamodule, optimizer=job.optimizer, graphs=graphs
+    )
+    try:
+        traces, formula = counted(module, batches, settings)
+        program, more = scaled(traces)
+    except TraceError as unlike:
+        if not isinstance(unlike.__cause__, (type(None), *OF_FEW)):
+            raise
+        for sizes in MANY:
+            with suppress(TraceError):
+                batches = batches_of_many(samples, sizes)
+                traces, formula = counted(module, batches, settings)
+                program, more = scaled(traces)
+                break
+        else:
+            raise
+        more = (*more, f"the step does something else with few samples: planned from {sizes[0]} and more")
+    notes, least = traces[0].notes + more + samples.notes, None
+    if FUSED in notes:
+        graphs.least = True
+        common = partial(trace_steps, trainer=job.trainer, datamodule=job.datamodule, optimizer=job.optimizer)
+        least, _ = scaled(common(module, batches, settings, graphs=graphs))
+    return Estimate("trace", formula, program, _allocator(), notes, least=least, turns=TURNS in more)
+
+
+def predict_validation(job: TrainingJob, training: Estimate, batch_size: int, validation: DataSource) -> Estimate:
+    """Return what training at ``batch_size`` needs with validation in between, at any batch size of validation.
+
+    ``training`` is the estimate of the job, with a program; ``validation`` has validation's batches. Where more than
+    sizes differs from one batch size to another (a sliding window has more positions), the estimate is of validation's
+    own batch size alone, the only one among its program's.
 
     Raises:
         TraceError: a step cannot be traced.
     """
     if training.program is None:
         raise TraceError("training is planned by the formula, which knows no order of events")
-    (_, first), *_ = read_samples(source, sample, sample_size).batches()
-    samples = read_samples(validated, sample, sample_size)
-    module = prepared(module, settings, trainer=trainer, stage=stage)
-    traced = partial(trace_validation, module, first, settings=settings, trainer=trainer, datamodule=datamodule)
+    (_, first), *_ = job.source.samples.batches()
+    samples, own = validation.samples, validation.batch_size
+    traced = partial(
+        trace_validation, job.begun(), first, settings=job.settings, trainer=job.trainer, datamodule=job.datamodule
+    )
     traces = traced(samples.batches())
     try:
         program = scale(traces)
@@ -199,56 +213,29 @@ def estimate_validation(
     )
 
 
-def estimate_test(
-    module: nn.Module,
-    source: Any,
-    settings: StepSettings,
-    *,
-    trainer: Any = None,
-    datamodule: Any = None,
-    stage: str | None = None,
-    sample: Which = "first",
-    sample_size: int = SAMPLE_SIZE,
-) -> Estimate:
-    """What a test on ``source`` takes, at any batch size.
+def predict_test(job: TrainingJob) -> Estimate:
+    """Return what a test needs at any batch size; ``job.source`` has its batches.
 
     Raises:
         TraceError: the step cannot be traced.
     """
-    samples = read_samples(source, sample, sample_size)
-    begun = prepared(module, settings, trainer=trainer, stage=stage)
+    samples, module = job.source.samples, job.begun()
     try:
-        traces, formula = trace_test(begun, samples.batches(), settings, trainer=trainer, datamodule=datamodule)
+        traces, formula = trace_test(
+            module, samples.batches(), job.settings, trainer=job.trainer, datamodule=job.datamodule
+        )
     except TraceError as error:
-        raise TraceError(f"a test of {type(module).__name__} cannot be traced: {error}") from error
+        raise TraceError(f"a test of {job.name} cannot be traced: {error}") from error
     program, more = scaled(traces)
     notes = traces[0].notes + more + samples.notes
     return Estimate("trace", formula, program, _allocator(), notes, turns=bool(more))
 
 
 def _allocator() -> AllocatorSettings:
-    """How this torch's allocator works: 2.14's ``BlockComparatorSizeCounterAddress`` was ``BlockComparatorSize``, by
-    address, in 2.11 (symbols of libc10_cuda.so)."""
+    """Return the settings of this torch's allocator.
+
+    Blocks of one size are ordered by address before torch 2.14: ``BlockComparatorSizeCounterAddress`` of 2.14 was
+    ``BlockComparatorSize`` in 2.11 (symbols of libc10_cuda.so).
+    """
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     return replace(AllocatorSettings.from_environment(os.environ), by_address=version < (2, 14))
-
-
-def _probed_index(device: Device | None) -> int:
-    device = device or default_device()
-    if device.kind != "cuda" or device.index is None:
-        raise ValueError(f"a probe runs on a CUDA device of this machine, not on {device.name!r}: use method='trace'")
-    return device.index
-
-
-def _can_be_probed(device: Device | None, settings: StepSettings) -> bool:
-    """Whether ``auto`` probes. What shards parameters does not: each rank would make a copy of all of them.
-
-    Nor do ranks whose strategy is not known: their steps may wait for one another.
-    """
-    device, parallel = device or default_device(), settings.parallel
-    if parallel is not None:
-        alone = parallel.ranks == 1 or parallel.kind == "ddp"
-    else:
-        initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
-        alone = not initialized or torch.distributed.get_world_size() == 1
-    return device.kind == "cuda" and device.index is not None and alone and can_probe()

@@ -1,0 +1,75 @@
+"""Plan validation and tests, where they have a batch size of their own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+
+from lightning_memplan.errors import MemplanError, TraceError
+from lightning_memplan.lightning.compat import agree_on_smallest
+from lightning_memplan.planning.job import DataSource, TrainingJob
+from lightning_memplan.planning.limits import Limits
+from lightning_memplan.planning.plan import make_plan
+from lightning_memplan.planning.predict import predict_test, predict_validation
+from lightning_memplan.planning.predictor import OneEstimate
+from lightning_memplan.planning.session import PlanningSession
+from lightning_memplan.types import Device, Plan
+
+
+def plan_validation(session: PlanningSession, training: Plan, validation: DataSource) -> Plan:
+    """Return the plan of validation's batch size, beside training at the planned size.
+
+    Raises:
+        DoesNotFitError: not even one sample of validation fits beside training.
+        TraceError: validation cannot be traced.
+    """
+    job, size = session.job, training.batch_size
+    found = predict_validation(job, session.estimate_at(size), size, validation)
+    limits = Limits(
+        margin=session.limits.margin,
+        max_batch_size=session.limits.max_batch_size,
+        multiple_of=session.limits.multiple_of,
+        samples=validation.samples_of_a_rank(job.ranks),
+    )
+    assert found.program is not None
+    if (own := validation.batch_size) is not None and found.program.batch_sizes == (own,):
+        limits = limits.exactly(own)  # known at this size alone: it stays
+    return make_plan(OneEstimate(found, f"{job.name} in validation"), session.device, limits, nccl=job.nccl)
+
+
+def plan_test(job: TrainingJob, device: Device, limits: Limits) -> Plan:
+    """Return the plan of a test, with nothing but the module on the GPU.
+
+    Raises:
+        DoesNotFitError: not even one sample fits.
+        TraceError: the test cannot be traced.
+    """
+    limits = replace(limits, samples=job.source.samples_of_a_rank(job.ranks))
+    return make_plan(OneEstimate(predict_test(job), f"{job.name} in a test"), device, limits)
+
+
+def agreed_plan(make: Callable[[], Plan], what: str, otherwise: int | None = None) -> tuple[Plan | None, int]:
+    """Return the plan that ``make`` makes, and the smallest batch size of all ranks' plans.
+
+    Where the step cannot be traced the size is ``otherwise``, with a warning. A rank whose ``make`` raises tells the
+    others first: none waits for it.
+
+    Raises:
+        MemplanError: another rank has no batch size.
+    """
+    plan, size = None, 0
+    try:
+        plan = make()
+        size = plan.batch_size
+    except TraceError as error:
+        if otherwise is None:
+            raise
+        size = otherwise
+        remark = f"{what} gets training's batch size, since it cannot be traced: {error}"
+        warnings.warn(f"MemoryPlanner: {remark}", stacklevel=2)
+    finally:
+        size = agree_on_smallest(size)
+    if not size:
+        raise MemplanError(f"there is no batch size of {what} for all ranks: another rank says why")
+    return plan, size
