@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -36,8 +36,8 @@ from lightning_memplan.lightning.trainer import (
     validates,
 )
 from lightning_memplan.memory.estimate import Estimate
-from lightning_memplan.monitor.history import Lesson, append, history, history_path, lesson, run_record
-from lightning_memplan.monitor.meter import PHASES, Meter, traced_step
+from lightning_memplan.monitor.history import Lesson, RunSetup, history_path, learn, remember
+from lightning_memplan.monitor.meter import PHASES, Forecast, Meter
 from lightning_memplan.planning.apply import Holder, Place, find_holders, find_place
 from lightning_memplan.planning.job import named_device, nccl_allowance, samples_of_a_rank
 from lightning_memplan.planning.plan import MARGIN, advised_step, plan_estimate
@@ -189,10 +189,8 @@ class MemoryPlanner(CallbackBase):
         self.test_plan: Plan | None = None
         self.estimate: Estimate | None = None
         self._meter: Meter | None = None
-        self._predicted: list[Peaks] = []  # of each step, at the batch size that training has
+        self._forecast = Forecast(())  # at the batch size that training has
         self._formula_peak = 0
-        self._parts = 1  # batches of one of the optimizer's steps, as recorded
-        self._cycle = 1  # steps of the optimizer that take turns
         self._index: int | None = None
         self._held = 0
         self._settings = StepSettings()
@@ -328,9 +326,9 @@ class MemoryPlanner(CallbackBase):
 
     def _apply_plan(self, trainer: Any, draft: Proposal) -> None:
         """Set what is planned: all of it, or nothing."""
-        plan, estimate, capacity = draft.plan, draft.estimate, draft.plan.device.capacity
+        plan, estimate = draft.plan, draft.estimate
         val_plan, val_size = self._plan_validation(draft)
-        predicted = self._foreseen(estimate, plan.batch_size, capacity)
+        forecast = self._foreseen(estimate, plan.batch_size, plan)
         with ExitStack() as undo:
             if self._place is not None:
                 self._place.write(plan.batch_size, undo)
@@ -344,21 +342,12 @@ class MemoryPlanner(CallbackBase):
             if self._val_place is not None:
                 say(validation_text(val_size, plan, val_plan))
             undo.pop_all()
-        self.plan, self.val_plan, self.estimate, self._predicted = plan, val_plan, estimate, predicted
+        self.plan, self.val_plan, self.estimate, self._forecast = plan, val_plan, estimate, forecast
         self._formula_peak = plan.formula_peak
-        program = estimate.program  # the formula has none, and but one step
-        self._parts = 1 if program is None else program.parts
-        self._cycle = 1 if program is None else max(1, program.period // program.parts)
 
-    def _foreseen(self, estimate: Estimate, batch_size: int, capacity: int) -> list[Peaks]:
-        return [
-            Peaks(
-                step.allocated + self._held,
-                step.reserved + self._held,
-                {name: peak + self._held for name, peak in step.phases.items()},
-            )
-            for step in estimate.step_peaks(batch_size, capacity)
-        ]
+    def _foreseen(self, estimate: Estimate, batch_size: int, plan: Plan) -> Forecast:
+        capacity, accumulate = plan.device.capacity, plan.accumulate_grad_batches
+        return Forecast.of(estimate, batch_size, capacity, accumulate=accumulate, already_allocated=self._held)
 
     def _foresee(self, batch: Any) -> None:
         """Predict for batches of as many samples as the first one has, where none were set."""
@@ -371,21 +360,16 @@ class MemoryPlanner(CallbackBase):
             return
         if size == plan.batch_size:
             return
-        self._predicted = self._foreseen(estimate, size, plan.device.capacity)
+        assert self._meter is not None
+        self._meter.forecast = self._foreseen(estimate, size, plan)
         self._formula_peak = estimate.formula.memory(size)
         say(f"MemoryPlanner predicts for batches of {size}, as training has them: apply=False sets nothing")
 
     def _learn(self, device: Device, method: str) -> Lesson:
         """What earlier runs teach, unless the margin was named."""
-        path = history_path(self.history)
-        if self.margin is not None or path is None:
-            return Lesson(MARGIN if self.margin is None else self.margin)
-        try:
-            runs = history(path)
-        except OSError as error:
-            warnings.warn(f"MemoryPlanner: the history of earlier runs cannot be read: {error}", stacklevel=2)
-            runs = []
-        return lesson(runs, self._structure, device.name, method=method, capacity=device.capacity, prior=MARGIN)
+        return learn(
+            history_path(self.history), self._structure, device, method=method, margin=self.margin, prior=MARGIN
+        )
 
     def _plan_validation(self, draft: Proposal) -> tuple[Plan | None, int]:
         """Validation's plan and batch size: training's where it cannot be traced, 0 where none is asked for."""
@@ -494,24 +478,13 @@ class MemoryPlanner(CallbackBase):
             return
         self._meter = Meter(
             self._index,
-            self._predict,
+            self._forecast,
             every_n_steps=self.every_n_steps,
             manual=not pl_module.automatic_optimization,
             resets=self.reset_peaks,
             nvml=self.nvml,
             margin=None if self.plan.method == "formula" else self.plan.margin,
         )
-
-    def _predict(self, batch: int) -> Peaks:
-        """What a batch of training, from 0, is predicted to take; those beyond what was replayed are like the last,
-        or like the last of those that take turns."""
-        assert self.plan is not None
-        whole, last = self.plan.accumulate_grad_batches, len(self._predicted) - 1
-        steps = len(self._predicted) // self._parts
-        beyond, cycle = batch - steps * whole, self._cycle * whole
-        if beyond >= 0:
-            batch = (steps - self._cycle) * whole + beyond % cycle
-        return self._predicted[min(traced_step(batch, whole, self._parts, steps), last)]
 
     @property
     def measurements(self) -> list[Measurement]:
@@ -574,32 +547,15 @@ class MemoryPlanner(CallbackBase):
 
     def _remember(self, trainer: Any, module: Any, outcome: Outcome) -> None:
         """Add this run to the history, once; not where its figures are not those of its plan."""
-        path, structure = history_path(self.history), self._structure
-        self._structure = ""
-        planned = self.plan is not None and self.apply and self.device is None and self.reset_peaks
-        if path is None or not structure or not planned or not (self.measurements or outcome == "out of memory"):
+        structure, self._structure = self._structure, ""
+        if not (structure and self.apply and self.device is None and self.reset_peaks):
             return
         assert self._meter is not None
         assert self.plan is not None
-        run = run_record(
-            self._meter,
-            self.plan,
-            structure=structure,
-            model=type(module).__name__,
-            outcome=outcome,
-            settings=_on_record(self._settings),
-            rank=trainer.global_rank,
-            ranks=trainer.world_size,
-            held=self._held,
+        setup = RunSetup(
+            structure, type(module).__name__, self._settings, rank=trainer.global_rank, ranks=trainer.world_size
         )
-        try:
-            append(run, path)
-        except OSError as error:
-            warnings.warn(
-                f"MemoryPlanner: this run is not kept in the history: {error}; name a file by history='...', or pass "
-                "history=False",
-                stacklevel=2,
-            )
+        remember(history_path(self.history), self._meter, self.plan, setup, outcome)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._release(trainer)
@@ -643,10 +599,3 @@ class MemoryPlanner(CallbackBase):
             applied["accumulate_grad_batches"] = self.plan.accumulate_grad_batches
             applied["effective_batch_size"] = self.plan.effective_batch_size
         return applied
-
-
-def _on_record(settings: StepSettings) -> dict[str, Any]:
-    """The settings as history keeps them: what a strategy's arguments hold cannot always be copied."""
-    parallel = settings.parallel
-    ranks = None if parallel is None else f"{parallel.kind} on {parallel.ranks} ranks"
-    return asdict(replace(settings, parallel=None)) | {"parallel": ranks}

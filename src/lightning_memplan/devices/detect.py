@@ -261,10 +261,10 @@ def _limit(index: int, total: int) -> int | None:
     return int(fraction * total) if fraction < 1.0 else None
 
 
-class CardMeter:
-    """Asks NVML for the bytes of a card; ``read`` gives (None, None) where there is no NVML. CUDA is initialised.
+class NvmlMeter:
+    """Ask NVML for the bytes in use on a GPU, after CUDA is initialised; ``read`` returns (None, None) without NVML.
 
-    >>> meter = CardMeter(0)
+    >>> meter = NvmlMeter(0)
     >>> process, card = meter.read()
     >>> meter.close()
     """
