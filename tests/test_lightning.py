@@ -275,7 +275,7 @@ def test_how_a_compiled_module_is_unwrapped(flavour):
 
 
 @FLAVOURS
-def test_which_hyperparameters_lightning_logs(flavour):
+def test_which_hyperparameters_lightning_logs(flavour, tmp_path):
     """Those of ``hparams_initial``, where ``_log_hyperparams`` says so, and not ``_class_path``."""
 
     class Keeps(flavour.loggers.TensorBoardLogger):
@@ -295,7 +295,7 @@ def test_which_hyperparameters_lightning_logs(flavour):
     logged: list[dict[str, object]] = []
     module, data = Module(3), Data("a folder")
     assert (module._log_hyperparams, data._log_hyperparams) == (True, False)
-    whole = SimpleNamespace(loggers=[Keeps("logs")], datamodule=data, lightning_module=module)
+    whole = SimpleNamespace(loggers=[Keeps(tmp_path)], datamodule=data, lightning_module=module)
     module.hparams.width = 4  # changed since, as a batch size is
     loggers.log_first_hyperparams(whole, module, {"memplan/batch_size": 8})
     importlib.import_module(f"{flavour.__name__}.loggers.utilities")._log_hyperparams(
