@@ -164,7 +164,7 @@ def test_a_thousand_appends_of_eight_processes_of_which_one_is_killed(tmp_path):
     path, count = tmp_path / "runs.jsonl", 125
     source = str(Path(mp.__file__).parents[1])
     code = "import sys, types; package = types.ModuleType('lightning_memplan'); package.__path__ = [sys.argv[4]]\n"
-    code += "sys.modules['lightning_memplan'] = package\n" + WRITER  # without torch, which takes seconds to import
+    code += "sys.modules['lightning_memplan'] = package\n" + WRITER  # without Lightning, which takes seconds to import
     folder = str(Path(source) / "lightning_memplan")
     writers = [
         subprocess.Popen(

@@ -108,7 +108,7 @@ def check_sample(sample: object, sample_size: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """Where to look for samples."""
+    """Which samples to look at."""
 
     sample: Which
     sample_size: int

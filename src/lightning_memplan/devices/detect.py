@@ -276,7 +276,7 @@ class NvmlMeter:
         self._nvml = self._closing.enter_context(_nvml())
         try:
             self._handle = None if self._nvml is None else _handle_of(self._nvml, index)
-        except (self._nvml.NVMLError, RuntimeError, AssertionError):  # torch's own errors where there is no such device
+        except (self._nvml.NVMLError, RuntimeError, AssertionError):  # torch's own errors for a missing device
             self._handle = None
 
     def read(self) -> tuple[int | None, int | None]:

@@ -106,7 +106,7 @@ def random_states() -> bytes:
 
 
 def _random_states() -> dict[str, Any]:
-    """Return the random states by library: "torch", "python", and "numpy" where it is installed.
+    """Return the random states by library: "torch", "python", and "numpy" if it is installed.
 
     Source: lightning_fabric/utilities/seed.py (2.6.6), ``_collect_rng_states`` and its inverse ``_set_rng_states``.
     """

@@ -44,7 +44,7 @@ _LOCK_SECONDS = 2.0
 
 
 def history_path(place: bool | str | os.PathLike[str] = True) -> Path | None:
-    """Return the file that keeps the history: the one named, or the default; None where no history is kept.
+    """Return the file that keeps the history: the one named, or the default; None if none is kept.
 
     >>> history_path("runs.jsonl").name, history_path(False)
     ('runs.jsonl', None)
@@ -123,7 +123,7 @@ def latest(runs: Sequence[Run]) -> Run:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """What earlier runs teach the next plan.
+    """Margin and batch sizes that earlier runs teach the next plan.
 
     >>> Lesson(margin=0.05).failed is None
     True
