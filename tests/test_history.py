@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,23 @@ from hypothesis import strategies as st
 
 import lightning_memplan as mp
 from lightning_memplan.cli.main import main
-from lightning_memplan.monitor.history import ENOUGH, LEAST, append, history_path, latest, lesson, residual
+from lightning_memplan.monitor.history import (
+    ENOUGH,
+    LEAST,
+    RunSetup,
+    append,
+    history_path,
+    latest,
+    learn,
+    lesson,
+    remember,
+    residual,
+    run_record,
+)
+from lightning_memplan.monitor.meter import Forecast
 from lightning_memplan.report.runs import history_table, lessons_table, run_report
-from lightning_memplan.types import Run
+from lightning_memplan.settings import Parallel, StepSettings
+from lightning_memplan.types import Measurement, Peaks, Plan, Run
 
 GiB = 2**30
 
@@ -48,7 +64,7 @@ def out_of_memory(**changes: Any) -> Run:
     return run(**{"outcome": "out of memory", "measured": {}, "predicted": {"failed": (9 * GiB, 14 * GiB)}, **changes})
 
 
-def learn(runs: list[Run], prior: float = 0.05, **changes: Any) -> Any:
+def taught(runs: list[Run], prior: float = 0.05, **changes: Any) -> Any:
     values = {"structure": "a1", "device": "T4", "method": "trace", "capacity": 15 * GiB, **changes}
     return lesson(runs, values.pop("structure"), values.pop("device"), prior=prior, **values)
 
@@ -148,7 +164,7 @@ def test_a_thousand_appends_of_eight_processes_of_which_one_is_killed(tmp_path):
     path, count = tmp_path / "runs.jsonl", 125
     source = str(Path(mp.__file__).parents[1])
     code = "import sys, types; package = types.ModuleType('lightning_memplan'); package.__path__ = [sys.argv[4]]\n"
-    code += "sys.modules['lightning_memplan'] = package\n" + WRITER  # without torch, which takes seconds to import
+    code += "sys.modules['lightning_memplan'] = package\n" + WRITER  # without Lightning, which takes seconds to import
     folder = str(Path(source) / "lightning_memplan")
     writers = [
         subprocess.Popen(
@@ -189,52 +205,81 @@ def test_a_lock_that_is_held_for_long_is_not_waited_for(tmp_path, monkeypatch):
     assert mp.history(path) == [run(), run(1.5)]
 
 
+def test_a_writer_waits_for_the_lock(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    path = tmp_path / "runs.jsonl"
+    append(run(), path)
+    with ThreadPoolExecutor(1) as pool, path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer = pool.submit(append, run(1.5), path)
+        time.sleep(0.2)
+        assert mp.history(path) == [run()]  # nothing is written while another holds it
+        fcntl.flock(file, fcntl.LOCK_UN)
+        writer.result(timeout=10)
+    assert mp.history(path) == [run(), run(1.5)]
+
+
 # ---------------------------------------------------------------------------------------------------------- the margin
 
 
 def test_without_runs_it_is_the_prior():
-    assert learn([]) == learn([run(1.2, device="A100")] * 5) == learn([run(1.2, structure="b2")] * 2)
-    assert (learn([]).margin, learn([]).text, learn([]).failed) == (0.05, "", None)
+    assert taught([]) == taught([run(1.2, device="A100")] * 5) == taught([run(1.2, structure="b2")] * 2)
+    assert (taught([]).margin, taught([]).text, taught([]).failed) == (0.05, "", None)
 
 
 def test_three_exact_runs_lower_it():
-    assert learn([run()] * 2).margin == 0.05
-    found = learn([run()] * 3)
+    assert taught([run()] * 2).margin == 0.05
+    found = taught([run()] * 3)
     assert found.margin == LEAST
     assert found.text == "3 runs of this module took at most +0.0 % of the prediction: margin 1.0 %"
 
 
 def test_one_run_that_took_more_raises_it():
     # 10 % more than predicted: a prediction of 1 / 1.1 of the card fills it, and 1 - 1 / 1.1 = 9.1 % stay free
-    found = learn([run(1.1)])
+    found = taught([run(1.1)])
     assert found.margin == pytest.approx(1 - 1 / 1.1)
     assert found.text == "1 run of this module took at most +10.0 % of the prediction: margin 9.1 %"
 
 
 def test_other_modules_raise_it_and_never_lower_it():
-    assert learn([run(1.0, structure="b2")] * 10).margin == 0.05
-    assert learn([run(1.1, structure="b2")] * 3).margin == pytest.approx(1 - 1 / 1.1)
-    assert learn([run(1.1, structure="b2", method="formula")] * 3).margin == 0.05
+    assert taught([run(1.0, structure="b2")] * 10).margin == 0.05
+    assert taught([run(1.1, structure="b2")] * 3).margin == pytest.approx(1 - 1 / 1.1)
+    assert taught([run(1.1, structure="b2", method="formula")] * 3).margin == 0.05
     # what this module itself did counts more than what others did
-    assert learn([run(1.1, structure="b2")] * 3 + [run()] * 3).margin == LEAST
+    assert taught([run(1.1, structure="b2")] * 3 + [run()] * 3).margin == LEAST
 
 
 def test_each_rank_of_a_run_is_evidence_but_no_run_of_its_own():
     ranks = [run(1.2 if rank == 5 else 1.0, rank=rank, ranks=8) for rank in range(8)]
-    assert learn(ranks).margin == pytest.approx(1 - 1 / 1.2)
-    assert learn([run(rank=rank, ranks=8) for rank in range(8)]).margin == 0.05
+    assert taught(ranks).margin == pytest.approx(1 - 1 / 1.2)
+    assert taught([run(rank=rank, ranks=8) for rank in range(8)]).margin == 0.05
 
 
 def test_what_ran_out_of_memory_is_not_planned_again():
     # predicted at 14 of 15 GiB: from now on a segment of 2 MiB less than those 14
-    found = learn([out_of_memory()])
+    found = taught([out_of_memory()])
     assert found.margin == 1 - (14 * GiB - 2 * 2**20) / (15 * GiB)
     assert found.failed == 32
     assert found.text == "this module ran out of memory at batch size 32: margin 6.7 %"
     # more room than then: the size may fit now
-    assert learn([out_of_memory()], capacity=16 * GiB).failed is None
-    assert learn([out_of_memory(structure="b2")]).failed is None
-    assert learn([out_of_memory(), out_of_memory(batch_size=30)] + [run()] * 9).failed == 30
+    assert taught([out_of_memory()], capacity=16 * GiB).failed is None
+    assert taught([out_of_memory(structure="b2")]).failed is None
+    assert taught([out_of_memory(), out_of_memory(batch_size=30)] + [run()] * 9).failed == 30
+
+
+def test_one_run_of_twenty_may_be_an_outlier():
+    # nearest rank of 95 %: of 19 residuals the 19th (0.95 · 19 = 18.05, rounded up), of 20 the 19th too (0.95 · 20)
+    assert taught([run(1.0)] * 18 + [run(1.5)]).margin == pytest.approx(1 - 1 / 1.5)
+    assert taught([run(1.0)] * 19 + [run(1.5)]).margin == LEAST
+    assert taught([run(1.0)] * 18 + [run(1.5)] * 2).margin == pytest.approx(1 - 1 / 1.5)
+
+
+def test_the_peaks_before_a_run_failed_do_not_count():
+    # its steps were exact until it failed; the failure alone decides: 14 of 15 GiB, less a segment
+    failed = out_of_memory(measured={"first": (8 * GiB, 9 * GiB)}, predicted={"first": (8, 9), "failed": (1, 14 * GiB)})
+    found = taught([run()] * 3 + [failed])
+    assert found.margin == 1 - (14 * GiB - 2 * 2**20) / (15 * GiB)
+    assert found.text.startswith("3 runs of this module took at most +0.0 % of the prediction, this module ran out")
 
 
 RATIOS = st.lists(st.floats(0.2, 3.0, allow_nan=False), max_size=40)
@@ -245,7 +290,7 @@ CARDS = st.lists(st.tuples(st.integers(GiB, 15 * GiB), st.integers(1, 99)), max_
 def test_it_is_never_looser_than_what_failed(ratios, failures):
     runs = [run(ratio) for ratio in ratios]
     runs += [out_of_memory(predicted={"failed": (1, peak)}, batch_size=size) for peak, size in failures]
-    found = learn(runs)
+    found = taught(runs)
     assert LEAST <= found.margin < 1
     for peak, size in failures:
         assert int(15 * GiB * (1 - found.margin)) < peak
@@ -254,7 +299,7 @@ def test_it_is_never_looser_than_what_failed(ratios, failures):
 
 @given(RATIOS)
 def test_it_covers_95_of_100_runs(ratios):
-    found = learn([run(ratio) for ratio in ratios])
+    found = taught([run(ratio) for ratio in ratios])
     # the prediction fills what the margin leaves: a run that takes ``residual`` of that is over the card or not
     over = sum(residual(run(ratio)) * (1 - found.margin) > 1 + 1e-9 for ratio in ratios)
     assert over <= 0.05 * len(ratios)
@@ -268,14 +313,93 @@ def test_it_covers_95_of_100_runs(ratios):
 def test_a_run_that_took_more_than_any_never_lowers_it(ratios, more):
     worst = max([*ratios, more])
     if len(ratios) >= ENOUGH:
-        assert learn([run(r) for r in [*ratios, worst]]).margin >= learn([run(r) for r in ratios]).margin
+        assert taught([run(r) for r in [*ratios, worst]]).margin >= taught([run(r) for r in ratios]).margin
 
 
 @given(RATIOS, st.randoms())
 def test_the_order_of_runs_does_not_matter(ratios, shuffled):
     mixed = list(ratios)
     shuffled.shuffle(mixed)
-    assert learn([run(r) for r in ratios]) == learn([run(r) for r in mixed])
+    assert taught([run(r) for r in ratios]) == taught([run(r) for r in mixed])
+
+
+# ------------------------------------------------------------------------------------------------- a run as it is kept
+
+
+class Measured:
+    """A meter after three steps: 5 bytes were allocated before planning, and are in its figures."""
+
+    forecast = Forecast((Peaks(10, 20), Peaks(30, 40, {"forward": 25}), Peaks(30, 40)), already_allocated=5)
+    predicted = forecast.at(3)
+
+    def __init__(self, steps: int = 3) -> None:
+        self.measurements = [
+            Measurement(0, 15, 25, 14, 24, {"forward": 12}, {"forward": 11, "backward": 14}, retries=1),
+            Measurement(1, 35, 45, 33, 50, {"forward": 30}, {"forward": 31, "backward": 33}),
+            Measurement(2, 35, 45, 34, 45, retries=2),
+        ][:steps]
+
+
+def planned(**changes: Any) -> Plan:
+    values: dict[str, Any] = {
+        "batch_size": 8,
+        "device": mp.Device("T4", total=16 * GiB, context=GiB),
+        "budget": 14 * GiB,
+        "margin": 0.05,
+        "limited_by": "memory",
+        "method": "trace",
+        "predicted_peak": 40,
+        "predicted_allocated": 30,
+        "formula_peak": 30,
+    }
+    return Plan(**{**values, **changes})
+
+
+SETUP = RunSetup("a1", "Net", StepSettings(precision="16-mixed"), rank=1, ranks=2)
+
+
+def test_a_record_has_the_highest_peaks_without_what_was_there_before():
+    found = run_record(Measured(), planned(), SETUP, "done")
+    assert found.predicted == {"first": (10, 20), "steady": (30, 40)}  # 15 - 5, 25 - 5; 35 - 5, 45 - 5
+    assert found.measured == {"first": (9, 19), "steady": (29, 45)}  # 14 - 5, 24 - 5; max(33, 34) - 5, max(50, 45) - 5
+    # forward: max(12, 30) - 5 and max(11, 31) - 5; of backward nothing was predicted, max(14, 33) - 5 were measured
+    assert found.phases == {"forward": (25, 26), "backward": (0, 28)}
+    assert (found.steps, found.retries) == (3, 3)
+    assert (found.structure, found.model, found.rank, found.ranks) == ("a1", "Net", 1, 2)
+    assert (found.device, found.total, found.capacity) == ("T4", 16 * GiB, 15 * GiB)
+    assert (found.batch_size, found.method, found.margin, found.outcome) == (8, "trace", 0.05, "done")
+
+
+def test_a_run_that_failed_records_what_its_failed_step_was_predicted_to_take():
+    found = run_record(Measured(1), planned(), SETUP, "out of memory")
+    assert found.predicted == {"first": (10, 20), "failed": (30, 40)}  # the replayed ones', without the 5
+    assert found.measured == {"first": (9, 19)}
+    assert "failed" not in run_record(Measured(1), planned(), SETUP, "stopped").predicted
+
+
+def test_settings_are_kept_as_plain_values():
+    hook = (object(), print)  # what a strategy holds may be anything
+    parallel = Parallel("ddp", 4, {"gradient_as_bucket_view": True}, hook)
+    setup = dataclasses.replace(SETUP, settings=StepSettings(parallel=parallel))
+    settings = run_record(Measured(), planned(), setup, "done").settings
+    assert settings["parallel"] == "ddp on 4 ranks"
+    assert json.loads(json.dumps(settings))["precision"] == "32-true"
+
+
+@pytest.mark.parametrize(
+    ("steps", "outcome", "kept"),
+    [(3, "done", 1), (3, "stopped", 1), (3, "out of memory", 1), (0, "out of memory", 1), (0, "stopped", 0)],
+)
+def test_what_is_remembered(tmp_path, steps, outcome, kept):
+    path = tmp_path / "runs.jsonl"
+    remember(path, Measured(steps), planned(), SETUP, outcome)
+    remember(None, Measured(steps), planned(), SETUP, outcome)
+    assert [each.outcome for each in mp.history(path)] == [outcome] * kept
+
+
+def test_a_run_that_cannot_be_remembered_is_said(tmp_path):
+    with pytest.warns(UserWarning, match=r"this run is not kept in the history: .*; name a file by history='\.\.\.'"):
+        remember(tmp_path, Measured(), planned(), SETUP, "done")
 
 
 # ----------------------------------------------------------------------------------------------------------- the table
@@ -445,15 +569,14 @@ def test_a_margin_that_is_named_is_kept_to(tmp_path):
     path = tmp_path / "runs.jsonl"
     for _ in range(3):
         append(run(), path)
-    card = mp.Device("T4", total=16 * GiB)
 
-    def margin(**kwargs: Any) -> float:
-        planner = mp.MemoryPlanner(**kwargs)
-        planner._structure = "a1"
-        return planner._learn(card, "trace").margin
+    def margin(path: Path | None, named: float | None = None) -> float:
+        device = mp.Device("T4", total=16 * GiB)
+        return learn(path, "a1", device, method="trace", margin=named, prior=0.05).margin
 
-    assert margin(history=path) == LEAST
-    assert margin(history=path, margin=0.2) == 0.2
-    assert margin(history=False) == margin() == 0.05
+    assert margin(path) == LEAST
+    assert margin(path, 0.2) == 0.2
+    assert margin(None) == 0.05
+    assert margin(None, 0.2) == 0.2
     with pytest.warns(UserWarning, match="the history of earlier runs cannot be read: .*Is a directory"):
-        assert margin(history=tmp_path) == 0.05
+        assert margin(tmp_path) == 0.05

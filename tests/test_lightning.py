@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -14,6 +15,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -213,6 +215,221 @@ def test_random_states():
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
+@FLAVOURS
+@pytest.mark.parametrize("phase", ["val", "test"])
+def test_where_the_loaders_of_validation_and_tests_are(flavour, phase):
+    """Each loop has a ``_data_source``; its loaders are read one after the other."""
+    own, found = loader(), []
+
+    class Looks(flavour.Callback):
+        def setup(self, trainer, pl_module, stage):
+            found.append(data_source.loader_source(trainer, lambda: pl_module, None, phase))
+
+    hooks = {f"{phase}_dataloader": lambda self: own, "validation_step": lambda *_: None, "test_step": lambda *_: None}
+    module, trained = module_of(flavour, **hooks), quiet(flavour, callbacks=[Looks()])
+    if phase == "val":
+        trained.fit(module, loader())
+    else:
+        trained.test(module)
+    assert compat.is_combined_loader(found[0])
+    assert (found[0].flattened, data_source.combined_mode(found[0])) == ([own], "sequential")
+
+
+@FLAVOURS
+def test_a_copied_module_has_no_trainer(flavour):
+    """``LightningModule.__getstate__`` leaves ``_trainer`` out of a copy; a hook that makes loaders may ask for it."""
+    module = module_of(flavour)
+    module.trainer = quiet(flavour)
+    assert module.__dict__["_trainer"] is module.trainer
+    assert copy.copy(module).__dict__["_trainer"] is None
+
+
+@FLAVOURS
+def test_what_a_combined_loader_keeps(flavour):
+    """``_mode``, an ``_iterator`` once it has begun, and ``flattened``, which can be set."""
+    kind = importlib.import_module(f"{flavour.__name__}.utilities.combined_loader").CombinedLoader
+    own, other = loader(), loader()
+    combined = kind({"a": own}, "max_size_cycle")
+    assert data_source.combined_mode(combined) == "max_size_cycle"
+    assert data_source.combined_mode({"a": own}) == ""
+    iter(combined)
+    assert combined._iterator is not None
+    copied = data_source.copy_combined(combined, lambda _: other)
+    assert (copied.flattened, copied._iterator, copied._mode) == ([other], None, "max_size_cycle")
+    assert (combined.flattened, combined.iterables) == ([own], {"a": own})
+    assert combined._iterator is not None
+
+
+@FLAVOURS
+def test_how_a_compiled_module_is_unwrapped(flavour):
+    """``from_compiled`` sets five compiled steps and ``_compiler_ctx`` on the module; we set them on a copy."""
+    from_compiled = importlib.import_module(f"{flavour.__name__}.utilities.compile").from_compiled
+    steps = {"forward", "training_step", "validation_step", "test_step", "predict_step"}
+    module = module_of(flavour)
+    unwrapped = compat.as_lightning_module(torch.compile(module))
+    assert not steps & vars(module).keys()
+    assert vars(from_compiled(torch.compile(module))).keys() == vars(unwrapped).keys()
+    assert vars(unwrapped).keys() >= {*steps, "_compiler_ctx"}
+    assert callable(unwrapped._compiler_ctx["dynamo_ctx"])
+    assert compat.as_lightning_module(module) is module
+
+
+@FLAVOURS
+def test_which_hyperparameters_lightning_logs(flavour, tmp_path):
+    """Those of ``hparams_initial``, where ``_log_hyperparams`` says so, and not ``_class_path``."""
+
+    class Keeps(flavour.loggers.TensorBoardLogger):
+        def log_hyperparams(self, params, *args, **kwargs):
+            logged.append(dict(params))
+
+    class Module(flavour.LightningModule):
+        def __init__(self, width, _class_path="of LightningCLI"):
+            super().__init__()
+            self.save_hyperparameters()
+
+    class Data(flavour.LightningDataModule):
+        def __init__(self, folder):
+            super().__init__()
+            self.save_hyperparameters(logger=False)
+
+    logged: list[dict[str, object]] = []
+    module, data = Module(3), Data("a folder")
+    assert (module._log_hyperparams, data._log_hyperparams) == (True, False)
+    whole = SimpleNamespace(loggers=[Keeps(tmp_path)], datamodule=data, lightning_module=module)
+    module.hparams.width = 4  # changed since, as a batch size is
+    loggers.log_first_hyperparams(whole, module, {"memplan/batch_size": 8})
+    importlib.import_module(f"{flavour.__name__}.loggers.utilities")._log_hyperparams(
+        SimpleNamespace(**vars(whole), log_graph=None)
+    )
+    assert logged == [{"width": 3, "memplan/batch_size": 8}, {"width": 3}]
+
+
+def test_a_logger_that_keeps_nothing():
+    logger = loggers.silent_logger()
+    logger.log_metrics({"loss": 1.0}, step=0)
+    logger.log_hyperparams({"lr": 0.1})
+    assert isinstance(logger, pl.loggers.Logger)
+    assert logger.experiment.add_scalar("loss", 1.0, 0) is None
+
+
+def test_random_states_can_be_compared():
+    before = compat.random_states()
+    assert compat.random_states() == before
+    with compat.isolated_random_state():
+        random.random()
+        assert compat.random_states() != before
+    assert compat.random_states() == before
+    with compat.isolated_random_state():
+        np.random.rand()
+        assert compat.random_states() != before
+
+
+@FLAVOURS
+def test_what_a_strategy_wraps(flavour):
+    """Private attributes of the strategies, as their own ``setup`` reads them."""
+    strategies = flavour.strategies
+    wrapped = {"ddp_comm_state": "state", "ddp_comm_hook": list, "ddp_comm_wrapper": lambda hook: (hook, "wrapped")}
+    found = trainer.parallel_named(strategies.DDPStrategy(bucket_cap_mb=1, **wrapped), 2)
+    assert (found.kind, found.ranks, found.backend) == ("ddp", 2, "nccl")
+    assert (found.arguments, found.hook) == ({"bucket_cap_mb": 1}, ("state", (list, "wrapped")))
+    assert trainer.parallel_named(strategies.DDPStrategy(process_group_backend="gloo"), 2).backend == "gloo"
+
+    sharded = strategies.FSDPStrategy(cpu_offload=True, activation_checkpointing_policy={nn.Linear})
+    found = trainer.parallel_named(sharded, 4)
+    assert (found.kind, found.shard_ranks) == ("fsdp", 4)
+    assert found.arguments["cpu_offload"].offload_params
+    assert found.arguments.keys() >= {"mixed_precision", "sharding_strategy", "use_orig_params"}
+    assert found.checkpointing.keys() == {"auto_wrap_policy"}
+    hybrid = strategies.FSDPStrategy(sharding_strategy="HYBRID_SHARD", device_mesh=(2, 3))
+    assert trainer.parallel_named(hybrid, 6).shard_ranks == 3
+
+    parts = {"data_parallel_size": "auto", "tensor_parallel_size": 2}
+    assert trainer.parallel_named(strategies.ModelParallelStrategy(**parts), 8).tensor_parallel == 2
+    assert trainer.parallel_named("fsdp2", 8).tensor_parallel == 1
+    assert trainer.parallel_named("ddp", 1).ranks == 1
+    assert trainer.parallel_named(None, 1) is None
+
+
+@FLAVOURS
+def test_what_the_trainers_own_strategy_wraps(flavour):
+    """``_get_process_group_backend`` and ``_layer_sync`` are the Trainer's choices."""
+    whole = quiet(flavour, devices=2, strategy="ddp", sync_batchnorm=True)
+    found = trainer.parallel_of(whole)
+    assert (found.kind, found.ranks, found.rank, found.backend) == ("ddp", 2, 0, "gloo")  # gloo: on the CPU
+    assert found.hook is None
+    assert found.layer_sync is whole.strategy._layer_sync is not None
+    assert hasattr(found.layer_sync, "apply")
+    assert trainer.parallel_of(quiet(flavour)) is None
+
+
+@FLAVOURS
+def test_callbacks_that_average_weights(flavour):
+    """Both keep their device as ``_device``; WeightAveraging makes its ``_average_model`` at ``setup``."""
+    weights = nn.Linear(3, 2)  # 3 · 2 weights and 2 biases, 4 bytes each
+
+    def bytes_of(callback):
+        return trainer.averaging_bytes(SimpleNamespace(callbacks=[callback]), lambda: weights)
+
+    averaging = flavour.callbacks.WeightAveraging
+    assert bytes_of(averaging()) == bytes_of(averaging("cuda")) == 32
+    assert bytes_of(averaging("cpu")) == 0
+    made = averaging(device="cpu")
+    made.setup(quiet(flavour), module_of(flavour), "fit")
+    assert made._average_model is not None
+    made._device = torch.device("cuda")
+    assert bytes_of(made) == 0  # it is among the bytes that are allocated
+    stochastic = flavour.callbacks.StochasticWeightAveraging
+    assert (bytes_of(stochastic(0.1, device="cuda")), bytes_of(stochastic(0.1, device="cpu"))) == (32, 0)
+
+
+@FLAVOURS
+def test_how_a_callback_unfreezes(flavour):
+    """``on_train_epoch_start`` calls ``finetune_function(module, epoch, optimizer)``; 1000 epochs are the default."""
+    calls = []
+
+    class Unfreezes(flavour.callbacks.BaseFinetuning):
+        def freeze_before_training(self, pl_module):
+            pass
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            calls.append((pl_module, epoch, optimizer))
+
+    module, optimizer, callback = module_of(flavour), object(), Unfreezes()
+    module.trainer = quiet(flavour, max_epochs=3)
+    trainer.unfreeze([callback], module, [optimizer])
+    assert calls == [(module, epoch, optimizer) for epoch in range(3)]
+    calls.clear()
+    actual = torch.optim.SGD(module.parameters(), 0.1)
+    callback.on_fit_start(SimpleNamespace(optimizers=[actual]), module)
+    callback.on_train_epoch_start(SimpleNamespace(optimizers=[actual], current_epoch=5), module)
+    assert calls == [(module, 5, actual)]
+    assert trainer._EPOCHS == 1000
+    limits = importlib.import_module(f"{flavour.__name__}.loops.utilities")._parse_loop_limits
+    with pytest.warns(match="`max_epochs` was not set. Setting it to 1000 epochs"):
+        assert limits(None, -1, None, None, quiet(flavour))[1] == 1000
+
+
+@FLAVOURS
+def test_how_far_into_its_epoch_a_checkpoint_is(flavour, tmp_path):
+    whole = quiet(flavour, max_steps=3)
+    whole.fit(module_of(flavour), loader())  # an epoch has four batches
+    whole.save_checkpoint(tmp_path / "within.ckpt")
+    assert trainer.batches_into_epoch(torch.load(tmp_path / "within.ckpt", weights_only=False)) == 3
+    whole = quiet(flavour)
+    whole.fit(module_of(flavour), loader())
+    whole.save_checkpoint(tmp_path / "between.ckpt")
+    assert trainer.batches_into_epoch(torch.load(tmp_path / "between.ckpt", weights_only=False)) == 0
+
+
+@FLAVOURS
+def test_what_the_command_line_calls(flavour):
+    """``LightningCLI`` makes the Trainer in ``instantiate_trainer`` and fits in ``_run_subcommand``."""
+    cli = importlib.import_module(f"{flavour.__name__}.cli").LightningCLI
+    assert list(inspect.signature(cli._run_subcommand).parameters) == ["self", "subcommand"]
+    assert "instantiate_trainer(" in inspect.getsource(cli.__init__) + inspect.getsource(cli.instantiate_classes)
+    assert "config_init" in inspect.getsource(cli.instantiate_classes)
+
+
 def test_how_a_batch_is_moved():
     class Movable:
         def to(self, device, **kwargs):
@@ -243,7 +460,9 @@ def test_the_trainers_settings(flavour, precision):
 
 @FLAVOURS
 def test_every_hook_of_the_callback_is_one_of_lightnings(flavour):
-    for name in ("setup", "on_train_start", "on_train_batch_start", "on_train_batch_end", "on_train_end"):
+    hooks = vars(mp.MemoryPlanner).keys() & vars(flavour.Callback).keys() - {"__doc__", "__module__"}
+    assert hooks >= {"setup", "teardown", "on_train_batch_start", "on_train_batch_end", "on_exception", "state_dict"}
+    for name in hooks:
         ours = inspect.signature(getattr(mp.MemoryPlanner, name))
         theirs = inspect.signature(getattr(flavour.Callback, name))
         assert list(ours.parameters) == list(theirs.parameters)

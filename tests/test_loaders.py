@@ -7,12 +7,14 @@ import functools
 import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 import warnings
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -38,6 +40,7 @@ from torch.utils.data import (
 import lightning_memplan as mp
 from lightning_memplan.data.loaders import (
     batch_size_of_loader,
+    batches_of_epoch,
     check_resizable,
     dataset_size,
     loaders_in,
@@ -299,6 +302,27 @@ def test_what_a_copy_keeps():
     for name in ("dataset", "sampler", "collate_fn", "worker_init_fn", "mine", "prefetch_factor", "timeout"):
         assert getattr(own, name) is getattr(loader, name)
     assert (own.num_workers, own.persistent_workers, own.multiprocessing_context) == (2, True, context)
+
+
+def test_a_copy_of_a_used_loader_starts_workers_of_its_own():
+    loader = plain(2, num_workers=1, persistent_workers=True)
+    assert len(next(iter(loader))) == 2
+    workers = loader._iterator
+    assert workers is not None  # they live on, and make batches of 2
+    own = resized_loaders(loader, [5])
+    assert own._iterator is None
+    assert [len(batch) for batch in own] == [5, 5, 5, 5, 1]
+    assert loader._iterator is workers
+    for each in (own, loader):
+        each._iterator._shutdown_workers()
+
+
+def test_a_rank_has_its_share_rounded_up():
+    # 10 samples for 4 ranks are 2.5 each: DistributedSampler gives each 3, which are 2 batches of 2, or 1 and a rest
+    assert batches_of_epoch(DataLoader(range(10)), 2, ranks=4) == 2
+    assert batches_of_epoch(DataLoader(range(10), drop_last=True), 2, ranks=4) == 1
+    assert batches_of_epoch(DataLoader(range(10), drop_last=True), 3, ranks=4) == 1
+    assert batches_of_epoch(DataLoader(Stream()), 2, ranks=4) is None
 
 
 def test_a_loader_of_the_right_size_stays_itself():
@@ -816,6 +840,19 @@ def test_a_batch_sampler_is_not_advanced_to_check_it():
     check_resizable(DataLoader(numbers, batch_sampler=batches))
     assert batches.begun == 0
     assert torch.equal(generator.get_state(), state)
+
+
+def test_random_states_stay_while_a_batch_sampler_is_tried():
+    class Draws(BatchSampler):
+        def __iter__(self):
+            drawn.append(random.random() + np.random.rand() + float(torch.rand(1)))
+            return super().__iter__()
+
+    drawn: list[float] = []
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    check_resizable(DataLoader(numbers, batch_sampler=Draws(SequentialSampler(numbers), 4, False)))
+    assert len(drawn) == 1
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
 def test_samples_of_a_tensor_dataset_are_counted_by_the_sampler():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import lightning_memplan as mp
 from lightning_memplan.devices.allocator_stats import AllocatorStats
 from lightning_memplan.monitor import meter
-from lightning_memplan.monitor.meter import Floor, Meter, drift
+from lightning_memplan.monitor.meter import Floor, Forecast, Meter, drift
 from lightning_memplan.types import Measurement, Peaks
 
 MiB, GiB = 2**20, 2**30
@@ -25,7 +25,9 @@ class Card:
     """An allocator whose figures the test sets; peaks follow until they are reset."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.allocated = self.peak = self.reserved = self.retries = self.resets = self.reads = 0
+        self.allocated = self.peak = self.reserved = self.retries = self.resets = self.reads = (
+            self.device_allocations
+        ) = 0
         monkeypatch.setattr(meter, "read_stats", self.read)
         monkeypatch.setattr(meter, "reset_peaks", self.reset)
 
@@ -35,7 +37,7 @@ class Card:
     def read(self, index: int) -> AllocatorStats:
         assert index == 3
         self.reads += 1
-        return AllocatorStats(self.allocated, self.peak, self.reserved, self.retries, 0)
+        return AllocatorStats(self.allocated, self.peak, self.reserved, self.retries, self.device_allocations)
 
     def reset(self, index: int) -> None:
         self.resets += 1
@@ -59,8 +61,65 @@ def card(monkeypatch):
 PREDICTED = Peaks(90, 100, {"batch": 1, "forward": 50, "backward": 90, "optimizer": 60})
 
 
+# ------------------------------------------------------------------------------------------------------ the forecast
+
+
+def forecast(count: int, **how: int) -> Forecast:
+    """A forecast in which the n-th replayed batch has a peak of n bytes."""
+    return Forecast(tuple(Peaks(n, n) for n in range(count)), **how)
+
+
+def like(forecast: Forecast, batches: int) -> list[int]:
+    return [forecast.at(batch).allocated for batch in range(batches)]
+
+
+def test_batches_after_the_replayed_ones_are_like_the_last():
+    assert like(forecast(3), 6) == [0, 1, 2, 2, 2, 2]
+    assert like(forecast(1), 3) == [0, 0, 0]  # the formula knows one step
+
+
+def test_steps_that_alternate_go_on_alternating():
+    # five steps were replayed, and from the fourth (3) on two of them, 3 and 4, take turns
+    assert like(forecast(5, cycle=2), 10) == [0, 1, 2, 3, 4, 3, 4, 3, 4, 3]
+    # three of seven: 4, 5, 6
+    assert like(forecast(7, cycle=3), 14) == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 4, 5, 6, 4]
+
+
+def test_accumulated_batches_go_on_as_the_last_optimizer_step_did():
+    # three optimizer steps of two microbatches each: (0, 1), (2, 3), (4, 5)
+    assert like(forecast(6, microbatches=2, accumulate=2), 10) == [0, 1, 2, 3, 4, 5, 4, 5, 4, 5]
+
+
+def test_the_middle_microbatches_of_a_step_are_alike():
+    # three were replayed of each step: first, middle, last; training has five
+    found = like(forecast(9, microbatches=3, accumulate=5), 20)
+    assert found == [0, 1, 1, 1, 2, 3, 4, 4, 4, 5, 6, 7, 7, 7, 8, 6, 7, 7, 7, 8]
+
+
+def test_accumulated_steps_that_alternate():
+    # four optimizer steps of three microbatches: the last two, (6, 7, 8) and (9, 10, 11), take turns
+    found = like(forecast(12, microbatches=3, accumulate=4, cycle=2), 28)
+    assert found[:16] == [0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11]
+    assert found[16:] == [6, 7, 7, 8, 9, 10, 10, 11, 6, 7, 7, 8]
+
+
+def test_bytes_that_were_there_before_are_added_to_every_peak():
+    found = Forecast((Peaks(90, 100, {"forward": 50, "backward": 90}),), already_allocated=7).at(4)
+    assert found == Peaks(97, 107, {"forward": 57, "backward": 97})
+
+
+def test_a_step_is_measured_against_its_own_forecast(card):
+    meter = Meter(3, Forecast((Peaks(5, 6), Peaks(8, 9), Peaks(9, 9)), already_allocated=100))
+    assert [card.step(meter, 1, 1, 1).predicted_allocated for _ in range(4)] == [105, 108, 109, 109]
+    meter.forecast = Forecast((Peaks(20, 30),))  # the batches of training have another size
+    assert meter.predicted == Peaks(20, 30)
+
+
+# -------------------------------------------------------------------------------------------------------- measurements
+
+
 def test_a_step_has_its_peak_and_those_of_its_phases(card):
-    meter = Meter(3, lambda step: PREDICTED)
+    meter = Meter(3, Forecast((PREDICTED,)))
     first = card.step(meter, 50, 92, 60, rest=20)
     assert first.phases == {"forward": 50, "backward": 92, "optimizer": 60}
     assert first.predicted_phases == {"forward": 50, "backward": 90, "optimizer": 60}
@@ -74,7 +133,7 @@ def test_a_step_has_its_peak_and_those_of_its_phases(card):
 @pytest.mark.parametrize(("every_n_steps", "later"), [(1, [50, 100]), (5, [50, 100]), (16, [64]), (60, [60])])
 def test_phases_cost_two_readings_more_and_are_measured_seldom(card, every_n_steps, later):
     """In the first three steps, and in those that are logged and at least 50 apart."""
-    meter = Meter(3, lambda step: PREDICTED, every_n_steps=every_n_steps)
+    meter = Meter(3, Forecast((PREDICTED,)), every_n_steps=every_n_steps)
     steps = [card.step(meter, 5, 9, 6) for _ in range(120)]
     assert [m.step for m in steps if m.phases] == [0, 1, 2, *later]
     assert {m.allocated for m in steps} == {9}
@@ -82,7 +141,7 @@ def test_phases_cost_two_readings_more_and_are_measured_seldom(card, every_n_ste
 
 
 def test_a_step_that_drifts_without_phases_has_the_next_one_tell_them(card):
-    meter = Meter(3, lambda step: Peaks(GiB, GiB, {"forward": GiB // 2, "backward": GiB}), margin=0.05)
+    meter = Meter(3, Forecast((Peaks(GiB, GiB, {"forward": GiB // 2, "backward": GiB}),)), margin=0.05)
     for _ in range(4):
         card.step(meter, GiB // 2, GiB, 0)
         assert meter.remark() is None
@@ -96,7 +155,7 @@ def test_a_step_that_drifts_without_phases_has_the_next_one_tell_them(card):
 
 
 def test_a_step_that_drifts_alone_is_said_all_the_same(card):
-    meter = Meter(3, lambda step: Peaks(GiB, GiB, {"forward": GiB // 2, "backward": GiB}), margin=0.05)
+    meter = Meter(3, Forecast((Peaks(GiB, GiB, {"forward": GiB // 2, "backward": GiB}),)), margin=0.05)
     for peak in (GiB, GiB, GiB, 2 * GiB):
         card.step(meter, GiB // 2, peak, 0)
         assert meter.remark() is None
@@ -108,7 +167,7 @@ def test_several_backward_calls_and_optimizers_in_a_step(card):
     """Manual optimization: a phase's peak is the highest of its stretches, and forward follows an optimizer's step."""
     parameter = torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.SGD([parameter], lr=0.1)
-    meter = Meter(3, lambda step: PREDICTED, manual=True)
+    meter = Meter(3, Forecast((PREDICTED,)), manual=True)
     meter.begin()
     for forward, backward, update in ((10, 40, 30), (35, 20, 5)):
         card.take(forward)
@@ -128,8 +187,7 @@ def test_several_backward_calls_and_optimizers_in_a_step(card):
 
 
 def test_without_resets_it_is_the_highest_so_far(card):
-    predicted = [Peaks(5, 10), Peaks(9, 12), Peaks(7, 11)]
-    meter = Meter(3, predicted.__getitem__, resets=False)
+    meter = Meter(3, Forecast((Peaks(5, 10), Peaks(9, 12), Peaks(7, 11))), resets=False)
     steps = [card.step(meter, *peaks) for peaks in ((2, 5, 3), (2, 9, 3), (2, 4, 3))]
     assert card.resets == 0
     assert [m.allocated for m in steps] == [5, 9, 9]
@@ -137,17 +195,20 @@ def test_without_resets_it_is_the_highest_so_far(card):
     assert not any(m.phases for m in steps)
 
 
-def test_retries_are_each_steps_own(card):
-    card.retries = 4  # before training
-    meter = Meter(3, lambda step: PREDICTED)
+def test_retries_and_device_allocations_are_each_steps_own(card):
+    card.retries, card.device_allocations = 4, 10  # before training
+    meter = Meter(3, Forecast((PREDICTED,)))
     meter.begin()
-    card.retries = 6
-    assert meter.end().retries == 2
-    assert card.step(meter, 1, 1, 1).retries == 0
+    card.retries, card.device_allocations = 6, 17
+    first = meter.end()
+    assert (first.retries, first.device_allocations) == (2, 7)  # 6 - 4, 17 - 10
+    card.device_allocations = 18  # between two steps: the next one has it
+    second = card.step(meter, 1, 1, 1)
+    assert (second.retries, second.device_allocations) == (0, 1)
 
 
 def test_a_validation_has_its_own_peak(card):
-    meter = Meter(3, lambda step: PREDICTED)
+    meter = Meter(3, Forecast((PREDICTED,)))
     card.step(meter, 50, 92, 60, rest=20)
     meter.begin_validation()
     card.take(30, 20)
@@ -156,7 +217,7 @@ def test_a_validation_has_its_own_peak(card):
 
 
 def test_a_drift_is_said_once_with_its_phase(card):
-    meter = Meter(3, lambda step: Peaks(GiB, GiB, {"forward": GiB // 2, "backward": GiB}), margin=0.05)
+    meter = Meter(3, Forecast((Peaks(GiB, GiB, {"forward": GiB // 2, "backward": GiB}),)), margin=0.05)
     card.step(meter, GiB // 2, GiB + 63 * MiB, 0)  # 6 %, and less than 64 MiB
     assert meter.remark() is None
     for said in (True, False):
@@ -171,12 +232,28 @@ def test_a_drift_is_said_once_with_its_phase(card):
             )
 
 
-@given(
-    predicted=st.integers(1, 2**40), actual=st.integers(1, 2**40), margin=st.floats(0, 0.9, allow_nan=False)
-)  # fmt: skip
-def test_less_than_predicted_is_no_drift(predicted, actual, margin):
-    said = drift(Measurement(0, predicted, predicted, actual, actual), margin)
-    assert (not said) == (actual - predicted <= max(margin * predicted, 64 * MiB))
+def drifts(predicted: int, actual: int, margin: float) -> bool:
+    return bool(drift(Measurement(0, predicted, predicted, actual, actual), margin))
+
+
+@given(predicted=st.integers(1, 2**40), less=st.integers(0, 2**40), margin=st.floats(0, 0.9, allow_nan=False))
+def test_less_than_predicted_is_no_drift(predicted, less, margin):
+    assert not drifts(predicted, max(0, predicted - less), margin)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "margin", "allowed"),
+    [
+        (GiB, 0.125, 128 * MiB),  # an eighth of 1024 MiB
+        (GiB, 0.0625, 64 * MiB),  # a sixteenth of it is 64 MiB, the least that is reported
+        (GiB, 0.03125, 64 * MiB),  # a thirty-second would be 32 MiB
+        (10 * GiB, 0.0625, 640 * MiB),
+        (10 * GiB, 0.0, 64 * MiB),
+    ],
+)
+def test_a_drift_is_more_than_the_margin_and_more_than_64_mib(predicted, margin, allowed):
+    assert not drifts(predicted, predicted + allowed, margin)
+    assert drifts(predicted, predicted + allowed + 1, margin)
 
 
 @given(st.integers(0, 2**40), st.integers(70_000, 2**30), st.integers(0, 50))

@@ -312,6 +312,33 @@ def test_what_cannot_be_copied_is_read_itself():
     assert borrowed(locked) is locked
 
 
+def test_parts_that_are_shared_stay_shared_in_the_copy():
+    class Draws(Dataset):
+        def __init__(self, generator):
+            self.generator, self.own = generator, random.Random(1)
+
+    class Both(Dataset):
+        def __init__(self, *parts):
+            self.first, self.second = parts
+
+    generator = torch.Generator().manual_seed(1)
+    both = Both(Draws(generator), Draws(generator))
+    copied = borrowed(both)
+    assert copied.first is not copied.second
+    assert copied.first.generator is copied.second.generator is not generator  # draws in turn, as the user's do
+    assert copied.first.own is not copied.second.own
+    twice = borrowed(ConcatDataset([SizedDraws(), SizedDraws()]))
+    assert twice.datasets[0] is not twice.datasets[1]
+    one = SizedDraws()
+    twice = borrowed(ConcatDataset([one, one]))
+    assert twice.datasets[0] is twice.datasets[1] is not one
+
+
+class SizedDraws(Dataset):
+    def __len__(self):
+        return 2
+
+
 def test_a_sampler_is_not_advanced():
     class Counted(RandomSampler):
         begun = 0

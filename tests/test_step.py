@@ -21,12 +21,13 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 import lightning_memplan as mp
 from lightning_memplan.errors import TraceError
 from lightning_memplan.memory.cycles import MOST
-from lightning_memplan.monitor.meter import traced_step
+from lightning_memplan.monitor.meter import Forecast
 from lightning_memplan.settings import STEPS, StepSettings
 from lightning_memplan.step.fake_cuda import DEVICE, FIRST
 from lightning_memplan.step.module_copy import StandInTrainer
 from lightning_memplan.step.runner import accumulated
 from lightning_memplan.trace.tracer import detached_copy, prepared, run_formula, trace_steps
+from lightning_memplan.types import Peaks
 
 KiB = 2**10
 BATCHES = [(2, torch.zeros(2, 1024)), (3, torch.zeros(3, 1024))]
@@ -95,7 +96,9 @@ def test_accumulated_batches_make_one_step():
 def test_of_many_accumulated_batches_the_middle_ones_are_alike(batches, parts):
     settings = StepSettings(accumulate_grad_batches=batches)
     assert accumulated(settings) == parts
-    places = [traced_step(k, batches, parts) for k in range(6 * batches)]
+    replayed = tuple(Peaks(place, place) for place in range(STEPS * parts))
+    forecast = Forecast(replayed, microbatches=parts, accumulate=batches)
+    places = [forecast.at(k).allocated for k in range(6 * batches)]
     assert places[0] == 0
     assert max(places) == STEPS * parts - 1 == places[-1]  # a last batch steps the optimizer
     assert places[batches] == parts  # the second cycle's first

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +29,8 @@ from lightning_memplan.lightning.trainer import (
     validates,
 )
 from lightning_memplan.memory.estimate import Estimate
-from lightning_memplan.monitor.history import Lesson, append, history, history_path, lesson, run_record
-from lightning_memplan.monitor.meter import PHASES, Meter, traced_step
+from lightning_memplan.monitor.history import Lesson, RunSetup, history_path, learn, remember
+from lightning_memplan.monitor.meter import PHASES, Forecast, Meter
 from lightning_memplan.planning.apply import Holder, Place, find_holders, find_place, write_together
 from lightning_memplan.planning.evaluation import agreed_plan, plan_test, plan_validation
 from lightning_memplan.planning.job import (
@@ -186,10 +186,8 @@ class MemoryPlanner(CallbackBase):
         self.test_plan: Plan | None = None
         self.estimate: Estimate | None = None
         self._meter: Meter | None = None
-        self._predicted: list[Peaks] = []  # of each step, at the batch size that training has
+        self._forecast = Forecast(())  # at the batch size that training has
         self._formula_peak = 0
-        self._parts = 1  # batches of one of the optimizer's steps, as recorded
-        self._cycle = 1  # steps of the optimizer that take turns
         self._index: int | None = None
         self._settings = StepSettings()
         self._already_allocated = 0
@@ -276,7 +274,7 @@ class MemoryPlanner(CallbackBase):
             assert self._session is not None
             make = partial(plan_validation, self._session, plan, self._validation)
             val_plan, val_size = agreed_plan(make, "validation", otherwise=plan.batch_size)
-        predicted = self._foreseen(estimate, plan.batch_size, plan.device.capacity)
+        forecast = self._foreseen(estimate, plan.batch_size, plan)
         sizes = [(self._place, plan.batch_size), (self._val_place, val_size)]
         accumulate = None if self.effective_batch_size is None else plan.accumulate_grad_batches
         with write_together([(place, size) for place, size in sizes if place is not None], trainer, accumulate):
@@ -285,22 +283,14 @@ class MemoryPlanner(CallbackBase):
                 say(validation_text(val_size, plan, val_plan))
         if self._place is not None and accumulate is not None:
             self._accumulates = accumulate
-        self.plan, self.val_plan, self.estimate, self._predicted = plan, val_plan, estimate, predicted
+        self.plan, self.val_plan, self.estimate, self._forecast = plan, val_plan, estimate, forecast
         self._formula_peak = plan.formula_peak
-        program = estimate.program  # the formula has none, and but one step
-        self._parts = 1 if program is None else program.parts
-        self._cycle = 1 if program is None else max(1, program.period // program.parts)
 
-    def _foreseen(self, estimate: Estimate, batch_size: int, capacity: int) -> list[Peaks]:
-        held = self._already_allocated
-        return [
-            Peaks(
-                step.allocated + held,
-                step.reserved + held,
-                {name: peak + held for name, peak in step.phases.items()},
-            )
-            for step in estimate.step_peaks(batch_size, capacity)
-        ]
+    def _foreseen(self, estimate: Estimate, batch_size: int, plan: Plan) -> Forecast:
+        capacity, accumulate = plan.device.capacity, plan.accumulate_grad_batches
+        return Forecast.of(
+            estimate, batch_size, capacity, accumulate=accumulate, already_allocated=self._already_allocated
+        )
 
     def _foresee(self, batch: Any) -> None:
         """Predict for batches of as many samples as the first one has, where none were set."""
@@ -313,21 +303,16 @@ class MemoryPlanner(CallbackBase):
             return
         if size == plan.batch_size:
             return
-        self._predicted = self._foreseen(estimate, size, plan.device.capacity)
+        assert self._meter is not None
+        self._meter.forecast = self._foreseen(estimate, size, plan)
         self._formula_peak = estimate.formula.memory(size)
         say(f"MemoryPlanner predicts for batches of {size}, as training has them: apply=False sets nothing")
 
     def _learn(self, device: Device, method: str) -> Lesson:
         """What earlier runs teach, unless the margin was named."""
-        path = history_path(self.history)
-        if self.margin is not None or path is None:
-            return Lesson(MARGIN if self.margin is None else self.margin)
-        try:
-            runs = history(path)
-        except OSError as error:
-            warnings.warn(f"MemoryPlanner: the history of earlier runs cannot be read: {error}", stacklevel=2)
-            runs = []
-        return lesson(runs, self._structure, device.name, method=method, capacity=device.capacity, prior=MARGIN)
+        return learn(
+            history_path(self.history), self._structure, device, method=method, margin=self.margin, prior=MARGIN
+        )
 
     def _plan_test(self, trainer: Any, module: Any, name: str) -> None:
         """Plan and set the batch size of the test that is to come."""
@@ -390,24 +375,13 @@ class MemoryPlanner(CallbackBase):
             return
         self._meter = Meter(
             self._index,
-            self._predict,
+            self._forecast,
             every_n_steps=self.every_n_steps,
             manual=not pl_module.automatic_optimization,
             resets=self.reset_peaks,
             nvml=self.nvml,
             margin=None if self.plan.method == "formula" else self.plan.margin,
         )
-
-    def _predict(self, batch: int) -> Peaks:
-        """What a batch of training, from 0, is predicted to take; those beyond what was replayed are like the last,
-        or like the last of those that take turns."""
-        assert self.plan is not None
-        whole, last = self.plan.accumulate_grad_batches, len(self._predicted) - 1
-        steps = len(self._predicted) // self._parts
-        beyond, cycle = batch - steps * whole, self._cycle * whole
-        if beyond >= 0:
-            batch = (steps - self._cycle) * whole + beyond % cycle
-        return self._predicted[min(traced_step(batch, whole, self._parts, steps), last)]
 
     @property
     def measurements(self) -> list[Measurement]:
@@ -470,32 +444,15 @@ class MemoryPlanner(CallbackBase):
 
     def _remember(self, trainer: Any, module: Any, outcome: Outcome) -> None:
         """Add this run to the history, once; not where its figures are not those of its plan."""
-        path, structure = history_path(self.history), self._structure
-        self._structure = ""
-        planned = self.plan is not None and self.apply and self.device is None and self.reset_peaks
-        if path is None or not structure or not planned or not (self.measurements or outcome == "out of memory"):
+        structure, self._structure = self._structure, ""
+        if not (structure and self.apply and self.device is None and self.reset_peaks):
             return
         assert self._meter is not None
         assert self.plan is not None
-        run = run_record(
-            self._meter,
-            self.plan,
-            structure=structure,
-            model=type(module).__name__,
-            outcome=outcome,
-            settings=_on_record(self._settings),
-            rank=trainer.global_rank,
-            ranks=trainer.world_size,
-            held=self._already_allocated,
+        setup = RunSetup(
+            structure, type(module).__name__, self._settings, rank=trainer.global_rank, ranks=trainer.world_size
         )
-        try:
-            append(run, path)
-        except OSError as error:
-            warnings.warn(
-                f"MemoryPlanner: this run is not kept in the history: {error}; name a file by history='...', or pass "
-                "history=False",
-                stacklevel=2,
-            )
+        remember(history_path(self.history), self._meter, self.plan, setup, outcome)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._release(trainer)
@@ -540,10 +497,3 @@ class MemoryPlanner(CallbackBase):
             applied["accumulate_grad_batches"] = self.plan.accumulate_grad_batches
             applied["effective_batch_size"] = self.plan.effective_batch_size
         return applied
-
-
-def _on_record(settings: StepSettings) -> dict[str, Any]:
-    """The settings as history keeps them: what a strategy's arguments hold cannot always be copied."""
-    parallel = settings.parallel
-    ranks = None if parallel is None else f"{parallel.kind} on {parallel.ranks} ranks"
-    return asdict(replace(settings, parallel=None)) | {"parallel": ranks}

@@ -1,4 +1,4 @@
-"""Exceptions as one tree, and an error's text with the user's own line."""
+"""Define all exceptions as one tree, and explain an error by the user's own line of code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 
 
 class MemplanError(Exception):
-    """Any error of this package.
+    """Base class of every error of this package.
 
     >>> issubclass(TraceError, MemplanError) and issubclass(DoesNotFitError, MemplanError)
     True
@@ -29,7 +29,7 @@ class TraceError(MemplanError):
 class DoesNotFitError(MemplanError):
     """The smallest batch size does not fit.
 
-    ``needed`` and ``available`` are bytes: what the allocator would reserve, and what it may.
+    ``needed`` are the bytes that the allocator would reserve, ``available`` those that it may.
 
     >>> error = DoesNotFitError("batch size 1 needs more", needed=3 * 2**30, available=2 * 2**30)
     >>> error.needed - error.available
@@ -42,12 +42,12 @@ class DoesNotFitError(MemplanError):
         self.available = available
 
     def __reduce__(self) -> tuple[partial[DoesNotFitError], tuple[object, ...]]:
-        # so that it can cross from a spawned rank to the process that waits for it
+        # pickle it with its bytes: a spawned rank sends it to the process that waits for it
         return partial(type(self), needed=self.needed, available=self.available), self.args
 
 
 class ApplyError(MemplanError):
-    """The planned batch size cannot be written where the user keeps it; says what to change.
+    """The planned batch size cannot be written where the user keeps it. The message says what to change.
 
     >>> raise ApplyError("no attribute")
     Traceback (most recent call last):

@@ -1,4 +1,4 @@
-"""Settings that decide what a training step allocates: precision, parallelism, clipping, accumulation."""
+"""Describe the settings that decide what a training step allocates: precision, parallelism, clipping, accumulation."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-#: Optimizer steps that a trace holds: the first, the second (with optimizer state and old gradients), a third; more
-#: where they take turns
+#: Optimizer steps in a trace: the first, the second (with optimizer state and old gradients) and a third; more if they
+#: alternate
 STEPS = 3
 
-
 Precision = Literal["32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"]
-
 
 _PRECISIONS: Mapping[str, Precision] = {
     "32-true": "32-true",
@@ -29,13 +27,13 @@ _PRECISIONS: Mapping[str, Precision] = {
 
 
 def parse_precision(precision: str | int) -> Precision:
-    """A Trainer's ``precision``, in its full form.
+    """Return a Trainer's ``precision`` in its full form.
 
     >>> parse_precision(32), parse_precision("bf16"), parse_precision("16-mixed")
     ('32-true', 'bf16-mixed', '16-mixed')
 
     Raises:
-        ValueError: a precision whose memory is not modelled.
+        ValueError: The memory of this precision is not modelled.
     """
     found = _PRECISIONS.get(str(precision))
     if found is None:
@@ -44,53 +42,46 @@ def parse_precision(precision: str | int) -> Precision:
     return found
 
 
-#: What NCCL takes of a card beside the allocator: 0.5 to 0.7 GB a rank were measured on A100s
+#: Bytes that NCCL takes on each GPU beside the allocator: 0.5 to 0.7 GB a rank were measured on A100s
 NCCL = 700_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Parallel:
-    """How several processes, a card each, train a module together.
-
-    ``arguments`` are what the strategy makes its wrapper with; ``hook`` is the state and the function of a
-    communication hook, where it registers one; ``checkpointing`` says which layers a strategy wraps to be computed
-    again in the backward pass. ``rank`` is the one that is planned for: shards differ by a few bytes. ``backend`` moves
-    tensors between cards.
+    """Describe how several ranks, one GPU each, train a module together.
 
     >>> Parallel("ddp", ranks=2, arguments={"gradient_as_bucket_view": True}).ranks
     2
     >>> Parallel("fsdp", ranks=8).shards
     True
-
-    ``"other"`` is a strategy, by its ``name``, whose memory is not modelled.
     """
 
-    kind: Literal["ddp", "fsdp", "model_parallel", "deepspeed", "other"]
+    kind: Literal["ddp", "fsdp", "model_parallel", "deepspeed", "other"]  #: the memory of "other" is not modelled
     ranks: int
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    hook: tuple[Any, Any] | None = None
-    checkpointing: Mapping[str, Any] = field(default_factory=dict)
-    rank: int = 0
-    backend: str = "nccl"
-    name: str = ""
-    tensor_parallel: int = 1  #: of the ranks, how many share the work on a sample: ModelParallelStrategy's
-    shard_ranks: int = 0  #: over how many of the ranks FSDP's HYBRID_SHARD shards, the others holding copies
-    layer_sync: Any = None  #: Lightning's plugin that has layers compute over all ranks (``sync_batchnorm=True``)
+    arguments: Mapping[str, Any] = field(default_factory=dict)  #: arguments of the strategy's wrapper
+    hook: tuple[Any, Any] | None = None  #: state and function of a communication hook
+    checkpointing: Mapping[str, Any] = field(default_factory=dict)  #: layers to compute again in the backward pass
+    rank: int = 0  #: the rank to plan for: shards differ by a few bytes
+    backend: str = "nccl"  #: library that moves tensors between GPUs
+    name: str = ""  #: class of the strategy, for messages
+    tensor_parallel: int = 1  #: ranks that share the work on one sample, in ModelParallelStrategy
+    shard_ranks: int = 0  #: ranks over which FSDP's HYBRID_SHARD shards; the other ranks hold replicas of the shards
+    layer_sync: Any = None  #: Lightning's plugin that synchronizes layers over all ranks (``sync_batchnorm=True``)
 
     @property
     def nccl(self) -> int:
-        """Bytes of each card that are left to NCCL, which it takes beside the allocator."""
+        """Bytes to leave to NCCL on each GPU, beside the allocator."""
         return NCCL if self.ranks > 1 and self.backend == "nccl" else 0
 
     @property
     def shards(self) -> bool:
-        """Whether each rank holds a part of the parameters, which the wrapper moves to the card."""
+        """True if each rank holds a shard of the parameters, which the wrapper moves to the GPU."""
         return self.kind in ("fsdp", "model_parallel", "deepspeed")
 
 
 @dataclass(frozen=True, slots=True)
 class StepSettings:
-    """How a Trainer runs a step, as far as memory is concerned.
+    """Describe how a Trainer runs a step.
 
     >>> StepSettings(precision="16-mixed").capability
     (8, 6)
@@ -100,5 +91,5 @@ class StepSettings:
     gradient_clip_val: float | None = None
     gradient_clip_algorithm: Literal["norm", "value"] = "norm"
     accumulate_grad_batches: int = 1
-    capability: tuple[int, int] = (8, 6)
+    capability: tuple[int, int] = (8, 6)  #: compute capability of the device, which decides what kernels allocate
     parallel: Parallel | None = None

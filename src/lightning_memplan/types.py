@@ -11,8 +11,6 @@ from typing import Any, Literal, NamedTuple
 class Layer:
     """One row of the formula: a leaf module, or one call of it.
 
-    ``shape`` is the output's, without the batch; ``feature_bytes`` the bytes of that output for one sample.
-
     >>> Layer("conv", "Conv3d", 840, 840, 3360, 3360, (30, 191, 227, 191), 993742440).feature_bytes / 10**6
     993.74244
     """
@@ -20,34 +18,30 @@ class Layer:
     path: str
     type: str
     parameters: int  #: per filter: (kernel · in + bias) · out
-    parameters_apart: int  #: weights and biases apart: kernel · in · out + biases
+    parameters_apart: int  #: weights and biases counted separately: kernel · in · out + biases
     parameter_bytes: int
     gradient_bytes: int
-    shape: tuple[int, ...]
-    feature_bytes: int
+    shape: tuple[int, ...]  #: of the output, without the batch
+    feature_bytes: int  #: bytes of the output for one sample
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A card: what it holds, and what of it a training process can have.
+    """A GPU, or the host: its memory in bytes, and how much of it a training process can have.
 
-    ``total`` are the card's bytes as CUDA reports them; ``free`` those that no other process holds (``total`` where
-    nothing is said); ``context`` those that CUDA takes of the free ones before the allocator gets any. ``limit`` is the
-    most that the allocator may reserve where ``torch.cuda.set_per_process_memory_fraction`` set one.
-
-    >>> card = Device("my card", total=25446711296, context=1288490188)
-    >>> card.capacity
+    >>> device = Device("my GPU", total=25446711296, context=1288490188)
+    >>> device.capacity
     24158221108
     """
 
     name: str
-    total: int
-    free: int | None = None
-    context: int = 0
+    total: int  #: bytes of memory, as CUDA reports them
+    free: int | None = None  #: bytes that no other process holds; None means ``total``
+    context: int = 0  #: of the free bytes, those that CUDA takes before the allocator gets any
     index: int | None = None
     uuid: str | None = None
     capability: tuple[int, int] | None = None
-    limit: int | None = None
+    limit: int | None = None  #: most bytes to reserve, if ``torch.cuda.set_per_process_memory_fraction`` set a limit
     kind: Literal["cuda", "cpu"] = "cuda"
 
     def __post_init__(self) -> None:
@@ -64,35 +58,34 @@ class Device:
 
     @property
     def capacity(self) -> int:
-        """Bytes that the allocator can reserve: what is free, less the context, and never over the limit."""
+        """Bytes that the allocator can reserve: the free ones, less the context, and never over the limit."""
         free = self.total if self.free is None else self.free
         capacity = max(0, free - self.context)
         return capacity if self.limit is None else min(capacity, self.limit)
 
 
 class Range(NamedTuple):
-    """Bytes that are known by a range only: by how much cuDNN's convolutions take for themselves, and by how much of
-    what ``torch.compile`` compiles is fused.
+    """A range of bytes, where cuDNN chooses its algorithms and ``torch.compile`` chooses what to fuse.
 
     >>> Range(low=20, expected=22, high=25).expected
     22
     """
 
-    low: int  #: they take nothing, and all is fused that can be
-    expected: int  #: what their usual algorithms take
-    high: int  #: what the hungriest of the common ones take
+    low: int  #: convolutions need no workspace, and all operators are fused that can be
+    expected: int  #: convolutions use their usual algorithms
+    high: int  #: convolutions use the common algorithms with the largest workspace
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What was decided: the batch size, and what it is predicted to take (bytes).
+    """A planned batch size, and the memory that it is predicted to take, in bytes.
 
-    ``limited_by`` is ``"memory"``, ``"max_batch_size"``, ``"dataset"``, ``"effective_batch_size"``, ``"step"`` (which
-    refuses more) or ``"checkpoint"`` (kept from the run that is resumed): what kept the batch size from being larger.
-    Where an effective batch size was asked for, the optimizer sees that many samples a step: ``batch_size`` on each
+    ``limited_by`` tells why the batch size is not larger: ``"memory"``, ``"max_batch_size"``, ``"dataset"``,
+    ``"effective_batch_size"``, ``"step"`` (the training step refuses a larger batch) or ``"checkpoint"`` (kept from the
+    run that is resumed). An effective batch size is the number of samples in one optimizer step: ``batch_size`` on each
     device, times ``accumulate_grad_batches``, times the number of devices.
 
-    >>> plan = Plan(batch_size=8, device=Device("card", total=2**34), budget=2**33, margin=0.5, limited_by="memory",
+    >>> plan = Plan(batch_size=8, device=Device("GPU", total=2**34), budget=2**33, margin=0.5, limited_by="memory",
     ...             method="trace", predicted_peak=2**32, predicted_allocated=2**31, formula_peak=2**31)
     >>> plan.accumulate_grad_batches
     1
@@ -104,24 +97,24 @@ class Plan:
     margin: float
     limited_by: Literal["memory", "max_batch_size", "dataset", "effective_batch_size", "step", "checkpoint"]
     method: Literal["trace", "formula", "probe"]
-    predicted_peak: int  #: peak bytes reserved by the allocator: what must fit
+    predicted_peak: int  #: peak bytes reserved by the allocator, which must fit
     predicted_allocated: int  #: peak bytes allocated
-    formula_peak: int  #: what the formula says of that batch size
-    phase: str = ""  #: the phase in which the peak of the allocated bytes falls
+    formula_peak: int  #: peak bytes by the formula
+    phase: str = ""  #: phase of the step in which the allocated bytes peak
     breakdown: Mapping[str, int] = field(default_factory=dict)  #: bytes by category at that peak
     accumulate_grad_batches: int = 1
     notes: tuple[str, ...] = ()
     methods: Mapping[str, int] = field(default_factory=dict)  #: peak bytes reserved by each method that ran
-    effective_batch_size: int | None = None  #: samples that the optimizer sees a step, over all devices, if asked for
-    confirmed: int | None = None  #: peak bytes reserved in real steps of that batch size, where they were run
-    reserved_range: Range | None = None  #: peak bytes reserved, by what cuDNN's convolutions take beside their operands
-    nccl: int = 0  #: bytes of the card that are left to NCCL, beside the allocator: an allowance, in ``device.context``
+    effective_batch_size: int | None = None  #: samples in each optimizer step, over all devices, if one was asked for
+    confirmed: int | None = None  #: peak bytes reserved in real steps of that batch size, if they were run
+    reserved_range: Range | None = None  #: peak bytes reserved, by the workspaces of cuDNN's convolutions
+    nccl: int = 0  #: bytes left to NCCL beside the allocator, an allowance that is part of ``device.context``
 
 
 class Length(NamedTuple):
-    """One point of the curve over lengths: the largest batch size whose samples have this length.
+    """One point of the curve over lengths: the largest batch size for samples of this length.
 
-    ``batch_size`` is 0 where not even one sample fits; ``peak`` is then what that one takes.
+    ``batch_size`` is 0 if not even one sample fits; ``peak`` is then the peak of that one sample.
 
     >>> Length(length=512, batch_size=20, peak=2**33, limited_by="memory").tokens
     10240
@@ -129,21 +122,21 @@ class Length(NamedTuple):
 
     length: int
     batch_size: int
-    peak: int  #: bytes that the allocator reserves at most
+    peak: int  #: peak bytes reserved by the allocator
     limited_by: Literal["memory", "max_batch_size"]
 
     @property
     def tokens(self) -> int:
-        """Tokens of such a batch: length times batch size."""
+        """Tokens in a batch: length times batch size."""
         return self.length * self.batch_size
 
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """The largest batch size at each of some lengths, the shortest first, and a budget in tokens for all of them.
+    """The largest batch size at each length, shortest first, and one budget in tokens for all lengths.
 
     >>> short, long = Length(128, 64, 2**33, "max_batch_size"), Length(2048, 4, 2**33, "memory")
-    >>> Lengths((short, long), Device("card", total=2**34), budget=2**33).token_budget
+    >>> Lengths((short, long), Device("GPU", total=2**34), budget=2**33).token_budget
     8192
     """
 
@@ -153,18 +146,17 @@ class Lengths:
 
     @property
     def token_budget(self) -> int:
-        """The most tokens (length times batch size) with which a batch fits, whichever of the lengths it has.
+        """The largest number of tokens (length times batch size) with which a batch of any of the lengths fits.
 
-        It holds for the lengths that were asked for, and so for samples that are padded to one of them, in batches of
-        at most ``max_batch_size`` where one was named: rows that this limits need no budget. 0 where some length does
-        not fit at all.
+        It holds for samples padded to one of the lengths, in batches of at most ``max_batch_size``; rows that
+        ``max_batch_size`` limits do not lower it. It is 0 if some length does not fit at all.
         """
         by_memory = [row.tokens for row in self.rows if row.limited_by == "memory"]
         return min(by_memory) if by_memory else max(row.tokens for row in self.rows)
 
 
 class Peaks(NamedTuple):
-    """Peak bytes of a stretch of time: in tensors, held by the allocator, and in tensors in each phase of it.
+    """Peak bytes over a stretch of time: allocated, reserved, and allocated in each phase.
 
     >>> Peaks(allocated=100, reserved=120, phases={"forward": 80, "backward": 100}).phase
     'backward'
@@ -176,12 +168,12 @@ class Peaks(NamedTuple):
 
     @property
     def phase(self) -> str:
-        """The phase with the highest peak; empty where phases are not known."""
+        """The phase with the highest peak; empty if the phases are unknown."""
         return max(self.phases, key=self.phases.__getitem__, default="")
 
 
 class Measurement(NamedTuple):
-    """One training step: what was predicted, and what the card's allocator reported (bytes).
+    """One training step: predicted peaks, and those that the allocator reported, in bytes.
 
     >>> Measurement(step=3, predicted_allocated=99, predicted_reserved=110, allocated=100, reserved=110).error_percent
     -1.0
@@ -192,17 +184,17 @@ class Measurement(NamedTuple):
     predicted_reserved: int
     allocated: int
     reserved: int
-    predicted_phases: Mapping[str, int] = {}  #: peak allocated in each phase
-    phases: Mapping[str, int] = {}  #: likewise measured; empty where phases were not
-    floor: int = 0  #: allocated when the step had ended: what it leaves
-    retries: int = 0  #: times that the allocator gave back its cache to serve a request, since the step before
-    device_allocations: int = 0  #: times that it asked the card for memory (cudaMalloc), since the step before
-    process: int | None = None  #: bytes that NVML books on this process, at the end of the step
-    card: int | None = None  #: bytes in use on the card by NVML, of all processes
+    predicted_phases: Mapping[str, int] = {}  #: predicted peak allocated in each phase
+    phases: Mapping[str, int] = {}  #: measured peak allocated in each phase; empty if phases were not measured
+    floor: int = 0  #: bytes still allocated when the step has ended
+    retries: int = 0  #: times since the step before that the allocator freed its cache to serve a request
+    device_allocations: int = 0  #: times since the step before that it called cudaMalloc
+    process: int | None = None  #: bytes of this process by NVML, at the end of the step
+    card: int | None = None  #: bytes in use on the GPU by NVML, of all processes
 
     @property
     def error_percent(self) -> float:
-        """Predicted against actual peak allocated, in percent of the actual."""
+        """Predicted less actual peak allocated, in percent of the actual."""
         return 100.0 * (self.predicted_allocated - self.allocated) / self.allocated if self.allocated else 0.0
 
 
@@ -211,11 +203,11 @@ Outcome = Literal["done", "out of memory", "stopped"]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One training run, as history keeps it: what was predicted, and what came.
+    """One training run in the history: its predicted and measured peaks.
 
-    ``predicted`` and ``measured`` are peaks ``(allocated, reserved)``, in bytes, of the ``"first"`` step and of the
-    ``"steady"`` ones, as far as they ran; ``phases`` are peaks allocated, ``(predicted, measured)``, in the phases of
-    the steps in which these were measured. ``outcome`` is ``"out of memory"`` where a training step was refused memory.
+    ``predicted`` and ``measured`` map ``"first"`` (the first step) and ``"steady"`` (all later ones), as far as they
+    ran, to peaks ``(allocated, reserved)`` in bytes. ``phases`` maps each measured phase to its peak allocated
+    ``(predicted, measured)``. ``outcome`` is ``"out of memory"`` if a training step ran out of memory.
 
     >>> Run("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {"first": (100, 200)}, {"first": (90, 200)}).outcome
     'done'
@@ -224,30 +216,27 @@ class Run:
     structure: str  #: a hash of the module's layers, its step and its settings
     model: str
     device: str
-    total: int  #: bytes of the card
-    capacity: int  #: of these, what the allocator could reserve
+    total: int  #: bytes of the device
+    capacity: int  #: bytes that the allocator could reserve
     method: str
     batch_size: int
     predicted: Mapping[str, tuple[int, int]]
     measured: Mapping[str, tuple[int, int]]
     outcome: Outcome = "done"
     steps: int = 0
-    retries: int = 0  #: times that the allocator gave back its cache to serve a request
+    retries: int = 0  #: times that the allocator freed its cache to serve a request
     margin: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)  #: of lightning-memplan, torch and the driver
-    time: str = ""  #: when it ended, in UTC
-    rank: int = 0  #: each rank of a run is on record
+    time: str = ""  #: end of the run, in UTC
+    rank: int = 0  #: each rank of a run has a record of its own
     ranks: int = 1
     phases: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """A change that takes less memory, by a trace of that very change (bytes).
-
-    ``batch_size`` is the one that it was traced for; ``largest_batch_size`` the largest that would then fit, where a
-    device was named.
+    """A change that saves memory, traced with that very change; sizes in bytes.
 
     >>> advice = Advice("precision", "precision='bf16-mixed'", "half-precision arithmetic", 8, 2**30, 2**31, 2**30)
     >>> advice.saved
@@ -257,11 +246,11 @@ class Advice:
     #: "precision", "checkpointing", "optimizer", "zero_grad", "accumulation", "layout", "allocator", "sharding" or
     #: "samples"
     kind: str
-    change: str  #: what to write
-    cost: str  #: what it costs other than memory
-    batch_size: int
-    saved: int  #: of the peak of the reserved bytes
+    change: str  #: code or setting to write
+    cost: str  #: price of the change other than memory
+    batch_size: int  #: batch size of the trace
+    saved: int  #: bytes saved of the peak reserved
     peak_reserved: int
     peak_allocated: int
-    largest_batch_size: int | None = None
-    nccl: int = 0  #: bytes of each card that it leaves to NCCL: an allowance
+    largest_batch_size: int | None = None  #: largest batch size that then fits, if a device was named
+    nccl: int = 0  #: bytes that the change leaves to NCCL on each GPU, an allowance

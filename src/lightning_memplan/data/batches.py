@@ -14,9 +14,9 @@ from lightning_memplan.checks import check_batch_size
 from lightning_memplan.lightning.compat import apply_to_collection
 
 
-# --- feature maps -----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------- tensors
 def tensors_of(value: object) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists, mappings, dataclasses and what else has a ``to()`` (graphs), in order.
+    """Yield every tensor in nested tuples, lists, mappings, dataclasses and objects with a ``to()`` (graphs), in order.
 
     >>> [tuple(t.shape) for t in tensors_of((torch.ones(2), {"state": [torch.ones(3), None, "text"]}))]
     [(2,), (3,)]
@@ -32,13 +32,13 @@ def tensors_of(value: object) -> Iterator[Tensor]:
     elif is_dataclass(value) and not isinstance(value, type):
         for entry in fields(value):
             yield from tensors_of(getattr(value, entry.name, None))
-    elif callable(getattr(value, "to", None)) and not isinstance(value, nn.Module):  # as Lightning moves a batch
+    elif callable(getattr(value, "to", None)) and not isinstance(value, nn.Module):  # Lightning would move it
         for item in getattr(value, "__dict__", {}).values():
             yield from tensors_of(item)
 
 
 def sample_bytes(batch: object, batch_size: int) -> int:
-    """Bytes of one sample of a batch: all its tensors, by their own element sizes, over the batch size.
+    """Return the bytes of one sample: those of all tensors in the batch, divided by the batch size.
 
     >>> sample_bytes({"image": torch.empty(4, 3, 8, 8), "label": torch.empty(4, dtype=torch.int64)}, 4)
     776
@@ -51,7 +51,7 @@ def sample_bytes(batch: object, batch_size: int) -> int:
 
 
 def bytes_of(tensors: Iterator[Tensor], seen: set[int]) -> int:
-    """Bytes of those tensors whose storage is not among ``seen``; adds their storages to it."""
+    """Return the bytes of the tensors whose storage is not in ``seen``, and add their storages to it."""
     total = 0
     for tensor in tensors:
         key = storage_key(tensor)
@@ -62,7 +62,7 @@ def bytes_of(tensors: Iterator[Tensor], seen: set[int]) -> int:
 
 
 def storage_key(tensor: Tensor) -> int:
-    """What tells storages apart while they live. (A data pointer does not: it is 0 for fake and meta tensors.)"""
+    """Return a key that identifies a storage while it lives (a data pointer is 0 for all fake and meta tensors)."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):  # sparse tensors have no storage of their own
@@ -71,7 +71,7 @@ def storage_key(tensor: Tensor) -> int:
 
 @dataclass(frozen=True, slots=True)
 class TiledBatch:
-    """A batch of ``size`` samples: the ``samples`` of the batch ``few`` in turn. ``whole`` makes it on the host.
+    """A batch of ``size`` samples that repeats the ``samples`` of the batch ``few``; ``whole`` makes it on the host.
 
     >>> batch = TiledBatch(torch.tensor([1, 2, 3]), 3, 7, lambda: torch.tensor([1, 2, 3, 1, 2, 3, 1]))
     >>> batch.on(torch.device("cpu"), batch.few)
@@ -84,30 +84,34 @@ class TiledBatch:
     whole: Callable[[], Any]
 
     def on(self, device: torch.device, few: Any) -> Any:
-        """The batch on ``device``, of ``few`` samples that are converted or not: each tensor in a block of its own."""
+        """Return the batch on ``device``, each tensor in a block of its own.
+
+        ``few`` is the batch of that name, possibly converted to another precision.
+        """
 
         def one(tensor: torch.Tensor) -> torch.Tensor:
             if not tensor.dim() or tensor.size(0) != self.samples:
                 return tensor.to(device)
             made = torch.empty((self.size, *tensor.shape[1:]), dtype=tensor.dtype, device=device)
             made[: self.samples].copy_(tensor)
-            there = self.samples
-            while there < self.size:
-                more = min(there, self.size - there)
-                made[there : there + more].copy_(made[:more])
-                there += more
+            filled = self.samples
+            while filled < self.size:
+                more = min(filled, self.size - filled)
+                made[filled : filled + more].copy_(made[:more])
+                filled += more
             return made
 
         return apply_to_collection(few, torch.Tensor, one)
 
 
 def repeats(batches: Sequence[tuple[int, Any]]) -> bool:
-    """Whether batches of these sizes are alike: of tensors whose first dimension is the batch, and of nothing else that
-    differs.
+    """Return True if batches of any size can be tiled from these, given as ``(size, batch)``.
+
+    They can if they differ only in plain tensors whose first dimension is the batch.
 
     >>> repeats([(n, {"image": torch.zeros(n, 3), "scale": torch.ones(1)}) for n in (2, 3, 5)])
     True
-    >>> repeats([(n, (torch.zeros(n, 3), ["a name"] * n)) for n in (2, 3, 5)])  # whoever makes these knows how
+    >>> repeats([(n, (torch.zeros(n, 3), ["a name"] * n)) for n in (2, 3, 5)])  # a list of names cannot be tiled
     False
     """
     (_, (first, shape)), *others = ((size, tree_flatten(batch)) for size, batch in batches)
@@ -126,11 +130,11 @@ def repeats(batches: Sequence[tuple[int, Any]]) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------- a batch
-def batch_size_of(batch: Any) -> int:
-    """The first dimension of the first tensor that has one.
+def batch_size_of(batch: object) -> int:
+    """Return the first dimension of the first tensor that has one.
 
     Raises:
-        ValueError: there is none.
+        ValueError: No tensor has a dimension.
     """
     for leaf in tensors(batch):
         if leaf.dim():
@@ -144,7 +148,7 @@ def batch_size_of(batch: Any) -> int:
 
 
 def resized(batch: Any, size: int, wanted: int) -> Any:
-    """The batch with ``wanted`` samples in the place of ``size``: cut, or repeated from its start."""
+    """Return the batch with ``wanted`` samples instead of ``size``: cut, or repeated from its start."""
 
     def one(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.dim() or tensor.size(0) != size:
@@ -156,17 +160,18 @@ def resized(batch: Any, size: int, wanted: int) -> Any:
     return apply_to_collection(batch, torch.Tensor, one)
 
 
-def tensors(batch: Any) -> list[torch.Tensor]:
-    """The tensors that ``resized`` would cut."""
+def tensors(batch: object) -> list[torch.Tensor]:
+    """Return the tensors that ``resized`` can cut."""
     found: list[torch.Tensor] = []
     apply_to_collection(batch, torch.Tensor, lambda t: found.append(t))
     return found
 
 
-def hidden_tensors(batch: Any) -> list[torch.Tensor]:
-    """The tensors of a batch that is an object of its own kind, such as a batch of graphs."""
+def hidden_tensors(batch: object) -> list[torch.Tensor]:
+    """Return all tensors of a batch, also those inside objects of other classes, such as a batch of graphs."""
     return [*tensors_of(batch), *(leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor))]
 
 
-def kind(batch: Any) -> str:
+def kind(batch: object) -> str:
+    """Name the type of a batch, for an error."""
     return f"a {type(batch).__name__}"

@@ -1,11 +1,10 @@
-"""Loaders, singly and in collections: how many samples their batches have, and copies of them with another batch size.
+"""Read the batch sizes of loaders, singly and in collections, and copy loaders with another batch size.
 
-A loader of another batch size is a copy of the user's, with a copy of its batch sampler in which the size is set: the
-dataset, sampler, collate_fn, generator, workers and whatever a subclass adds are the user's own objects, and the
-user's loader stays as it is.
+To resize a loader, copy it and its batch sampler, and set the size in the copies. The copy shares the user's dataset,
+sampler, collate_fn, generator and whatever a subclass adds. The user's loader stays as it is.
 
 Source: torch/utils/data/dataloader.py and sampler.py, torch 2.13 to 2.15. A DataLoader takes the indices of a batch
-from ``batch_sampler``, also for an ``IterableDataset``, and keeps workers that live on in ``_iterator``.
+from ``batch_sampler``, even for an ``IterableDataset``, and keeps persistent workers in ``_iterator``.
 """
 
 from __future__ import annotations
@@ -23,25 +22,25 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from lightning_memplan.errors import ApplyError
 from lightning_memplan.lightning.compat import is_combined_loader, isolated_random_state
-from lightning_memplan.lightning.data_source import remember_arguments
+from lightning_memplan.lightning.data_source import combined_mode, copy_combined, remember_arguments
 
 
 def map_loaders(change: Callable[[Any], Any], source: Any) -> Any:
-    """The collection with each of its loaders changed: a loader, a dict, list or tuple, nested, or a CombinedLoader."""
+    """Return a collection with each of its loaders changed.
+
+    A collection is a loader, a dict, list or tuple of collections, or a CombinedLoader.
+    """
 
     def one(loader: Any) -> Any:
-        if not is_combined_loader(loader):
-            return change(loader)
-        own = copy.copy(loader)
-        own._iterator = None
-        own.flattened = [map_loaders(change, part) for part in loader.flattened]
-        return own
+        if is_combined_loader(loader):
+            return copy_combined(loader, lambda part: map_loaders(change, part))
+        return change(loader)
 
     return tree_map(one, source)
 
 
 def loaders_in(source: Any) -> list[Any]:
-    """The loaders of a collection, in order; itself where it is one.
+    """Return the loaders of a collection, in order.
 
     >>> one, two = DataLoader([1, 2]), DataLoader([3])
     >>> loaders_in({"a": one, "b": [two]}) == [one, two]
@@ -52,8 +51,8 @@ def loaders_in(source: Any) -> list[Any]:
     return found
 
 
-def batch_size_of_loader(loader: Any) -> int | None:
-    """How many samples a batch of the loader's has; None where its dataset makes the batches, or it is no DataLoader.
+def batch_size_of_loader(loader: object) -> int | None:
+    """Return a loader's batch size; None if it is no DataLoader, or if its dataset makes the batches.
 
     >>> batch_size_of_loader(DataLoader([1, 2, 3], batch_sampler=BatchSampler([0, 2], 2, drop_last=False)))
     2
@@ -67,12 +66,12 @@ def batch_size_of_loader(loader: Any) -> int | None:
 
 
 def unit_of(source: Any) -> int | None:
-    """The batch size of a collection: the smallest of its loaders'; None where it cannot be told."""
+    """Return the batch size of a collection, which is the smallest of its loaders'; None if no loader has one."""
     return min(filter(None, map(batch_size_of_loader, loaders_in(source))), default=None)
 
 
 def share_of(loader: Any, source: Any) -> Fraction:
-    """How many samples a loader (or a collection in one) gives for each that the smallest of the collection gives.
+    """Return how many samples a loader yields for each sample of the loader with the smallest batch size.
 
     >>> labelled, unlabelled = DataLoader([1, 2], batch_size=8), DataLoader([3], batch_size=56)
     >>> share_of(unlabelled, {"labelled": labelled, "unlabelled": unlabelled})
@@ -83,33 +82,32 @@ def share_of(loader: Any, source: Any) -> Fraction:
 
 
 def common_multiple(source: Any) -> int:
-    """The smallest batch size at which every loader of a collection gives whole samples.
+    """Return the smallest batch size at which every loader of a collection yields whole samples.
 
-    >>> common_multiple([DataLoader([1], batch_size=4), DataLoader([1], batch_size=6)])  # 2 and 3
+    >>> common_multiple([DataLoader([1], batch_size=4), DataLoader([1], batch_size=6)])  # 3 of the second for 2
     2
     """
     return lcm(*(share_of(loader, source).denominator for loader in loaders_in(source)))
 
 
 def dataset_size(source: Any) -> int | None:
-    """The largest batch size that the datasets have samples for, None where it cannot be told.
+    """Return the largest batch size for which the datasets have enough samples, None if no length is known.
 
     >>> dataset_size(DataLoader([torch.zeros(3)] * 10, batch_size=4))
     10
     """
     counts = [(loader, samples_of_loader(loader)) for loader in loaders_in(source)]
     sizes = [int(count / share_of(loader, source)) for loader, count in counts if count is not None]
-    one_by_one = getattr(source, "_mode", "") == "sequential"  # of a CombinedLoader
-    return (max if one_by_one else min)(sizes, default=None)
+    return (max if combined_mode(source) == "sequential" else min)(sizes, default=None)
 
 
-def samples_of_loader(loader: Any) -> int | None:
-    """How many samples an epoch of the loader's has, None where it cannot be told."""
+def samples_of_loader(loader: object) -> int | None:
+    """Return the number of samples in an epoch of a loader, None if it is unknown."""
     if not isinstance(loader, DataLoader):
         return None
     sampler = loader.sampler if loader.batch_size is not None else getattr(loader.batch_sampler, "sampler", None)
     if isinstance(loader.dataset, IterableDataset):
-        sampler = None  # torch's own, without an end
+        sampler = None  # its sampler is endless
     for sized in (sampler, loader.dataset):
         try:
             if sized is not None:
@@ -120,7 +118,7 @@ def samples_of_loader(loader: Any) -> int | None:
 
 
 def batches_of_epoch(source: Any, batch_size: int, ranks: int = 1) -> int | None:
-    """How many batches of a size each rank has in an epoch, None where it cannot be told.
+    """Return the number of batches in an epoch of each rank, at a batch size; None if it is unknown.
 
     >>> batches_of_epoch(DataLoader(range(10)), 4), batches_of_epoch(DataLoader(range(10), drop_last=True), 4)
     (3, 2)
@@ -132,22 +130,22 @@ def batches_of_epoch(source: Any, batch_size: int, ranks: int = 1) -> int | None
             return None
         samples = -(-samples // ranks)
         counts.append(samples // size if getattr(loader.batch_sampler, "drop_last", False) else -(-samples // size))
-    fewest = getattr(source, "_mode", "") == "min_size"  # of a CombinedLoader; other collections cycle the shorter ones
-    return min(counts) if fewest else max(counts)
+    # a collection cycles its shorter loaders, unless it is a CombinedLoader that stops with the shortest
+    return min(counts) if combined_mode(source) == "min_size" else max(counts)
 
 
 # ------------------------------------------------------------------------------------------------ another batch size
 def resized_loaders(source: Any, sizes: Sequence[int]) -> Any:
-    """The collection with copies of its loaders whose batches have other sizes, one for each of ``loaders_in``.
+    """Return the collection with copies of its loaders at other batch sizes, one for each of ``loaders_in``.
 
-    A loader that has its size stays, and so does one whose size cannot be told (see ``check_resizable``).
+    A loader that already has its size is kept, and so is one whose size is unknown (see ``check_resizable``).
 
     >>> loader = DataLoader(range(6), batch_size=2)
     >>> [batch.tolist() for batch in resized_loaders(loader, [4])], loader.batch_size
     ([[0, 1, 2, 3], [4, 5]], 2)
 
     Raises:
-        ApplyError: a loader's batch size cannot be set; says what to change.
+        ApplyError: The batch size of a loader cannot be set; says what to change.
     """
     wanted = iter(sizes)
 
@@ -159,7 +157,7 @@ def resized_loaders(source: Any, sizes: Sequence[int]) -> Any:
 
 
 def planned_sizes(source: Any, batch_size: int) -> list[int]:
-    """How many samples the batches of each loader have at a batch size.
+    """Return the batch size of each loader when the collection has the given one.
 
     >>> planned_sizes([DataLoader([1], batch_size=8), DataLoader([1], batch_size=56)], 10)
     [10, 70]
@@ -168,7 +166,11 @@ def planned_sizes(source: Any, batch_size: int) -> list[int]:
 
 
 def check_resizable(source: Any) -> None:
-    """Raise ApplyError unless the batch size of each loader can be set; says what to change."""
+    """Check that the batch size of each loader can be set.
+
+    Raises:
+        ApplyError: The batch size of a loader cannot be set; says what to change.
+    """
     for loader in loaders_in(source):
         _resized(loader, 2 if batch_size_of_loader(loader) == 1 else 1)
 
@@ -186,7 +188,7 @@ def _resized(loader: Any, batch_size: int) -> Any:
     return own
 
 
-def _check(loader: Any) -> None:
+def _check(loader: object) -> None:
     kind = type(loader).__name__
     if not isinstance(loader, DataLoader):
         raise ApplyError(
@@ -218,11 +220,11 @@ def _iterates_itself(loader: DataLoader[Any]) -> bool:
     return any(getattr(type(loader), n) is not getattr(DataLoader, n) for n in ("__iter__", "__len__", "_get_iterator"))
 
 
-_DATALOADER = frozenset(vars(DataLoader([None])))  # type: ignore[arg-type]  #: what every DataLoader keeps
+_DATALOADER = frozenset(vars(DataLoader([None])))  # type: ignore[arg-type]  #: attributes of every DataLoader
 
 
 def _resized_sampler(loader: DataLoader[Any], batch_size: int) -> Any:
-    """A copy of the loader's batch sampler that makes batches of another size."""
+    """Return a copy of the loader's batch sampler that yields batches of another size."""
     batches: Any = loader.batch_sampler
     try:
         own = copy.copy(batches)
@@ -241,9 +243,9 @@ def _resized_sampler(loader: DataLoader[Any], batch_size: int) -> Any:
 
 
 def _first_batch_of_another_size(batches: Any) -> str | None:
-    """What is wrong with the first batch where a batch sampler is set to another size, None if nothing is.
+    """Set a copy of a batch sampler to another size; return what is wrong with its first batch, None if nothing is.
 
-    Single indices, since a sampler that makes batches of like samples may have fewer of them than any other size.
+    Try batches of one sample: a sampler that groups similar samples may have too few of a kind for any larger batch.
     """
     trial = borrowed(batches)
     old = batches.batch_size
@@ -253,12 +255,13 @@ def _first_batch_of_another_size(batches: Any) -> str | None:
     return None if count == wanted else f"set to {wanted}, it makes a batch of {count}"
 
 
-# ----------------------------------------------------------------------------------------------------- read, not used
+# ------------------------------------------------------------------------------------------------ read without effect
 def borrowed(thing: Any) -> Any:
-    """A shallow copy of a dataset or sampler, to be read in its place: what reading sets, opens or draws stays its own.
+    """Return a copy of a dataset or sampler to read from, so that reading changes nothing in the user's own.
 
-    Datasets and samplers in it (``Subset``, ``ConcatDataset``) and random generators are copied too, lists and
-    dictionaries by their outermost level; samples are shared. What cannot be copied is read itself.
+    The copy is shallow. Datasets and samplers inside it (``Subset``, ``ConcatDataset``) and random generators are
+    copied too, lists and dictionaries at their outermost level; samples are shared. An object that cannot be copied is
+    returned itself.
 
     >>> class Counts(Dataset):
     ...     read = 0

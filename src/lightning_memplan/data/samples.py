@@ -1,13 +1,13 @@
-"""Batches of a few samples, from whatever the user passed. No worker is started, no iterator of theirs is advanced."""
+"""Make batches of any size from the samples of any source, without starting a worker or advancing an iterator."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
@@ -25,47 +25,43 @@ from lightning_memplan.data.batches import (
 )
 from lightning_memplan.data.loaders import borrowed, common_multiple, samples_of_loader, share_of
 from lightning_memplan.lightning.compat import is_combined_loader, isolated_random_state
+from lightning_memplan.lightning.data_source import combined_mode
 from lightning_memplan.units import format_bytes
 
 SIZES = (2, 3, 5)  #: batch sizes that are traced: two determine a line, three a parabola, and the last checks
 
-
 Which = Literal["first", "largest"]
 
+SAMPLE_SIZE = 64  #: default number of samples that ``"largest"`` looks at
 
-_WHICH = ("first", "largest")
+_FIRST = max(SIZES)  #: number of samples that ``"first"`` looks at
 
-
-SAMPLE_SIZE = 64  #: samples that ``"largest"`` looks at where nothing is said
-
-
-_FIRST = max(SIZES)  #: samples that ``"first"`` looks at
-
-
-_Make = Callable[[int], Any]  # a batch of that many samples
+_Make = Callable[[int], Any]  #: makes a batch of a number of samples
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """What batches of any size are made of: ``notes`` says what a plan should say of it.
+    """Make batches of any size.
 
-    ``multiple`` is 1 unless loaders of a collection give different numbers of samples (see ``common_multiple``).
+    >>> samples = read_samples(torch.zeros(4, 3))
+    >>> [size for size, _ in samples.batches()], samples.make(7).shape
+    ([2, 3, 5], torch.Size([7, 3]))
     """
 
-    make: _Make
-    multiple: int = 1
-    notes: tuple[str, ...] = ()
+    make: _Make  #: makes a batch of a number of samples
+    multiple: int = 1  #: sizes are multiples of it: 1 unless loaders of a collection differ (see ``common_multiple``)
+    notes: tuple[str, ...] = ()  #: remarks that belong into a plan
 
     def batches(self, sizes: Sequence[int] = SIZES) -> list[tuple[int, Any]]:
-        """``(size, batch)`` for each size, times ``multiple``."""
+        """Return ``(size, batch)`` for each of ``sizes``, times ``multiple``."""
         return [(size * self.multiple, self.make(size * self.multiple)) for size in sizes]
 
     def for_the_card(self, sizes: Sequence[int] = SIZES) -> list[tuple[int, Any]]:
-        """``batches`` for steps on the card: a large one is ``TiledBatch`` there where it is made of plain tensors."""
+        """Return ``batches`` for steps on the GPU, where large batches of plain tensors are ``TiledBatch``es."""
         return [(size * self.multiple, self.large(size * self.multiple)) for size in sizes]
 
     def large(self, size: int) -> Any:
-        """A batch of ``size`` samples, ``TiledBatch`` where that says the same and saves time."""
+        """Return a batch of ``size`` samples, as a ``TiledBatch`` if that is the same and saves time."""
         few = self.batches() if self.multiple == 1 and size > 2 * max(SIZES) else ()
         if not few or not repeats(few):
             return self.make(size)
@@ -74,13 +70,13 @@ class Samples:
 
 
 def read_samples(source: Any, sample: Which = "first", sample_size: int = SAMPLE_SIZE) -> Samples:
-    """A few samples of a DataLoader, a collection of them, an iterable of batches, or a batch.
+    """Read a few samples of a DataLoader, a collection of DataLoaders, an iterable of batches, or a batch.
 
-    A DataLoader's samples are the first five of its dataset, and go through its own ``collate_fn``. Where they differ
-    in size, as texts and graphs do, batches are made of copies of the largest of them, so that all batches are alike.
+    From a DataLoader, read the first five samples of its dataset and pass them through its own ``collate_fn``. If they
+    differ in size, as texts and graphs do, make batches of copies of the largest, so that all batches are alike.
     ``"largest"`` looks at ``sample_size`` samples instead, at equal distances over the dataset (the first ones of an
-    ``IterableDataset``). A batch is cut or repeated along its first dimension. Random states are left as they were, and
-    the dataset is read through a copy (see ``borrowed``).
+    ``IterableDataset``). A batch is cut or repeated along its first dimension. Random states stay as they were, and the
+    dataset is read through a copy (see ``borrowed``).
 
     >>> loader = DataLoader([torch.zeros(3)] * 10, batch_size=4)
     >>> [(size, tuple(batch.shape)) for size, batch in read_samples(loader).batches()]
@@ -89,7 +85,7 @@ def read_samples(source: Any, sample: Which = "first", sample_size: int = SAMPLE
     [(2, 8), (3, 8), (5, 8)]
 
     Raises:
-        ValueError: the dataset has length 0, no tensor's first dimension can be the batch, or the source is an
+        ValueError: The dataset has length 0, no tensor's first dimension can be the batch, or the source is an
             iterator, which would lose the batch that is read.
     """
     notes: dict[str, None] = {}
@@ -99,27 +95,33 @@ def read_samples(source: Any, sample: Which = "first", sample_size: int = SAMPLE
 
 
 def check_sample(sample: object, sample_size: object) -> None:
-    """Raise ValueError unless these are arguments of ``read_samples``."""
-    if sample not in _WHICH:
-        raise ValueError(f"sample is one of {', '.join(map(repr, _WHICH))}, not {sample!r}")
+    """Check the arguments of ``read_samples``.
+
+    Raises:
+        ValueError: ``sample`` is unknown, or ``sample_size`` is no positive int.
+    """
+    if sample not in get_args(Which):
+        raise ValueError(f"sample is one of {', '.join(map(repr, get_args(Which)))}, not {sample!r}")
     if not isinstance(sample_size, int) or isinstance(sample_size, bool) or sample_size < 1:
         raise ValueError(f"sample_size is the number of samples to look at, an int of at least 1, not {sample_size!r}")
 
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """How samples are looked for, and what is noted on the way."""
+    """Which samples to look at."""
 
     sample: Which
     sample_size: int
-    notes: dict[str, None]
+    notes: dict[str, None]  #: remarks that were made while looking, in order
 
     @property
     def count(self) -> int:
+        """Number of samples to look at."""
         return _FIRST if self.sample == "first" else self.sample_size
 
     @property
-    def said(self) -> str:
+    def text(self) -> str:
+        """The samples to look at, in words."""
         if self.sample == "first":
             return f"the first {_FIRST} (sample='largest' looks at more)"
         return f"the {self.sample_size} that were looked at"
@@ -147,7 +149,7 @@ def _from_batch(batch: Any) -> _Make:
     return lambda wanted: resized(batch, size, wanted)
 
 
-def _is_batch(thing: Any) -> bool:
+def _is_batch(thing: object) -> bool:
     return any(leaf.dim() for leaf in (*tensors(thing), *hidden_tensors(thing)))
 
 
@@ -163,7 +165,7 @@ def _from_loader(loader: DataLoader[Any], look: _Look) -> _Make:
     items = _items(loader, look.count, spread=look.sample == "largest")
 
     def collated(samples: Sequence[Any]) -> Any:
-        with isolated_random_state():  # a collate_fn that draws sizes draws the same for each
+        with isolated_random_state():  # a collate_fn with random sizes draws the same for every batch
             return loader.collate_fn([_own(sample) for sample in samples])
 
     if len({_outline(item) for item in items}) > 1:
@@ -172,13 +174,13 @@ def _from_loader(loader: DataLoader[Any], look: _Look) -> _Make:
             items = [items[sizes.index(max(sizes))]]
             look.notes[
                 f"samples differ in size ({format_bytes(min(sizes))} to {format_bytes(max(sizes))}): planned for "
-                f"batches of the largest of {look.said}"
+                f"batches of the largest of {look.text}"
             ] = None
     return lambda size: collated(list(itertools.islice(itertools.cycle(items), size)))
 
 
 def _items(loader: DataLoader[Any], count: int, *, spread: bool) -> list[Any]:
-    """What the loader's dataset gives: its first ones, or as many at equal distances over the whole of it."""
+    """Return ``count`` items of the loader's dataset: the first ones, or at equal distances over all of it."""
     dataset = borrowed(loader.dataset)
     if isinstance(dataset, IterableDataset):
         items = list(itertools.islice(dataset, count))
@@ -189,7 +191,7 @@ def _items(loader: DataLoader[Any], count: int, *, spread: bool) -> list[Any]:
         step = max(1, length // count) if spread else 1
         try:
             items = [dataset[index] for index in range(0, min(length, count * step), step)]
-        except (KeyError, TypeError, IndexError):  # its indices are no numbers: a sampler has them
+        except (KeyError, TypeError, IndexError):  # its keys are no numbers: ask the sampler
             batches = loader.batch_sampler
             indices = borrowed(loader.sampler) if batches is None else itertools.chain.from_iterable(borrowed(batches))
             items = [dataset[index] for index in itertools.islice(indices, count)]
@@ -199,25 +201,25 @@ def _items(loader: DataLoader[Any], count: int, *, spread: bool) -> list[Any]:
 
 
 def _own(sample: Any) -> Any:
-    """The sample for one use, since a collate_fn may take things out of it."""
+    """Return a copy of the sample for one use: a collate_fn may take entries out of it."""
     return copy.copy(sample) if isinstance(sample, (dict, list)) else sample
 
 
-def _outline(thing: Any) -> Any:
-    """What a sample's size depends on: the shapes and lengths of its parts."""
+def _outline(thing: object) -> Hashable:
+    """Return the shapes and lengths of a sample's parts, which decide its size."""
     if isinstance(thing, (str, bytes)):
         return len(thing)
     if isinstance(thing, Mapping):
         return tuple((key, _outline(value)) for key, value in thing.items())
     if isinstance(thing, (list, tuple)):
         return tuple(map(_outline, thing))
-    shape = getattr(thing, "shape", getattr(thing, "size", None))  # of tensors and arrays, of PIL's images
+    shape = getattr(thing, "shape", getattr(thing, "size", None))  # tensors and arrays; images of PIL
     if isinstance(shape, (tuple, torch.Size)):
         return tuple(shape)
     return tuple(tuple(tensor.shape) for tensor in tensors_of(thing))
 
 
-def _bytes_of(batch: Any) -> int:
+def _bytes_of(batch: object) -> int:
     return sum(t.numel() * t.element_size() for t in tensors_of(batch))
 
 
@@ -227,7 +229,7 @@ def _is_collection(source: Any) -> bool:
 
 
 def _from_collection(source: Any, look: _Look) -> _Make:
-    """A batch of each loader, in the shape of the collection; the largest where one loader comes after the other."""
+    """Make a batch of each loader, in the shape of the collection; the largest one if loaders are read in sequence."""
     loaders = source.iterables if is_combined_loader(source) else source
     makers = [(_maker(loader, look), share_of(loader, source)) for loader in tree_leaves(loaders)]
 
@@ -235,7 +237,7 @@ def _from_collection(source: Any, look: _Look) -> _Make:
         batches = iter([one(max(1, int(size * share))) for one, share in makers])
         return tree_map(lambda loader: next(batches), loaders)
 
-    if is_combined_loader(source) and source._mode == "sequential":
+    if combined_mode(source) == "sequential":
         largest, share = max(makers, key=lambda maker: _bytes_of(maker[0](1)) * maker[1])
         return lambda size: largest(max(1, int(size * share)))
     return make

@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 
-# --- peaks
 class AllocatorStats(NamedTuple):
-    """What the allocator of a CUDA device reports: bytes, and counts since the process began."""
+    """Figures of a CUDA device's allocator: bytes, and counts since the process began."""
 
     allocated: int = 0
     peak_allocated: int = 0
     peak_reserved: int = 0
-    retries: int = 0  #: times that it gave back its cache to serve a request
-    device_allocations: int = 0  #: times that it asked the card for memory (cudaMalloc)
+    retries: int = 0  #: times that it freed its cache to serve a request
+    device_allocations: int = 0  #: times that it called cudaMalloc
 
 
-#: What ``torch.cuda.memory_stats_as_nested_dict`` and ``reset_peak_memory_stats`` call in the end (torch 2.4 to 2.14):
-#: in the midst of a training step each Python function on the way costs as much as a third of the reading itself.
-#: They raise RuntimeError before CUDA is initialised. Where torch has none of that name, the public functions.
-_STATS: Callable[[int], dict[str, Any]] = getattr(torch._C, "_cuda_memoryStats", torch.cuda.memory_stats_as_nested_dict)
-
-
+#: The functions behind ``torch.cuda.memory_stats_as_nested_dict`` and ``reset_peak_memory_stats`` (torch 2.4 to 2.14).
+#: In the middle of a training step, each Python function around them costs a third of the reading itself. They raise
+#: RuntimeError before CUDA is initialised. If torch has none of that name, use the public functions.
+_STATS: Callable[[int], Mapping[str, Any]] = getattr(
+    torch._C, "_cuda_memoryStats", torch.cuda.memory_stats_as_nested_dict
+)
 _RESET: Callable[[int], None] = getattr(torch._C, "_cuda_resetPeakMemoryStats", lambda _: None)
 
 
 def reset_peaks(index: int) -> None:
-    """Let the peaks of a CUDA device begin anew, at what is allocated and reserved now.
+    """Reset the peaks of a CUDA device to the bytes allocated and reserved at this moment.
 
     >>> reset_peaks(0)
-    >>> read_stats(0).peak_allocated >= 0  # from here on
+    >>> read_stats(0).peak_allocated >= 0  # since the reset
     True
 
-    The allocator keeps its books on the host: nothing waits for the device, and it takes less than a microsecond.
-    Before CUDA is initialised there are no peaks, and nothing is done.
+    The allocator keeps its statistics on the host, so nothing waits for the device. It takes less than a microsecond.
+    Before CUDA is initialised there are no peaks, and this does nothing.
     """
     try:
         _RESET(index)
@@ -46,14 +45,14 @@ def reset_peaks(index: int) -> None:
 
 
 def read_stats(index: int) -> AllocatorStats:
-    """The allocator's figures, peaks since ``reset_peaks``; all 0 before CUDA is initialised.
+    """Return the allocator's figures, with peaks since ``reset_peaks``; all are 0 before CUDA is initialised.
 
     >>> stats = read_stats(0)
     >>> 0 <= stats.peak_allocated <= stats.peak_reserved
     True
 
-    Nothing waits for the device. One query for all takes about 10 microseconds; ``torch.cuda.max_memory_allocated``
-    and ``max_memory_reserved`` take about 65 each, since either sorts all statistics into one flat dictionary.
+    Nothing waits for the device. One query takes about 10 microseconds; ``torch.cuda.max_memory_allocated`` and
+    ``max_memory_reserved`` take about 65 each, since each of them flattens and sorts all statistics.
     """
     try:
         stats = _STATS(index)
@@ -74,7 +73,7 @@ def read_stats(index: int) -> AllocatorStats:
 
 
 def read_peaks(index: int) -> tuple[int, int]:
-    """Peak bytes allocated and reserved on a CUDA device since ``reset_peaks``; (0, 0) before CUDA is initialised.
+    """Return the peak bytes allocated and reserved since ``reset_peaks``; (0, 0) before CUDA is initialised.
 
     >>> allocated, reserved = read_peaks(0)
     >>> 0 <= allocated <= reserved

@@ -1,4 +1,4 @@
-"""Find the GPUs of this machine and the host's memory, in bytes that a process can have."""
+"""Find the GPUs of this machine and the host's memory, and how many bytes a process can have of each."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import torch
 from lightning_memplan.types import Device
 from lightning_memplan.units import KiB, MiB
 
-#: What a process's CUDA context takes of a card before its allocator gets any. Since CUDA 11.7, which loads kernels
-#: when they are first called (``CUDA_MODULE_LOADING=LAZY``): 300 to 450 MiB by card and driver, of which the upper end.
+#: Bytes that a process's CUDA context takes on a GPU before its allocator gets any. It takes 300 to 450 MiB, by GPU and
+#: driver, since CUDA 11.7 loads kernels on their first call (``CUDA_MODULE_LOADING=LAZY``). This is the upper end.
 CONTEXT = 450 * MiB
 
 
 def detect_devices() -> tuple[Device, ...]:
-    """The CUDA devices that this process can use, in torch's order; none is an empty tuple.
+    """Return the CUDA devices that this process can use, in torch's order.
 
-    CUDA is not initialised by asking, but where only CUDA can tell: there is no NVML; a card is cut into MIG instances;
-    or cards of different types are in the machine, and neither ``CUDA_DEVICE_ORDER=PCI_BUS_ID`` nor UUIDs in
-    ``CUDA_VISIBLE_DEVICES`` say which comes first.
+    This initialises CUDA only if nothing else can tell: without NVML; with a GPU that is split into MIG instances; or
+    with GPUs of different types, unless ``CUDA_DEVICE_ORDER=PCI_BUS_ID`` or UUIDs in ``CUDA_VISIBLE_DEVICES`` define
+    their order.
 
     >>> devices = detect_devices()
     >>> [device.index for device in devices] == list(range(len(devices)))
@@ -35,13 +35,13 @@ def detect_devices() -> tuple[Device, ...]:
     True
 
     Returns:
-        One device each, bytes throughout. ``total`` is CUDA's; ``free`` what no other process holds, and so does not
-        shrink by what this process holds (``None`` where nothing says: then ``total`` counts); ``context`` what this
-        process's CUDA context takes: ``CONTEXT`` before there is one, after that whatever of this process's bytes is
-        not the allocator's; ``limit`` what ``torch.cuda.set_per_process_memory_fraction`` allows.
+        One ``Device`` each, in bytes. ``total`` is CUDA's figure. ``free`` is what no other process holds, so it does
+        not shrink with this process; it is ``None`` if unknown. ``context`` is ``CONTEXT`` before this process has a
+        CUDA context, and after that all bytes of this process that are not the allocator's. ``limit`` is what
+        ``torch.cuda.set_per_process_memory_fraction`` allows.
 
-    Source: NVML's device queries (docs.nvidia.com/deploy/nvml-api); ``CUDA_VISIBLE_DEVICES``, ``CUDA_DEVICE_ORDER`` as
-    the CUDA C++ Programming Guide defines them in "CUDA Environment Variables".
+    Source: NVML's device queries (docs.nvidia.com/deploy/nvml-api); ``CUDA_VISIBLE_DEVICES`` and ``CUDA_DEVICE_ORDER``
+    in the CUDA C++ Programming Guide, "CUDA Environment Variables".
     """
     if torch.version.cuda is None and torch.version.hip is None:
         return ()
@@ -50,7 +50,7 @@ def detect_devices() -> tuple[Device, ...]:
             if nvml is not None and (found := _from_nvml(nvml)) is not None:
                 return found
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own words about a missing driver: no devices is the answer
+        warnings.simplefilter("ignore")  # torch warns about a missing driver, which means no devices
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return tuple(_from_torch(index) for index in range(count))
 
@@ -58,7 +58,7 @@ def detect_devices() -> tuple[Device, ...]:
 # --- NVML
 @contextmanager
 def _nvml() -> Iterator[Any]:
-    """The pynvml module between its init and shutdown; None where it or the driver is missing."""
+    """Yield the pynvml module between its init and shutdown; None if it or the driver is missing."""
     try:
         import pynvml
     except ImportError:
@@ -76,7 +76,7 @@ def _nvml() -> Iterator[Any]:
 
 
 def _from_nvml(nvml: Any) -> tuple[Device, ...] | None:
-    """The visible devices; None where NVML does not know them."""
+    """Return the visible devices, None if NVML does not know them."""
     try:
         handles = None if torch.cuda.is_initialized() else _visible_handles(nvml)
         if handles is None:
@@ -90,7 +90,7 @@ def _from_nvml(nvml: Any) -> tuple[Device, ...] | None:
 
 
 def _handle_of(nvml: Any, index: int) -> Any:
-    """NVML's handle of torch's device, by its UUID; CUDA is initialised."""
+    """Return NVML's handle of torch's device, by its UUID. CUDA must be initialised."""
     uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)  # older versions of torch have none
     try:
         return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
@@ -99,36 +99,36 @@ def _handle_of(nvml: Any, index: int) -> Any:
 
 
 def _visible_handles(nvml: Any) -> list[Any] | None:
-    """NVML's handles of the devices that CUDA will number 0, 1, ...; None where only CUDA can tell."""
+    """Return NVML's handles of the devices that CUDA will number 0, 1, ..., None if only CUDA can tell."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.startswith("MIG-"):
         return [nvml.nvmlDeviceGetHandleByUUID(uuid.strip()) for uuid in visible.split(",")]
     if visible == "":
         return []
-    cards = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-    if any(_is_partitioned(nvml, card) for card in cards):
+    handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+    if any(_is_partitioned(nvml, handle) for handle in handles):
         return None
-    # By default CUDA numbers the card first that it takes for the fastest, by a rule that is not published; NVML and
-    # CUDA_DEVICE_ORDER=PCI_BUS_ID number them as they are plugged in. With cards of one type that is the same.
+    # By default CUDA puts the fastest GPU first, by an unpublished rule. NVML and CUDA_DEVICE_ORDER=PCI_BUS_ID number
+    # GPUs by their slots. With GPUs of one type, both orders are the same.
     numbered = not (visible or "0").startswith("GPU-") and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID"
-    if numbered and len({nvml.nvmlDeviceGetName(card) for card in cards}) > 1:
+    if numbered and len({nvml.nvmlDeviceGetName(handle) for handle in handles}) > 1:
         return None
-    uuids = [_text(nvml.nvmlDeviceGetUUID(card)) for card in cards]
-    return [cards[index] for index in visible_indexes(visible, uuids)]
+    uuids = [_text(nvml.nvmlDeviceGetUUID(handle)) for handle in handles]
+    return [handles[index] for index in visible_indexes(visible, uuids)]
 
 
-def _is_partitioned(nvml: Any, card: Any) -> bool:
-    """Whether the card is cut into MIG instances, of which CUDA then sees one."""
+def _is_partitioned(nvml: Any, handle: Any) -> bool:
+    """Return True if the GPU is split into MIG instances, of which CUDA sees only one."""
     try:
-        return bool(nvml.nvmlDeviceGetMigMode(card)[0] == nvml.NVML_DEVICE_MIG_ENABLE)
+        return bool(nvml.nvmlDeviceGetMigMode(handle)[0] == nvml.NVML_DEVICE_MIG_ENABLE)
     except nvml.NVMLError:
         return False
 
 
 def visible_indexes(variable: str | None, uuids: Sequence[str]) -> tuple[int, ...]:
-    """Which cards ``CUDA_VISIBLE_DEVICES`` leaves, in its order: numbers, or UUIDs or the beginnings of such.
+    """Return the GPUs that ``CUDA_VISIBLE_DEVICES`` selects, in its order: by number, or by UUID or its beginning.
 
-    The first entry that names no card, or more than one, ends the list; a card named twice empties it.
+    The first entry that names no GPU, or several, ends the list. A GPU that is named twice empties the list.
 
     >>> uuids = ["GPU-1f3a", "GPU-97c0", "GPU-9b11"]
     >>> visible_indexes(None, uuids), visible_indexes("", uuids), visible_indexes("2,0", uuids)
@@ -144,7 +144,7 @@ def visible_indexes(variable: str | None, uuids: Sequence[str]) -> tuple[int, ..
         if by_uuid:
             matches = [i for i, uuid in enumerate(uuids) if entry.startswith("GPU-") and uuid.startswith(entry)]
         else:
-            number = re.match(r"\s*\+?(\d+)", entry)  # as strtoul reads: what follows the digits does not count
+            number = re.match(r"\s*\+?(\d+)", entry)  # as strtoul does, ignore everything after the digits
             matches = [int(number[1])] if number and int(number[1]) < len(uuids) else []
         if len(matches) != 1:
             break
@@ -158,7 +158,7 @@ def _device_of(nvml: Any, handle: Any, index: int) -> Device:
     try:
         memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
         total = int(memory.total - memory.reserved)
-    except nvml.NVMLError:  # drivers before 510 do not tell what is reserved
+    except nvml.NVMLError:  # drivers before 510 do not report reserved bytes
         memory = nvml.nvmlDeviceGetMemoryInfo(handle)
         total = int(memory.total)
     limit = None
@@ -183,9 +183,9 @@ def _device_of(nvml: Any, handle: Any, index: int) -> Device:
 
 
 def _bytes_of_this_process(nvml: Any, handle: Any) -> int | None:
-    """Bytes that NVML books on this process; None where it lists it not, or without bytes.
+    """Return the bytes that NVML attributes to this process, None if it does not list the process or its bytes.
 
-    In a container NVML may list the host's process numbers, and on Windows it gives no bytes.
+    In a container NVML may list the host's process ids. On Windows it reports no bytes.
     """
     try:
         processes = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
@@ -195,7 +195,7 @@ def _bytes_of_this_process(nvml: Any, handle: Any) -> int | None:
 
 
 def driver_version() -> str:
-    """The version of NVIDIA's driver; empty where NVML does not tell.
+    """Return the version of NVIDIA's driver, "" if NVML does not tell.
 
     >>> isinstance(driver_version(), str)
     True
@@ -210,9 +210,10 @@ def _text(value: str | bytes) -> str:
 
 # --- torch.cuda
 def _from_torch(index: int) -> Device:
-    """A device as torch.cuda alone describes it.
+    """Describe a device by torch.cuda alone.
 
-    Only a context can tell what is free. None is made for that but on the current device, which will get one anyway.
+    Only a CUDA context can tell what is free. The current device gets a context for that, as it will need one anyway;
+    other devices do not.
     """
     properties = torch.cuda.get_device_properties(index)
     total = int(properties.total_memory)
@@ -233,8 +234,9 @@ def _from_torch(index: int) -> Device:
 
 
 def _shared_with_context(index: int, total: int, ours: int | None) -> tuple[int, int]:
-    """``free`` and ``context`` of a device on which this process has a context: their difference is what the card has
-    free now, and what the allocator holds already.
+    """Return ``free`` and ``context`` of a device on which this process has a context.
+
+    Their difference is the memory free at this moment plus that which the allocator holds.
     """
     available = torch.cuda.mem_get_info(index)[0]
     reserved = torch.cuda.memory_reserved(index)
@@ -244,9 +246,9 @@ def _shared_with_context(index: int, total: int, ours: int | None) -> tuple[int,
 
 
 def _has_context(index: int) -> bool:
-    """Whether this process has a CUDA context on the device: asking in any public way would make one.
+    """Return True if this process has a CUDA context on the device; do not make one.
 
-    torch has no public name for this; ``torch._C._cuda_hasPrimaryContext`` was checked in 2.15.
+    torch has no public function for this. ``torch._C._cuda_hasPrimaryContext`` was checked in 2.15.
     """
     if torch.cuda.memory_reserved(index) > 0:
         return True
@@ -255,17 +257,17 @@ def _has_context(index: int) -> bool:
 
 
 def _limit(index: int, total: int) -> int | None:
-    """Bytes that ``torch.cuda.set_per_process_memory_fraction`` leaves the allocator (rounded down); None for all."""
-    ask = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # older versions of torch cannot say
+    """Return the bytes that ``torch.cuda.set_per_process_memory_fraction`` allows, rounded down; None for all."""
+    ask = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # older versions of torch lack it
     fraction = 1.0 if ask is None else float(ask(index))
     return int(fraction * total) if fraction < 1.0 else None
 
 
-class CardMeter:
-    """Asks NVML for the bytes of a card; ``read`` gives (None, None) where there is no NVML. CUDA is initialised.
+class NvmlMeter:
+    """Ask NVML for the bytes in use on a GPU, after CUDA is initialised; ``read`` returns (None, None) without NVML.
 
-    >>> meter = CardMeter(0)
-    >>> process, card = meter.read()
+    >>> meter = NvmlMeter(0)
+    >>> process, used = meter.read()
     >>> meter.close()
     """
 
@@ -274,11 +276,11 @@ class CardMeter:
         self._nvml = self._closing.enter_context(_nvml())
         try:
             self._handle = None if self._nvml is None else _handle_of(self._nvml, index)
-        except (self._nvml.NVMLError, RuntimeError, AssertionError):  # torch's own errors where there is no such device
+        except (self._nvml.NVMLError, RuntimeError, AssertionError):  # torch's own errors for a missing device
             self._handle = None
 
     def read(self) -> tuple[int | None, int | None]:
-        """Bytes booked on this process (None where NVML does not list it), and bytes in use on the card."""
+        """Return the bytes of this process, None if NVML does not list it, and the bytes in use on the GPU."""
         if self._handle is None:
             return None, None
         try:
@@ -288,18 +290,19 @@ class CardMeter:
         return _bytes_of_this_process(self._nvml, self._handle), used
 
     def close(self) -> None:
+        """Shut NVML down."""
         self._closing.close()
 
 
 # --- the host
 def cpu_device() -> Device:
-    """The host as a device: its memory, and what of it is available now.
+    """Return the host as a device: its memory, and how much of it is available.
 
     >>> host = cpu_device()
     >>> host.kind, host.context, 0 < host.capacity <= host.total
     ('cpu', 0, True)
 
-    What a container (control group, version 1 or 2) allows counts in place of the machine's, where that is less.
+    In a container, the limits of its control groups (version 1 or 2) count if they are lower than the machine's.
     """
     total, available = _host_memory()
     for limit, used in _control_groups():
@@ -308,7 +311,7 @@ def cpu_device() -> Device:
 
 
 def _host_memory(meminfo: Path = Path("/proc/meminfo")) -> tuple[int, int]:
-    """Total and available bytes: psutil, else Linux's own table, else the total for both."""
+    """Return total and available bytes, by psutil or Linux's /proc/meminfo; without either, the total for both."""
     try:
         import psutil
     except ImportError:
@@ -327,9 +330,9 @@ def _host_memory(meminfo: Path = Path("/proc/meminfo")) -> tuple[int, int]:
 def _control_groups(
     proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> list[tuple[int, int]]:
-    """Limit and used bytes of every control group that this process is in and that has a limit.
+    """Return limit and used bytes of every control group with a limit that this process is in.
 
-    Cached pages of files that the kernel would give up (``inactive_file``) do not count as used.
+    Cached file pages that the kernel would drop (``inactive_file``) do not count as used.
     """
     try:
         lines = proc.read_text().splitlines()

@@ -1,4 +1,7 @@
-"""Lightning under either of its two names: ``pytorch_lightning`` and ``lightning.pytorch``."""
+"""Import Lightning under either of its two names: ``pytorch_lightning`` and ``lightning.pytorch``.
+
+Private interfaces of Lightning were checked in 2.6.6; tests/test_lightning.py fails where one of them moves.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,15 @@ from abc import ABC
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection as apply_to_collection
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule
+
+T = TypeVar("T")
 
 
 def _installed() -> tuple[ModuleType, ...]:
@@ -40,15 +45,16 @@ else:
 
 
 def is_lightning_module(thing: object) -> bool:
-    """Whether ``thing`` is a LightningModule of either name."""
+    """Return True for a LightningModule of either name."""
     return any(isinstance(thing, flavour.LightningModule) for flavour in FLAVOURS)
 
 
 def as_lightning_module(module: Any) -> Any:
-    """A LightningModule that ``torch.compile`` wrapped, with its steps compiled, as a Trainer unwraps it: on a shallow
-    copy. Any other module is itself.
+    """Unwrap a LightningModule that ``torch.compile`` wrapped; return any other module as it is.
 
-    Source: pytorch_lightning/utilities/compile.py (2.6), ``from_compiled``.
+    The result is a shallow copy with compiled steps, as a Trainer unwraps it.
+
+    Source: pytorch_lightning/utilities/compile.py (2.6.6), ``from_compiled``, which writes ``_compiler_ctx``.
     """
     own = getattr(module, "_orig_mod", None)
     if not is_lightning_module(own):
@@ -61,12 +67,12 @@ def as_lightning_module(module: Any) -> Any:
 
 
 def is_datamodule(thing: object) -> bool:
-    """Whether ``thing`` is a LightningDataModule of either name."""
+    """Return True for a LightningDataModule of either name."""
     return any(isinstance(thing, flavour.LightningDataModule) for flavour in FLAVOURS)
 
 
 def is_overridden(method: str, thing: object) -> bool:
-    """Whether the user's LightningModule or LightningDataModule defines ``method`` itself."""
+    """Return True if the user's LightningModule or LightningDataModule defines ``method`` itself."""
     for flavour in FLAVOURS:
         for base in (flavour.LightningModule, flavour.LightningDataModule):
             if isinstance(thing, base):
@@ -76,17 +82,17 @@ def is_overridden(method: str, thing: object) -> bool:
 
 
 def misconfiguration(message: str) -> Exception:
-    """Lightning's own MisconfigurationException."""
+    """Return a MisconfigurationException of Lightning's."""
     utilities = importlib.import_module(f"{FLAVOURS[0].__name__}.utilities.exceptions")
     return utilities.MisconfigurationException(message)  # type: ignore[no-any-return]
 
 
 @contextmanager
 def isolated_random_state() -> Iterator[None]:
-    """The random states of Python, NumPy and torch as they were, whatever happens inside; CUDA is not touched."""
-    from lightning_fabric.utilities.seed import _collect_rng_states, _set_rng_states
+    """Restore the random states of Python, NumPy and torch (not CUDA) on exit, even after an error."""
+    from lightning_fabric.utilities.seed import _set_rng_states
 
-    states = _collect_rng_states(include_cuda=False)
+    states = _random_states()
     try:
         yield
     finally:
@@ -94,22 +100,34 @@ def isolated_random_state() -> Iterator[None]:
 
 
 def random_states() -> bytes:
-    """Where Python's and NumPy's random numbers are."""
-    from lightning_fabric.utilities.seed import _collect_rng_states
-
-    states = _collect_rng_states(include_cuda=False)
+    """Return the random states of Python and NumPy as bytes that can be compared."""
+    states = _random_states()
     return pickle.dumps([states[name] for name in ("python", "numpy") if name in states])
 
 
+def _random_states() -> dict[str, Any]:
+    """Return the random states by library: "torch", "python", and "numpy" if it is installed.
+
+    Source: lightning_fabric/utilities/seed.py (2.6.6), ``_collect_rng_states`` and its inverse ``_set_rng_states``.
+    """
+    from lightning_fabric.utilities.seed import _collect_rng_states
+
+    return _collect_rng_states(include_cuda=False)
+
+
 def move_to_device(batch: Any, device: torch.device) -> Any:
-    """A batch, moved as Lightning moves it (lightning_fabric/utilities/apply_func.py). The one that is given stays
-    where it is: graphs move themselves."""
+    """Return the batch on ``device``, moved as Lightning moves it; leave the given batch where it is.
+
+    Batches that move themselves, such as graphs, are copied first.
+
+    Source: lightning_fabric/utilities/apply_func.py (2.6.6), ``move_data_to_device``.
+    """
     utilities = importlib.import_module(f"{FLAVOURS[0].__name__}.utilities")
     return utilities.move_data_to_device(apply_to_collection(batch, _MovesItself, copy.copy), device)
 
 
-class _MovesItself(ABC):  # noqa: B024 - it says what there is, and asks for nothing
-    """What may change itself in its ``to(device)`` (torch_geometric's ``Data``, transformers' ``BatchEncoding``)."""
+class _MovesItself(ABC):  # noqa: B024 - a structural type, without abstract methods
+    """Any class with a ``to(device)`` that may move it in place, as torch_geometric's ``Data`` does."""
 
     @classmethod
     def __subclasshook__(cls, kind: type) -> bool:
@@ -117,7 +135,10 @@ class _MovesItself(ABC):  # noqa: B024 - it says what there is, and asks for not
 
 
 def configured_optimizers(module: LightningModule) -> tuple[list[torch.optim.Optimizer], list[Any]]:
-    """Optimizers and schedulers that ``configure_optimizers`` returns, in any of the forms that Lightning accepts."""
+    """Return the optimizers and schedulers of ``configure_optimizers``, in any of the forms that Lightning accepts.
+
+    Source: pytorch_lightning/core/optimizer.py (2.6.6), ``_configure_optimizers``.
+    """
     name = next(f.__name__ for f in FLAVOURS if isinstance(module, f.LightningModule))
     parse = importlib.import_module(f"{name}.core.optimizer")._configure_optimizers
     configured = module.configure_optimizers()
@@ -126,18 +147,18 @@ def configured_optimizers(module: LightningModule) -> tuple[list[torch.optim.Opt
 
 
 def is_combined_loader(thing: object) -> bool:
-    """Whether ``thing`` is a CombinedLoader of either name."""
+    """Return True for a CombinedLoader of either name."""
     utilities = (importlib.import_module(f"{flavour.__name__}.utilities.combined_loader") for flavour in FLAVOURS)
     return any(isinstance(thing, module.CombinedLoader) for module in utilities)
 
 
 def agree_on_smallest(batch_size: int) -> int:
-    """The smallest of what all ranks found; itself where there is one process."""
-    return min(int(size) for size in over_ranks(batch_size))
+    """Return the smallest batch size of all ranks. Every rank must call it."""
+    return min(over_ranks(batch_size))
 
 
-def over_ranks(value: Any) -> list[Any]:
-    """What each rank has, in their order; every rank must ask."""
+def over_ranks(value: T) -> list[T]:
+    """Return the value of each rank, in the order of ranks. Every rank must call it."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()

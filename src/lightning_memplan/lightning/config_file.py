@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_memplan.lightning.compat import FLAVOURS
 
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningDataModule, LightningModule
+
 
 def read_cli_config(
-    path: str, module: type[Any] | None = None, datamodule: type[Any] | None = None
-) -> tuple[Any, Any, dict[str, Any]]:
-    """The module and the datamodule that a LightningCLI's YAML names, made, and the Trainer's settings as they stand.
+    path: str, module: type[LightningModule] | None = None, datamodule: type[LightningDataModule] | None = None
+) -> tuple[LightningModule, LightningDataModule | None, dict[str, Any]]:
+    """Return the module and datamodule that a LightningCLI's YAML describes, and the Trainer's settings.
 
-    No Trainer is made, so the YAML may name accelerators that are not here. Classes are given where it does not name
-    them. ``_run_subcommand`` is LightningCLI's own, which would fit.
+    No Trainer is made, so the YAML may name accelerators that this machine lacks. Pass ``module`` and ``datamodule``
+    where the YAML does not name their classes.
+
+    Source: pytorch_lightning/cli.py (2.6.6), ``LightningCLI``: ``instantiate_trainer`` makes the Trainer,
+    ``_run_subcommand`` would fit.
 
     Raises:
         ValueError: LightningCLI cannot read the file; says what is wrong with it.
@@ -46,5 +52,5 @@ def read_cli_config(
         )
     except jsonargparse.ArgumentError as error:
         raise ValueError(f"LightningCLI cannot read {path}: {error}") from error
-    strategy = read.config_init["fit"]["trainer"].get("strategy")  # made, where the YAML has its class
+    strategy = read.config_init["fit"]["trainer"].get("strategy")  # an object, if the YAML has its class
     return read.model, read.datamodule, {**read.config["fit"]["trainer"], "strategy": strategy}

@@ -1,11 +1,14 @@
-"""Find and replace a Trainer's loaders."""
+"""Find and replace a Trainer's loaders.
+
+Private interfaces of Lightning were checked in 2.6.6; tests/test_lightning.py fails where one of them moves.
+"""
 
 from __future__ import annotations
 
 import copy
 import importlib
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning_memplan.lightning.compat import (
     FLAVOURS,
@@ -15,21 +18,23 @@ from lightning_memplan.lightning.compat import (
     isolated_random_state,
 )
 
-Phase = Literal["train", "val", "test"]  #: whose loaders
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningDataModule, Trainer
+    from torch import nn
+
+Phase = Literal["train", "val", "test"]  #: names a Trainer's loaders, by the loop that reads them
 
 
-def _loop(trainer: Any, phase: Phase) -> Any:
-    loops = {"train": trainer.fit_loop, "val": trainer.fit_loop.epoch_loop.val_loop, "test": trainer.test_loop}
-    return loops[phase]
+# ------------------------------------------------------------------------------------------------ a Trainer's loaders
+def loader_source(
+    trainer: Trainer, module: Callable[[], nn.Module], datamodule: LightningDataModule | None, phase: Phase = "train"
+) -> Any:
+    """Return the loaders that the Trainer trains, validates or tests on: those passed to it, or those a hook makes.
 
-
-def loader_source(trainer: Any, module: Callable[[], Any], datamodule: Any, phase: Phase = "train") -> Any:
-    """What the Trainer trains, validates or tests on: the loaders that were passed, or those that a hook makes.
-
-    ``module`` gives the module as it is when its ``setup`` has run. It, or the datamodule, is asked on a shallow copy.
-    Validation and tests take one loader after the other, which a CombinedLoader says.
+    ``module`` returns the module after its ``setup`` has run. The hook is called on a shallow copy of that module, or
+    of the datamodule. Validation and tests read one loader after the other: their loaders come as a CombinedLoader.
     """
-    source = _loop(trainer, phase)._data_source.instance
+    source = _data_source(trainer, phase).instance
     if loaders_are_made(trainer, phase):
         with isolated_random_state():
             made = datamodule if is_datamodule(source) else module()
@@ -44,37 +49,18 @@ def loader_source(trainer: Any, module: Callable[[], Any], datamodule: Any, phas
     )
 
 
-def loaders_are_made(trainer: Any, phase: Phase = "train") -> bool:
-    """Whether the loaders are made by a hook of the module's or datamodule's."""
-    source = _loop(trainer, phase)._data_source.instance
+def loaders_are_made(trainer: Trainer, phase: Phase = "train") -> bool:
+    """Return True if a hook of the module or datamodule makes the loaders."""
+    source = _data_source(trainer, phase).instance
     return is_lightning_module(source) or is_datamodule(source)
 
 
-def remember_arguments(copied: Any, **changed: Any) -> None:
-    """Change what Lightning remembers of how a loader or batch sampler was made, on a copy of one.
+def change_loaders(trainer: Trainer, change: Callable[[Any], Any], phase: Phase = "train") -> None:
+    """Make the Trainer use ``change(loaders)`` in place of its loaders. Call it in ``setup``.
 
-    Lightning notes the arguments of those that a hook makes, and makes them anew with these for a distributed sampler
-    (lightning_fabric/utilities/data.py, ``_wrap_init_method``).
+    Loaders that were passed are changed once; loaders that a hook makes, after each call of the hook in this fit.
     """
-    noted = vars(copied)
-    if "__pl_saved_args" not in noted:
-        return
-    names, args, kwargs = noted["__pl_saved_arg_names"], noted["__pl_saved_args"], dict(noted["__pl_saved_kwargs"])
-    for name, value in changed.items():
-        if name in names:
-            place = names.index(name)
-            args = (*args[:place], value, *args[place + 1 :])
-        else:
-            kwargs[name] = value
-    noted.update(__pl_saved_args=args, __pl_saved_kwargs=kwargs)
-
-
-def change_loaders(trainer: Any, change: Callable[[Any], Any], phase: Phase = "train") -> None:
-    """Let the Trainer have ``change(loaders)`` in the place of those that were passed, or that a hook makes.
-
-    What was passed is changed once; what a hook makes, each time it is called in this fit. Call it at ``setup``.
-    """
-    source = _loop(trainer, phase)._data_source
+    source = _data_source(trainer, phase)
     owner = source.instance
     if not loaders_are_made(trainer, phase):
         source.instance = change(owner)
@@ -87,9 +73,9 @@ def change_loaders(trainer: Any, change: Callable[[Any], Any], phase: Phase = "t
     source.dataloader = dataloader
 
 
-def kept_loaders(trainer: Any, phase: Phase = "train") -> Callable[[], None]:
-    """What undoes a ``change_loaders`` that is yet to come."""
-    source = _loop(trainer, phase)._data_source
+def kept_loaders(trainer: Trainer, phase: Phase = "train") -> Callable[[], None]:
+    """Return a function that undoes every later ``change_loaders``."""
+    source = _data_source(trainer, phase)
     before = dict(vars(source))
 
     def put_back() -> None:
@@ -99,12 +85,70 @@ def kept_loaders(trainer: Any, phase: Phase = "train") -> Callable[[], None]:
     return put_back
 
 
-def release_loaders(trainer: Any) -> None:
-    """Undo ``change_loaders`` for the fits to come."""
+def release_loaders(trainer: Trainer) -> None:
+    """Undo ``change_loaders`` for later fits."""
     for phase in get_args(Phase):
-        vars(_loop(trainer, phase)._data_source).pop("dataloader", None)
+        vars(_data_source(trainer, phase)).pop("dataloader", None)
 
 
-def train_loaders(trainer: Any) -> Any:
-    """What the Trainer trains with, once it has begun: a CombinedLoader."""
+def train_loaders(trainer: Trainer) -> Any:
+    """Return the CombinedLoader that the Trainer trains with, once training has begun.
+
+    Source: pytorch_lightning/loops/fit_loop.py (2.6.6), ``setup_data``.
+    """
     return trainer.fit_loop._combined_loader
+
+
+def _data_source(trainer: Trainer, phase: Phase) -> Any:
+    """Return where a loop takes its loaders from, an object with ``instance`` and ``dataloader()``.
+
+    Source: pytorch_lightning/trainer/connectors/data_connector.py (2.6.6), ``_DataLoaderSource``. Training has one
+    source, its validation another, and ``trainer.validate`` and ``trainer.test`` one each.
+    """
+    if phase == "train":
+        return trainer.fit_loop._data_source
+    return trainer.fit_loop.epoch_loop.val_loop._data_source if phase == "val" else trainer.test_loop._data_source
+
+
+# --------------------------------------------------------------------------------------------------- a CombinedLoader
+def combined_mode(source: object) -> str:
+    """Return how a CombinedLoader reads its loaders: "min_size", "max_size", "max_size_cycle" or "sequential".
+
+    Return "" for any other collection.
+
+    Source: pytorch_lightning/utilities/combined_loader.py (2.6.6), ``CombinedLoader._mode``.
+    """
+    return str(source._mode) if is_combined_loader(source) else ""  # type: ignore[attr-defined]
+
+
+def copy_combined(source: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a copy of a CombinedLoader, not yet begun, with each of its loaders changed.
+
+    Source: pytorch_lightning/utilities/combined_loader.py (2.6.6), ``CombinedLoader._iterator``.
+    """
+    own = copy.copy(source)
+    own._iterator = None
+    own.flattened = [change(loader) for loader in source.flattened]
+    return own
+
+
+# ------------------------------------------------------------------------------------------- arguments of a loader
+def remember_arguments(copied: Any, **changed: Any) -> None:
+    """Change the arguments that Lightning has noted for a loader or batch sampler, on a copy of one.
+
+    Lightning notes the arguments of loaders that a hook makes, and uses them to make these loaders anew with a
+    distributed sampler.
+
+    Source: lightning_fabric/utilities/data.py (2.6.6), ``_wrap_init_method``.
+    """
+    noted = vars(copied)
+    if "__pl_saved_args" not in noted:
+        return
+    names, args, kwargs = noted["__pl_saved_arg_names"], noted["__pl_saved_args"], dict(noted["__pl_saved_kwargs"])
+    for name, value in changed.items():
+        if name in names:
+            place = names.index(name)
+            args = (*args[:place], value, *args[place + 1 :])
+        else:
+            kwargs[name] = value
+    noted.update(__pl_saved_args=args, __pl_saved_kwargs=kwargs)

@@ -1,13 +1,16 @@
-"""Read a Trainer: settings, strategy, callbacks."""
+"""Read a Trainer: settings, strategy, callbacks.
+
+Private interfaces of Lightning were checked in 2.6.6; tests/test_lightning.py fails where one of them moves.
+"""
 
 from __future__ import annotations
 
 import copy
 import difflib
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,12 +18,18 @@ from torch import nn
 from lightning_memplan.lightning.compat import FLAVOURS, misconfiguration
 from lightning_memplan.settings import Parallel, StepSettings, parse_precision
 
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+    from pytorch_lightning.callbacks import BaseFinetuning
+    from pytorch_lightning.strategies import Strategy
 
-def trainer_settings(trainer: Any, capability: tuple[int, int] | None = None) -> StepSettings:
-    """How the Trainer runs a step, as far as memory is concerned.
+
+# ----------------------------------------------------------------------------------------------------------- settings
+def trainer_settings(trainer: Trainer, capability: tuple[int, int] | None = None) -> StepSettings:
+    """Return how the Trainer runs a step, on a device of this compute capability.
 
     Raises:
-        ValueError: a precision whose memory is not modelled.
+        ValueError: The precision is one whose memory is not modelled.
     """
     return StepSettings(
         precision=parse_precision(trainer.precision),
@@ -33,12 +42,12 @@ def trainer_settings(trainer: Any, capability: tuple[int, int] | None = None) ->
 
 
 def check_accumulation(effective_batch_size: int, module: Any, trainer: Any, parts: int, ranks: int) -> None:
-    """Raise unless a plan can decide how many batches are accumulated, and each rank can have the same share.
+    """Check that a plan may decide how many batches are accumulated, and that each rank can have an equal share.
 
-    ``parts`` is the number that was asked for otherwise.
+    ``parts`` is the number of accumulated batches that the user has set.
 
     Raises:
-        MisconfigurationException: something else decides it, or there is no equal share.
+        MisconfigurationException: Something else decides the accumulation, or there is no equal share.
     """
     asked = f"effective_batch_size={effective_batch_size} sets accumulate_grad_batches"
     if not getattr(module, "automatic_optimization", True):
@@ -48,10 +57,10 @@ def check_accumulation(effective_batch_size: int, module: Any, trainer: Any, par
         )
     if parts != 1:
         raise misconfiguration(f"{asked}, and it is {parts} already: leave one out")
-    schedulers = tuple(flavour.callbacks.GradientAccumulationScheduler for flavour in FLAVOURS)
+    schedulers = _kinds("callbacks", "GradientAccumulationScheduler")
     if any(isinstance(callback, schedulers) for callback in getattr(trainer, "callbacks", ())):
         raise misconfiguration(f"{asked}, and so does the callback GradientAccumulationScheduler: leave one out")
-    if isinstance(getattr(trainer, "strategy", None), tuple(f.strategies.DeepSpeedStrategy for f in FLAVOURS)):
+    if isinstance(getattr(trainer, "strategy", None), _kinds("strategies", "DeepSpeedStrategy")):
         raise misconfiguration(f"{asked}, and DeepSpeed counts batches by its own configuration: leave it out")
     if effective_batch_size % ranks:
         raise misconfiguration(
@@ -60,21 +69,54 @@ def check_accumulation(effective_batch_size: int, module: Any, trainer: Any, par
         )
 
 
-def parallel_of(trainer: Any) -> Parallel | None:
-    """What the Trainer's strategy wraps around a module, None where that is nothing."""
-    strategy, on_cuda = trainer.strategy, trainer.strategy.root_device.type == "cuda"
-    found = _wrapped_by(strategy, trainer.world_size, on_cuda=on_cuda)
+def cuda_index(trainer: Trainer) -> int | None:
+    """Return the index of the CUDA device on which this process trains, None if it trains elsewhere."""
+    device = trainer.strategy.root_device
+    return (device.index or 0) if device.type == "cuda" else None
+
+
+def validates(trainer: Trainer) -> bool:
+    """Return True if the Trainer validates while it trains."""
+    return bool(trainer.enable_validation)
+
+
+def is_fitting(trainer: Trainer) -> bool:
+    """Return True in ``trainer.fit`` and its validation, False in ``validate``, ``test`` and ``predict``."""
+    return bool(trainer.state.fn == "fit")
+
+
+def batches_into_epoch(checkpoint: Mapping[str, Any]) -> int:
+    """Return how many batches of its epoch a checkpoint has behind it, 0 if it was saved between two epochs.
+
+    Source: pytorch_lightning/loops/progress.py and training_epoch_loop.py (2.6.6).
+    """
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    return 0 if progress.get("is_last_batch", True) else int(progress.get("current", {}).get("processed", 0))
+
+
+# ----------------------------------------------------------------------------------------------------------- strategy
+def parallel_of(trainer: Trainer) -> Parallel | None:
+    """Return what the Trainer's strategy wraps around a module, None if it wraps nothing.
+
+    Source: pytorch_lightning/strategies/ddp.py (2.6.6), ``_get_process_group_backend``; strategy.py, ``_layer_sync``,
+    which only DDP and FSDP apply.
+    """
+    strategy: Any = trainer.strategy
+    found = _wrapped_by(strategy, trainer.world_size, on_cuda=strategy.root_device.type == "cuda")
     if found is None:
         return None
     backend = strategy._get_process_group_backend() if hasattr(strategy, "_get_process_group_backend") else ""
-    sync = getattr(strategy, "_layer_sync", None) if found.kind in ("ddp", "fsdp") else None  # the others ignore it
+    sync = getattr(strategy, "_layer_sync", None) if found.kind in ("ddp", "fsdp") else None
     return replace(found, rank=trainer.global_rank, backend=backend, layer_sync=sync)
 
 
-def parallel_named(strategy: Any, devices: int) -> Parallel | None:
-    """The same of a strategy by its name in Lightning, or a strategy that no Trainer has yet, on so many GPUs.
+def parallel_named(strategy: str | Strategy | None, devices: int) -> Parallel | None:
+    """Return what a strategy wraps around a module on this number of GPUs, before there is a Trainer.
 
-    ``"fsdp2"``, which has no name there, is ``ModelParallelStrategy`` with its data on all of them.
+    Name the strategy as Lightning does; ``"fsdp2"`` stands for ``ModelParallelStrategy`` with its data on all GPUs.
+    With several GPUs, ``None`` means DDP.
+
+    Source: pytorch_lightning/strategies/ddp.py (2.6.6), ``_process_group_backend``.
 
     Raises:
         ValueError: Lightning knows no strategy of that name, or cannot make it here.
@@ -87,12 +129,13 @@ def parallel_named(strategy: Any, devices: int) -> Parallel | None:
     return None if found is None else replace(found, backend=backend)
 
 
-def sharding(units: Iterable[type[nn.Module]]) -> Any:
-    """FSDP whose units are layers of these classes; the whole module is one where there are none."""
-    return FLAVOURS[0].strategies.FSDPStrategy(auto_wrap_policy=set(units) or None)
+def sharding(units: Iterable[type[nn.Module]]) -> Strategy:
+    """Return an FSDP strategy that shards layers of these classes, or the whole module as one if there are none."""
+    strategy: Strategy = FLAVOURS[0].strategies.FSDPStrategy(auto_wrap_policy=set(units) or None)
+    return strategy
 
 
-def _made(name: str, devices: int) -> Any:
+def _made(name: str, devices: int) -> Strategy:
     strategies = importlib.import_module(f"{FLAVOURS[0].__name__}.strategies")
     names = [*strategies.StrategyRegistry, "fsdp2"]
     if name not in names:
@@ -100,124 +143,131 @@ def _made(name: str, devices: int) -> Any:
         raise ValueError(f"Lightning has no strategy {name!r}: try {', '.join(map(repr, near))}")
     try:
         if name == "fsdp2":
-            return strategies.ModelParallelStrategy(data_parallel_size=devices, tensor_parallel_size=1)
-        return strategies.StrategyRegistry.get(name)
+            made = strategies.ModelParallelStrategy(data_parallel_size=devices, tensor_parallel_size=1)
+        else:
+            made = strategies.StrategyRegistry.get(name)
     except Exception as error:
         raise ValueError(f"the strategy {name!r} cannot be made here: {error}") from error
+    strategy: Strategy = made
+    return strategy
 
 
 def _wrapped_by(strategy: Any, ranks: int, *, on_cuda: bool) -> Parallel | None:
-    """Source: pytorch_lightning/strategies/ddp.py, fsdp.py, model_parallel.py and deepspeed.py (2.6)."""
-
-    def has_kind(name: str) -> bool:
-        return any(isinstance(strategy, getattr(flavour.strategies, name)) for flavour in FLAVOURS)
-
-    if has_kind("FSDPStrategy"):
-        arguments = {
-            **strategy.kwargs,
-            "cpu_offload": strategy.cpu_offload,
-            "mixed_precision": strategy.mixed_precision,
-            "sharding_strategy": strategy.sharding_strategy,
-        }
-        mesh = arguments.pop("device_mesh", None)  # of copies, and of shards
-        mesh = mesh.shape if hasattr(mesh, "shape") else mesh
-        shards = mesh[1] if mesh else max(1, ranks // max(1, strategy.num_nodes))
-        checkpointing = strategy._activation_checkpointing_kwargs
-        return Parallel("fsdp", ranks, arguments, checkpointing=checkpointing, shard_ranks=shards)
-    if has_kind("DDPStrategy") and not has_kind("DeepSpeedStrategy"):  # which inherits from it
-        hook = strategy._ddp_comm_hook if on_cuda else None
-        if hook is not None and strategy._ddp_comm_wrapper is not None:
-            hook = strategy._ddp_comm_wrapper(hook)
-        state = strategy._ddp_comm_state
-        return Parallel("ddp", ranks, strategy._ddp_kwargs, None if hook is None else (state, hook))
-    if has_kind("ModelParallelStrategy"):
-        data, parts = strategy._data_parallel_size, strategy._tensor_parallel_size
-        parts = parts if isinstance(parts, int) else ranks // data if isinstance(data, int) else ranks
-        if parts * (data if isinstance(data, int) else ranks // parts) != ranks:
-            raise ValueError(f"ModelParallelStrategy's sizes, {data} and {parts}, do not make up {ranks} devices")
-        return Parallel("model_parallel", ranks, tensor_parallel=parts)
-    if has_kind("DeepSpeedStrategy"):
+    if _is_strategy(strategy, "FSDPStrategy"):
+        return _fsdp(strategy, ranks)
+    if _is_strategy(strategy, "DeepSpeedStrategy"):  # before DDP, from which it inherits
         return Parallel("deepspeed", ranks, strategy.config, name=type(strategy).__name__)
-    if ranks > 1 and not has_kind("SingleDeviceStrategy"):
+    if _is_strategy(strategy, "DDPStrategy"):
+        return _ddp(strategy, ranks, on_cuda=on_cuda)
+    if _is_strategy(strategy, "ModelParallelStrategy"):
+        return _model_parallel(strategy, ranks)
+    if ranks > 1 and not _is_strategy(strategy, "SingleDeviceStrategy"):
         return Parallel("other", ranks, name=type(strategy).__name__)
     return None
 
 
-def validates(trainer: Any) -> bool:
-    """Whether the Trainer validates while it trains."""
-    return bool(trainer.enable_validation)
+def _fsdp(strategy: Any, ranks: int) -> Parallel:
+    """Source: pytorch_lightning/strategies/fsdp.py (2.6.6), ``_setup_model``, ``_activation_checkpointing_kwargs``."""
+    arguments = {
+        **strategy.kwargs,
+        "cpu_offload": strategy.cpu_offload,
+        "mixed_precision": strategy.mixed_precision,
+        "sharding_strategy": strategy.sharding_strategy,
+    }
+    mesh = arguments.pop("device_mesh", None)  # (replicas, shards)
+    mesh = mesh.shape if hasattr(mesh, "shape") else mesh
+    shards = mesh[1] if mesh else max(1, ranks // max(1, strategy.num_nodes))
+    checkpointing = strategy._activation_checkpointing_kwargs
+    return Parallel("fsdp", ranks, arguments, checkpointing=checkpointing, shard_ranks=shards)
 
 
-def is_fitting(trainer: Any) -> bool:
-    """Whether the Trainer trains, and does not validate, test or predict alone."""
-    return bool(trainer.state.fn == "fit")
+def _ddp(strategy: Any, ranks: int, *, on_cuda: bool) -> Parallel:
+    """Source: pytorch_lightning/strategies/ddp.py (2.6.6), ``_register_ddp_hooks``: on CUDA only."""
+    hook = strategy._ddp_comm_hook if on_cuda else None
+    if hook is not None and strategy._ddp_comm_wrapper is not None:
+        hook = strategy._ddp_comm_wrapper(hook)
+    state = strategy._ddp_comm_state
+    return Parallel("ddp", ranks, strategy._ddp_kwargs, None if hook is None else (state, hook))
 
 
-def averaging_bytes(trainer: Any, module: Callable[[], Any]) -> int:
-    """What callbacks that average weights will hold on the training device, beside the module: a copy each.
+def _model_parallel(strategy: Any, ranks: int) -> Parallel:
+    """Source: pytorch_lightning/strategies/model_parallel.py (2.6.6), sizes that may be "auto"."""
+    data, tensor = strategy._data_parallel_size, strategy._tensor_parallel_size
+    tensor = tensor if isinstance(tensor, int) else ranks // data if isinstance(data, int) else ranks
+    if tensor * (data if isinstance(data, int) else ranks // tensor) != ranks:
+        raise ValueError(f"ModelParallelStrategy's sizes, {data} and {tensor}, do not make up {ranks} devices")
+    return Parallel("model_parallel", ranks, tensor_parallel=tensor)
 
-    ``module`` gives the module as it is when its ``setup`` has run; it is asked where there is such a callback.
 
-    Source: pytorch_lightning/callbacks/weight_averaging.py (2.6), ``AveragedModel(pl_module, device)`` at ``setup``;
-    stochastic_weight_avg.py, a copy that is moved to the device when averaging begins, unless it stays on the host.
+def _is_strategy(strategy: object, name: str) -> bool:
+    return isinstance(strategy, _kinds("strategies", name))
+
+
+# ---------------------------------------------------------------------------------------------------------- callbacks
+def check_alone(trainer: Trainer) -> None:
+    """Check that Lightning's own finder will not set the batch size again when training begins.
+
+    Raises:
+        MisconfigurationException: The Trainer has a BatchSizeFinder.
     """
-    average: tuple[Any, ...] = tuple(
-        kind for f in FLAVOURS if (kind := getattr(f.callbacks, "WeightAveraging", None)) is not None
-    )
-    stochastic: tuple[Any, ...] = tuple(f.callbacks.StochasticWeightAveraging for f in FLAVOURS)
-    copies = 0
-    for callback in trainer.callbacks:
-        made = isinstance(callback, average) and callback._average_model is not None  # it is among the bytes held
-        if isinstance(callback, (*average, *stochastic)) and not made:
-            copies += torch.device(getattr(callback, "_device", None) or "cuda").type == "cuda"
-    if not copies:
-        return 0
-    weights: nn.Module = module()
-    return copies * sum({id(t): t.nbytes for t in (*weights.parameters(), *weights.buffers())}.values())
-
-
-def finetuning(module: Any) -> list[Any]:
-    """Copies of the callbacks of the module's Trainer that freeze parts of it, and train them from some epoch on."""
-    real = getattr(module._trainer, "_real", None)
-    kinds = tuple(flavour.callbacks.BaseFinetuning for flavour in FLAVOURS)
-    return [copy.deepcopy(callback) for callback in getattr(real, "callbacks", ()) if isinstance(callback, kinds)]
-
-
-def unfreeze(callbacks: list[Any], module: Any, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Begin every epoch for these callbacks, so that the module is as they leave it: with the highest peak.
-
-    Source: pytorch_lightning/callbacks/finetuning.py (2.6), ``on_train_epoch_start``.
-    """
-    epochs = module._trainer.max_epochs if callbacks else 0
-    for epoch in range(epochs if epochs is not None and 0 <= epochs < _EPOCHS else _EPOCHS):
-        for callback in callbacks:
-            for optimizer in optimizers:
-                callback.finetune_function(module, epoch, optimizer)
-
-
-_EPOCHS = 1000  #: what Lightning takes where no number of epochs is given
-
-
-def check_alone(trainer: Any) -> None:
-    """Raise MisconfigurationException where Lightning's finder would set the batch size anew, as training begins."""
-    finders = tuple(flavour.callbacks.BatchSizeFinder for flavour in FLAVOURS)
-    if any(isinstance(callback, finders) for callback in trainer.callbacks):
+    finders = _kinds("callbacks", "BatchSizeFinder")
+    if any(isinstance(callback, finders) for callback in _callbacks(trainer)):
         raise misconfiguration(
             "MemoryPlanner sets the batch size, and so does the callback BatchSizeFinder: leave one out, or pass "
             "MemoryPlanner(apply=False)"
         )
 
 
-def batches_into_epoch(checkpoint: dict[str, Any]) -> int:
-    """How many batches of an epoch a checkpoint has behind it; 0 where it was made between two epochs.
+def averaging_bytes(trainer: Trainer, module: Callable[[], nn.Module]) -> int:
+    """Return the bytes of the copies that weight-averaging callbacks will hold on the training device.
 
-    Source: pytorch_lightning/loops/progress.py and training_epoch_loop.py (2.6).
+    ``module`` returns the module after its ``setup`` has run; it is called only if there is such a callback.
+
+    Source: pytorch_lightning/callbacks/weight_averaging.py (2.6.6), ``AveragedModel(pl_module, device)`` at ``setup``,
+    kept as ``_average_model``; stochastic_weight_avg.py, a copy that is moved to the device when averaging begins. Both
+    keep the device as ``_device``.
     """
-    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
-    return 0 if progress.get("is_last_batch", True) else int(progress.get("current", {}).get("processed", 0))
+    average, stochastic = _kinds("callbacks", "WeightAveraging"), _kinds("callbacks", "StochasticWeightAveraging")
+    copies = 0
+    for callback in _callbacks(trainer):
+        made = isinstance(callback, average) and callback._average_model is not None  # it is allocated already
+        if isinstance(callback, (*average, *stochastic)) and not made:
+            copies += torch.device(getattr(callback, "_device", None) or "cuda").type == "cuda"
+    if not copies:
+        return 0
+    weights = module()
+    return copies * sum({id(t): t.nbytes for t in (*weights.parameters(), *weights.buffers())}.values())
 
 
-def cuda_index(trainer: Any) -> int | None:
-    """The index of the CUDA device on which this process trains, None where it is none."""
-    device = trainer.strategy.root_device
-    return (device.index or 0) if device.type == "cuda" else None
+def finetuning(module: Any) -> list[BaseFinetuning]:
+    """Return copies of the Trainer's callbacks that freeze parts of the module and unfreeze them in a later epoch."""
+    real = getattr(module._trainer, "_real", None)
+    kinds = _kinds("callbacks", "BaseFinetuning")
+    return [copy.deepcopy(callback) for callback in getattr(real, "callbacks", ()) if isinstance(callback, kinds)]
+
+
+def unfreeze(
+    callbacks: Sequence[BaseFinetuning], module: LightningModule, optimizers: Sequence[torch.optim.Optimizer]
+) -> None:
+    """Begin every epoch for these callbacks, so that all that they will ever train is trained: the highest peak.
+
+    Source: pytorch_lightning/callbacks/finetuning.py (2.6.6), ``on_train_epoch_start``.
+    """
+    epochs = module.trainer.max_epochs if callbacks else 0
+    for epoch in range(epochs if epochs is not None and 0 <= epochs < _EPOCHS else _EPOCHS):
+        for callback in callbacks:
+            for optimizer in optimizers:
+                callback.finetune_function(module, epoch, optimizer)
+
+
+_EPOCHS = 1000  #: number of epochs that Lightning trains by default
+
+
+def _callbacks(trainer: Trainer) -> list[Any]:
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
+
+
+def _kinds(namespace: str, name: str) -> tuple[type[Any], ...]:
+    """Return the class of this name in each installed Lightning that has it."""
+    found = (getattr(getattr(flavour, namespace), name, None) for flavour in FLAVOURS)
+    return tuple(kind for kind in found if kind is not None)

@@ -1,4 +1,4 @@
-"""Read back what a run's ``CSVLogger`` wrote: its plan, and predicted and actual peaks."""
+"""Read a run back from the files of its ``CSVLogger``: its plan, and predicted and actual peaks."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ from lightning_memplan.units import GiB
 
 _METRICS, _HPARAMS = "metrics.csv", "hparams.yaml"
 
+_MARK = "memplan/actual_reserved_gib"  #: ends the name of this column; a logger's prefix begins it
 
-_MARK = "memplan/actual_reserved_gib"
-
-
-_STEP = {"allocated", "reserved"}  #: what is predicted of a step; all else that is, is of a phase
+_STEP = {"allocated", "reserved"}  #: peaks of a step; every other peak is one of a phase
 
 
 @dataclass(frozen=True, slots=True)
 class Logged:
-    """A run as its log folder has it: ``plan`` are the hyperparameters that begin with ``memplan/``, without that."""
+    """A run as a log folder keeps it.
+
+    >>> Logged(Path("logs/version_0"), [Measurement(0, 99, 110, 100, 110)]).measurements[0].error_percent
+    -1.0
+    """
 
     folder: Path
     measurements: list[Measurement]
     validations: list[Peaks] = field(default_factory=list)
-    plan: Mapping[str, str] = field(default_factory=dict)
+    plan: Mapping[str, str] = field(default_factory=dict)  #: hyperparameters named ``memplan/…``, without that prefix
 
 
 def read_log(place: str | os.PathLike[str]) -> Logged:
-    """The run in a folder of ``CSVLogger``'s, or the last written of those in the folders below it.
+    """Return the run in a log folder of a ``CSVLogger``, or the latest run in the folders below it.
 
     Raises:
-        ValueError: there is none, or none in which a ``MemoryPlanner`` measured steps.
+        ValueError: There is no run, or none in which a ``MemoryPlanner`` measured steps.
     """
     place = Path(place)
     below = (file for part in ("", "*/", "*/*/") for file in place.glob(part + _METRICS))
@@ -58,7 +60,11 @@ def _read(file: Path) -> Logged | None:
             return None
         prefix = column.removesuffix(_MARK)
         values = [
-            {name.removeprefix(prefix).removeprefix("memplan/"): float(text) for name, text in row.items() if _is(text)}
+            {
+                name.removeprefix(prefix).removeprefix("memplan/"): float(text)
+                for name, text in row.items()
+                if _is_number(text)
+            }
             for row in rows
         ]
     steps = [_measurement(row) for row in values if "actual_reserved_gib" in row]
@@ -90,7 +96,7 @@ def _measurement(row: Mapping[str, float]) -> Measurement:
 
 
 def _plan(file: Path) -> dict[str, str]:
-    """The plan among the hyperparameters, whatever else the file has: flat names, as they were logged."""
+    """Return the plan among the hyperparameters of a file, which are flat names."""
     if not file.is_file():
         return {}
     found = re.findall(r"^memplan/(\w+): (.*)$", file.read_text(), re.MULTILINE)
@@ -101,8 +107,8 @@ def _bytes(row: Mapping[str, float], name: str) -> int:
     return round(row.get(name, 0.0) * GiB)
 
 
-def _is(text: object) -> bool:
-    """Whether a cell has a number: other callbacks log what they like, and steps without a metric leave it empty."""
+def _is_number(text: object) -> bool:
+    """Return True for a cell with a number: other callbacks log other values, and some steps leave cells empty."""
     try:
         float(text)  # type: ignore[arg-type]
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Keep a file of what earlier runs needed against what was predicted, and the margin that it justifies."""
+"""Record predicted and measured peaks of each run in a file, and learn a margin from earlier runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,8 @@ import torch
 
 from lightning_memplan.devices.detect import driver_version
 from lightning_memplan.monitor.meter import PHASES, Meter
-from lightning_memplan.types import Outcome, Plan, Run
+from lightning_memplan.settings import StepSettings
+from lightning_memplan.types import Device, Outcome, Plan, Run
 from lightning_memplan.units import MiB
 
 try:
@@ -30,24 +31,20 @@ except ImportError:  # Windows
 
 SCHEMA = 1
 
-
-#: Runs alike that must be there before they can lower the margin.
+#: Number of similar runs that it takes to lower the margin.
 ENOUGH = 3
 
-
-#: The share of runs whose residual a margin covers: of fewer than 20 runs, that is the largest.
+#: Share of runs whose residual a margin covers: with fewer than 20 runs, it covers the largest residual.
 QUANTILE = 0.95
 
-
-#: The smallest margin that history can justify: the card's other users come and go.
+#: The smallest margin that history can justify: other processes on the GPU come and go.
 LEAST = 0.01
-
 
 _LOCK_SECONDS = 2.0
 
 
 def history_path(place: bool | str | os.PathLike[str] = True) -> Path | None:
-    """Where history is kept: the place that was named, or the default; None where none is kept.
+    """Return the file that keeps the history: the one named, or the default; None if none is kept.
 
     >>> history_path("runs.jsonl").name, history_path(False)
     ('runs.jsonl', None)
@@ -62,12 +59,12 @@ def history_path(place: bool | str | os.PathLike[str] = True) -> Path | None:
 
 
 def history(path: str | os.PathLike[str] | None = None) -> list[Run]:
-    """The runs on record, the oldest first; ``path`` is the default's where nothing is said.
+    """Return the recorded runs, oldest first; read the default file if ``path`` is None.
 
     >>> history("no such file")
     []
 
-    A line that is damaged is left in the file and skipped, with a warning; one of a later version is skipped.
+    A damaged line is skipped with a warning and left in the file. A line of a later version is skipped.
     """
     place = history_path(True if path is None else path)
     try:
@@ -91,14 +88,14 @@ def history(path: str | os.PathLike[str] | None = None) -> list[Run]:
 
 
 def append(run: Run, path: Path) -> None:
-    """Add one run as one line, whole or not at all for every reader, whatever other processes append meanwhile.
+    """Append one run as one line that every reader sees whole or not at all, even while other processes append.
 
-    The line is one ``write`` to a file opened for appending, which the kernel does not mix with another's on a local
-    disk; a lock (``flock``) keeps that so on network file systems. Where a process was killed half way through its
-    line, the next one begins a new line.
+    The line is one ``write`` to a file opened for appending. On a local disk the kernel keeps such writes apart; on a
+    network file system a lock (``flock``) does. If a process was killed halfway through its line, the next append
+    begins a new line.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: The file cannot be written.
     """
     line = json.dumps({"schema": SCHEMA, **asdict(run)}, separators=(",", ":"), default=str).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +110,7 @@ def append(run: Run, path: Path) -> None:
 
 
 def latest(runs: Sequence[Run]) -> Run:
-    """The run that was added last; of its ranks, that which reserved the most.
+    """Return the last recorded run; of its ranks, the one that reserved the most.
 
     >>> first, other = (Run("a1", "Net", "T4", 9, 9, "trace", 8, {}, {"first": (1, size)}, ranks=2) for size in (3, 2))
     >>> latest([first, other]).measured["first"]
@@ -126,39 +123,57 @@ def latest(runs: Sequence[Run]) -> Run:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """What earlier runs teach the next plan: its margin, why, and batch sizes that ran out of memory.
+    """Margin and batch sizes that earlier runs teach the next plan.
 
-    ``failed`` is the smallest batch size at which this very structure ran out of memory on such a card with at least as
-    much room.
+    >>> Lesson(margin=0.05).failed is None
+    True
     """
 
     margin: float
-    text: str = ""
-    failed: int | None = None
+    text: str = ""  #: the reason for the margin
+    failed: int | None = None  #: smallest batch size that ran out of memory: same structure, as much capacity or more
 
 
-def lesson(
-    runs: Sequence[Run], structure: str, device: str, *, method: str, capacity: int, prior: float
-) -> Lesson:  # fmt: skip
-    """The margin that runs like the one to come justify, on a card of the name ``device``.
+def learn(
+    path: Path | None, structure: str, device: Device, *, method: str, margin: float | None, prior: float
+) -> Lesson:
+    """Return the lesson of the runs recorded in ``path``, or the user's own ``margin`` unless that is None.
 
-    A run's residual is the most that any of its peaks was of what was predicted of it; the margin leaves room for the
-    95 % quantile of the residuals (nearest rank: the largest of fewer than 20).
+    >>> learn(None, "a1", Device("T4", total=2**34), method="trace", margin=None, prior=0.05).margin
+    0.05
 
-    - Three runs or more of this structure: that margin, at least 1 %.
-    - Fewer: that margin or the ``prior``, whichever is larger.
-    - None, but three of other structures, planned by the same method: likewise.
-    - A run of this structure that ran out of memory took more than there was: no margin is smaller than what would have
-      kept its prediction out.
+    Warns if the file cannot be read, and learns nothing then.
+    """
+    if margin is not None or path is None:
+        return Lesson(prior if margin is None else margin)
+    try:
+        runs = history(path)
+    except OSError as error:
+        warnings.warn(f"MemoryPlanner: the history of earlier runs cannot be read: {error}", stacklevel=2)
+        runs = []
+    return lesson(runs, structure, device.name, method=method, capacity=device.capacity, prior=prior)
+
+
+def lesson(runs: Sequence[Run], structure: str, device: str, *, method: str, capacity: int, prior: float) -> Lesson:
+    """Return the margin that earlier runs justify for the next run of ``structure``, on a GPU named ``device``.
+
+    The residual of a run is the largest ratio of a measured peak to its prediction. The margin leaves room for the 95 %
+    quantile of the residuals (nearest rank: the largest of fewer than 20).
+
+    - With three runs of this structure or more, it is that margin, but at least 1 %.
+    - With one or two, it is that margin or the ``prior``, whichever is larger.
+    - With none, but three of other structures planned by the same method, likewise.
+    - A run of this structure that ran out of memory needed more than there was: the margin is at least the one that
+      would have ruled its prediction out.
 
     >>> lesson([], "a1", "T4", method="trace", capacity=2**34, prior=0.05)
     Lesson(margin=0.05, text='', failed=None)
     """
-    same_card = [run for run in runs if run.device == device]
-    alike = [run for run in same_card if run.structure == structure]
+    same_device = [run for run in runs if run.device == device]
+    alike = [run for run in same_device if run.structure == structure]
     out = [run for run in alike if run.outcome == "out of memory"]
     failed = min((run.batch_size for run in out if run.capacity >= capacity), default=None)
-    like = alike or [run for run in same_card if run.method == method]
+    like = alike or [run for run in same_device if run.method == method]
     ratios = [ratio for run in like if run.outcome != "out of memory" and (ratio := residual(run)) is not None]
     count = sum(run.rank == 0 and run.outcome != "out of memory" and bool(run.measured) for run in like)
     if not alike and count < ENOUGH:
@@ -166,7 +181,7 @@ def lesson(
     margins = [_margin_for(sorted(ratios)[math.ceil(QUANTILE * len(ratios)) - 1])] if ratios else []
     if count < ENOUGH or not alike:
         margins.append(prior)
-    # what ran out of memory was predicted to fit: next time it is a segment of the allocator's short of fitting
+    # A run that ran out of memory was predicted to fit. This margin leaves it one allocator segment (2 MiB) short.
     margins += [1 - (max(p for _, p in run.predicted.values()) - 2 * MiB) / run.capacity for run in out]
     margin = min(max(LEAST, *margins), 0.99)
     whose = f"{'run' if count == 1 else 'runs'} of {'this module' if alike else 'other modules'}"
@@ -177,7 +192,7 @@ def lesson(
 
 
 def residual(run: Run) -> float | None:
-    """The most that any peak of a run was of its prediction: 1.02 is 2 % more. None where nothing was measured.
+    """Return the largest ratio of a measured peak to its prediction (1.02 is 2 % more), None if nothing was measured.
 
     >>> residual(Run("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {"steady": (100, 200)}, {"steady": (90, 204)}))
     1.02
@@ -192,21 +207,20 @@ def residual(run: Run) -> float | None:
 
 
 def _margin_for(ratio: float) -> float:
-    """The part of the card that must stay free for a prediction times ``ratio`` to fit."""
+    """Return the fraction of the GPU that must stay free for a prediction times ``ratio`` to fit."""
     return max(0.0, 1 - 1 / ratio) if ratio > 0 else 0.0
 
 
 _FIELDS = {field.name: field for field in fields(Run)}
 
-
 _REQUIRED = ("structure", "model", "device", "total", "capacity", "method", "batch_size", "predicted", "measured")
 
 
 def _from_line(line: bytes) -> Run | None:
-    """A line's run; None where a later version wrote it.
+    """Return the run of one line, None if a later version wrote it.
 
     Raises:
-        ValueError, TypeError, KeyError: the line is damaged.
+        ValueError, TypeError, KeyError: The line is damaged.
     """
     found: Any = json.loads(line)
     if int(found["schema"]) > SCHEMA:
@@ -228,7 +242,7 @@ def _pairs(found: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
 
 @contextmanager
 def _locked(file: int) -> Iterator[None]:
-    """Hold the file's lock, if it can be had within two seconds; else go on without."""
+    """Hold the file's lock; go on without it after two seconds."""
     until = time.monotonic() + _LOCK_SECONDS
     while fcntl is not None:
         try:
@@ -240,7 +254,7 @@ def _locked(file: int) -> Iterator[None]:
         except OSError:  # a file system without locks
             pass
         break
-    yield  # the lock goes with the file
+    yield  # closing the file releases the lock
 
 
 def _last_byte(file: int, size: int) -> bytes:
@@ -248,58 +262,94 @@ def _last_byte(file: int, size: int) -> bytes:
     return os.read(file, 1)
 
 
-def run_record(
-    meter: Meter,
-    plan: Plan,
-    *,
-    structure: str,
-    model: str,
-    outcome: Outcome,
-    settings: Mapping[str, Any],
-    rank: int,
-    ranks: int,
-    held: int,
-) -> Run:
-    """A run as history keeps it: its peaks without the bytes ``held``, which the plan leaves out of the capacity."""
+@dataclass(frozen=True, slots=True)
+class RunSetup:
+    """Identify a run: the module and its settings, and the place of this process among the ranks.
 
-    def most(peaks: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    >>> RunSetup("a1", "Net", StepSettings()).ranks
+    1
+    """
+
+    structure: str  #: hash of the module's layers, its step and its settings
+    model: str
+    settings: StepSettings
+    rank: int = 0
+    ranks: int = 1
+
+
+def remember(path: Path | None, meter: Meter, plan: Plan, setup: RunSetup, outcome: Outcome) -> None:
+    """Record a run in the file ``path``, unless it ended before its first step for another reason than memory.
+
+    Warns if the file cannot be written.
+    """
+    if path is None or not (meter.measurements or outcome == "out of memory"):
+        return
+    try:
+        append(run_record(meter, plan, setup, outcome), path)
+    except OSError as error:
+        warnings.warn(
+            f"MemoryPlanner: this run is not kept in the history: {error}; name a file by history='...', or pass "
+            "history=False",
+            stacklevel=2,
+        )
+
+
+def run_record(meter: Meter, plan: Plan, setup: RunSetup, outcome: Outcome) -> Run:
+    """Return a run as the history keeps it.
+
+    Its peaks leave out the bytes that were allocated before planning, as the plan leaves them out of the capacity.
+    """
+    already_allocated = meter.forecast.already_allocated
+
+    def highest(peaks: Iterable[tuple[int, int]]) -> tuple[int, int]:
         allocated, reserved = zip(*peaks, strict=True)
-        return max(allocated) - held, max(reserved) - held
+        return max(allocated) - already_allocated, max(reserved) - already_allocated
 
-    kinds = {"first": meter.measurements[:1], "steady": meter.measurements[1:]}
-    ran = {kind: steps for kind, steps in kinds.items() if steps}
+    steps = {"first": meter.measurements[:1], "steady": meter.measurements[1:]}
+    ran = {kind: measured for kind, measured in steps.items() if measured}
     predicted = {
-        kind: most((m.predicted_allocated, m.predicted_reserved) for m in steps) for kind, steps in ran.items()
+        kind: highest((m.predicted_allocated, m.predicted_reserved) for m in measured) for kind, measured in ran.items()
     }
     phases = {
-        name: most((m.predicted_phases.get(name, held), m.phases[name]) for m in meter.measurements if name in m.phases)
+        name: highest(
+            (m.predicted_phases.get(name, already_allocated), m.phases[name])
+            for m in meter.measurements
+            if name in m.phases
+        )
         for name in PHASES
         if any(name in m.phases for m in meter.measurements)
     }
     if outcome == "out of memory":
-        predicted["failed"] = most([(meter.predicted.allocated, meter.predicted.reserved)])
+        predicted["failed"] = highest([(meter.predicted.allocated, meter.predicted.reserved)])
     return Run(
-        structure=structure,
-        model=model,
+        structure=setup.structure,
+        model=setup.model,
         device=plan.device.name,
         total=plan.device.total,
         capacity=plan.device.capacity,
         method=plan.method,
         batch_size=plan.batch_size,
         predicted=predicted,
-        measured={kind: most((m.allocated, m.reserved) for m in steps) for kind, steps in ran.items()},
+        measured={kind: highest((m.allocated, m.reserved) for m in measured) for kind, measured in ran.items()},
         outcome=outcome,
         steps=len(meter.measurements),
         retries=sum(m.retries for m in meter.measurements),
         margin=plan.margin,
-        settings=settings,
+        settings=_recorded_settings(setup.settings),
         versions={
             "lightning-memplan": version("lightning-memplan"),
             "torch": torch.__version__,
             "driver": driver_version(),
         },
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        rank=rank,
-        ranks=ranks,
+        rank=setup.rank,
+        ranks=setup.ranks,
         phases=phases,
     )
+
+
+def _recorded_settings(settings: StepSettings) -> dict[str, object]:
+    """Return the settings as plain values; a strategy's arguments may hold objects that cannot be copied."""
+    parallel = settings.parallel
+    ranks = None if parallel is None else f"{parallel.kind} on {parallel.ranks} ranks"
+    return asdict(replace(settings, parallel=None)) | {"parallel": ranks}

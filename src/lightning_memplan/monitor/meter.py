@@ -1,36 +1,88 @@
-"""Measure the peaks of each training step on a CUDA device."""
+"""Measure the peaks of each training step on a CUDA device, against a forecast."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_memplan.devices.allocator_stats import AllocatorStats, read_stats, reset_peaks
-from lightning_memplan.devices.detect import CardMeter
-from lightning_memplan.settings import STEPS
+from lightning_memplan.devices.detect import NvmlMeter
+from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.types import Measurement, Peaks
 from lightning_memplan.units import MiB, format_bytes
 
-#: Steps of a run whose phases are measured whatever ``every_n_steps`` is: what the first two allocate stays.
+#: Number of steps at the start of a run whose phases are always measured: what the first two allocate stays.
 FIRST = 3
 
-
-#: Steps at least from one whose phases are measured to the next, after the first three: as Lightning logs by default.
+#: Least distance in steps between later measurements of the phases: Lightning's default interval for logging.
 APART = 50
 
+PHASES = ("forward", "backward", "optimizer")  #: the phases that hooks can tell apart
 
-PHASES = ("forward", "backward", "optimizer")  #: those that hooks tell apart
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Predict the peaks of every batch of training from those of the few that were replayed.
+
+    Batches after the replayed ones repeat the last ``cycle`` optimizer steps. Where training accumulates more
+    microbatches than were replayed, those between the first and the last of an optimizer step are alike.
+
+    >>> forecast = Forecast((Peaks(5, 6), Peaks(8, 9), Peaks(9, 9)), already_allocated=100)
+    >>> [forecast.at(batch).allocated for batch in range(5)]
+    [105, 108, 109, 109, 109]
+    """
+
+    replayed: tuple[Peaks, ...]  #: peaks of each batch that was replayed, in order
+    already_allocated: int = 0  #: bytes on the device that the replay does not know
+    microbatches: int = 1  #: replayed batches that make one optimizer step
+    accumulate: int = 1  #: batches of training that make one optimizer step
+    cycle: int = 1  #: optimizer steps after which the peaks repeat
+
+    @classmethod
+    def of(
+        cls, estimate: Estimate, batch_size: int, capacity: int, *, accumulate: int = 1, already_allocated: int = 0
+    ) -> Forecast:
+        """Replay an estimate at one batch size, on a device with ``capacity`` bytes for the allocator."""
+        replayed, program = estimate.step_peaks(batch_size, capacity), estimate.program
+        if program is None:  # the formula has a single step
+            return cls(replayed, already_allocated, accumulate=accumulate)
+        cycle = max(1, program.period // program.parts)
+        return cls(replayed, already_allocated, program.parts, accumulate, cycle)
+
+    def at(self, batch: int) -> Peaks:
+        """Return the predicted peaks of a batch of training, counted from 0."""
+        return self._above(self.replayed[self._place(batch)])
+
+    def _place(self, batch: int) -> int:
+        """Return which replayed batch a batch of training is like.
+
+        >>> steps = tuple(Peaks(n, n) for n in range(9))  # three optimizer steps of three microbatches
+        >>> forecast = Forecast(steps, microbatches=3, accumulate=4)
+        >>> [forecast._place(batch) for batch in range(9)]
+        [0, 1, 1, 2, 3, 4, 4, 5, 6]
+        """
+        step, microbatch = divmod(batch, self.accumulate)
+        steps, last = len(self.replayed) // self.microbatches, self.microbatches - 1
+        if step >= steps:
+            step = steps - self.cycle + (step - steps) % self.cycle
+        place = 0 if microbatch == 0 else last if microbatch == self.accumulate - 1 else min(1, last)
+        return step * self.microbatches + place
+
+    def _above(self, peaks: Peaks) -> Peaks:
+        base = self.already_allocated
+        phases = {name: peak + base for name, peak in peaks.phases.items()}
+        return Peaks(peaks.allocated + base, peaks.reserved + base, phases)
 
 
 class Meter:
-    """Measures each step of one run on the device ``index``.
+    """Measure each step of one run on the device ``index``.
 
-    ``begin``, ``enter`` and ``end`` are called as a step proceeds. The step's peaks are read in every step; those of
-    its phases, which take a reading more for each that begins, in the first three steps, in those that are logged and
-    ``APART`` from the last of these, and in the one after a step that took more than was predicted.
+    Call ``begin``, ``enter`` and ``end`` as a step proceeds. The step's own peaks are read in every step. Its phases
+    cost one more reading each, so they are measured in the first three steps, then in logged steps at least ``APART``
+    steps apart, and in the step after one that took more than was predicted.
 
-    >>> meter = Meter(0, lambda step: Peaks(100, 110))
+    >>> meter = Meter(0, Forecast((Peaks(100, 110),)))
     >>> meter.begin()
     >>> meter.enter("backward")
     >>> meter.enter("optimizer")
@@ -38,20 +90,20 @@ class Meter:
     100
 
     Args:
-        index: the CUDA device.
-        predict: the peaks predicted for the n-th batch of training, from 0.
-        every_n_steps: which steps are logged.
-        manual: whether the step calls its optimizers itself: what follows an optimizer's step is forward again.
-        resets: whether the allocator's peaks are reset; else a measurement is the highest peak so far, and so is what
-            it is compared with.
-        nvml: whether NVML is asked in the steps that are logged.
-        margin: by which part a step may exceed its prediction before ``remark`` says so; ``None`` for any.
+        index: Index of the CUDA device.
+        forecast: Predicted peaks of each batch.
+        every_n_steps: Distance between the steps that are logged.
+        manual: Set for manual optimization, where forward follows each optimizer step.
+        resets: Reset the allocator's peaks in each step. Without it, measured and predicted peaks are the highest of
+            all steps so far.
+        nvml: Ask NVML for the bytes in use, in the steps that are logged.
+        margin: Fraction by which a step may exceed its prediction before ``remark`` reports it; ``None`` never does.
     """
 
     def __init__(
         self,
         index: int,
-        predict: Callable[[int], Peaks],
+        forecast: Forecast,
         *,
         every_n_steps: int = 1,
         manual: bool = False,
@@ -60,95 +112,93 @@ class Meter:
         margin: float | None = None,
     ) -> None:
         self.index = index
+        self.forecast = forecast
         self.measurements: list[Measurement] = []
         self.validations: list[Peaks] = []
         self.validates = False
-        self._predict = predict
         self._every_n_steps = every_n_steps
         self._phases_every = every_n_steps * -(-APART // every_n_steps)
         self._resets = resets
-        self._stepped = register_optimizer_step_post_hook(lambda *_: self.enter("forward")) if manual else None
-        self._card = CardMeter(index) if nvml else None
+        self._optimizer_hook = register_optimizer_step_post_hook(lambda *_: self.enter("forward")) if manual else None
+        self._nvml = NvmlMeter(index) if nvml else None
         self._margin = margin
-        self._drifted = ""  # said of a step without phases, which the next one is to have
+        self._drifted = ""  # remark on a step without phases, kept until the next step adds its phases
         self._floor = Floor()
-        self._foreseen = Peaks(0, 0)  # the highest predicted so far
-        self.phase = ""  #: the one that is measured now; empty where none is
+        self._highest_predicted = Peaks(0, 0)
+        self.phase = ""  #: the phase being measured; empty outside of one
         self._peaks: dict[str, int] = {}
         self._reserved = 0
         self._before = AllocatorStats()
 
     @property
     def step(self) -> int:
-        """The step that runs, or comes next, from 0."""
+        """The step that runs or comes next, counted from 0."""
         return len(self.measurements)
 
     @property
     def predicted(self) -> Peaks:
-        """What the step that runs, or comes next, is predicted to take."""
-        return self._predict(self.step)
+        """Predicted peaks of the step that runs or comes next."""
+        return self.forecast.at(self.step)
 
     @property
     def highest(self) -> Peaks:
-        """The highest peaks of all steps so far."""
+        """The highest measured peaks of all steps so far."""
         allocated = max((m.allocated for m in self.measurements), default=0)
         return Peaks(allocated, max((m.reserved for m in self.measurements), default=0))
 
     def logs(self, step: int) -> bool:
-        """Whether a step is one of those to log."""
+        """Return True for a step that is logged."""
         return step % self._every_n_steps == 0
 
     def begin(self) -> None:
-        """A step begins, its batch on the device."""
-        step = len(self.measurements)
-        if not step:
+        """Begin a step, with its batch on the device."""
+        if not self.step:
             self._before = read_stats(self.index)
         self._peaks, self._reserved = {}, 0
         if self._resets:
             reset_peaks(self.index)
-            if step < FIRST or step % self._phases_every == 0 or self._drifted:
+            if self.step < FIRST or self.step % self._phases_every == 0 or self._drifted:
                 self.phase = PHASES[0]
 
     def enter(self, phase: str) -> None:
-        """A phase begins, and the one before it ends."""
+        """End the current phase and begin another; do nothing in steps whose phases are not measured."""
         if self.phase:
             stats = read_stats(self.index)
             reset_peaks(self.index)
-            self._ended(stats)
+            self._end_phase(stats)
             self.phase = phase
 
     def end(self) -> Measurement:
-        """The step has ended: what it took."""
-        stats, before, step = read_stats(self.index), self._before, len(self.measurements)
-        predicted = self._predict(step)
-        allocated, reserved, phases, foreseen = stats.peak_allocated, stats.peak_reserved, self._peaks, {}
+        """End a step and return its measurement."""
+        stats, before, step, predicted = read_stats(self.index), self._before, self.step, self.predicted
+        allocated, reserved, phases, predicted_phases = stats.peak_allocated, stats.peak_reserved, self._peaks, {}
         if self.phase:
-            self._ended(stats)
+            self._end_phase(stats)
             allocated, reserved = max(phases.values()), self._reserved
-            foreseen = {name: predicted.phases[name] for name in phases if name in predicted.phases}
+            predicted_phases = {name: predicted.phases[name] for name in phases if name in predicted.phases}
         if not self._resets:
-            self._foreseen = predicted = _higher(self._foreseen, predicted)
-        process, card = self._card.read() if self._card is not None and self.logs(step) else (None, None)
+            self._highest_predicted = predicted = _higher(self._highest_predicted, predicted)
+        process, card = self._nvml.read() if self._nvml is not None and self.logs(step) else (None, None)
         measured = Measurement(
-            step,
-            predicted.allocated,
-            predicted.reserved,
-            allocated,
-            reserved,
-            foreseen,
-            phases,
-            stats.allocated,
-            stats.retries - before.retries,
-            stats.device_allocations - before.device_allocations,
-            process,
-            card,
+            step=step,
+            predicted_allocated=predicted.allocated,
+            predicted_reserved=predicted.reserved,
+            allocated=allocated,
+            reserved=reserved,
+            predicted_phases=predicted_phases,
+            phases=phases,
+            floor=stats.allocated,
+            retries=stats.retries - before.retries,
+            device_allocations=stats.device_allocations - before.device_allocations,
+            process=process,
+            card=card,
         )
         self.phase, self._before = "", stats
         self.measurements.append(measured)
         return measured
 
     def remark(self) -> str | None:
-        """What is wrong with the last step, in a sentence; each kind of thing is said once."""
+        """Return one sentence on what is wrong with the last step, or None; each kind of problem is reported once."""
         last = self.measurements[-1]
         text = ""
         if self._margin is not None and last.allocated > last.predicted_allocated:
@@ -160,39 +210,38 @@ class Meter:
         return text or self._floor.add(last.floor)
 
     def begin_validation(self) -> None:
-        """A validation begins."""
+        """Begin a validation."""
         self.validates = True
         if self._resets:
             reset_peaks(self.index)
 
     def end_validation(self) -> Peaks:
-        """A validation has ended: what it took at most."""
+        """End a validation and return its peaks."""
         self.validates = False
         stats = read_stats(self.index)
         self.validations.append(Peaks(stats.peak_allocated, stats.peak_reserved))
         return self.validations[-1]
 
     def close(self) -> None:
-        """Let NVML and the optimizers go."""
-        if self._card is not None:
-            self._card.close()
-        if self._stepped is not None:
-            self._stepped.remove()
-            self._stepped = None
+        """Release NVML and the optimizer hook."""
+        if self._nvml is not None:
+            self._nvml.close()
+        if self._optimizer_hook is not None:
+            self._optimizer_hook.remove()
+            self._optimizer_hook = None
 
-    def _ended(self, stats: AllocatorStats) -> None:
-        """The phase that is measured has ended."""
+    def _end_phase(self, stats: AllocatorStats) -> None:
         self._peaks[self.phase] = max(stats.peak_allocated, self._peaks.get(self.phase, 0))
         self._reserved = max(stats.peak_reserved, self._reserved)
 
 
 def drift(measurement: Measurement, margin: float) -> str:
-    """By how much a step took more than was predicted, where that is more than a part ``margin`` of it, and 64 MiB.
+    """Describe a step that took more than predicted, by over the fraction ``margin`` and over 64 MiB; else return "".
 
     >>> print(drift(Measurement(7, 2**30, 2**31, 2**31, 2**31, {"forward": 2**30}, {"forward": 2**31}), margin=0.05))
     step 7 allocated 2.00 GiB where 1.00 GiB were predicted (+100.0 %), most of it more in the forward phase ...
 
-    Less is no drift, and nothing is said: the last batch of an epoch is often smaller.
+    A step that took less is no drift: the last batch of an epoch is often smaller.
     """
     predicted, actual = measurement.predicted_allocated, measurement.allocated
     if actual - predicted <= max(margin * predicted, 64 * MiB):
@@ -213,10 +262,10 @@ def drift(measurement: Measurement, margin: float) -> str:
 
 
 class Floor:
-    """Tells when what steps leave allocated rises steadily: something keeps memory from step to step.
+    """Detect a leak: a steady rise of the bytes that are still allocated when a step has ended.
 
-    The lowest floor of every ``WINDOW`` steps counts, so that batches of varying size are no alarm: it must rise from
-    each of ``WINDOWS`` windows to the next, in all by at least 1 MiB and by more than it varies within the first.
+    Only the lowest floor of every ``WINDOW`` steps counts, so that batches of varying size raise no alarm. It must rise
+    from each of ``WINDOWS`` windows to the next, in all by at least 1 MiB and by more than it varies within the first.
 
     >>> floor = Floor()
     >>> said = [floor.add(2**30 + step * 2**20) for step in range(200)]
@@ -229,13 +278,13 @@ class Floor:
 
     def __init__(self) -> None:
         self._window: list[int] = []
-        self._length = 2 * FIRST + self.WINDOW  # the first steps' gradients and optimizer state stay, and do not count
+        self._length = 2 * FIRST + self.WINDOW  # the first steps add gradients and optimizer state, which is no leak
         self._lows: list[int] = []
         self._spread = 0
         self._said = False
 
     def add(self, floor: int) -> str | None:
-        """One step's floor, in bytes; a sentence when the rise is certain, once."""
+        """Add the floor of one step, in bytes; return one sentence once the rise is certain, and only once."""
         self._window.append(floor)
         if len(self._window) < self._length:
             return None
@@ -258,18 +307,3 @@ class Floor:
 
 def _higher(a: Peaks, b: Peaks) -> Peaks:
     return Peaks(max(a.allocated, b.allocated), max(a.reserved, b.reserved))
-
-
-def traced_step(batch: int, whole: int, parts: int, steps: int = STEPS) -> int:
-    """Which of a trace's steps the ``batch``-th batch of training (from 0) is like.
-
-    ``whole`` batches are accumulated in training, ``parts`` in the trace, which has ``steps`` steps of the optimizer.
-
-    >>> [traced_step(batch, 1, 1) for batch in range(5)]
-    [0, 1, 2, 2, 2]
-    >>> [traced_step(batch, 4, 3) for batch in range(9)]
-    [0, 1, 1, 2, 3, 4, 4, 5, 6]
-    """
-    cycle, part = divmod(batch, whole)
-    place = part if part == 0 else parts - 1 if part == whole - 1 else 1
-    return min(cycle, steps - 1) * parts + place
