@@ -52,7 +52,7 @@ def test_a_view_is_no_block_and_keeps_one(recorder):
 
 def test_a_fake_tensor_is_as_its_own_constructor_makes_it(recorder):
     mode = recorder()
-    ours = mode._wrapped(torch.empty(2, 3, device="meta"))
+    ours = mode._fakes.wrap(torch.empty(2, 3, device="meta"))
     theirs = FakeTensor(mode._mode, torch.empty(2, 3, device="meta"), DEVICE)
     assert type(ours) is type(theirs) is FakeTensor
     assert ours.__dict__ == theirs.__dict__
@@ -205,7 +205,7 @@ def test_a_value_is_read_as_zero_and_counted(recorder):
         assert bool((x > 0).any()) is False
         with pytest.raises(DataDependentOutputException):
             int(torch.zeros(3, device=DEVICE, dtype=torch.long).sum())
-    assert mode.values_read == 2
+    assert mode.values.values_read == 2
 
 
 def test_no_layer_is_left_out_by_chance(recorder):
@@ -318,7 +318,7 @@ def test_a_result_as_long_as_values_say_is_taken_at_its_longest(recorder):
         assert [len(part) for part in torch.where(mask)] == [12, 12]
         assert x.unique().shape == (12,)
         assert x[[1, 2]].shape == (2, 3)  # its length is known
-    assert mode.lengths_taken == 6
+    assert mode.values.lengths_taken == 6
     assert any(e.size == 2 * 12 * 8 for e in mode.events)
 
 

@@ -58,7 +58,7 @@ from lightning_memplan.report.plans import plan_table, validation_text
 from lightning_memplan.report.runs import measurement_summary
 from lightning_memplan.settings import STEPS, StepSettings
 from lightning_memplan.step.strategies.fsdp import named_ignored
-from lightning_memplan.trace.tracer import prepared
+from lightning_memplan.trace.detached import prepared
 from lightning_memplan.types import Device, Measurement, Outcome, Peaks, Plan
 
 

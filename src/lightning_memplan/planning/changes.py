@@ -22,8 +22,8 @@ from lightning_memplan.lightning.trainer import parallel_named, sharding
 from lightning_memplan.memory.estimate import Estimate, largest_on_card
 from lightning_memplan.planning.job import Job
 from lightning_memplan.settings import StepSettings, parse_precision
-from lightning_memplan.trace.known_values import fake_mode
-from lightning_memplan.trace.tracer import detached_copy
+from lightning_memplan.trace.detached import detached_copy
+from lightning_memplan.trace.fake_tensors import fake_mode
 
 _MUCH = 0.1  #: what takes more cards saves as much, or makes a batch fit
 

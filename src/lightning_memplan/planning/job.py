@@ -19,7 +19,8 @@ from lightning_memplan.memory.loops import scaled
 from lightning_memplan.settings import StepSettings, parse_precision
 from lightning_memplan.step.runner import MakeOptimizer
 from lightning_memplan.step.strategies.fsdp import named_ignored
-from lightning_memplan.trace.tracer import prepared, trace_steps
+from lightning_memplan.trace.detached import prepared
+from lightning_memplan.trace.tracer import trace_steps
 from lightning_memplan.types import Device
 
 
@@ -41,7 +42,7 @@ class Job:
         job = replace(self, **changes)
         common = {"trainer": job.trainer, "datamodule": job.datamodule, "optimizer": job.optimizer}
         module = prepared(job.module, job.settings, trainer=job.trainer, stage=job.stage)
-        program, _ = scaled(trace_steps(module, job.batches, job.settings, **common))
+        program, _ = scaled(trace_steps(module, job.batches, job.settings, **common).traces)
         return replace(self.found, program=program, _replays={})
 
 

@@ -14,21 +14,21 @@ from torch import nn
 
 from lightning_memplan.checks import Method
 from lightning_memplan.data.samples import SAMPLE_SIZE, Samples, Which, read_samples
-from lightning_memplan.errors import TraceError, explain
+from lightning_memplan.errors import REFUSALS, TraceError, explain
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
 from lightning_memplan.memory.estimate import Estimate
-from lightning_memplan.memory.loops import TURNS, scaled
+from lightning_memplan.memory.loops import scaled
 from lightning_memplan.memory.program import interleaved, scale
 from lightning_memplan.memory.search import largest_fitting
 from lightning_memplan.planning.job import default_device
-from lightning_memplan.planning.retrace import MANY, OF_FEW, is_of_many, of_many
+from lightning_memplan.planning.retrace import MANY, MAY_TAKE_MORE, is_of_many, of_many
 from lightning_memplan.probe.probe import SIZES, can_probe, probe_steps
 from lightning_memplan.settings import StepSettings
 from lightning_memplan.step.compiled_regions import COMPILED_SIZES, compiled_parts
 from lightning_memplan.step.runner import MakeOptimizer
-from lightning_memplan.trace.compiled import FUSED, Graphs
+from lightning_memplan.trace.compiled import Graphs
+from lightning_memplan.trace.detached import prepared
 from lightning_memplan.trace.tracer import (
-    prepared,
     run_formula,
     trace_counted,
     trace_steps,
@@ -76,7 +76,7 @@ def estimate_step(
             if method == "probe":
                 raise
             why_not = str(error) if isinstance(error, TraceError) else explain(error, "a probe")
-        except OF_FEW as error:
+        except REFUSALS as error:
             if method == "probe":
                 raise
             refused, why_not = error, explain(error, "a probe")
@@ -118,38 +118,40 @@ def _traced(
     """By trace, or by the formula where ``method`` says so, or leaves it open and the step cannot be traced."""
     batches = samples.batches(COMPILED_SIZES) if compiled_parts(module) else samples.batches()
     notes: tuple[str, ...] = ()
-    reason = ""
+    known = ""
     if method != "formula":
         try:
             graphs, least = Graphs(), None
             try:
-                traces, formula = trace_counted(module, batches, settings, graphs=graphs, **common)
-                program, more = scaled(traces)
+                result = trace_counted(module, batches, settings, graphs=graphs, **common)
+                program, more = scaled(result.traces)
+                turns = bool(more)
             except TraceError as unlike:
-                if not isinstance(unlike.__cause__, (type(None), *OF_FEW)):
+                if unlike.reason not in MAY_TAKE_MORE:
                     raise
                 for sizes in MANY:
                     with suppress(TraceError):
                         batches = of_many(samples, sizes)
-                        traces, formula = trace_counted(module, batches, settings, graphs=graphs, **common)
-                        program, more = scaled(traces)
+                        result = trace_counted(module, batches, settings, graphs=graphs, **common)
+                        program, more = scaled(result.traces)
                         break
                 else:
                     raise
+                turns = bool(more)
                 more = (*more, f"the step does something else with few samples: planned from {sizes[0]} and more")
-            notes = traces[0].notes + more + samples.notes
-            if FUSED in notes:
-                graphs.least = True
-                least, _ = scaled(trace_steps(module, batches, settings, graphs=graphs, **common))
-            return Estimate("trace", formula, program, _allocator(), notes, least=least, turns=TURNS in more)
+            notes = result.notes + more + samples.notes
+            if result.fused:
+                graphs.lower_bound = True
+                least, _ = scaled(trace_steps(module, batches, settings, graphs=graphs, **common).traces)
+            return Estimate("trace", result.formula, program, _allocator(), notes, least=least, turns=turns)
         except TraceError as error:
             if method == "trace":
-                raise TraceError(f"{type(module).__name__} cannot be traced: {error}") from error
-            reason = f": {error}"
-            notes = (f"planned by the formula, since the step cannot be traced{reason}",)
-    formula, more = run_formula(module, batches[0], settings, **common)
-    more = tuple(note.removesuffix(reason) for note in more)  # it is said once
-    return Estimate("formula", formula, None, _allocator(), notes + more + samples.notes)
+                text = f"{type(module).__name__} cannot be traced: {error}"
+                raise TraceError(text, reason=error.reason) from error
+            known = str(error)
+            notes = (f"planned by the formula, since the step cannot be traced: {known}",)
+    counted = run_formula(module, batches[0], settings, **common)
+    return Estimate("formula", counted.formula, None, _allocator(), notes + counted.notes(known) + samples.notes)
 
 
 def estimate_validation(
@@ -182,20 +184,20 @@ def estimate_validation(
     samples = read_samples(validated, sample, sample_size)
     module = prepared(module, settings, trainer=trainer, stage=stage)
     traced = partial(trace_validation, module, first, settings=settings, trainer=trainer, datamodule=datamodule)
-    traces = traced(samples.batches())
+    result = traced(samples.batches())
     try:
-        program = scale(traces)
+        program = scale(result.traces)
     except TraceError:
         if own is None:
             raise
-        traces = traced([(own, samples.make(own))])
-        program = scale(traces)
+        result = traced([(own, samples.make(own))])
+        program = scale(result.traces)
     return Estimate(
         training.method,
         training.formula,
         interleaved(training.program, batch_size, program),
         training.settings,
-        traces[0].notes + samples.notes,
+        result.notes + samples.notes,
     )
 
 
@@ -218,12 +220,13 @@ def estimate_test(
     samples = read_samples(source, sample, sample_size)
     begun = prepared(module, settings, trainer=trainer, stage=stage)
     try:
-        traces, formula = trace_test(begun, samples.batches(), settings, trainer=trainer, datamodule=datamodule)
+        result = trace_test(begun, samples.batches(), settings, trainer=trainer, datamodule=datamodule)
     except TraceError as error:
-        raise TraceError(f"a test of {type(module).__name__} cannot be traced: {error}") from error
-    program, more = scaled(traces)
-    notes = traces[0].notes + more + samples.notes
-    return Estimate("trace", formula, program, _allocator(), notes, turns=bool(more))
+        text = f"a test of {type(module).__name__} cannot be traced: {error}"
+        raise TraceError(text, reason=error.reason) from error
+    program, more = scaled(result.traces)
+    notes = result.notes + more + samples.notes
+    return Estimate("trace", result.formula, program, _allocator(), notes, turns=bool(more))
 
 
 def _allocator() -> AllocatorSettings:

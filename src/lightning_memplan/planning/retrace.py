@@ -13,7 +13,7 @@ from lightning_memplan.cuda.workspaces import Choice
 from lightning_memplan.data.batches import sample_bytes
 from lightning_memplan.data.samples import SAMPLE_SIZE, Samples, Which, read_samples
 from lightning_memplan.devices.detect import cpu_device
-from lightning_memplan.errors import MemplanError, TraceError
+from lightning_memplan.errors import MemplanError, TraceError, TraceReason
 from lightning_memplan.memory.estimate import Estimate, largest_on_card
 from lightning_memplan.memory.events import Trace
 from lightning_memplan.memory.program import extended, scale
@@ -21,7 +21,8 @@ from lightning_memplan.memory.search import Found, LimitedBy, largest_suited
 from lightning_memplan.settings import StepSettings
 from lightning_memplan.step.runner import PARTS, MakeOptimizer
 from lightning_memplan.trace.compiled import Graphs
-from lightning_memplan.trace.tracer import prepared, trace_steps
+from lightning_memplan.trace.detached import prepared
+from lightning_memplan.trace.tracer import trace_steps
 from lightning_memplan.types import Device
 
 #: Batch sizes of traces, where those of few samples cannot be had or are of unlike steps: each has 2 to 32 equal parts,
@@ -29,8 +30,11 @@ from lightning_memplan.types import Device
 MANY = ((32, 64, 128), (60, 120, 240))
 
 
-#: What a step raises of a batch that it cannot cut, or has no room for
-OF_FEW = (AssertionError, IndexError, RuntimeError, ValueError)
+#: Reasons of a step that refuses a batch
+_REFUSED: tuple[TraceReason, ...] = ("refused", "data_dependent")
+
+#: Reasons for which a step that is not traced with few samples may be traced with more
+MAY_TAKE_MORE: tuple[TraceReason, ...] = (*_REFUSED, "sizes_differ", "no_loss")
 
 
 #: Bytes of a batch that is made for it, where nothing says that the step may refuse it
@@ -88,7 +92,7 @@ def of_many(samples: Samples, sizes: Sequence[int]) -> list[tuple[int, Any]]:
         TraceError: they would take more than a quarter of the host's memory.
     """
     if sum(sizes) * _bytes_of_one(samples) > cpu_device().capacity // 4:
-        raise TraceError(f"{sizes[-1]} samples take too much of the host's memory to try them")
+        raise TraceError(f"{sizes[-1]} samples take too much of the host's memory to try them", reason="too_large")
     return samples.batches(sizes)
 
 
@@ -141,12 +145,12 @@ def retrace_at(
     after = []
     try:
         for program in before:
-            (begun,) = again(module, batches, settings, steps=1)
+            (begun,) = again(module, batches, settings, steps=1).traces
             whole = extended(Trace(program.batch_sizes[0], program.events), begun)
-            after.append(scale([whole or again(module, batches, settings)[0]]))
-            graphs.least = True
+            after.append(scale([whole or again(module, batches, settings).traces[0]]))
+            graphs.lower_bound = True
     except TraceError as error:
-        if isinstance(error.__cause__, OF_FEW):
+        if error.reason in _REFUSED:
             raise
         return _noted(found, f"what the step does with {batch_size} samples could not be traced: {error}")
     ends = [[program.at(batch_size, choice) for choice in get_args(Choice)] for program in (*before, *after)]
