@@ -16,6 +16,7 @@ from lightning_memplan.cuda.shapes import SHAPES
 from lightning_memplan.memory.events import EMPTY, FREE, Event, labelled
 from lightning_memplan.step.context import module_paths
 from lightning_memplan.step.fake_cuda import DEVICE
+from lightning_memplan.trace.autograd import GradientAccumulation
 from lightning_memplan.trace.recorder import Recorder
 
 aten = torch.ops.aten
@@ -263,6 +264,19 @@ def test_gradients_are_added_up_in_place(recorder):
         made = [e for e in mode.events[start:] if e.size > 0 and e.op is aten.add.Tensor]
         mode.stop()
     assert made == []
+
+
+def test_gradients_are_added_up_out_of_place_where_that_is_asked_for():
+    mode = Recorder(FakeTensorMode(allow_non_fake_inputs=True), Rules(), GradientAccumulation(in_place=False))
+    with mode:
+        x = torch.zeros(1000, device=DEVICE, requires_grad=True)
+        y = x * 1
+        loss = (y.exp() + y.sin()).sum()
+        mode.phase = "backward"
+        loss.backward()
+        mode.stop()
+    # the gradients of exp and of sin, 1000 floats each, have a sum of as many
+    assert [e.size for e in mode.events if e.op is aten.add.Tensor and e.phase == "backward"] == [4000]
 
 
 def test_a_gradient_is_written_into_new_zeros_in_place(recorder):

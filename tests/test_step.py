@@ -215,7 +215,7 @@ def test_a_step_that_returns_nothing_is_skipped():
 def test_a_module_that_is_no_lightning_module():
     trace = trace_steps(
         nn.Linear(1024, 256, bias=False), BATCHES, StepSettings(), optimizer=lambda p: torch.optim.Adam(p)
-    )[0]
+    ).traces[0]
     # Adam's two moments; its counts of steps lie on the host
     assert [e.size for e in blocks(trace, "optimizer") if e.size > KiB] == [1024 * KiB] * 2
 

@@ -184,21 +184,23 @@ def retrace(
         MemplanError: no allowed batch size suits; says why the one that was found does not.
     """
 
-    def why_not(batch_size: int) -> str:
+    def suits(batch_size: int) -> bool:
+        """Check that the step accepts a batch size and fits; keep the text of its refusal."""
         try:
             trace(batch_size)
         except TraceError as error:
-            return str(error)
+            refusals[batch_size] = str(error)
+            return False
         only: dict[str, Any] = {"min_batch_size": batch_size, "max_batch_size": batch_size}
-        return "" if largest_on_card(estimate_at, budget, capacity, **only).batch_size else _TOO_LARGE
+        return bool(largest_on_card(estimate_at, budget, capacity, **only).batch_size)
 
     size, limited_by = search.batch_size, search.limited_by
-    reason = why_not(size)
-    if not reason:
+    refusals: dict[int, str] = {}
+    if suits(size):
         return size, limited_by, (_EXACT,) if size in estimate_at(size).exact else ()
     traced = estimate_at(size).traced
     smaller = largest_suited(
-        lambda batch_size: not why_not(batch_size),
+        suits,
         size,
         min_batch_size=min_batch_size,
         multiple_of=multiple_of,
@@ -206,8 +208,8 @@ def retrace(
         whole=whole,
     )
     what = f"{size} samples were expected to fit, and {_TOO_LARGE}"
-    if reason != _TOO_LARGE:
-        limited_by, what = "step", f"{size} samples fit, and the step refuses them ({reason})"
+    if size in refusals:
+        limited_by, what = "step", f"{size} samples fit, and the step refuses them ({refusals[size]})"
     if not smaller:
         raise MemplanError(f"{what}; no smaller batch size that is allowed was found to suit it")
     return smaller, limited_by, (f"{what}: {smaller} is the largest of those tried that suits it",)

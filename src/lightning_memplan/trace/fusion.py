@@ -24,7 +24,7 @@ _REDUCTION = getattr(torch.Tag, "reduction", None)  # torch 2.9 and later; befor
 
 
 def kept_nodes(graph: fx.Graph, *, lower_bound: bool) -> set[fx.Node]:
-    """Return the nodes whose results are blocks."""
+    """Return nodes whose results are blocks; by the upper bound, so are all results of libraries' kernels."""
     kept: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node.op == "output" or (not lower_bound and is_of_library(node)) or (node in kept and is_view(node)):

@@ -237,8 +237,7 @@ class Recorder(TorchDispatchMode):
 
     def take_and_give_back(self, size: int) -> None:
         """Record a block that is freed before anything else happens."""
-        block = self._allocate(size, "workspaces", None)
-        self._write(block, FREE, "other", None)
+        self._free(self._allocate(size, "workspaces", None), None)
 
     def label(self, tensor: Any, category: Category) -> None:
         """Say afterwards which kind of memory a tensor has; nothing, if it has none on ``DEVICE``."""
@@ -256,14 +255,14 @@ class Recorder(TorchDispatchMode):
 
     # -- ownership
 
-    def _write(self, block: int, size: int, category: Category, func: Any) -> None:
-        self.events.append(Event(block, size, self.phase, self.step, category, self.path, func, self.stream))
-
-    def _allocate(self, size: int, category: Category, func: Any) -> int:
+    def _allocate(self, size: int, category: Category, func: Any, rule: tuple[str | int, ...] = ()) -> int:
         block = self._next
         self._next += 1
-        self._write(block, size, category, func)
+        self.events.append(Event(block, size, self.phase, self.step, category, self.path, func, self.stream, rule))
         return block
+
+    def _free(self, block: int, func: Any) -> None:
+        self.events.append(Event(block, FREE, self.phase, self.step, "other", self.path, func, self.stream))
 
     def _see(self, tensor: torch.Tensor, func: Any, width: int | None = None) -> None:
         """Record the block of a tensor on ``DEVICE`` that has none yet; ``width`` replaces its elements' bytes."""
@@ -305,7 +304,7 @@ class Recorder(TorchDispatchMode):
         self._owners[block] -= 1
         if not self._owners[block]:
             del self._owners[block]
-            self._write(block, FREE, "other", None)
+            self._free(block, None)
 
     # -- CUDA's rules
 
@@ -369,21 +368,16 @@ class Recorder(TorchDispatchMode):
                 continue
             rule = size if isinstance(size, tuple) else ()
             size = kernel_bytes(size) if isinstance(size, tuple) else size
-            blocks.append(self._next)
-            self.events.append(
-                Event(self._next, size, self.phase, self.step, "temporaries", self.path, func, self.stream, rule)
-            )
-            self._next += 1
+            blocks.append(self._allocate(size, "temporaries", func, rule))
         for block in reversed(blocks):
-            self._write(block, -1, "other", func)
+            self._free(block, func)
 
     def _stay(self, workspace: tuple[str, int], func: Any) -> None:
         name, size = workspace
         made = (name, in_backward())  # autograd's thread has handles of its own
         if made not in self._made:
             self._made.add(made)
-            self._write(self._next, size, "workspaces", func)
-            self._next += 1
+            self._allocate(size, "workspaces", func)
 
 
 _IN_PLACE: dict[Any, bool] = {}
