@@ -223,7 +223,7 @@ HOOKS = [name.strip() for name in HOOKS.replace("\n", "|").split("|") if name.st
 INSIDE: dict[str, tuple[str, str, int]] = {
     "the history is read": ("callback", "history", 1),
     "kernels are registered": ("cuda.rules", "torch.library.Library.impl", 40),
-    "the host's kernel is registered": ("trace.tracer", "torch.library.Library.impl", 1),
+    "the host's kernel is registered": ("trace.isolation", "torch.library.Library.impl", 1),
     "an operator is recorded": ("trace.recorder", "Recorder._see", 60),
     "an operator of a second recording": ("trace.recorder", "Recorder._see", 200),
     "traces are scaled": ("planning.predict", "scale", 1),

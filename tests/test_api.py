@@ -184,7 +184,8 @@ def probed(monkeypatch):
             assert capacity == GPU.capacity
             if isinstance(what, Exception):
                 raise what
-            return tracer.trace_counted(module, sample(), settings, **common)
+            result = tracer.trace_counted(module, sample(), settings, **common)
+            return result.traces, result.formula
 
         monkeypatch.setattr(predict, "can_probe", lambda: True)
         monkeypatch.setattr(predict, "probe_steps", probe_steps)

@@ -1,4 +1,4 @@
-"""What ``torch.compile`` compiles: what is saved, by its two ends; nothing of the user's is compiled or changed."""
+"""Parts that ``torch.compile`` compiles, by either bound; nothing of the user's is compiled or changed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.compile import from_compiled
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import lightning_memplan as mp
 from lightning_memplan.memory.allocator import GRAPHS
+from lightning_memplan.settings import StepSettings
 from lightning_memplan.trace.compiled import BROKEN, CUDA_GRAPHS, FUSED, OTHER, WRITTEN
+from lightning_memplan.trace.fusion import kept_nodes, laid_out_anew
+from lightning_memplan.trace.tracer import trace_steps
+from lightning_memplan.units import format_bytes
 
 WIDTH = 1024
 BATCH = torch.zeros(4, WIDTH)
@@ -248,4 +253,38 @@ def test_a_plan_leaves_room_for_the_upper_end_and_names_the_lower(compiled):
     assert found.predicted_peak == compiled.peak(found.batch_size, found.budget) <= found.budget
     low = compiled.reserved_range(found.batch_size, found.budget).low
     assert found.reserved_range.low == low < found.predicted_peak
-    assert f"at least {mp._units.format_bytes(low):>15}" in mp.plan_table(found)
+    assert f"at least {format_bytes(low):>15}" in mp.plan_table(found)
+
+
+def test_a_trace_of_graphs_is_fused_and_one_of_code_as_written_is_not():
+    batches = [(16, torch.zeros(16, WIDTH))]
+    chains = (torch.compile(Chain()), Chain(), torch.compile(Chain(reads=True)))
+    results = [trace_steps(Net(chain), batches, StepSettings()) for chain in chains]
+    assert [result.fused for result in results] == [True, False, False]
+    assert results[0].notes == (FUSED,)
+    assert results[2].notes[0].startswith(BROKEN)
+
+
+class Elementwise(nn.Module):
+    """A product, and three operators on its result: inductor makes one kernel of these."""
+
+    def forward(self, x, weight):
+        return (x @ weight).relu().exp().sum()
+
+
+def test_what_is_kept_of_a_graph_by_either_bound():
+    graph = make_fx(Elementwise())(torch.zeros(8, 8), torch.zeros(8, 8)).graph
+    names = {node: str(node.target) for node in graph.nodes}
+    kept = [{names[node] for node in kept_nodes(graph, lower_bound=lower)} for lower in (True, False)]
+    # the graph returns the sum; by the upper bound a library's product reads its operands, and its result is a block
+    # whatever reads it
+    assert kept[0] == {"aten.sum.default"}
+    assert kept[1] == {"arg0_1", "arg1_1", "aten.sum.default"}
+
+
+@pytest.mark.parametrize(("rows", "copied"), [(8, []), (9, ["x_1"])])
+def test_a_product_copies_an_operand_whose_rows_are_filled_up(rows, copied):
+    """To multiples of 8: 9 rows of 16 are 144 numbers, more than the 16 * 8 of the other operand."""
+    graph = make_fx(lambda x, weight: x @ weight, tracing_mode="fake")(torch.zeros(rows, 16), torch.zeros(16, 8)).graph
+    (product,) = (node for node in graph.nodes if node.op == "call_function")
+    assert [str(node) for node in laid_out_anew(product)] == copied

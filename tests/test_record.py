@@ -16,6 +16,7 @@ from lightning_memplan.cuda.shapes import SHAPES
 from lightning_memplan.memory.events import EMPTY, FREE, Event, labelled
 from lightning_memplan.step.context import module_paths
 from lightning_memplan.step.fake_cuda import DEVICE
+from lightning_memplan.trace.autograd import GradientAccumulation
 from lightning_memplan.trace.recorder import Recorder
 
 aten = torch.ops.aten
@@ -52,7 +53,7 @@ def test_a_view_is_no_block_and_keeps_one(recorder):
 
 def test_a_fake_tensor_is_as_its_own_constructor_makes_it(recorder):
     mode = recorder()
-    ours = mode._wrapped(torch.empty(2, 3, device="meta"))
+    ours = mode._fakes.wrap(torch.empty(2, 3, device="meta"))
     theirs = FakeTensor(mode._mode, torch.empty(2, 3, device="meta"), DEVICE)
     assert type(ours) is type(theirs) is FakeTensor
     assert ours.__dict__ == theirs.__dict__
@@ -205,7 +206,7 @@ def test_a_value_is_read_as_zero_and_counted(recorder):
         assert bool((x > 0).any()) is False
         with pytest.raises(DataDependentOutputException):
             int(torch.zeros(3, device=DEVICE, dtype=torch.long).sum())
-    assert mode.values_read == 2
+    assert mode.values.values_read == 2
 
 
 def test_no_layer_is_left_out_by_chance(recorder):
@@ -265,6 +266,19 @@ def test_gradients_are_added_up_in_place(recorder):
     assert made == []
 
 
+def test_gradients_are_added_up_out_of_place_where_that_is_asked_for():
+    mode = Recorder(FakeTensorMode(allow_non_fake_inputs=True), Rules(), GradientAccumulation(in_place=False))
+    with mode:
+        x = torch.zeros(1000, device=DEVICE, requires_grad=True)
+        y = x * 1
+        loss = (y.exp() + y.sin()).sum()
+        mode.phase = "backward"
+        loss.backward()
+        mode.stop()
+    # the gradients of exp and of sin, 1000 floats each, have a sum of as many
+    assert [e.size for e in mode.events if e.op is aten.add.Tensor and e.phase == "backward"] == [4000]
+
+
 def test_a_gradient_is_written_into_new_zeros_in_place(recorder):
     with recorder() as mode:
         x = torch.zeros(100, 8, device=DEVICE, requires_grad=True)
@@ -318,7 +332,7 @@ def test_a_result_as_long_as_values_say_is_taken_at_its_longest(recorder):
         assert [len(part) for part in torch.where(mask)] == [12, 12]
         assert x.unique().shape == (12,)
         assert x[[1, 2]].shape == (2, 3)  # its length is known
-    assert mode.lengths_taken == 6
+    assert mode.values.lengths_taken == 6
     assert any(e.size == 2 * 12 * 8 for e in mode.events)
 
 

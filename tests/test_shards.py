@@ -44,7 +44,7 @@ def events(ranks: int = 2, rank: int = 0, precision: str = "32-true", parts: int
     arguments = {"auto_wrap_policy": policy, "use_orig_params": True, **arguments}
     parallel = Parallel("fsdp", ranks, arguments, rank=rank, shard_ranks=shards)
     settings = StepSettings(precision=precision, accumulate_grad_batches=parts, parallel=parallel)  # type: ignore[arg-type]
-    trace = trace_steps(net(), [(4, torch.zeros(4, 1024))], settings, optimizer=torch.optim.AdamW)[0]
+    trace = trace_steps(net(), [(4, torch.zeros(4, 1024))], settings, optimizer=torch.optim.AdamW).traces[0]
     return [event for event in trace.events if event.is_free or event.size > MiB]
 
 
@@ -174,7 +174,7 @@ def test_validation_gathers_too():
 
     parallel = Parallel("fsdp", 2, {"auto_wrap_policy": ModuleWrapPolicy({nn.Linear}), "use_orig_params": True})
     batch = torch.zeros(4, 1024)
-    trace = trace_validation(Validates(), batch, [(4, batch)], StepSettings(parallel=parallel))[0]
+    trace = trace_validation(Validates(), batch, [(4, batch)], StepSettings(parallel=parallel)).traces[0]
     assert made(list(trace.events), step=2, category="communication") == [FIRST, SECOND]
     with pytest.raises(mp.TraceError, match="what each rank holds of sharded parameters in a test is not modelled"):
         trace_test(Validates(), [(4, batch)], StepSettings(parallel=parallel))

@@ -32,7 +32,7 @@ def sgd(parameters):
 
 
 def traces(module, **settings):
-    return trace_steps(module, TOKENS, StepSettings(**settings))
+    return trace_steps(module, TOKENS, StepSettings(**settings)).traces
 
 
 def sizes(trace, op):

@@ -26,7 +26,8 @@ from lightning_memplan.settings import STEPS, StepSettings
 from lightning_memplan.step.fake_cuda import DEVICE, FIRST
 from lightning_memplan.step.module_copy import StandInTrainer
 from lightning_memplan.step.runner import accumulated
-from lightning_memplan.trace.tracer import detached_copy, prepared, run_formula, trace_steps
+from lightning_memplan.trace.detached import detached_copy, prepared
+from lightning_memplan.trace.tracer import FormulaResult, run_formula, trace_steps
 from lightning_memplan.types import Peaks
 
 KiB = 2**10
@@ -49,7 +50,7 @@ class Net(pl.LightningModule):
 
 
 def traced(module, batches=BATCHES, **settings):
-    return trace_steps(module, batches, StepSettings(**settings))
+    return trace_steps(module, batches, StepSettings(**settings)).traces
 
 
 def blocks(trace, category, step=None):
@@ -217,7 +218,7 @@ def test_a_step_that_returns_nothing_is_skipped():
 def test_a_module_that_is_no_lightning_module():
     trace = trace_steps(
         nn.Linear(1024, 256, bias=False), BATCHES, StepSettings(), optimizer=lambda p: torch.optim.Adam(p)
-    )[0]
+    ).traces[0]
     # Adam's two moments; its counts of steps lie on the host
     assert [e.size for e in blocks(trace, "optimizer") if e.size > KiB] == [1024 * KiB] * 2
 
@@ -378,11 +379,11 @@ def test_what_cannot_be_copied_is_said():
 
 
 def test_the_formula_of_a_step_that_stops_half_way():
-    formula, notes = run_formula(Branches(), BATCHES[0], StepSettings())
-    assert formula.feature_bytes == 4 * 256  # the layer ran
-    assert notes[0].startswith(
-        "the formula counts the layers that ran before the step stopped: the step needs the value"
-    )
+    found = run_formula(Branches(), BATCHES[0], StepSettings())
+    assert found.formula.feature_bytes == 4 * 256  # the layer ran
+    assert found.stopped.startswith("the step needs the value")
+    assert found.notes() == (f"the formula counts the layers that ran before the step stopped: {found.stopped}",)
+    assert found.notes(known=found.stopped) == ("the formula counts the layers that ran before the step stopped",)
 
 
 def test_the_formula_of_a_step_that_stops_at_once():
@@ -391,15 +392,16 @@ def test_the_formula_of_a_step_that_stops_at_once():
 
 
 def test_the_formula_knows_the_optimizers_state():
-    formula, notes = run_formula(Net(), BATCHES[0], StepSettings())
+    found = run_formula(Net(), BATCHES[0], StepSettings())
+    formula = found.formula
     assert (formula.parameter_bytes, formula.gradient_bytes, formula.optimizer_bytes) == (1024 * KiB,) * 3
-    assert notes == ()
+    assert found == FormulaResult(formula)
 
 
 def test_a_copy_of_a_copy_is_traced_as_the_module_itself():
     module = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
     copied = detached_copy(module, FakeTensorMode(allow_non_fake_inputs=True))
-    ours, theirs = (trace_steps(each, [(2, torch.zeros(2, 8))], StepSettings())[0] for each in (module, copied))
+    ours, theirs = (trace_steps(each, [(2, torch.zeros(2, 8))], StepSettings()).traces[0] for each in (module, copied))
     assert ours.events == theirs.events
 
 
@@ -490,7 +492,7 @@ def test_what_a_callback_unfreezes_later_is_trained():
     unfreeze.freeze_before_training(module)  # as its setup does, before or after the plan is made
     for epochs, sizes in ((2, [64]), (3, [64, 1024])):  # KiB: 256 · 64 and 1024 · 256 floats
         trainer = SimpleNamespace(callbacks=[unfreeze], max_epochs=epochs, world_size=1)
-        (trace,) = trace_steps(module, BATCHES[:1], StepSettings(), trainer=trainer)
+        (trace,) = trace_steps(module, BATCHES[:1], StepSettings(), trainer=trainer).traces
         assert sorted(e.size for e in blocks(trace, "gradients", STEPS)) == [size * KiB for size in sizes]
         assert sorted(e.size for e in blocks(trace, "optimizer")) == [size * KiB for size in sizes]
     assert not module.backbone.weight.requires_grad

@@ -35,7 +35,7 @@ GRADIENTS = 4 * (2 * 1024 * 8192 + 8192 + 1024)
 
 def communication(accumulate_grad_batches: int = 1, **arguments: Any) -> list[Event]:
     settings = StepSettings(accumulate_grad_batches=accumulate_grad_batches, parallel=Parallel("ddp", 2, arguments))
-    trace = trace_steps(net(), [(4, torch.zeros(4, 1024))], settings, optimizer=torch.optim.SGD)[0]
+    trace = trace_steps(net(), [(4, torch.zeros(4, 1024))], settings, optimizer=torch.optim.SGD).traces[0]
     return [event for event in trace.events if event.category == "communication" and event.size > MiB]
 
 
@@ -55,7 +55,7 @@ def test_gradients_may_be_views_of_buckets():
         [(4, torch.zeros(4, 1024))],
         StepSettings(parallel=Parallel("ddp", 2, {"gradient_as_bucket_view": True})),
         optimizer=torch.optim.SGD,
-    )[0]
+    ).traces[0]
     assert not [e for e in trace.events if e.category == "gradients" and e.step == 3 and e.size > MiB]
     assert sum(e.size for e in trace.events if e.category == "communication" and e.step == 2) >= GRADIENTS
 

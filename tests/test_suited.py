@@ -80,7 +80,7 @@ def test_a_step_that_does_something_else_at_a_size_is_known_there(step):
     module, size = Does(step), 1003
     found = mp.estimate(module, BATCH, method="trace")
     known = retrace_at(found, size, training_job(module, BATCH))
-    (trace,) = trace_steps(module, read_samples(BATCH).batches((size,)), StepSettings())
+    (trace,) = trace_steps(module, read_samples(BATCH).batches((size,)), StepSettings()).traces
     whole = replay([(event.block, event.size, event.stream) for event in trace.events])
     assert known.peak_allocated(size) == whole.peak_allocated
     assert known.peak_allocated(size) != found.peak_allocated(size)

@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from lightning_memplan.cuda.rule_set import Rules
 from lightning_memplan.step.fake_cuda import DEVICE
+from lightning_memplan.trace.detached import detached_copy
 from lightning_memplan.trace.recorder import Recorder
-from lightning_memplan.trace.tracer import detached_copy
 
 
 class Residual(nn.Module):

@@ -97,7 +97,7 @@ def test_a_module_that_loops_over_its_samples():
     batch = (torch.zeros(4, 3, 64, 64), torch.zeros(4, dtype=torch.long))
     found = mp.estimate(InTurn(), batch, method="trace")
     assert TURNS in found.notes
-    (trace,) = trace_steps(InTurn(), read_samples(batch).batches((24,)), StepSettings())
+    (trace,) = trace_steps(InTurn(), read_samples(batch).batches((24,)), StepSettings()).traces
     whole = replay([(event.block, event.size, event.stream) for event in trace.events])
     assert found.peak_allocated(24) == pytest.approx(whole.peak_allocated, rel=0.005)
     segments = found.reserved_range(24)
@@ -137,6 +137,6 @@ def test_a_detector_of_torchvision():
     loader = torch.utils.data.DataLoader(Images(), batch_size=2, collate_fn=collate)
     found = mp.estimate(Detector(), loader, method="trace")
     assert TURNS in found.notes
-    (trace,) = trace_steps(Detector(), read_samples(loader).batches((8,)), StepSettings(), steps=2)
+    (trace,) = trace_steps(Detector(), read_samples(loader).batches((8,)), StepSettings(), steps=2).traces
     whole = replay([(event.block, event.size, event.stream) for event in trace.events])
     assert found.peak_allocated(8) == pytest.approx(whole.peak_allocated, rel=0.01)

@@ -6,6 +6,33 @@ import os
 import sys
 import traceback
 from functools import partial
+from typing import Literal
+
+#: Why a step cannot be traced:
+#:
+#: - ``"refused"``: the step raises for a batch of this size, as it does where it cannot cut it or has no room for it;
+#: - ``"data_dependent"``: the step needs the value of a tensor;
+#: - ``"failed"``: the step raises something else, whatever the batch size;
+#: - ``"no_loss"``: the step returns nothing that could be trained;
+#: - ``"sizes_differ"``: the step has other events at another batch size;
+#: - ``"too_large"``: a batch would take too much of the host's memory;
+#: - ``"uninitialized"``: a parameter has no shape yet;
+#: - ``"not_copyable"``: a part of the module cannot be copied;
+#: - ``"unsupported"``: the memory of a strategy or device is not modelled.
+TraceReason = Literal[
+    "refused",
+    "data_dependent",
+    "failed",
+    "no_loss",
+    "sizes_differ",
+    "too_large",
+    "uninitialized",
+    "not_copyable",
+    "unsupported",
+]
+
+#: Errors by which a step refuses a batch that it cannot cut, or has no room for
+REFUSALS = (AssertionError, IndexError, RuntimeError, ValueError)
 
 
 class MemplanError(Exception):
@@ -17,13 +44,29 @@ class MemplanError(Exception):
 
 
 class TraceError(MemplanError):
-    """A training step cannot be traced; says what it needs and where.
+    """A training step cannot be traced; says what it needs and where. ``reason`` names the kind of obstacle.
 
-    >>> raise TraceError("the step reads a value")
+    >>> raise TraceError("the step reads a value", reason="data_dependent")
     Traceback (most recent call last):
     ...
     lightning_memplan.errors.TraceError: the step reads a value
+    >>> TraceError("FSDP does not train in precision '64-true'").reason
+    'unsupported'
     """
+
+    def __init__(self, message: str, *, reason: TraceReason = "unsupported") -> None:
+        super().__init__(message)
+        self.reason: TraceReason = reason
+
+    @classmethod
+    def of(cls, error: Exception) -> TraceError:
+        """Explain what the user's step raised in a trace.
+
+        >>> TraceError.of(IndexError("list index out of range")).reason
+        'refused'
+        """
+        reason: TraceReason = "refused" if isinstance(error, REFUSALS) else "failed"
+        return cls(explain(error), reason="data_dependent" if _needs_value(error) else reason)
 
 
 class DoesNotFitError(MemplanError):
@@ -66,16 +109,21 @@ def _is_library(filename: str) -> bool:
     return filename.startswith(("<", *roots))
 
 
+def _needs_value(error: BaseException) -> bool:
+    """Check for the errors by which torch says that a fake tensor has no value (by name: this module has no torch)."""
+    names = "DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode"
+    return type(error).__name__ in names
+
+
 def explain(error: BaseException, within: str = "a trace", what: str = "the step") -> str:
-    """What the step (or ``what`` else) needs that it has not ``within`` a trace or a probe, and the line of the user's
-    code."""
+    """Say why the step (or ``what`` else) fails ``within`` a trace or a probe, and at which line of the user's code."""
     frames = traceback.extract_tb(error.__traceback__)
     users = [frame for frame in frames if not _is_library(frame.filename)]
     where = (
         f"{users[-1].filename}:{users[-1].lineno}: {users[-1].line}" if users else "no line of the module's own code"
     )
     kind = type(error).__name__
-    if kind in ("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode"):
+    if _needs_value(error):
         what = f"{what} needs the value of a tensor ({kind} in {getattr(error, 'func', error)}), which a trace has not"
     else:
         text = str(error).strip().splitlines()

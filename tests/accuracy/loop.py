@@ -24,8 +24,10 @@ from lightning_memplan.cuda.shapes import SHAPES
 from lightning_memplan.memory.events import EMPTY, FREE, Trace, labelled
 from lightning_memplan.memory.program import Polynomial, Program, scale
 from lightning_memplan.step.context import module_paths
+from lightning_memplan.trace.autograd import GradientAccumulation
+from lightning_memplan.trace.detached import detached_copy, setup_order
+from lightning_memplan.trace.isolation import no_collection
 from lightning_memplan.trace.recorder import Recorder
-from lightning_memplan.trace.tracer import _no_collection, _setup_order, detached_copy
 
 #: cuBLAS's workspace for compute capability 8.x, which each thread that multiplies matrices keeps
 CUBLAS = (2 * 4096 + 8 * 16) * 1024
@@ -68,7 +70,7 @@ def trace_loop(
     By default from one trace at a prime batch size, for speed; several sizes are scaled as the package does it.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with _no_collection(), _isolated(), _old_torch(loop.old), cuda_semantics(capability):
+    with no_collection(), _isolated(), _old_torch(loop.old), cuda_semantics(capability):
         traces = [_record(model, loop, mode, size, steps, capability) for size in sizes]
     return scale(traces) if len(traces) > 1 else _scale_prime(traces[0])
 
@@ -99,18 +101,16 @@ def _grown(value: Any) -> Polynomial:
 
 @contextmanager
 def _old_torch(old: bool) -> Iterator[None]:
-    """torch 1.12: autograd adds gradients up out of place (torch/csrc/autograd/input_buffer.cpp), and CUDA's autocast
-    leaves interpolation in half precision (aten/src/ATen/autocast_mode.cpp)."""
+    """Let CUDA's autocast leave interpolation in half precision, as torch 1.12 does (ATen/autocast_mode.cpp)."""
     if not old:
         yield
         return
-    lists, adds = autocast.FP32, Recorder._adds_in_place
+    lists = autocast.FP32
     autocast.FP32 = [name for name in lists if "upsample" not in name]
-    Recorder._adds_in_place = lambda self, args: False  # type: ignore[method-assign]
     try:
         yield
     finally:
-        autocast.FP32, Recorder._adds_in_place = lists, adds  # type: ignore[method-assign]
+        autocast.FP32 = lists
 
 
 def _record(
@@ -120,11 +120,12 @@ def _record(
     own = {op: rule for op, rule in temporaries(capability).items() if op not in products}
     workspaces = dict.fromkeys(products, ("cublas", CUBLAS))
     rules = Rules(own, workspaces, WIDTHS, ORDER, kernels=KERNELS, longest=LONGEST, shapes=SHAPES)
-    recorder = Recorder(mode, rules)
+    # torch 1.12's autograd adds gradients up out of place (torch/csrc/autograd/input_buffer.cpp)
+    recorder = Recorder(mode, rules, GradientAccumulation(in_place=not loop.old))
     twin = detached_copy(model, mode)
     with recorder, module_paths(twin, recorder):
-        for tensor, kind, path in _setup_order(twin):
-            recorder.category, recorder.path = kind, path  # type: ignore[assignment]
+        for tensor, category, path in setup_order(twin):
+            recorder.category, recorder.path = category, path
             recorder.adopt(tensor)
         recorder.category, recorder.path = "optimizer", ""
         optimizer = loop.optimizer(twin.parameters())

@@ -182,7 +182,7 @@ def predict(row: Row) -> Prediction:
     low, high = scatter()
     parameters = sum(p.numel() * p.element_size() for p in network.parameters())
     batch: Any = torch.zeros(2, LENGTH, dtype=torch.long) if "/" in row.model else torch.zeros(2, 3, 86, 86)
-    formula = run_formula(network, (2, batch), StepSettings())[0].memory(row.batch)
+    formula = run_formula(network, (2, batch), StepSettings()).formula.memory(row.batch)
     return Prediction(
         low=int(low * reserved),
         expected=reserved,

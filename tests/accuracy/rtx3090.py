@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -221,7 +222,8 @@ def _cached(row: Row, cache: Path | None) -> Program:
 def formula_of(row: Row) -> Formula:
     settings = StepSettings(precision="16-mixed")
     images = torch.empty(2, 3, row.image_size, row.image_size)
-    return run_formula(network_of(row), (2, images), settings, optimizer=lambda p: torch.optim.SGD(p, momentum=0.9))[0]
+    sgd = partial(torch.optim.SGD, momentum=0.9)
+    return run_formula(network_of(row), (2, images), settings, optimizer=sgd).formula
 
 
 def main() -> None:

@@ -327,10 +327,12 @@ def _same_events(columns: Sequence[Sequence[Event]], points: Sequence[int]) -> N
                 where = f" in {b.path!r}" if b.path else ""
                 raise TraceError(
                     f"the step does something else at batch size {size} than at {points[0]}: {b.op or 'a free'}{where} "
-                    f"in its {b.phase} phase; a plan for other batch sizes cannot be made from such traces"
+                    f"in its {b.phase} phase; a plan for other batch sizes cannot be made from such traces",
+                    reason="sizes_differ",
                 )
         if len(first) != len(events):
             raise TraceError(
                 f"the step has {len(events)} events at batch size {size} and {len(first)} at {points[0]}; "
-                "a plan for other batch sizes cannot be made from such traces"
+                "a plan for other batch sizes cannot be made from such traces",
+                reason="sizes_differ",
             )

@@ -23,8 +23,9 @@ from lightning_memplan.memory.estimate import Estimate, largest_on_card
 from lightning_memplan.memory.loops import scaled
 from lightning_memplan.planning.job import TrainingJob
 from lightning_memplan.settings import StepSettings, parse_precision
-from lightning_memplan.trace.known_values import fake_mode
-from lightning_memplan.trace.tracer import detached_copy, trace_steps
+from lightning_memplan.trace.detached import detached_copy
+from lightning_memplan.trace.fake_tensors import fake_mode
+from lightning_memplan.trace.tracer import trace_steps
 
 _MUCH = 0.1  #: what takes more cards saves as much, or makes a batch fit
 
@@ -62,7 +63,7 @@ class TracedJob:
     def again(self, *, batches: Sequence[tuple[int, Any]] | None = None, **changes: Any) -> Estimate:
         """Return the estimate of the job with other batches, or with some of its fields changed."""
         job = replace(self.job, **changes)
-        traces = trace_steps(
+        result = trace_steps(
             job.begun(),
             self.batches if batches is None else batches,
             job.settings,
@@ -70,7 +71,7 @@ class TracedJob:
             datamodule=job.datamodule,
             optimizer=job.optimizer,
         )
-        program, _ = scaled(traces)
+        program, _ = scaled(result.traces)
         return replace(self.found, program=program, _replays={})
 
 

@@ -26,7 +26,7 @@ from lightning_memplan.lightning.trainer import cuda_index, parallel_named, trai
 from lightning_memplan.settings import StepSettings, parse_precision
 from lightning_memplan.step.runner import MakeOptimizer
 from lightning_memplan.step.strategies.fsdp import named_ignored
-from lightning_memplan.trace.tracer import prepared
+from lightning_memplan.trace.detached import prepared
 from lightning_memplan.types import Device
 
 

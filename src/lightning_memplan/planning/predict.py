@@ -14,17 +14,17 @@ from torch import nn
 
 from lightning_memplan.checks import Method
 from lightning_memplan.data.samples import Samples
-from lightning_memplan.errors import TraceError, explain
+from lightning_memplan.errors import REFUSALS, TraceError, explain
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
 from lightning_memplan.memory.estimate import Estimate
-from lightning_memplan.memory.loops import TURNS, scaled
+from lightning_memplan.memory.loops import scaled
 from lightning_memplan.memory.program import interleaved, scale
 from lightning_memplan.memory.search import largest_fitting
 from lightning_memplan.planning.job import DataSource, TrainingJob
-from lightning_memplan.planning.retrace import MANY, OF_FEW, batches_of_many, is_of_many
+from lightning_memplan.planning.retrace import MANY, MAY_TAKE_MORE, batches_of_many, is_of_many
 from lightning_memplan.probe.probe import SIZES, can_probe, probe_steps
 from lightning_memplan.step.compiled_regions import COMPILED_SIZES, compiled_parts
-from lightning_memplan.trace.compiled import FUSED, Graphs
+from lightning_memplan.trace.compiled import Graphs
 from lightning_memplan.trace.tracer import run_formula, trace_counted, trace_steps, trace_test, trace_validation
 from lightning_memplan.types import Device
 
@@ -47,7 +47,7 @@ def predict(job: TrainingJob, method: Method = "auto", largest: int | None = Non
             if method == "probe":
                 raise
             why_not = str(error) if isinstance(error, TraceError) else explain(error, "a probe")
-        except OF_FEW as error:
+        except REFUSALS as error:
             if method == "probe":
                 raise
             refused, why_not = error, explain(error, "a probe")
@@ -124,17 +124,18 @@ def _traced(job: TrainingJob, method: Method) -> Estimate:
     """Return the estimate by trace, or by the formula: where ``method`` says so, or ``auto`` cannot trace the step."""
     module = job.begun()
     notes: tuple[str, ...] = ()
-    reason = ""
+    known = ""
     if method != "formula":
         try:
             return _by_trace(job, module)
         except TraceError as error:
             if method == "trace":
-                raise TraceError(f"{type(module).__name__} cannot be traced: {error}") from error
-            reason = f": {error}"
-            notes = (f"planned by the formula, since the step cannot be traced{reason}",)
+                text = f"{type(module).__name__} cannot be traced: {error}"
+                raise TraceError(text, reason=error.reason) from error
+            known = str(error)
+            notes = (f"planned by the formula, since the step cannot be traced: {known}",)
     samples = job.source.samples
-    formula, more = run_formula(
+    counted = run_formula(
         module,
         _batches(samples, module)[0],
         job.settings,
@@ -142,8 +143,7 @@ def _traced(job: TrainingJob, method: Method) -> Estimate:
         datamodule=job.datamodule,
         optimizer=job.optimizer,
     )
-    more = tuple(note.removesuffix(reason) for note in more)  # said once
-    return Estimate("formula", formula, None, _allocator(), notes + more + samples.notes)
+    return Estimate("formula", counted.formula, None, _allocator(), notes + counted.notes(known) + samples.notes)
 
 
 def _batches(samples: Samples, module: nn.Module) -> list[tuple[int, Any]]:
@@ -156,27 +156,29 @@ def _by_trace(job: TrainingJob, module: nn.Module) -> Estimate:
     counted = partial(
         trace_counted, trainer=job.trainer, datamodule=job.datamodule, optimizer=job.optimizer, graphs=graphs
     )
+    more: tuple[str, ...] = ()
     try:
-        traces, formula = counted(module, batches, settings)
-        program, more = scaled(traces)
+        result = counted(module, batches, settings)
+        program, looped = scaled(result.traces)
     except TraceError as unlike:
-        if not isinstance(unlike.__cause__, (type(None), *OF_FEW)):
+        if unlike.reason not in MAY_TAKE_MORE:
             raise
         for sizes in MANY:
             with suppress(TraceError):
                 batches = batches_of_many(samples, sizes)
-                traces, formula = counted(module, batches, settings)
-                program, more = scaled(traces)
+                result = counted(module, batches, settings)
+                program, looped = scaled(result.traces)
                 break
         else:
             raise
-        more = (*more, f"the step does something else with few samples: planned from {sizes[0]} and more")
-    notes, least = traces[0].notes + more + samples.notes, None
-    if FUSED in notes:
-        graphs.least = True
-        common = partial(trace_steps, trainer=job.trainer, datamodule=job.datamodule, optimizer=job.optimizer)
-        least, _ = scaled(common(module, batches, settings, graphs=graphs))
-    return Estimate("trace", formula, program, _allocator(), notes, least=least, turns=TURNS in more)
+        more = (f"the step does something else with few samples: planned from {sizes[0]} and more",)
+    least = None
+    if result.fused:
+        graphs.lower_bound = True
+        again = partial(trace_steps, trainer=job.trainer, datamodule=job.datamodule, optimizer=job.optimizer)
+        least, _ = scaled(again(module, batches, settings, graphs=graphs).traces)
+    notes = result.notes + looped + more + samples.notes
+    return Estimate("trace", result.formula, program, _allocator(), notes, least=least, turns=bool(looped))
 
 
 def predict_validation(job: TrainingJob, training: Estimate, batch_size: int, validation: DataSource) -> Estimate:
@@ -196,20 +198,20 @@ def predict_validation(job: TrainingJob, training: Estimate, batch_size: int, va
     traced = partial(
         trace_validation, job.begun(), first, settings=job.settings, trainer=job.trainer, datamodule=job.datamodule
     )
-    traces = traced(samples.batches())
+    result = traced(samples.batches())
     try:
-        program = scale(traces)
+        program = scale(result.traces)
     except TraceError:
         if own is None:
             raise
-        traces = traced([(own, samples.make(own))])
-        program = scale(traces)
+        result = traced([(own, samples.make(own))])
+        program = scale(result.traces)
     return Estimate(
         training.method,
         training.formula,
         interleaved(training.program, batch_size, program),
         training.settings,
-        traces[0].notes + samples.notes,
+        result.notes + samples.notes,
     )
 
 
@@ -221,14 +223,12 @@ def predict_test(job: TrainingJob) -> Estimate:
     """
     samples, module = job.source.samples, job.begun()
     try:
-        traces, formula = trace_test(
-            module, samples.batches(), job.settings, trainer=job.trainer, datamodule=job.datamodule
-        )
+        result = trace_test(module, samples.batches(), job.settings, trainer=job.trainer, datamodule=job.datamodule)
     except TraceError as error:
-        raise TraceError(f"a test of {job.name} cannot be traced: {error}") from error
-    program, more = scaled(traces)
-    notes = traces[0].notes + more + samples.notes
-    return Estimate("trace", formula, program, _allocator(), notes, turns=bool(more))
+        raise TraceError(f"a test of {job.name} cannot be traced: {error}", reason=error.reason) from error
+    program, more = scaled(result.traces)
+    notes = result.notes + more + samples.notes
+    return Estimate("trace", result.formula, program, _allocator(), notes, turns=bool(more))
 
 
 def _allocator() -> AllocatorSettings:

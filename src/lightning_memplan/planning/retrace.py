@@ -11,7 +11,7 @@ from lightning_memplan.cuda.workspaces import Choice
 from lightning_memplan.data.batches import sample_bytes
 from lightning_memplan.data.samples import Samples
 from lightning_memplan.devices.detect import cpu_device
-from lightning_memplan.errors import MemplanError, TraceError
+from lightning_memplan.errors import MemplanError, TraceError, TraceReason
 from lightning_memplan.memory.estimate import Estimate, largest_on_card
 from lightning_memplan.memory.events import Trace
 from lightning_memplan.memory.program import extended, scale
@@ -27,8 +27,11 @@ from lightning_memplan.types import Device
 #: equal parts, 60 to 240 have 2 to 6, 10, 12, 15, 20, 30 and 60
 MANY = ((32, 64, 128), (60, 120, 240))
 
-#: Errors of a step whose batch cannot be cut into parts, or is too small
-OF_FEW = (AssertionError, IndexError, RuntimeError, ValueError)
+#: Reasons of a step that refuses a batch
+_REFUSED: tuple[TraceReason, ...] = ("refused", "data_dependent")
+
+#: Reasons for which a step that is not traced with few samples may be traced with more
+MAY_TAKE_MORE: tuple[TraceReason, ...] = (*_REFUSED, "sizes_differ", "no_loss")
 
 #: Bytes of a batch that is made to retrace a step, where nothing suggests that the step may refuse it
 CHEAP = 2**28
@@ -41,7 +44,7 @@ def batches_of_many(samples: Samples, sizes: Sequence[int]) -> list[tuple[int, A
         TraceError: the batches would take more than a quarter of the host's memory.
     """
     if sum(sizes) * _bytes_of_one(samples) > cpu_device().capacity // 4:
-        raise TraceError(f"{sizes[-1]} samples take too much of the host's memory to try them")
+        raise TraceError(f"{sizes[-1]} samples take too much of the host's memory to try them", reason="too_large")
     return samples.batches(sizes)
 
 
@@ -79,12 +82,12 @@ def retrace_at(found: Estimate, batch_size: int, job: TrainingJob) -> Estimate:
     after = []
     try:
         for program in before:
-            (begun,) = again(module, batches, job.settings, steps=1)
+            (begun,) = again(module, batches, job.settings, steps=1).traces
             whole = extended(Trace(program.batch_sizes[0], program.events), begun)
-            after.append(scale([whole or again(module, batches, job.settings)[0]]))
-            graphs.least = True
+            after.append(scale([whole or again(module, batches, job.settings).traces[0]]))
+            graphs.lower_bound = True
     except TraceError as error:
-        if isinstance(error.__cause__, OF_FEW):
+        if error.reason in _REFUSED:
             raise
         return _noted(found, f"what the step does with {batch_size} samples could not be traced: {error}")
     ends = [[program.at(batch_size, choice) for choice in get_args(Choice)] for program in (*before, *after)]
@@ -110,23 +113,25 @@ def accepted_size(
     """
     budget = limits.budget_of(device)
 
-    def refusal(batch_size: int) -> str:
+    def accepts(batch_size: int) -> bool:
+        """Check that the step accepts a batch size and fits; keep the text of its refusal."""
         try:
             predictor.retrace(batch_size)
         except TraceError as error:
-            return str(error)
+            refusals[batch_size] = str(error)
+            return False
         found = largest_on_card(
             predictor.estimate_at, budget, device.capacity, min_batch_size=batch_size, max_batch_size=batch_size
         )
-        return "" if found.batch_size else _TOO_LARGE
+        return bool(found.batch_size)
 
     size, limited_by = search.batch_size, search.limited_by
-    reason = refusal(size)
-    if not reason:
+    refusals: dict[int, str] = {}
+    if accepts(size):
         return size, limited_by, (_EXACT,) if size in predictor.estimate_at(size).exact else ()
     traced = predictor.estimate_at(size).traced
     smaller = largest_suited(
-        lambda batch_size: not refusal(batch_size),
+        accepts,
         size,
         min_batch_size=limits.min_batch_size,
         multiple_of=limits.multiple_of,
@@ -134,8 +139,8 @@ def accepted_size(
         whole=limits.share,
     )
     what = f"{size} samples were expected to fit, and {_TOO_LARGE}"
-    if reason != _TOO_LARGE:
-        limited_by, what = "step", f"{size} samples fit, and the step refuses them ({reason})"
+    if size in refusals:
+        limited_by, what = "step", f"{size} samples fit, and the step refuses them ({refusals[size]})"
     if not smaller:
         raise MemplanError(f"{what}; no smaller batch size that is allowed was found to suit it")
     return smaller, limited_by, (f"{what}: {smaller} is the largest of those tried that suits it",)

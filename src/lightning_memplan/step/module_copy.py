@@ -114,7 +114,8 @@ def replica_of(module: nn.Module, memo: dict[int, Any], *, trainer: Any, device:
         if isinstance(child, torch.jit.ScriptModule):
             raise TraceError(
                 f"{path or type(module).__name__} is TorchScript, of which no copy can be trained: plan with the "
-                "module that it was made of"
+                "module that it was made of",
+                reason="not_copyable",
             )
     stand_in = StandInTrainer(trainer)
     for child in module.modules():
@@ -137,7 +138,8 @@ def replica_of(module: nn.Module, memo: dict[int, Any], *, trainer: Any, device:
     except Exception as error:
         raise TraceError(
             f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}): "
-            "what cannot be copied should be made in setup() or training_step(), not kept on the module"
+            "what cannot be copied should be made in setup() or training_step(), not kept on the module",
+            reason="not_copyable",
         ) from error
     _compile_anew(module, twin)
     for child in twin.modules():

@@ -532,7 +532,8 @@ def _plain_loss(module: nn.Module, batch: Any) -> torch.Tensor:
         return loss
     leaves = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
     if not leaves:
-        raise TraceError(f"{type(module).__name__} returned no tensor with a gradient: there is nothing to train")
+        message = f"{type(module).__name__} returned no tensor with a gradient: there is nothing to train"
+        raise TraceError(message, reason="no_loss")
     return torch.stack([leaf.float().sum() for leaf in leaves]).sum() if len(leaves) > 1 else leaves[0].sum()
 
 
