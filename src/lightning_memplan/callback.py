@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from lightning_memplan.checks import check_count, check_margin, check_method
 from lightning_memplan.data.batches import batch_size_of
 from lightning_memplan.data.samples import SAMPLE_SIZE, Which
+from lightning_memplan.errors import (
+    ApplyError,
+    DoesNotFitError,
+    MemplanError,
+    PlanningFailedError,
+    UnmetDemandError,
+    located,
+    planning_warnings,
+)
 from lightning_memplan.lightning.compat import CallbackBase, misconfiguration, over_ranks
 from lightning_memplan.lightning.data_source import release_loaders
 from lightning_memplan.lightning.loggers import (
@@ -19,6 +32,7 @@ from lightning_memplan.lightning.loggers import (
     logged_step,
     say,
     tensorboard_writers,
+    warn,
 )
 from lightning_memplan.lightning.trainer import (
     averaging_bytes,
@@ -106,6 +120,10 @@ class MemoryPlanner(CallbackBase):
         history: Whether a line is kept of each run on a CUDA device (predicted and measured peaks, versions, settings):
             ``True`` in ``~/.local/share/lightning-memplan/history.jsonl`` or where ``MEMPLAN_HISTORY`` says, or the
             path of a file. ``False`` keeps and reads none.
+        on_error: What a failure of planning does, whatever its cause. ``"warn"`` says in one warning what could not be
+            planned and why; training goes on with the user's own batch size, and its steps are measured. ``"raise"``
+            raises it. Both raise where a size that was demanded cannot be had, and where real steps of the smallest
+            batch size ran out of memory; with ``apply=False``, ``"warn"`` raises nothing.
 
     Attributes:
         plan: The ``Plan``, from setup on.
@@ -144,6 +162,7 @@ class MemoryPlanner(CallbackBase):
         val_batch_arg_name: str | None = None,
         history: bool | str | Path = True,
         test_batch_arg_name: str | None = None,
+        on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
         super().__init__()
         if margin is not None:
@@ -154,6 +173,8 @@ class MemoryPlanner(CallbackBase):
             raise ValueError(
                 f"{batch_arg_name!r} is training's batch size: leave val_batch_arg_name out, or name its own"
             )
+        if on_error not in ("warn", "raise"):
+            raise ValueError(f"on_error is 'warn' or 'raise', not {on_error!r}")
         if resume not in ("keep", "plan"):
             raise ValueError(f"resume is 'keep' or 'plan', not {resume!r}")
         for name, value in (("min_batch_size", min_batch_size), ("multiple_of", multiple_of)):
@@ -181,6 +202,7 @@ class MemoryPlanner(CallbackBase):
         self.val_batch_arg_name = val_batch_arg_name
         self.test_batch_arg_name = test_batch_arg_name
         self.history = history
+        self.on_error = on_error
         self.plan: Plan | None = None
         self.val_plan: Plan | None = None
         self.test_plan: Plan | None = None
@@ -205,32 +227,72 @@ class MemoryPlanner(CallbackBase):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "test" and self.test_batch_arg_name is not None and self.apply and not trainer.fast_dev_run:
-            self._plan_test(trainer, pl_module, self.test_batch_arg_name)
+            with self._softly("the batch size of the test is not planned"), planning_warnings():
+                self._plan_test(trainer, pl_module, self.test_batch_arg_name)
         if stage != "fit":
             return
-        self.plan = self.val_plan = self._place = self._val_place = self._meter = None
-        self._release_planning()
-        self._index = cuda_index(trainer)
+        self._forget_plan()
+        self._index = None if trainer.fast_dev_run else cuda_index(trainer)
         if trainer.fast_dev_run:
-            say("MemoryPlanner plans nothing: fast_dev_run runs a few batches of the size that is set")
+            say("MemoryPlanner is disabled when fast_dev_run is set: it runs a few batches of the user's size")
             return
-        if self.confirm and self._index is None:
-            raise misconfiguration(
-                f"confirm=True runs real steps on a CUDA device, and the Trainer runs on {trainer.strategy.root_device}"
-            )
-        if self.apply:
-            check_alone(trainer)
-        proposal = on_all_ranks(partial(self._propose, trainer, pl_module))
+        with self._softly("the batch size is not planned"), planning_warnings():
+            self._plan_fit(trainer, pl_module)
+
+    def _plan_fit(self, trainer: Any, module: Any) -> None:
+        """Propose a plan on all ranks, confirm it by real steps, and write it."""
+        proposal = on_all_ranks(partial(self._propose, trainer, module), self._is_fatal)
         if self.confirm or (self.confirm is None and self.device is None and self._index is not None):
-            proposal = confirmed(proposal, strict=self.confirm is True)
+            proposal = confirmed(proposal, strict=self.confirm is True, is_fatal=self._is_fatal)
         self._apply_plan(trainer, proposal)
         self._proposal = proposal if self._place is not None else None
         if self._index is not None:
             for writer in tensorboard_writers(trainer):  # now: the last layout counts, and the user's may come later
                 writer.add_custom_scalars(scalars_layout(PHASES if self.reset_peaks else ()))
 
+    def _is_fatal(self, error: Exception) -> bool:
+        """Decide whether an error of planning stops training: an unmet demand does, and a GPU that failed."""
+        if self.on_error == "raise" or isinstance(error, getattr(torch, "AcceleratorError", ())):
+            return True
+        if not self.apply:
+            return False
+        if isinstance(error, DoesNotFitError):
+            return error.tried or self.min_batch_size > 1
+        demands = self.effective_batch_size is not None or self.min_batch_size > 1
+        return demands and isinstance(error, (UnmetDemandError, type(misconfiguration(""))))
+
+    @contextmanager
+    def _softly(self, what: str) -> Iterator[None]:
+        """Turn a planning failure into one warning: the user's batch size stays, and steps are measured."""
+        try:
+            yield
+        except PlanningFailedError as error:
+            self._forget_plan()
+            warn(
+                f"{what}: {error}. Training goes on with the user's own batch size, measured without predictions; "
+                "MemoryPlanner(on_error='raise') stops here instead"
+            )
+        except Exception as error:
+            self._forget_plan()
+            if self._is_fatal(error) or isinstance(error, MemplanError):
+                raise
+            warn(f"{what}: {located(error)}. Training goes on with the user's own batch size")
+
+    def _forget_plan(self) -> None:
+        self.plan = self.val_plan = self.estimate = self._place = self._val_place = self._meter = None
+        self._forecast = Forecast(())
+        self._formula_peak = 0
+        self._structure = ""
+        self._release_planning()
+
     def _propose(self, trainer: Any, module: Any) -> Proposal:
         """Plan this rank's run: find where the batch size is kept, and the largest that fits."""
+        if self.confirm and self._index is None:
+            raise misconfiguration(
+                f"confirm=True runs real steps on a CUDA device, and the Trainer runs on {trainer.strategy.root_device}"
+            )
+        if self.apply:
+            check_alone(trainer)
         holders = find_holders(self.batch_arg_name, module, trainer.datamodule) if self.apply else ()
         val_holders: tuple[Holder, ...] = ()
         if self.val_batch_arg_name is not None and self.apply:
@@ -273,11 +335,12 @@ class MemoryPlanner(CallbackBase):
         if self._validation is not None:
             assert self._session is not None
             make = partial(plan_validation, self._session, plan, self._validation)
-            val_plan, val_size = agreed_plan(make, "validation", otherwise=plan.batch_size)
+            val_plan, val_size = agreed_plan(make, "validation", otherwise=plan.batch_size, is_fatal=self._is_fatal)
         forecast = self._foreseen(estimate, plan.batch_size, plan)
         sizes = [(self._place, plan.batch_size), (self._val_place, val_size)]
         accumulate = None if self.effective_batch_size is None else plan.accumulate_grad_batches
-        with write_together([(place, size) for place, size in sizes if place is not None], trainer, accumulate):
+        written = [(place, size) for place, size in sizes if place is not None]
+        with write_together(written, trainer, accumulate, self._is_fatal):
             say(plan_table(plan, [("earlier runs", self._lesson.text)] if self._lesson.text else ()))
             if self._val_place is not None:
                 say(validation_text(val_size, plan, val_plan))
@@ -323,8 +386,8 @@ class MemoryPlanner(CallbackBase):
         place = find_place(trainer, job.source.data, holders, "test")
         limits = Limits(MARGIN if self.margin is None else self.margin, max_batch_size=self.max_batch_size)
         make = partial(plan_test, job, replace(device, context=device.context + held), limits)
-        self.test_plan, size = agreed_plan(make, "a test")
-        with write_together([(place, size)], trainer):
+        self.test_plan, size = agreed_plan(make, "a test", is_fatal=self._is_fatal)
+        with write_together([(place, size)], trainer, is_fatal=self._is_fatal):
             say(f"MemoryPlanner: the batch size of the test is {size}")
         self._test_place = place
 
@@ -338,7 +401,7 @@ class MemoryPlanner(CallbackBase):
         if self._proposal is None or size in (None, self._proposal.plan.batch_size):
             return
         if self.resume == "keep":
-            self._apply_plan(trainer, self._proposal.kept(size))
+            self._keep(trainer, self._proposal, size)
         elif (count := batches_into_epoch(checkpoint)) and trainer.is_global_zero:
             warnings.warn(
                 f"MemoryPlanner: the checkpoint was made within an epoch, after {count} batches of {size}, and "
@@ -346,6 +409,14 @@ class MemoryPlanner(CallbackBase):
                 "are left out or seen again, as its loader may have it; resume='keep' goes on at the same sample",
                 stacklevel=2,
             )
+
+    def _keep(self, trainer: Any, proposal: Proposal, batch_size: int) -> None:
+        """Set the checkpoint's batch size on all ranks; where it cannot be had, what was planned stays."""
+        try:
+            with planning_warnings():
+                self._apply_plan(trainer, on_all_ranks(partial(proposal.kept, batch_size), self._is_fatal))
+        except PlanningFailedError as error:
+            warn(f"{error}. Training resumes with the planned batch size {proposal.plan.batch_size}")
 
     def _release_planning(self) -> None:
         """Let go of samples and estimates that only planning needs."""
@@ -359,14 +430,10 @@ class MemoryPlanner(CallbackBase):
     # -- measure, at every CUDA step
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if self.plan is None:
-            return
-        if self._place is not None:
-            self._place.check(self.plan.batch_size)
-        log_hyperparams(trainer, plan_hparams(self.plan) | self._applied())
-        self._draw(trainer)
+        if self.plan is not None:
+            self._announce(trainer, self.plan)
         if self._index is None:
-            if trainer.is_global_zero:
+            if self.plan is not None and trainer.is_global_zero:
                 warnings.warn(
                     f"MemoryPlanner measures nothing: the Trainer runs on {trainer.strategy.root_device}, and only "
                     "CUDA devices tell their peak memory; use Trainer(accelerator='gpu') on a machine that has one",
@@ -380,8 +447,20 @@ class MemoryPlanner(CallbackBase):
             manual=not pl_module.automatic_optimization,
             resets=self.reset_peaks,
             nvml=self.nvml,
-            margin=None if self.plan.method == "formula" else self.plan.margin,
+            margin=None if self.plan is None or self.plan.method == "formula" else self.plan.margin,
         )
+
+    def _announce(self, trainer: Any, plan: Plan) -> None:
+        """Check that the loaders have the planned size, and log the plan."""
+        if self._place is not None:
+            try:
+                self._place.check(plan.batch_size)
+            except ApplyError as error:
+                if self.on_error == "raise":
+                    raise
+                warn(str(error))
+        log_hyperparams(trainer, plan_hparams(plan) | self._applied())
+        self._draw(trainer)
 
     @property
     def measurements(self) -> list[Measurement]:
@@ -393,7 +472,7 @@ class MemoryPlanner(CallbackBase):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self._meter is not None:
-            if not self.apply and not self._meter.step:
+            if not self.apply and not self._meter.step and self.plan is not None:
                 self._foresee(batch)
             self._meter.begin()
 
@@ -410,7 +489,7 @@ class MemoryPlanner(CallbackBase):
             self._meter.enter("optimizer")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._meter is None or self.plan is None:
+        if self._meter is None:
             return
         measured = self._meter.end()
         if remark := self._meter.remark():
@@ -427,7 +506,7 @@ class MemoryPlanner(CallbackBase):
             self._log(trainer, validation_metrics(self._meter.end_validation()))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._meter is None or self.plan is None:
+        if self._meter is None:
             return
         self._remember(trainer, pl_module, "done")
         ranks = over_ranks(self._meter.highest)
@@ -445,10 +524,9 @@ class MemoryPlanner(CallbackBase):
     def _remember(self, trainer: Any, module: Any, outcome: Outcome) -> None:
         """Add this run to the history, once; not where its figures are not those of its plan."""
         structure, self._structure = self._structure, ""
-        if not (structure and self.apply and self.device is None and self.reset_peaks):
+        if not (structure and self.plan and self.apply and self.device is None and self.reset_peaks):
             return
         assert self._meter is not None
-        assert self.plan is not None
         setup = RunSetup(
             structure, type(module).__name__, self._settings, rank=trainer.global_rank, ranks=trainer.world_size
         )
@@ -466,7 +544,7 @@ class MemoryPlanner(CallbackBase):
             self._meter.close()
 
     def _log_step(self, trainer: Any, measured: Measurement) -> None:
-        if trainer.loggers and self.plan is not None:
+        if trainer.loggers:
             self._log(trainer, step_metrics(measured, self._formula_peak))
 
     @staticmethod

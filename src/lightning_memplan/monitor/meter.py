@@ -51,7 +51,9 @@ class Forecast:
         return cls(replayed, already_allocated, program.parts, accumulate, cycle)
 
     def at(self, batch: int) -> Peaks:
-        """Return the predicted peaks of a batch of training, counted from 0."""
+        """Return the predicted peaks of a batch of training, counted from 0; zeros where nothing was predicted."""
+        if not self.replayed:
+            return Peaks(0, 0)
         return self._above(self.replayed[self._place(batch)])
 
     def _place(self, batch: int) -> int:

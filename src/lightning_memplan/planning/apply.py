@@ -16,8 +16,10 @@ from lightning_memplan.data.loaders import (
     resized_loaders,
     unit_of,
 )
-from lightning_memplan.errors import ApplyError
+from lightning_memplan.errors import ApplyError, located
+from lightning_memplan.lightning.compat import over_ranks
 from lightning_memplan.lightning.data_source import Phase, change_loaders, kept_loaders, loaders_are_made, train_loaders
+from lightning_memplan.planning.proposal import IsFatal, RankResult, always, see_failures
 
 DEFAULT_NAME = "batch_size"
 
@@ -199,20 +201,34 @@ def find_place(trainer: Any, source: Any, holders: tuple[Holder, ...], phase: Ph
 
 @contextmanager
 def write_together(
-    sizes: Sequence[tuple[Place, int]], trainer: Any, accumulate_grad_batches: int | None = None
+    sizes: Sequence[tuple[Place, int]],
+    trainer: Any,
+    accumulate_grad_batches: int | None = None,
+    is_fatal: IsFatal = always,
 ) -> Iterator[None]:
-    """Write batch sizes and accumulation, all of them or none: what fails inside the block undoes all.
+    """Write batch sizes and accumulation on all ranks, all of them or none: what fails inside the block undoes all.
 
-    Accumulation is set where a batch size is, and where it is given.
+    Accumulation is set where a batch size is, and where it is given. Every rank votes: where one cannot write, all undo
+    what they have written.
 
     Raises:
         ApplyError: a holder or a loader cannot be set, or an epoch has too few batches of that size.
+        PlanningFailedError: a rank has failed, for no reason that ``is_fatal``.
     """
     with ExitStack() as undo:
-        for place, size in sizes:
-            place.write(size, undo)
-        if sizes and accumulate_grad_batches is not None:
-            undo.callback(setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches)
-            trainer.accumulate_grad_batches = accumulate_grad_batches
+        failure = None
+        try:
+            for place, size in sizes:
+                place.write(size, undo)
+            if sizes and accumulate_grad_batches is not None:
+                undo.callback(setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches)
+                trainer.accumulate_grad_batches = accumulate_grad_batches
+        except Exception as error:  # noqa: BLE001 - the other ranks wait for this rank's vote, whatever happened
+            failure = error
+        vote = RankResult() if failure is None else RankResult(reason=located(failure), fatal=is_fatal(failure))
+        try:
+            see_failures(over_ranks(vote), failure)
+        finally:
+            del failure  # break the reference cycle failure → traceback → this frame
         yield
         undo.pop_all()

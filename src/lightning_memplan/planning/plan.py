@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_memplan.devices.catalogue import gpus
-from lightning_memplan.errors import DoesNotFitError
+from lightning_memplan.errors import DoesNotFitError, UnmetDemandError
 from lightning_memplan.memory.estimate import Estimate, largest_on_card
 from lightning_memplan.memory.search import Found
 from lightning_memplan.planning.limits import Limits
@@ -70,7 +70,7 @@ def _search(predictor: Predictor, device: Device, limits: Limits) -> tuple[Found
     """Return what was found, and the smallest batch size that was asked for."""
     share, samples = limits.share, limits.samples
     if share is not None and samples is not None and samples < share:
-        raise ValueError(
+        raise UnmetDemandError(
             f"effective_batch_size={limits.effective_batch_size} is {share} samples a step on each device, and the "
             f"dataset has {samples} for each: no step of the optimizer would see that many"
         )
@@ -80,17 +80,22 @@ def _search(predictor: Predictor, device: Device, limits: Limits) -> tuple[Found
         asked.append(batch_size)
         return limits.failed is None or batch_size < limits.failed or batch_size == min(asked)
 
-    found = largest_on_card(
-        predictor.estimate_at,
-        limits.budget_of(device),
-        device.capacity,
-        share=share,
-        allowed=allowed,
-        min_batch_size=limits.min_batch_size,
-        max_batch_size=limits.max_batch_size,
-        dataset_size=samples,
-        multiple_of=limits.multiple_of,
-    )
+    try:
+        found = largest_on_card(
+            predictor.estimate_at,
+            limits.budget_of(device),
+            device.capacity,
+            share=share,
+            allowed=allowed,
+            min_batch_size=limits.min_batch_size,
+            max_batch_size=limits.max_batch_size,
+            dataset_size=samples,
+            multiple_of=limits.multiple_of,
+        )
+    except ValueError as error:
+        if limits.effective_batch_size is not None or limits.min_batch_size > 1:
+            raise UnmetDemandError(str(error)) from error
+        raise
     return found, min(asked)
 
 

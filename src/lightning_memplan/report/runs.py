@@ -31,8 +31,7 @@ def measurement_summary(
     if not measurements:
         return "memory: no step was measured"
     steps = "1 measured step" if len(measurements) == 1 else f"{len(measurements)} measured steps"
-    errors = [m.error_percent for m in measurements]
-    worst = max(measurements, key=lambda m: abs(m.error_percent))
+    predictions = [m for m in measurements if m.predicted_allocated]
     predicted, actual = _highest(m.predicted_phases for m in measurements), _highest(m.phases for m in measurements)
     phases = {name: (predicted.get(name, 0), size) for name, size in actual.items()}
     rows = _peaks(
@@ -40,8 +39,12 @@ def measurement_summary(
         (max(m.predicted_allocated for m in measurements), max(m.allocated for m in measurements)),
         phases | ({"validation": (0, max(peaks.allocated for peaks in validations))} if validations else {}),
     )
-    of_steps = f"median {median(errors):+.1f} %, worst {worst.error_percent:+.1f} % in step {worst.step}"
-    lines = [f"memory over {steps}", *rows, f"  error of allocated, step by step: {of_steps}"]
+    lines = [f"memory over {steps}" + ("" if predictions else ", without predictions"), *rows]
+    if predictions:
+        worst = max(predictions, key=lambda m: abs(m.error_percent))
+        middle = median(m.error_percent for m in predictions)
+        of_steps = f"median {middle:+.1f} %, worst {worst.error_percent:+.1f} % in step {worst.step}"
+        lines.append(f"  error of allocated, step by step: {of_steps}")
     over = [m for m in measurements if m.allocated > m.predicted_allocated > 0]
     if over:
         most = max(over, key=lambda m: m.allocated / m.predicted_allocated)
