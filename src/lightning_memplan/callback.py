@@ -40,7 +40,7 @@ from lightning_memplan.monitor.history import Lesson, append, history, history_p
 from lightning_memplan.monitor.meter import PHASES, Meter, traced_step
 from lightning_memplan.planning.apply import Holder, Place, find_holders, find_place
 from lightning_memplan.planning.job import named_device, nccl_allowance, samples_of_a_rank
-from lightning_memplan.planning.plan import MARGIN, advised_step, plan_estimate
+from lightning_memplan.planning.plan import advised_step, plan_estimate
 from lightning_memplan.planning.predict import estimate_step, estimate_test, estimate_validation
 from lightning_memplan.planning.proposal import Proposal, confirmed, held_bytes, on_all_ranks
 from lightning_memplan.planning.retrace import EstimateCache, retrace_at
@@ -56,7 +56,7 @@ from lightning_memplan.report.metrics import (
 )
 from lightning_memplan.report.plans import plan_table, validation_text
 from lightning_memplan.report.runs import measurement_summary
-from lightning_memplan.settings import STEPS, StepSettings
+from lightning_memplan.settings import MARGIN, STEPS, StepSettings
 from lightning_memplan.step.strategies.fsdp import named_ignored
 from lightning_memplan.trace.tracer import prepared
 from lightning_memplan.types import Device, Measurement, Outcome, Peaks, Plan

@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+#: Fraction of a device's capacity that a plan leaves free by default: for cuDNN's workspaces, which are known only when
+#: cuDNN chooses them, and for what the driver rounds up.
+MARGIN = 0.05
+
+
 #: Optimizer steps that a trace holds: the first, the second (with optimizer state and old gradients), a third; more
 #: where they take turns
 STEPS = 3

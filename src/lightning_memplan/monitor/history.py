@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from lightning_memplan.devices.detect import driver_version
-from lightning_memplan.monitor.meter import PHASES, Meter
 from lightning_memplan.types import Outcome, Plan, Run
 from lightning_memplan.units import MiB
+
+if TYPE_CHECKING:
+    from lightning_memplan.monitor.meter import Meter
 
 try:
     import fcntl
@@ -261,6 +261,10 @@ def run_record(
     held: int,
 ) -> Run:
     """A run as history keeps it: its peaks without the bytes ``held``, which the plan leaves out of the capacity."""
+
+    import torch
+
+    from lightning_memplan.monitor.meter import PHASES
 
     def most(peaks: Iterable[tuple[int, int]]) -> tuple[int, int]:
         allocated, reserved = zip(*peaks, strict=True)

@@ -26,10 +26,10 @@ from lightning_memplan.planning.job import (
     resolve_step,
     samples_of_a_rank,
 )
-from lightning_memplan.planning.plan import MARGIN, advised_step, plan_estimate
+from lightning_memplan.planning.plan import advised_step, plan_estimate
 from lightning_memplan.planning.predict import estimate_step
 from lightning_memplan.planning.retrace import EstimateCache, retrace_at
-from lightning_memplan.settings import NCCL
+from lightning_memplan.settings import MARGIN, NCCL
 from lightning_memplan.step.runner import MakeOptimizer
 from lightning_memplan.types import Advice, Device, Length, Lengths, Plan
 
