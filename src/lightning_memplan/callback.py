@@ -41,7 +41,7 @@ from lightning_memplan.planning.job import (
     named_device,
     source_of_trainer,
 )
-from lightning_memplan.planning.limits import MARGIN, Limits
+from lightning_memplan.planning.limits import Limits
 from lightning_memplan.planning.proposal import Proposal, confirmed, on_all_ranks
 from lightning_memplan.planning.session import PlanningSession, allocated_on, check_effective_batch_size
 from lightning_memplan.probe.out_of_memory import ran_out_of_memory
@@ -55,7 +55,7 @@ from lightning_memplan.report.metrics import (
 )
 from lightning_memplan.report.plans import plan_table, validation_text
 from lightning_memplan.report.runs import measurement_summary
-from lightning_memplan.settings import StepSettings
+from lightning_memplan.settings import MARGIN, StepSettings
 from lightning_memplan.types import Device, Measurement, Outcome, Peaks, Plan
 
 

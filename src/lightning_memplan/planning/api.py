@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any, Literal
 
 from torch import nn
@@ -21,11 +20,12 @@ from lightning_memplan.planning.job import (
     nccl_allowance,
     training_job,
 )
-from lightning_memplan.planning.limits import MARGIN, Limits
-from lightning_memplan.planning.plan import largest_batch_size, make_plan
+from lightning_memplan.planning.limits import Limits
+from lightning_memplan.planning.plan import make_plan
 from lightning_memplan.planning.predict import predict
 from lightning_memplan.planning.predictor import OneEstimate
-from lightning_memplan.planning.session import PlanningSession, check_effective_batch_size
+from lightning_memplan.planning.session import PlanningSession, check_effective_batch_size, plan_each
+from lightning_memplan.settings import MARGIN
 from lightning_memplan.step.runner import MakeOptimizer
 from lightning_memplan.types import Advice, Device, Length, Lengths, Plan
 
@@ -203,8 +203,7 @@ def check(
     check_method(method)
     check_count("batch_size", batch_size)
     job = training_job(module, batch, device=device, sampling=Sampling(sample, sample_size), **settings)
-    session = PlanningSession(job, Limits(margin, max_batch_size=batch_size), method)
-    return session.plan(session.limits.exactly(batch_size))
+    return PlanningSession(job, Limits(margin), method).check(batch_size)
 
 
 def advise(
@@ -261,11 +260,7 @@ def advise(
         strategy=strategy,
         sampling=Sampling(sample, sample_size),
     )
-    session = PlanningSession(job, limits, "trace")
-    found, on = session.estimate(job.settings.accumulate_grad_batches), session.device
-    if batch_size is None:
-        batch_size = largest_batch_size(found, on, replace(limits, samples=job.source.size)) or 1
-    return session.advise(found, batch_size, limits.budget_of(on), on.capacity)
+    return PlanningSession(job, limits, "trace").advice(batch_size)
 
 
 def cards_for(
@@ -297,21 +292,7 @@ def cards_for(
     check_method(method)
     limits = Limits(margin, min_batch_size, max_batch_size, multiple_of)
     job = training_job(module, batch, sampling=Sampling(sample, sample_size), assume_default=False, **settings)
-    limits = replace(limits, samples=job.source.size)
-    nccl = 0 if job.settings.parallel is None else job.settings.parallel.nccl
-
-    @cache
-    def estimated(capability: tuple[int, int] | None) -> Estimate:
-        settings = job.settings if capability is None else replace(job.settings, capability=capability)
-        card = Device("a card", total=1, capability=capability)  # it chooses the kernels, whatever its memory
-        return predict(replace(job, settings=settings, device=card), method)
-
-    @cache
-    def largest(capability: tuple[int, int] | None, capacity: int) -> int:
-        return largest_batch_size(estimated(capability), Device("a card", total=max(1, capacity)), limits)
-
-    ordered = sorted(gpus() if cards is None else cards, key=lambda card: card.capacity)
-    return tuple((card, largest(card.capability, max(0, card.capacity - nccl))) for card in ordered)
+    return plan_each(job, gpus() if cards is None else cards, limits, method)
 
 
 def plan_lengths(
