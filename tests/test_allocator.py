@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_memplan.memory.allocator import Replay, replay
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
+from lightning_memplan.memory.events import Stream
 
 KiB, MiB, GiB = 2**10, 2**20, 2**30
 Program = list[tuple[int, int, int]]
@@ -105,6 +106,19 @@ def test_a_segment_with_a_block_in_use_stays() -> None:
 def test_a_fraction_limits_what_is_reserved() -> None:
     assert replay(allocate(30 * MiB, 30 * MiB), fraction=59 * MiB).out_of_memory == 1
     assert replay(allocate(30 * MiB, 30 * MiB), fraction=60 * MiB).out_of_memory is None
+
+
+def test_all_streams_differ() -> None:
+    assert len({int(stream) for stream in Stream.__members__.values()}) == len(Stream.__members__)
+
+
+@pytest.mark.parametrize("stream", Stream)
+def test_pools_of_cuda_graphs_alone_keep_idle_segments_on_a_full_gpu(stream: Stream) -> None:
+    # 3 + 5 MiB in a segment of 20, idle when 40 MiB are requested: 20 + 40 > 50, unless the 20 are given back
+    program = [(1, 3 * MiB, stream), (2, 5 * MiB, stream), (1, -1, stream), (2, -1, stream), (3, 40 * MiB, stream)]
+    result = replay(program, capacity=50 * MiB)
+    kept = stream in (Stream.GRAPHS, Stream.GRAPH_TRIALS)
+    assert (result.out_of_memory, result.reserved) == ((4, 20 * MiB) if kept else (None, 40 * MiB))
 
 
 # ---- settings

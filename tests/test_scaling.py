@@ -94,7 +94,7 @@ def test_where_the_steps_and_their_phases_begin():
     events = [Event(k, 8, phase, step) for k, (step, phase) in enumerate(zip(steps, phases, strict=True))]
     program = scale([Trace(2, tuple(events))])
     assert program.steps() == (0, 2, 5, 6)
-    assert program.stretches() == (0, 2, 4, 5, 6)
+    assert program.phases() == (0, 2, 4, 5, 6)
 
 
 # --------------------------------------------------------------------------------------------------------- disagreement
@@ -187,7 +187,7 @@ def steps(*sizes):
 
 def test_the_last_step_goes_on_as_it_was():
     program = scale([steps(8, 8, 8)])
-    more = program.settled(2)
+    more = program.at_steady_state(2)
     kinds = [(e.block, size) for e, (_, size, _) in zip(more.events, more.at(2), strict=True)]
     assert kinds[: len(program.events)] == [
         (e.block, size) for e, (_, size, _) in zip(program.events, program.at(2), strict=True)
@@ -203,15 +203,15 @@ def test_the_last_step_goes_on_as_it_was():
 
 def test_steps_that_take_turns_go_on_in_turn():
     in_turn = replace(steps(8, 9, 8, 9, 8, 9), period=2)
-    more = scale([in_turn]).settled(2)
+    more = scale([in_turn]).at_steady_state(2)
     assert [size for _, size, _ in more.at(2) if size in (8, 9)] == [8, 9] * 5  # six steps, and two cycles more
-    assert scale([replace(in_turn, period=0)]).settled().recorded() == 6  # the last two are not alike
+    assert scale([replace(in_turn, period=0)]).at_steady_state().recorded() == 6  # the last two are not alike
 
 
 @pytest.mark.parametrize("sizes", [(8, 8), (8, 9, 10), ()])
 def test_steps_that_are_not_alike_are_not_gone_on_with(sizes):
     program = scale([steps(*sizes)])
-    assert program.settled() is program
+    assert program.at_steady_state() is program
 
 
 def test_gradients_that_validation_lets_go_of_are_gone_in_it():

@@ -14,7 +14,7 @@ import lightning_memplan as mp
 from lightning_memplan.data.samples import read_samples
 from lightning_memplan.errors import TraceError
 from lightning_memplan.memory.allocator import replay
-from lightning_memplan.memory.events import Event, Trace
+from lightning_memplan.memory.events import EMPTY, Event, Stream, Trace
 from lightning_memplan.memory.loops import TURNS, loops, merge_loops, scaled
 from lightning_memplan.memory.program import scale
 from lightning_memplan.settings import StepSettings
@@ -48,6 +48,28 @@ def test_bytes_are_those_of_a_trace_at_that_batch_size(beside):
     for samples in (2, 3, 5, 8, 100):
         # the product, all results, and what is beside the last of them, or the sum
         assert peak(program, samples) == samples * 10 * KIB + max(beside, 512)
+
+
+def test_segments_of_a_loop_are_given_back_on_a_full_gpu():
+    MiB = 2**20
+
+    def looped(samples):
+        """A result of 5 MiB for each sample; all are freed before an optimizer's block of 40 MiB."""
+        results = [Event(n, 5 * MiB, "forward", 1, "activations", op="abs") for n in range(samples)]
+        frees = [Event(n, -1, "backward", 1) for n in range(samples)]
+        return Trace(samples, (*results, *frees, Event(99, 40 * MiB, "optimizer", 1, "optimizer", op="sqrt")))
+
+    # of 10 results the 2 that all traces have are in a segment of 20 MiB, and the other 8, as one block, in one of 40
+    program, _ = scaled([looped(n) for n in (2, 3, 5)])
+    entries = program.at(10)
+    assert {stream for _, size, stream in entries if size >= 0} == {Stream.DEFAULT, Stream.LOOPS}
+    assert replay(entries).peak_reserved == (20 + 40 + 40) * MiB
+    full = replay(entries, capacity=70 * MiB)
+    assert (full.out_of_memory, full.peak_reserved, full.reserved, full.retries) == (None, 60 * MiB, 40 * MiB, 1)
+    assert replay([*entries[:-1], (-1, EMPTY, Stream.DEFAULT)]).reserved == 0
+    # a pool of CUDA graphs keeps its 40, beside which 40 more do not fit
+    pooled = [(block, size, stream and Stream.GRAPHS) for block, size, stream in entries]
+    assert replay(pooled, capacity=70 * MiB).out_of_memory == len(pooled) - 1
 
 
 def test_what_all_have_keeps_its_place():

@@ -347,8 +347,8 @@ class MemoryPlanner(CallbackBase):
         self.plan, self.val_plan, self.estimate, self._predicted = plan, val_plan, estimate, predicted
         self._formula_peak = plan.formula_peak
         program = estimate.program  # the formula has none, and but one step
-        self._parts = 1 if program is None else program.parts
-        self._cycle = 1 if program is None else max(1, program.period // program.parts)
+        self._parts = 1 if program is None else program.microbatches
+        self._cycle = 1 if program is None else max(1, program.period // program.microbatches)
 
     def _foreseen(self, estimate: Estimate, batch_size: int, capacity: int) -> list[Peaks]:
         return [

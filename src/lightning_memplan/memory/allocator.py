@@ -20,7 +20,7 @@ from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from lightning_memplan.memory.allocator_settings import INTERVALS, MIB, AllocatorSettings
-from lightning_memplan.memory.events import EMPTY
+from lightning_memplan.memory.events import EMPTY, Stream
 
 _ROUND = 512
 
@@ -34,9 +34,7 @@ _SMALL_SEGMENT = 2 * MIB
 _LARGE_ALONE = 10 * MIB  # from here on a request has a segment of its own size, rounded up to 2 MiB
 
 
-#: Streams from here on stand for the pools of CUDA graphs, which keep their segments while the graphs are there
-#: (c10/cuda/CUDACachingAllocator.cpp, ``release_cached_blocks``: of private pools, only those in graph_pools_freeable)
-GRAPHS = 2**16
+_KEPT = frozenset(stream for stream in Stream if stream.keeps_segments)
 
 
 _UNLIMITED = 2**62
@@ -109,7 +107,7 @@ def replay(
     gives all that is idle back to the card (``torch.cuda.empty_cache``), whatever the block.
     Below, 3 MiB and 5 MiB share a segment of 20 MiB, and 40 MiB have one of their own. A card of 50 MiB has no room
     for both, so it is given back the first, in which nothing is in use any more. What is idle in the pool of a CUDA
-    graph (a stream from ``GRAPHS`` on) is not given back: the graph runs in it again.
+    graph (``Stream.GRAPHS``) is not given back: the graph runs in it again.
 
     >>> program = [(1, 3 * 2**20, 0), (2, 5 * 2**20, 0), (1, -1, 0), (2, -1, 0), (3, 40 * 2**20, 0)]
     >>> ample = replay(program)
@@ -118,7 +116,7 @@ def replay(
     >>> tight = replay(program, capacity=50 * 2**20)
     >>> tight.peak_reserved // 2**20, tight.retries, tight.out_of_memory
     (40, 1, None)
-    >>> replay([(block, size, GRAPHS) for block, size, _ in program], capacity=50 * 2**20).out_of_memory
+    >>> replay([(block, size, Stream.GRAPHS) for block, size, _ in program], capacity=50 * 2**20).out_of_memory
     4
 
     More capacity can, rarely, make a program fail that fitted: what was given back earlier left fewer split blocks.
@@ -191,7 +189,7 @@ def replay(
             small = size <= _SMALL
             pool = pools[small].get(stream)
             if pool is None:
-                pool = pools[small][stream] = heap.new_pool(small, kept=stream >= GRAPHS)
+                pool = pools[small][stream] = heap.new_pool(small, kept=stream in _KEPT)
             keys = pool.keys
             if collects:
                 heap.searches += not small

@@ -163,7 +163,7 @@ class Estimate:
         if self.least is None:
             return peak, peak
         large = sum(size > 2**20 for _, size in self.alive(batch_size))
-        return min(peak, self.least.most_alive(batch_size, self.least.turns())), peak + large * 2**20
+        return min(peak, self.least.peak_live_bytes(batch_size)), peak + large * 2**20
 
     def peak_allocated(self, batch_size: int) -> int:
         """Bytes that are allocated at most (``torch.cuda.max_memory_allocated``)."""
@@ -205,19 +205,15 @@ class Estimate:
 
     @_of_its_batch_size
     def _most_alive(self, batch_size: int, workspaces: Choice) -> int:
-        return self._program().most_alive(batch_size, self._turns, workspaces)
-
-    @cached_property
-    def _turns(self) -> tuple[int, ...]:
-        return self._program().turns()
+        return self._program().peak_live_bytes(batch_size, workspaces)
 
     @cached_property
     def _settled(self) -> Program:
-        return self._program().settled()
+        return self._program().at_steady_state()
 
     @cached_property
     def _stretches(self) -> tuple[int, ...]:
-        return self._settled.stretches()
+        return self._settled.phases()
 
     def steps(self, batch_size: int, capacity: int | None = None) -> tuple[tuple[int, int], ...]:
         """Peak ``(allocated, reserved)`` bytes of each step: the first, the second, and so on; later ones are as the

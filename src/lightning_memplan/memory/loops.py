@@ -11,14 +11,10 @@ from itertools import chain, groupby, pairwise
 from typing import NamedTuple
 
 from lightning_memplan.errors import TraceError
-from lightning_memplan.memory.events import FREE, Event, Trace
+from lightning_memplan.memory.events import FREE, Event, Stream, Trace
 from lightning_memplan.memory.program import Program, scale
 
 TURNS = "the step loops over its samples: what it does for each is planned for as if it shared no segment with the rest"
-
-
-#: The stream of what is taken together: no step of the user's has as many
-APART = 2**16
 
 
 def scaled(traces: Sequence[Trace]) -> tuple[Program, tuple[str, ...]]:
@@ -81,7 +77,7 @@ def merge_loops(traces: Sequence[Trace]) -> list[Trace]:
         rule: tuple[str | int, ...] = ()
         if not _is_line(points, sizes):  # the first trace may have nothing beside what is common: the others tell
             rule = ("measured", points[k], *chain(*zip(points[-2:], sizes[-2:], strict=True)))
-        return label._replace(block=numbers[of], size=sizes[k], rule=rule, stream=APART)
+        return label._replace(block=numbers[of], size=sizes[k], rule=rule, stream=Stream.LOOPS)
 
     def beside(gap: int, k: int) -> Iterator[Event]:
         """What comes and goes: on top of what is there after it, or before it."""
@@ -90,14 +86,14 @@ def merge_loops(traces: Sequence[Trace]) -> list[Trace]:
             most = [one[1] - one[2 if gap in grows else 0] for one in live]
             if any(most):
                 yield made(gap, places[gap], most, k)
-                yield places[gap]._replace(block=numbers[gap], size=FREE, rule=(), stream=APART)
+                yield places[gap]._replace(block=numbers[gap], size=FREE, rule=(), stream=Stream.LOOPS)
 
     def whole(k: int) -> Iterator[Event]:
         for gap in range(len(rows) + 1):
             if gap not in grows:
                 yield from beside(gap, k)
             for spell in ended.get(gap, ()):
-                yield places[gap]._replace(block=numbers[spell], size=FREE, rule=(), stream=APART)
+                yield places[gap]._replace(block=numbers[spell], size=FREE, rule=(), stream=Stream.LOOPS)
             for spell in begun.get(gap, ()):
                 yield made(spell, labels[spell], [rest.sizes.get(spell, 0) for rest in rests], k)
             if gap in grows:

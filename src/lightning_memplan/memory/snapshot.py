@@ -63,7 +63,7 @@ def make_snapshot(
             "action": action,
             "addr": address,
             "size": size,
-            "stream": stream,
+            "stream": int(stream),  # readers of a pickled file do not know ours
             "time_us": at,
             "compile_context": "N/A",
             "user_metadata": event.category,
@@ -92,7 +92,13 @@ def make_snapshot(
             del blocks[address]
     if at < len(program):
         free = (capacity or 0) - sum(segment["end"] - start for start, segment in mapped.items())
-        failed = {"action": "oom", "size": program[at][1], "device_free": free, "stream": program[at][2], "time_us": at}
+        failed = {
+            "action": "oom",
+            "size": program[at][1],
+            "device_free": free,
+            "stream": int(program[at][2]),
+            "time_us": at,
+        }
         trace.append(failed | {"frames": _frames(events[at]), "user_metadata": events[at].category})
     return {
         "segments": _segments(mapped, blocks, settings.expandable_segments),

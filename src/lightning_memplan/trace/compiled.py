@@ -37,7 +37,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_memplan.memory.allocator import GRAPHS
+from lightning_memplan.memory.events import Stream
 from lightning_memplan.step.compiled_regions import Part, compiled_parts
 from lightning_memplan.trace.known_values import fake_mode
 from lightning_memplan.trace.recorder import Recorder
@@ -55,10 +55,6 @@ _L2 = {(7, 0): 6, (7, 5): 6, (8, 0): 40, (8, 6): 6, (8, 9): 96, (9, 0): 60, (10,
 
 
 _PRODUCTS = frozenset("mm addmm bmm baddbmm".split())
-
-
-#: The stream of what is compiled: blocks of one stream share no segment with another's, and so do those of a pool
-POOL = 2**15
 
 
 class Graphs:
@@ -80,7 +76,7 @@ class Graphs:
         def run(args: list[Any]) -> Any:
             if self.least and not pooled:
                 return _Interpreter(graph, self, pooled).boxed_run(args)
-            with self.recorder.pool(GRAPHS if pooled else POOL, workspaces=not self.least):
+            with self.recorder.pool(Stream.GRAPHS if pooled else Stream.COMPILED, workspaces=not self.least):
                 copied = self.copied.setdefault(self.recorder, {})
                 if pooled and not self.least and not self.making and graph not in copied:
                     copied[graph] = [torch.empty_like(tensor) for tensor in self.inputs(graph, args)]
@@ -184,7 +180,7 @@ class _Interpreter(torch.fx.Interpreter):
         out = super().run_node(n)
         del copied
         if self.cache and self.recorder.step == 1 and not _is_view(n):
-            with self.recorder.pool(GRAPHS + 1, workspaces=True):  # as if it found no room in what is cached
+            with self.recorder.pool(Stream.GRAPH_TRIALS, workspaces=True):  # as if it found no room in what is cached
                 clones = [torch.empty_like(block) for block in self.written_over(n, out)]
                 self.recorder.take_and_give_back(self.cache)
                 del clones

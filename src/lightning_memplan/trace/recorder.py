@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_memplan.cuda.kernel_sizes import kernel_bytes
 from lightning_memplan.cuda.rule_set import Rules
 from lightning_memplan.cuda.sparse import is_sparse, parts
-from lightning_memplan.memory.events import EMPTY, Category, Event, Phase
+from lightning_memplan.memory.events import EMPTY, Category, Event, Phase, Stream
 from lightning_memplan.step.fake_cuda import DEVICE
 from lightning_memplan.trace.autograd import EngineSequence
 from lightning_memplan.trace.constructors import Constructors
@@ -119,7 +119,7 @@ class Recorder(TorchDispatchMode):
         self.category: Category = "other"
         self.step = 0
         self.path = ""
-        self.stream = 0
+        self.stream: int = Stream.DEFAULT
         self.values_read = 0  #: how often the step read a value of a tensor, and was given 0
         self.lengths_taken = 0  #: how often a result is as long as values say, and was taken at its longest
         self.numbers: Mapping[int, torch.Tensor] = {}  #: id of a batch's tensor -> the values that stand for its own

@@ -296,7 +296,7 @@ def _trace_steps(
             few = begun(batch).record(size, batch, run.kinds)
             traces.append(extended(traces[0], few) or begun(batch).record(size, batch, run.steps))
     parts = accumulated(settings)
-    return [replace(trace, parts=parts, period=run.period) for trace in traces], run.formula
+    return [replace(trace, microbatches=parts, period=run.period) for trace in traces], run.formula
 
 
 def trace_validation(
