@@ -36,6 +36,7 @@ from lightning_memplan.lightning.trainer import (
     validates,
 )
 from lightning_memplan.memory.estimate import Estimate
+from lightning_memplan.memory.structure import structure_of
 from lightning_memplan.monitor.history import Lesson, append, history, history_path, lesson, run_record
 from lightning_memplan.monitor.meter import PHASES, Meter, traced_step
 from lightning_memplan.planning.apply import Holder, Place, find_holders, find_place
@@ -282,7 +283,7 @@ class MemoryPlanner(CallbackBase):
             warnings.warn(f"MemoryPlanner: {'; '.join(first.notes)}", stacklevel=2)
         nccl = nccl_allowance(settings, device)
         card = replace(device, context=device.context + self._held + nccl)
-        self._settings, self._structure = settings, first.structure(type(module).__name__, settings, ranks)
+        self._settings, self._structure = settings, structure_of(first, type(module).__name__, settings, ranks)
         self._lesson = self._learn(card, first.method)
         limits: dict[str, Any] = {"device": card, "margin": self._lesson.margin, "multiple_of": self.multiple_of}
         limits["nccl"] = nccl

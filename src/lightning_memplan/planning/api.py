@@ -16,7 +16,9 @@ from lightning_memplan.devices.catalogue import gpus
 from lightning_memplan.errors import DoesNotFitError
 from lightning_memplan.lightning.compat import as_lightning_module
 from lightning_memplan.lightning.trainer import check_accumulation
-from lightning_memplan.memory.estimate import Estimate, largest_on_card
+from lightning_memplan.memory.estimate import Estimate
+from lightning_memplan.memory.fitting import largest_on_device
+from lightning_memplan.memory.search import SizeLimits
 from lightning_memplan.planning.job import (
     data_source_of,
     default_device,
@@ -266,8 +268,8 @@ def advise(
     found = estimate_step(module, source, settings, method="trace", **options, **job)
     budget = int(card.capacity * (1 - margin))
     if batch_size is None:
-        limits: dict[str, Any] = {"dataset_size": dataset_size(source)}
-        batch_size = largest_on_card(lambda _: found, budget, card.capacity, **limits).batch_size
+        limits = SizeLimits(dataset_size=dataset_size(source))
+        batch_size = largest_on_device(lambda _: found, budget, card.capacity, limits).batch_size
     advised = advised_step(module, source, settings, capacity=card.capacity, **options, **job)
     return advised(found, batch_size or 1, budget)
 
@@ -298,12 +300,7 @@ def cards_for(
     check_margin(margin)
     source, _ = data_source_of(batch, settings.get("trainer"))
     nccl = NCCL if settings.get("devices", 1) > 1 else 0
-    limits: dict[str, Any] = {
-        "min_batch_size": min_batch_size,
-        "max_batch_size": max_batch_size,
-        "multiple_of": multiple_of,
-        "dataset_size": dataset_size(source),
-    }
+    limits = SizeLimits(min_batch_size, max_batch_size, dataset_size(source), multiple_of)
 
     @cache
     def estimated(capability: tuple[int, int] | None) -> Estimate:
@@ -313,7 +310,7 @@ def cards_for(
     @cache
     def largest(capability: tuple[int, int] | None, capacity: int) -> int:
         found = estimated(capability)
-        return largest_on_card(lambda _: found, int(capacity * (1 - margin)), capacity, **limits).batch_size
+        return largest_on_device(lambda _: found, int(capacity * (1 - margin)), capacity, limits).batch_size
 
     ordered = sorted(gpus() if cards is None else cards, key=lambda card: card.capacity)
     return tuple((card, largest(card.capability, max(0, card.capacity - nccl))) for card in ordered)

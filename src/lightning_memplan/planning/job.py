@@ -15,7 +15,7 @@ from lightning_memplan.devices.detect import cpu_device, detect_devices
 from lightning_memplan.lightning.compat import is_datamodule, is_lightning_module, is_overridden
 from lightning_memplan.lightning.trainer import parallel_named, trainer_settings
 from lightning_memplan.memory.estimate import Estimate
-from lightning_memplan.memory.loops import scaled
+from lightning_memplan.memory.loops import scale_with_loops
 from lightning_memplan.settings import StepSettings, parse_precision
 from lightning_memplan.step.runner import MakeOptimizer
 from lightning_memplan.step.strategies.fsdp import named_ignored
@@ -41,8 +41,8 @@ class Job:
         job = replace(self, **changes)
         common = {"trainer": job.trainer, "datamodule": job.datamodule, "optimizer": job.optimizer}
         module = prepared(job.module, job.settings, trainer=job.trainer, stage=job.stage)
-        program, _ = scaled(trace_steps(module, job.batches, job.settings, **common))
-        return replace(self.found, program=program, _replays={})
+        program, _ = scale_with_loops(trace_steps(module, job.batches, job.settings, **common))
+        return replace(self.found, program=program)
 
 
 def resolve_step(

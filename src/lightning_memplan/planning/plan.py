@@ -11,7 +11,9 @@ from lightning_memplan.checks import check_margin
 from lightning_memplan.data.samples import SAMPLE_SIZE, Which, read_samples
 from lightning_memplan.devices.catalogue import gpus
 from lightning_memplan.errors import DoesNotFitError
-from lightning_memplan.memory.estimate import Estimate, largest_on_card
+from lightning_memplan.memory.estimate import Estimate
+from lightning_memplan.memory.fitting import largest_on_device
+from lightning_memplan.memory.search import SizeLimits
 from lightning_memplan.planning.advice import advise_job
 from lightning_memplan.planning.job import Job
 from lightning_memplan.planning.retrace import EstimateAt, retrace
@@ -92,19 +94,14 @@ def plan_estimate(
         asked.append(batch_size)
         return failed is None or batch_size < failed or batch_size == min(asked)
 
-    limits: dict[str, Any] = {
-        "min_batch_size": min_batch_size,
-        "max_batch_size": max_batch_size,
-        "dataset_size": samples,
-        "multiple_of": multiple_of,
-    }
+    limits = SizeLimits(min_batch_size, max_batch_size, samples, multiple_of)
     share = None if effective_batch_size is None else effective_batch_size // ranks
     if share is not None and samples is not None and samples < share:
         raise ValueError(
             f"effective_batch_size={effective_batch_size} is {share} samples a step on each device, and the "
             f"dataset has {samples} for each: no step of the optimizer would see that many"
         )
-    search = largest_on_card(estimate_at, budget, device.capacity, share=share, allowed=allowed, **limits)
+    search = largest_on_device(estimate_at, budget, device.capacity, limits, share=share, allowed=allowed)
     if not search.batch_size:
         smallest = min(asked)
         found = estimate_at(smallest)

@@ -17,9 +17,10 @@ from lightning_memplan.data.samples import SAMPLE_SIZE, Samples, Which, read_sam
 from lightning_memplan.errors import TraceError, explain
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
 from lightning_memplan.memory.estimate import Estimate
-from lightning_memplan.memory.loops import TURNS, scaled
+from lightning_memplan.memory.fitting import start_near
+from lightning_memplan.memory.loops import LOOPS, scale_with_loops
 from lightning_memplan.memory.program import interleaved, scale
-from lightning_memplan.memory.search import largest_fitting
+from lightning_memplan.memory.search import SizeLimits, largest_fitting
 from lightning_memplan.planning.job import default_device
 from lightning_memplan.planning.retrace import MANY, OF_FEW, is_of_many, of_many
 from lightning_memplan.probe.probe import SIZES, can_probe, probe_steps
@@ -69,9 +70,9 @@ def estimate_step(
             index, capacity = _probed_index(device), (device or default_device()).capacity
             where: dict[str, Any] = {"capacity": capacity, "largest": largest, "stage": stage}
             traces, formula = probe_steps(module, samples.for_the_card, settings, index, **where, **common)
-            program, more = scaled(traces)
+            program, more = scale_with_loops(traces)
             notes = traces[0].notes + more + samples.notes
-            probed = Estimate("probe", formula, program, _allocator(), notes, turns=bool(more))
+            probed = Estimate("probe", formula, program, _allocator(), notes, loops=bool(more))
         except (TraceError, *_OF_A_COPY) as error:
             if method == "probe":
                 raise
@@ -94,7 +95,7 @@ def estimate_step(
     first, second = probed, traced
     if probed.largest_seen <= max(SIZES[0]):  # what kernels a large batch takes only the trace knows
         first, second = _tightest_first((probed, traced), device or default_device())
-    return replace(first, others=(second,), notes=tuple(dict.fromkeys(probed.notes + traced.notes)))
+    return replace(first, alternatives=(second,), notes=tuple(dict.fromkeys(probed.notes + traced.notes)))
 
 
 def _tightest_first(found: Sequence[Estimate], device: Device) -> list[Estimate]:
@@ -105,9 +106,9 @@ def _tightest_first(found: Sequence[Estimate], device: Device) -> list[Estimate]
     """
 
     def largest(estimate: Estimate) -> int:
-        near = estimate.near(device.capacity)
+        near = start_near(estimate, device.capacity)
         fits = partial(estimate.fits, capacity=device.capacity)
-        return largest_fitting(fits, max_batch_size=2**30, near=near).batch_size
+        return largest_fitting(fits, SizeLimits(max_batch_size=2**30), near).batch_size
 
     return sorted(found, key=largest)
 
@@ -124,7 +125,7 @@ def _traced(
             graphs, least = Graphs(), None
             try:
                 traces, formula = trace_counted(module, batches, settings, graphs=graphs, **common)
-                program, more = scaled(traces)
+                program, more = scale_with_loops(traces)
             except TraceError as unlike:
                 if not isinstance(unlike.__cause__, (type(None), *OF_FEW)):
                     raise
@@ -132,7 +133,7 @@ def _traced(
                     with suppress(TraceError):
                         batches = of_many(samples, sizes)
                         traces, formula = trace_counted(module, batches, settings, graphs=graphs, **common)
-                        program, more = scaled(traces)
+                        program, more = scale_with_loops(traces)
                         break
                 else:
                     raise
@@ -140,8 +141,8 @@ def _traced(
             notes = traces[0].notes + more + samples.notes
             if FUSED in notes:
                 graphs.least = True
-                least, _ = scaled(trace_steps(module, batches, settings, graphs=graphs, **common))
-            return Estimate("trace", formula, program, _allocator(), notes, least=least, turns=TURNS in more)
+                least, _ = scale_with_loops(trace_steps(module, batches, settings, graphs=graphs, **common))
+            return Estimate("trace", formula, program, _allocator(), notes, least=least, loops=LOOPS in more)
         except TraceError as error:
             if method == "trace":
                 raise TraceError(f"{type(module).__name__} cannot be traced: {error}") from error
@@ -221,9 +222,9 @@ def estimate_test(
         traces, formula = trace_test(begun, samples.batches(), settings, trainer=trainer, datamodule=datamodule)
     except TraceError as error:
         raise TraceError(f"a test of {type(module).__name__} cannot be traced: {error}") from error
-    program, more = scaled(traces)
+    program, more = scale_with_loops(traces)
     notes = traces[0].notes + more + samples.notes
-    return Estimate("trace", formula, program, _allocator(), notes, turns=bool(more))
+    return Estimate("trace", formula, program, _allocator(), notes, loops=bool(more))
 
 
 def _allocator() -> AllocatorSettings:

@@ -14,10 +14,11 @@ from lightning_memplan.data.batches import sample_bytes
 from lightning_memplan.data.samples import SAMPLE_SIZE, Samples, Which, read_samples
 from lightning_memplan.devices.detect import cpu_device
 from lightning_memplan.errors import MemplanError, TraceError
-from lightning_memplan.memory.estimate import Estimate, largest_on_card
+from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.events import Trace
+from lightning_memplan.memory.fitting import largest_on_device
 from lightning_memplan.memory.program import extended, scale
-from lightning_memplan.memory.search import Found, LimitedBy, largest_suited
+from lightning_memplan.memory.search import LimitedBy, SearchResult, SizeLimits, largest_suited
 from lightning_memplan.settings import StepSettings
 from lightning_memplan.step.runner import PARTS, MakeOptimizer
 from lightning_memplan.trace.compiled import Graphs
@@ -127,7 +128,7 @@ def retrace_at(
         TraceError: the step refuses a batch of that size; says by which error, and at which line.
     """
     traced = found.traced
-    if traced is None or traced.program is None or traced.turns or batch_size in traced.program.batch_sizes:
+    if traced is None or traced.program is None or traced.loops or batch_size in traced.program.batch_sizes:
         return found
     samples = read_samples(source, sample, sample_size)
     many = is_of_many(found, samples)
@@ -152,7 +153,7 @@ def retrace_at(
     ends = [[program.at(batch_size, choice) for choice in get_args(Choice)] for program in (*before, *after)]
     if ends[: len(before)] == ends[len(before) :] or found is not traced:
         return found
-    own = replace(found, program=after[0], least=after[1] if traced.least else None, _replays={})
+    own = replace(found, program=after[0], least=after[1] if traced.least else None)
     return replace(found, exact={**found.exact, batch_size: own})
 
 
@@ -161,7 +162,7 @@ def _noted(found: Estimate, text: str) -> Estimate:
 
 
 def retrace(
-    search: Found,
+    search: SearchResult,
     estimate_at: EstimateAt,
     trace: Callable[[int], None],
     budget: int,
@@ -185,8 +186,8 @@ def retrace(
             trace(batch_size)
         except TraceError as error:
             return str(error)
-        only: dict[str, Any] = {"min_batch_size": batch_size, "max_batch_size": batch_size}
-        return "" if largest_on_card(estimate_at, budget, capacity, **only).batch_size else _TOO_LARGE
+        only = SizeLimits(min_batch_size=batch_size, max_batch_size=batch_size)
+        return "" if largest_on_device(estimate_at, budget, capacity, only).batch_size else _TOO_LARGE
 
     size, limited_by = search.batch_size, search.limited_by
     reason = why_not(size)
