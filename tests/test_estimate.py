@@ -150,8 +150,8 @@ def test_replays_are_kept_with_the_program_and_its_settings_alone(traced):
     assert noted.replay(17) is traced.replay(17)
     other = replace(traced, program=scale([Trace(x, steps_of(2 * x)) for x in POINTS]))
     assert other.peak_allocated(17) == (16 + 34) * MiB
-    # 4 + 4 + 8 are in a segment of 20 MiB, and 17 in one of 18. An expandable one has 4, 17, 4 in the first step; then 8
-    # where the 17 were, and the next 17 beyond, up to 4 + 17 + 4 + 17 = 42: 60 in granules of 20
+    # 4 + 4 + 8 are in a segment of 20 MiB, and 17 in one of 18. An expandable one has 4, 17, 4 in the first step; then
+    # 8 where the 17 were, and the next 17 beyond, up to 4 + 17 + 4 + 17 = 42: 60 in granules of 20
     expandable = replace(traced, settings=AllocatorSettings(expandable_segments=True))
     assert (traced.peak(17), expandable.peak(17)) == (38 * MiB, 60 * MiB)
     assert replace(traced, program=None, method="formula").peak(8) == 2700
