@@ -228,7 +228,7 @@ INSIDE: dict[str, tuple[str, str, int]] = {
     "an operator of a second recording": ("trace.recorder", "Recorder._see", 200),
     "traces are scaled": ("planning.predict", "scale", 1),
     "the layers are counted": ("step.runner", "record_layers", 1),
-    "a batch size is looked for": ("memory.estimate", "largest_fitting", 1),
+    "a batch size is looked for": ("memory.fitting", "largest_fitting", 1),
     "validation is traced": ("planning.predict", "trace_validation", 1),
     "all ranks agree": ("planning.proposal", "over_ranks", 1),
     "loaders are changed": ("planning.apply", "change_loaders", 1),

@@ -108,7 +108,7 @@ class Estimated:
     """An estimate whose one step takes ten bytes a sample, and as many as the device has for the allocator."""
 
     def __init__(self, parts=None, period=0):
-        self.program = None if parts is None else SimpleNamespace(parts=parts, period=period)
+        self.program = None if parts is None else SimpleNamespace(microbatches=parts, period=period)
 
     def step_peaks(self, batch_size, capacity):
         return (Peaks(10 * batch_size, capacity),)

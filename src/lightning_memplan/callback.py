@@ -29,6 +29,7 @@ from lightning_memplan.lightning.trainer import (
     validates,
 )
 from lightning_memplan.memory.estimate import Estimate
+from lightning_memplan.memory.structure import structure_of
 from lightning_memplan.monitor.history import Lesson, RunSetup, history_path, learn, remember
 from lightning_memplan.monitor.meter import PHASES, Forecast, Meter
 from lightning_memplan.planning.apply import Holder, Place, find_holders, find_place, write_together
@@ -248,7 +249,7 @@ class MemoryPlanner(CallbackBase):
         if self.method == "auto" and first.method == "formula" and trainer.is_global_zero:
             warnings.warn(f"MemoryPlanner: {'; '.join(first.notes)}", stacklevel=2)
         self._settings, self._already_allocated = job.settings, session.already_allocated
-        self._structure = first.structure(job.name, job.settings, ranks)
+        self._structure = structure_of(first, job.name, job.settings, ranks)
         self._lesson = self._learn(session.device, first.method)
         session.limits = replace(session.limits, margin=self._lesson.margin, failed=self._lesson.failed)
         proposal = session.propose()

@@ -47,8 +47,8 @@ class Forecast:
         replayed, program = estimate.step_peaks(batch_size, capacity), estimate.program
         if program is None:  # the formula has a single step
             return cls(replayed, already_allocated, accumulate=accumulate)
-        cycle = max(1, program.period // program.parts)
-        return cls(replayed, already_allocated, program.parts, accumulate, cycle)
+        cycle = max(1, program.period // program.microbatches)
+        return cls(replayed, already_allocated, program.microbatches, accumulate, cycle)
 
     def at(self, batch: int) -> Peaks:
         """Return the predicted peaks of a batch of training, counted from 0."""

@@ -230,9 +230,9 @@ def last_step(estimate: Estimate, batch_size: int, capacity: int | None) -> Step
     Raises:
         ValueError: the estimate has no events, or the step does not fit in the capacity.
     """
-    journal = estimate.journal(batch_size, capacity)
-    assert estimate.program is not None
-    events, begin = estimate.program.events, estimate.program.steps()[-2]
+    replayer = estimate.replayer_at(batch_size)
+    journal = replayer.journal(batch_size, capacity)
+    events, begin = replayer.program.events, replayer.program.steps()[-2]
     live = dict.fromkeys(_LOOK, 0)
     categories: dict[int, str] = {}
     sizes: dict[str, list[int]] = {name: [] for name in _LOOK}
@@ -283,7 +283,7 @@ def _by_module(estimate: Estimate, batch_size: int) -> dict[str, tuple[int, int]
             for row in estimate.layers
         }
     sums: dict[str, tuple[int, int]] = {}
-    for event, size in estimate.alive(batch_size):
+    for event, size in estimate.replayer_at(batch_size).live_at_peak(batch_size):
         if event.path:
             weights, features = sums.get(event.path, (0, 0))
             kept = event.category in ("parameters", "buffers")
