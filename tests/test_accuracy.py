@@ -205,6 +205,6 @@ def test_the_cache_is_given_back_when_a_convolution_is_met_first():
 
 
 def test_fifty_steps_are_replayed_where_the_cache_had_to_be_given_back():
-    assert len(benchmark_of().settled(rtx3090.STEPS - 3).events) == 2 + 50 * 4
+    assert len(benchmark_of().at_steady_state(rtx3090.STEPS - 3).events) == 2 + 50 * 4
     # for 80 MiB beside the idle 60 in the first step, and for the workspace, which from then on is done without
     assert rtx3090.whole_run(benchmark_of(), 4, 117 * MIB).retries == 2

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from lightning_memplan.memory.allocator import Replay, replay
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
+from lightning_memplan.memory.events import EMPTY, Stream
+from lightning_memplan.memory.heap import Driver, Move
 
 KiB, MiB, GiB = 2**10, 2**20, 2**30
 Program = list[tuple[int, int, int]]
@@ -72,6 +74,35 @@ def test_of_equal_blocks_the_one_in_the_oldest_segment_is_used() -> None:
     assert taken(program + allocate(20 * MiB, first=5)) == (32 * MiB, 40 * MiB)
 
 
+def test_before_torch_2_14_the_lowest_address_is_used() -> None:
+    # As above, but the driver lays the second segment below the first: the 12 MiB go there. When the 8 MiB at the start
+    # of the first are freed, all its 20 are free; by age its 12 would be in use, and 20 MiB need a third segment.
+    program = allocate(8 * MiB, 12 * MiB, 8 * MiB, 12 * MiB) + free(3, 1) + allocate(12 * MiB, first=4) + free(0)
+    program += allocate(20 * MiB, first=5)
+    assert replay(program).reserved == 60 * MiB
+    assert replay(program, settings=AllocatorSettings(by_address=True)).reserved == 40 * MiB
+    # expandable segments are not laid by cudaMalloc
+    expandable = AllocatorSettings(expandable_segments=True)
+    assert replay(program, settings=replace(expandable, by_address=True)) == replay(program, settings=expandable)
+
+
+def test_the_driver_fills_chunks_of_32_mib() -> None:
+    driver, top = Driver(), 2**47
+    first, second = driver.take(20 * MiB), driver.take(20 * MiB)
+    assert (first, second) == (top - 32 * MiB, top - 64 * MiB)  # 12 MiB are left of the first chunk: not enough
+    assert driver.take(2 * MiB) == second + 20 * MiB  # both chunks have 12 left: the lower address
+    assert driver.take(12 * MiB) == first + 20 * MiB  # 10 are left in the second; the first is full then
+    assert driver.take(33 * MiB) == top - 128 * MiB  # two chunks at once, of which 31 are left
+    assert driver.take(31 * MiB) == top - 95 * MiB
+    # what is given back is joined with what is left on both sides: all 32 MiB of the second chunk
+    driver.give_back(second, 20 * MiB)
+    driver.give_back(second + 20 * MiB, 2 * MiB)
+    assert driver.take(32 * MiB) == second
+    driver.give_back(first + 20 * MiB, 12 * MiB)
+    driver.give_back(first, 20 * MiB)
+    assert driver.take(32 * MiB) == first
+
+
 def test_neighbours_merge_when_freed() -> None:
     # 6, 6 and 6 MiB of 20 MiB; freed in any order they are one block of 20 MiB again, which 20 MiB then fit into.
     start = allocate(6 * MiB, 6 * MiB, 6 * MiB)
@@ -107,6 +138,19 @@ def test_a_fraction_limits_what_is_reserved() -> None:
     assert replay(allocate(30 * MiB, 30 * MiB), fraction=60 * MiB).out_of_memory is None
 
 
+def test_all_streams_differ() -> None:
+    assert len({int(stream) for stream in Stream.__members__.values()}) == len(Stream.__members__)
+
+
+@pytest.mark.parametrize("stream", Stream)
+def test_pools_of_cuda_graphs_alone_keep_idle_segments_on_a_full_gpu(stream: Stream) -> None:
+    # 3 + 5 MiB in a segment of 20, idle when 40 MiB are requested: 20 + 40 > 50, unless the 20 are given back
+    program = [(1, 3 * MiB, stream), (2, 5 * MiB, stream), (1, -1, stream), (2, -1, stream), (3, 40 * MiB, stream)]
+    result = replay(program, capacity=50 * MiB)
+    kept = stream in (Stream.GRAPHS, Stream.GRAPH_TRIALS)
+    assert (result.out_of_memory, result.reserved) == ((4, 20 * MiB) if kept else (None, 40 * MiB))
+
+
 # ---- settings
 
 
@@ -119,6 +163,18 @@ def test_blocks_over_max_split_size() -> None:
     # 44 MiB are over it too, and 60 is less than 44 + 20 MiB: used whole. 40 MiB + 20 is not more than 60: not used.
     assert taken(allocate(60 * MiB) + free(0) + allocate(44 * MiB, first=1), text) == (60 * MiB, 60 * MiB)
     assert taken(allocate(60 * MiB) + free(0) + allocate(40 * MiB, first=1), text) == (40 * MiB, 100 * MiB)
+
+
+def test_a_request_or_a_block_of_exactly_max_split_size() -> None:
+    text = "max_split_size_mb:32"
+    # a block of 32 MiB is over it: not used for 8 MiB
+    assert taken(allocate(32 * MiB) + free(0) + allocate(8 * MiB, first=1), text) == (8 * MiB, 52 * MiB)
+    # a request of 32 MiB is too: it gets a block of 40 MiB, and all of it
+    assert taken(allocate(40 * MiB) + free(0) + allocate(32 * MiB, first=1), text) == (40 * MiB, 40 * MiB)
+    # 31 MiB get none of over 32, but a segment of 32; without the setting 31 of the 40 are used
+    program = allocate(40 * MiB) + free(0) + allocate(31 * MiB - 512, first=1)
+    assert taken(program, text) == (31 * MiB - 512, 72 * MiB)
+    assert taken(program) == (31 * MiB - 512, 40 * MiB)
 
 
 def test_idle_blocks_over_max_split_size_go_back_first() -> None:
@@ -175,6 +231,36 @@ def test_garbage_collection_gives_back_what_was_idle_longest() -> None:
     assert replay(program, settings=settings).reserved == 112 * MiB
 
 
+def test_garbage_collection_stops_when_enough_is_back() -> None:
+    # As above, of 74 MiB exactly 30 over 0.44 · 100: the 30 go back, and the 34 stay.
+    settings = AllocatorSettings.from_text("garbage_collection_threshold:0.44")
+    program = allocate(30 * MiB, 10 * MiB) + free(0) + allocate(34 * MiB, first=2) + free(2)
+    program += allocate(38 * MiB, first=3)
+    assert replay(program, settings=settings, fraction=100 * MiB).reserved == (10 + 34 + 38) * MiB
+
+
+def test_garbage_collection_gives_back_all_blocks_that_are_equally_old() -> None:
+    # 30 and 34 MiB were freed at the same time: both are as old as the average, and go back, though 30 were enough.
+    settings = AllocatorSettings.from_text("garbage_collection_threshold:0.5")
+    program = allocate(30 * MiB, 34 * MiB, 10 * MiB) + free(0, 1) + allocate(38 * MiB, first=3)
+    collected = replay(program, settings=settings, fraction=100 * MiB)
+    assert (collected.reserved, collected.retries) == (48 * MiB, 0)
+    # Over the threshold with nothing idle but 12 MiB, there is no more to give back: 90 in use, and 38 do not fit.
+    program = allocate(12 * MiB, 90 * MiB) + free(0) + allocate(38 * MiB, first=3)
+    assert replay(program, settings=settings, fraction=110 * MiB).out_of_memory == 3
+
+
+def test_garbage_collections_clock_is_of_large_requests() -> None:
+    # Idle for 3, 2 and 1 large requests when 50 MiB are requested: 34, 36 and 40 MiB. Reserved are 122, with 10 in use
+    # and 2 in small blocks: 22 over 0.5 · 200. The average is 2: the 34 and the 36 go back, and 122 - 70 + 50 = 102.
+    # If small requests counted, the 34 alone would be older than the average, and enough.
+    settings = AllocatorSettings.from_text("garbage_collection_threshold:0.5")
+    program = allocate(34 * MiB, 10 * MiB) + free(0) + allocate(*[KiB] * 9, first=100)
+    program += allocate(36 * MiB, first=2) + free(2) + allocate(40 * MiB, first=3) + free(3)
+    program += allocate(50 * MiB, first=4)
+    assert replay(program, settings=settings, fraction=200 * MiB).reserved == 102 * MiB
+
+
 def test_expandable_segments_grow_by_granules() -> None:
     text = "expandable_segments:True"
     # 3 MiB map 20; 30 MiB more need 33, so 20 more are mapped; a small block has granules of 2 MiB.
@@ -195,6 +281,33 @@ def test_expandable_segments_give_back_whole_granules() -> None:
     result = replay(program, capacity=100 * MiB, settings=settings, total=GiB)
     assert (result.out_of_memory, result.reserved, result.retries) == (None, 100 * MiB, 1)
     assert replay(program, capacity=99 * MiB, settings=settings, total=GiB).out_of_memory == 3
+
+
+def test_granules_that_were_given_back_are_mapped_again() -> None:
+    # Of 50 and 20 MiB in granules 0 to 3, the 50 are freed: granules 0 and 1 go back, and 10 MiB of granule 2 stay.
+    # 30 MiB then lie at the lowest address, for which both are mapped again; 20 more lie behind, up to the 20 in use.
+    settings = AllocatorSettings.from_text("expandable_segments:True")
+    journal: list[Move] = []
+    program = [*allocate(50 * MiB, 20 * MiB), *free(0), (0, EMPTY, 0)]
+    assert replay(program, settings=settings).reserved == 40 * MiB
+    program += allocate(30 * MiB, first=2)
+    assert replay(program, settings=settings, journal=journal).reserved == 80 * MiB
+    start = journal[0].address
+    assert Move("segment_unmap", start, 40 * MiB) in journal
+    assert journal[-2:] == [Move("segment_map", start, 40 * MiB), Move("alloc", start, 30 * MiB)]
+    assert replay(program + allocate(20 * MiB, first=3), settings=settings).reserved == 80 * MiB
+    # 25 do not lie between them: they are mapped behind the 20, where 10 MiB of granule 3 are free
+    assert replay(program + allocate(25 * MiB, first=3), settings=settings).reserved == 100 * MiB
+
+
+def test_an_expandable_segment_has_addresses_for_nine_eighths_of_the_gpu() -> None:
+    # On a GPU of 160 MiB that is 180. Behind 60 and 45 MiB, 15 of 120 mapped are free, and 60 are not mapped: 75 fit
+    # there, once the 60 are given back. 95 open another segment, in which 100 are mapped.
+    settings = AllocatorSettings.from_text("expandable_segments:True")
+    for size, reserved in ((75, 60 + 60), (95, 60 + 100)):
+        program = allocate(60 * MiB, 45 * MiB) + free(0) + allocate(size * MiB, first=2)
+        found = replay(program, capacity=160 * MiB, settings=settings)
+        assert (found.out_of_memory, found.reserved, found.retries) == (None, reserved * MiB, 1)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +382,15 @@ def test_peaks_between_marks() -> None:
     assert (result.peak_allocated, result.peak_reserved, result.peak_at) == (70 * MiB, 70 * MiB, 1)
     # A replay that stops has no peaks of the intervals that it did not come to.
     assert replay(program, marks=[1, 4], capacity=30 * MiB).peaks == ((30 * MiB, 30 * MiB), (30 * MiB, 30 * MiB))
+
+
+def test_peaks_of_an_interval_begin_at_what_is_held_then() -> None:
+    # 30 MiB are given back before the mark: 12 MiB after it are all that the second interval holds.
+    program = [*allocate(30 * MiB), *free(0), (0, EMPTY, 0), *allocate(12 * MiB, first=1)]
+    assert replay(program, marks=[3]).peaks == ((30 * MiB, 30 * MiB), (12 * MiB, 12 * MiB))
+    # Idle memory is reserved still, and so are blocks in use both.
+    assert replay(program[:2], marks=[2]).peaks[1] == (0, 30 * MiB)
+    assert replay(program[:1], marks=[1]).peaks[1] == (30 * MiB, 30 * MiB)
 
 
 def test_what_is_no_program() -> None:

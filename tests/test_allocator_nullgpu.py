@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from lightning_memplan.memory.allocator import GRAPHS, replay
+from lightning_memplan.memory.allocator import replay
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
-from lightning_memplan.memory.events import EMPTY, FREE
+from lightning_memplan.memory.events import EMPTY, FREE, Stream
 
 MiB = 2**20
 CARD = 2000 * MiB
@@ -245,7 +245,7 @@ def test_the_pool_of_a_cuda_graph_keeps_its_segments(nullgpu: Callable[..., Any]
     """64 MiB that are idle in a graph's pool, on a card of 100 MiB: 60 more do not fit, until the graph is gone."""
     done = nullgpu([sys.executable, "-c", RUN_GRAPH], NULLGPU_MEMORY=100 * MiB, NULLGPU_CONTEXT=0)
     kept, fitted, later = json.loads(done.stdout.splitlines()[-1])
-    program = [(1, 64 * MiB, GRAPHS), (1, FREE, GRAPHS), (0, EMPTY, 0), (2, 60 * MiB, 0)]
+    program = [(1, 64 * MiB, Stream.GRAPHS), (1, FREE, Stream.GRAPHS), (0, EMPTY, 0), (2, 60 * MiB, 0)]
     found = replay(program, capacity=100 * MiB)
     assert (found.reserved, found.out_of_memory) == (kept, 3)
     assert (kept, fitted, later) == (64 * MiB, False, True)

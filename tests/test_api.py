@@ -240,7 +240,7 @@ def test_a_probe_that_has_seen_a_large_batch_plans_alone(probed, monkeypatch):
     wide = mp.estimate(nn.Linear(4096, 4096), torch.zeros(4, 4096))
     monkeypatch.setattr(predict, "_traced", lambda job, method: wide)
     found = mp.estimate(Module(), torch.zeros(4, 1024), device=GPU)
-    assert (found.method, found.largest_seen, found.others) == ("probe", 5, (wide,))
+    assert (found.method, found.largest_seen, found.alternatives) == ("probe", 5, (wide,))
 
 
 def test_the_method_that_needs_more_plans(estimate):

@@ -62,7 +62,7 @@ def fit(module: Any, data: Any = None, planner: mp.MemoryPlanner | None = None, 
 
 
 def planner_of(**kwargs: Any) -> mp.MemoryPlanner:
-    return mp.MemoryPlanner(**{"device": CARD, "max_batch_size": 7, "method": "trace", **kwargs})
+    return mp.MemoryPlanner(**{"apply": True, "on_error": "raise", "device": CARD, "max_batch_size": 7, "method": "trace", **kwargs})
 
 
 def samples(count: int = 21) -> TensorDataset:

@@ -17,8 +17,8 @@ import pytest
 
 import lightning_memplan as mp
 from lightning_memplan.cli.job import make_job
-from lightning_memplan.cli.main import _parse, main
-from lightning_memplan.cli.output import UsageError, working
+from lightning_memplan.cli.main import main, parse
+from lightning_memplan.cli.output import UsageError, progress
 
 JOB = """
 import pytorch_lightning as pl
@@ -153,10 +153,10 @@ def test_gpus(run):
 
 
 def test_devices(run, monkeypatch):
-    monkeypatch.setattr("lightning_memplan.cli.commands.detect_devices", lambda: ())
+    monkeypatch.setattr("lightning_memplan.cli.devices.detect_devices", lambda: ())
     assert run("devices")[1] == "no CUDA device here: name one by --gpu (memplan gpus lists them)\n"
     card = mp.Device("a card", total=2**34, free=2**33, context=2**30, index=0, capability=(8, 6))
-    monkeypatch.setattr("lightning_memplan.cli.commands.detect_devices", lambda: (card,))
+    monkeypatch.setattr("lightning_memplan.cli.devices.detect_devices", lambda: (card,))
     assert run("devices")[1].splitlines()[1].split() == ["a", "card", "7.00", "GiB", "8.6"]
     found = json.loads(run("devices", "--json")[1])
     assert found == [
@@ -293,12 +293,12 @@ def test_what_takes_long_is_said_where_someone_looks(monkeypatch):
 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with working("planning Net", every=0.01):
+    with progress("planning Net", every=0.01):
         assert told.wait(60)
     assert terminal.getvalue().startswith("\r\x1b[Kplanning Net, 0 s")
     assert terminal.getvalue().endswith("\r\x1b[K")  # the line is gone
     monkeypatch.setattr(sys, "stderr", quiet := io.StringIO())
-    with working("planning Net", every=0.0):
+    with progress("planning Net", every=0.0):
         pass
     assert quiet.getvalue() == ""
 
@@ -364,8 +364,8 @@ def test_a_yaml_of_lightning_cli(run, job, tmp_path, monkeypatch):
     config.write_text(
         f"trainer:\n  devices: [0, 1]\n  num_nodes: 2\n  {made}model:\n  width: 64\ndata:\n  samples: 50\n"
     )
-    settings = make_job(_parse(["plan", f"{job}:Net", "--data", f"{job}:Data", "--config", str(config)])).settings
-    assert (settings["devices"], type(settings["strategy"]).__name__) == (4, "FSDPStrategy")
+    training = make_job(parse(["plan", f"{job}:Net", "--data", f"{job}:Data", "--config", str(config)])).training
+    assert (training.devices, type(training.strategy).__name__) == (4, "FSDPStrategy")
     config.write_text("trainer:\n  precisin: 16-mixed\n")
     status, _, errors = run("plan", "JOB:Net", "--data", "JOB:Data", *arguments)
     assert status == 2
@@ -493,7 +493,7 @@ def test_the_recipes(run):
         assert (status, errors) == (0, "")
     for words in commands:  # the others need a script of yours: their options are read
         with contextlib.suppress(UsageError):
-            make_job(_parse(words[1:]))
+            make_job(parse(words[1:]))
 
 
 def test_a_cudnn_that_is_not_there_is_an_error(run, monkeypatch):

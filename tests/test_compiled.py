@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import lightning_memplan as mp
-from lightning_memplan.memory.allocator import GRAPHS
+from lightning_memplan.memory.events import Stream
 from lightning_memplan.settings import StepSettings
 from lightning_memplan.trace.compiled import BROKEN, CUDA_GRAPHS, FUSED, OTHER, WRITTEN
 from lightning_memplan.trace.fusion import kept_nodes, laid_out_anew
@@ -218,7 +218,7 @@ def test_cuda_graphs_have_a_pool_of_their_own(compiled):
     assert found.peak_allocated(1000) - compiled.peak_allocated(1000) == pytest.approx(2 * one, rel=0.1)
     assert found.peak(1000) >= compiled.peak(1000)
     assert found.allocated_range(1000)[0] <= compiled.allocated_range(1000)[0]
-    assert {event.stream for event in found.program.events} == {0, GRAPHS, GRAPHS + 1}
+    assert {event.stream for event in found.program.events} == {Stream.DEFAULT, Stream.GRAPHS, Stream.GRAPH_TRIALS}
 
 
 def test_kernels_of_cuda_graphs_are_tried_out_on_clones_of_what_they_write_over():
@@ -226,10 +226,10 @@ def test_kernels_of_cuda_graphs_are_tried_out_on_clones_of_what_they_write_over(
         mp.estimate(torch.compile(nn.Conv2d(1, 4, 3), mode=mode), torch.zeros(4, 1, 34, 34), method="trace")
         for mode in ("reduce-overhead", None)
     )
-    clones = [e for e in found.program.events if e.stream == GRAPHS + 1 and e.op == "aten.empty_like.default"]
+    clones = [e for e in found.program.events if e.stream == Stream.GRAPH_TRIALS and e.op == "aten.empty_like.default"]
     # the result, to which the bias is added: of 16 samples, 4 channels of 32 x 32, float32; in the first step only
     assert [(e.size, e.step) for e in clones] == [(16 * 4 * 32 * 32 * 4, 1)]
-    assert not any(e.stream == GRAPHS + 1 and e.op for e in plain.program.events)
+    assert not any(e.stream == Stream.GRAPH_TRIALS and e.op for e in plain.program.events)
 
 
 def test_what_is_no_graph_is_planned_as_it_is_written():

@@ -45,9 +45,10 @@ def test_a_step(estimate, tmp_path):
 
 
 def test_what_is_stacked_is_what_is_allocated(estimate):
-    from lightning_memplan.report.figures import _last_step
+    from lightning_memplan.report.figures import last_step
 
-    parts, reserved, events = _last_step(estimate, 256, None)
+    step = last_step(estimate, 256, None)
+    parts, reserved, events = step.sizes, step.reserved, step.events
     assert len(reserved) == len(events) == len(parts["activations"])
     allocated, most = estimate.steps(256)[-1]
     assert max(map(sum, zip(*parts.values(), strict=True))) == allocated

@@ -92,7 +92,7 @@ def test_loaders_that_were_passed_are_there_again():
         _val_size = 3
 
     module = Own()
-    planner = mp.MemoryPlanner("trace", CARD, max_batch_size=8, val_batch_arg_name="val_size")
+    planner = mp.MemoryPlanner("trace", CARD, max_batch_size=8, batch_arg_name={"val": "val_size"})
     trainer = pl.Trainer(callbacks=[planner, Sees()], **QUIET)
     POINTS.armed, POINTS.strike, POINTS.struck = "val_size is set", raise_mistake, False
     with pytest.raises(mp.ApplyError, match=r"Own\.val_size cannot be set to 8 \(Mistake: a mistake of the user's\)"):

@@ -8,8 +8,11 @@ import importlib
 import importlib.util
 import inspect
 import json
+import multiprocessing
+import operator
 import os
 import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -75,6 +78,46 @@ def test_what_is_whose(flavour):
     assert compat.is_datamodule(data)
     assert not compat.is_datamodule(module)
     assert isinstance(mp.MemoryPlanner(), flavour.Callback)
+    assert issubclass(mp.MemoryPlanner, flavour.Callback)
+
+
+def test_a_spawned_process_has_the_planner():
+    """It is pickled by its class's name, and the process imports that."""
+    planner = mp.MemoryPlanner(margin=0.1, device="RTX 3090")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.apply(operator.attrgetter("__class__", "margin", "device", "plan"), (planner,))
+    assert found == (mp.MemoryPlanner, 0.1, mp.gpu("RTX 3090"), None)
+
+
+@FLAVOURS
+@pytest.mark.parametrize("name", ["lightning_memplan.MemoryPlanner", "MemoryPlanner"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI calls what a newer jsonargparse deprecates
+def test_lightning_cli_makes_the_planner(flavour, name, monkeypatch):
+    """By its class's path, and where the script has imported it by its name alone."""
+    pytest.importorskip("jsonargparse")
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    words = [f"--trainer.callbacks={name}", "--trainer.callbacks.margin=0.1", "--trainer.logger=false"]
+    cli = importlib.import_module(f"{flavour.__name__}.cli").LightningCLI(
+        flavour.LightningModule, run=False, seed_everything_default=False, args=words, save_config_callback=None
+    )
+    (made,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, mp.MemoryPlanner))
+    assert made.margin == 0.1
+
+
+@FLAVOURS
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_lightning_cli_offers_the_planner_alone(flavour, monkeypatch, capsys):
+    """The class in between, which makes it a callback of either distribution, is none to choose."""
+    pytest.importorskip("jsonargparse")
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert mp.MemoryPlanner.__mro__[1].__name__.startswith("_")
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"{flavour.__name__}.cli").LightningCLI(
+            flavour.LightningModule, run=False, args=["--help"], save_config_callback=None
+        )
+    printed = "".join(capsys.readouterr().out.split())  # without the breaks of lines
+    offered = re.findall(r"lightning_memplan[\w.]*", printed[printed.index("--trainer.callbacks") :])
+    assert set(offered) == {"lightning_memplan.MemoryPlanner"}
 
 
 @FLAVOURS

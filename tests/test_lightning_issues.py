@@ -76,7 +76,7 @@ def out_of_memory_over(most: int, text: str = "CUDA out of memory.") -> Any:
 
 
 def planner_of(**kwargs: Any) -> mp.MemoryPlanner:
-    return mp.MemoryPlanner(**{"device": CARD, "method": "trace", "max_batch_size": 40, **kwargs})
+    return mp.MemoryPlanner(**{"apply": True, "on_error": "raise", "device": CARD, "method": "trace", "max_batch_size": 40, **kwargs})
 
 
 def fit(module: Net, *callbacks: Any, data: Any = None, **settings: Any) -> pl.Trainer:
@@ -209,7 +209,7 @@ def test_20562_9219_9832_validation_has_its_own_size():
     fit(Net(), BatchSizeFinder(), data=data)
     assert (data.batch_size, data.val_size) == (128, 3)
     data, module = Sizes(), Net()
-    fit(module, planner_of(val_batch_arg_name="val_size", effective_batch_size=20), data=data)
+    fit(module, planner_of(batch_arg_name={"val": "val_size"}, effective_batch_size=20), data=data)
     assert (data.batch_size, data.val_size, module.validated) == (20, 40, [40, 40, 20])
 
 

@@ -6,6 +6,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,6 +102,31 @@ def test_accumulated_steps_that_alternate():
     found = like(forecast(12, microbatches=3, accumulate=4, cycle=2), 28)
     assert found[:16] == [0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11]
     assert found[16:] == [6, 7, 7, 8, 9, 10, 10, 11, 6, 7, 7, 8]
+
+
+class Estimated:
+    """An estimate whose one step takes ten bytes a sample, and as many as the device has for the allocator."""
+
+    def __init__(self, parts=None, period=0):
+        self.program = None if parts is None else SimpleNamespace(microbatches=parts, period=period)
+
+    def step_peaks(self, batch_size, capacity):
+        return (Peaks(10 * batch_size, capacity),)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "microbatches", "cycle"),
+    [
+        (Estimated(), 1, 1),  # the formula
+        (Estimated(parts=1), 1, 1),  # no period: all steps are alike
+        (Estimated(parts=1, period=3), 1, 3),
+        (Estimated(parts=3, period=3), 3, 1),  # batches are alike after the three of one optimizer step
+        (Estimated(parts=3, period=6), 3, 2),  # 6 / 3
+    ],
+)
+def test_a_forecast_of_an_estimate(estimate, microbatches, cycle):
+    found = Forecast.of(estimate, 8, 500, accumulate=4, already_allocated=7)
+    assert found == Forecast((Peaks(80, 500),), 7, microbatches, 4, cycle)
 
 
 def test_bytes_that_were_there_before_are_added_to_every_peak():
@@ -305,7 +331,7 @@ class WithValidation(Data):
     def val_dataloader(self):
         return DataLoader(self.dataset, batch_size=8)
 
-planner = mp.MemoryPlanner(max_batch_size=64, nvml=True)
+planner = mp.MemoryPlanner(max_batch_size=64)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     pl.Trainer(accelerator="gpu", devices=1, max_steps=120, callbacks=[DeviceStatsMonitor(), planner],

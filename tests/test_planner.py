@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_memplan.memory.search import Found, largest_dividing, largest_fitting, largest_suited
+from lightning_memplan.memory.search import SearchResult, SizeLimits, largest_dividing, largest_fitting, largest_suited
 
 positive = st.integers(1, 10**6)
 optional = st.none() | positive
@@ -30,12 +30,12 @@ def test_the_largest_is_found_and_the_reason_named(limit, low, multiple, high, s
     largest = min(limits, default=10**12) // multiple * multiple
     if largest < smallest:
         with pytest.raises(ValueError, match="no batch size is at least"):
-            largest_fitting(fits, min_batch_size=low, max_batch_size=high, dataset_size=samples, multiple_of=multiple)
+            largest_fitting(fits, SizeLimits(low, high, samples, multiple))
         return
-    found = largest_fitting(fits, min_batch_size=low, max_batch_size=high, dataset_size=samples, multiple_of=multiple)
+    found = largest_fitting(fits, SizeLimits(low, high, samples, multiple))
     assert found.tried == len(asked)
     if limit < smallest:
-        assert found == Found(0, "memory", 1)
+        assert found == SearchResult(0, "memory", 1)
         return
     assert asked[found.batch_size]  # what is returned was itself asked
     assert found.batch_size % multiple == 0
@@ -61,9 +61,9 @@ def test_a_search_from_nearby_finds_the_same(limit, near, low, high):
         asked.append(batch_size)
         return batch_size <= limit
 
-    found = largest_fitting(fits, min_batch_size=low, max_batch_size=high, near=near)
+    found = largest_fitting(fits, SizeLimits(low, high), near)
     assert found.tried == len(asked)
-    plain = largest_fitting(lambda n: n <= limit, min_batch_size=low, max_batch_size=high)
+    plain = largest_fitting(lambda n: n <= limit, SizeLimits(low, high))
     assert (found.batch_size, found.limited_by) == (plain.batch_size, plain.limited_by)
 
 
@@ -97,7 +97,7 @@ def test_what_fits_need_not_be_one_interval():
     ids=str,
 )
 def test_limits(limits, expected):
-    found = largest_fitting(lambda n: n <= 1000, **limits)
+    found = largest_fitting(lambda n: n <= 1000, SizeLimits(**limits))
     assert (found.batch_size, found.limited_by) == expected
 
 
@@ -105,12 +105,12 @@ def test_limits(limits, expected):
 @pytest.mark.parametrize("value", [-1, 1.5, "8", True])
 def test_limits_that_are_no_numbers_of_samples(name, value):
     with pytest.raises(ValueError, match=f"{name} is a number of samples, an int of at least 1, not {value!r}"):
-        largest_fitting(lambda n: True, **{name: value})
+        largest_fitting(lambda n: True, SizeLimits(**{name: value}))
 
 
 def test_an_empty_dataset():
     with pytest.raises(ValueError, match="the dataset has length 0: there is nothing to make a batch of"):
-        largest_fitting(lambda n: True, dataset_size=0)
+        largest_fitting(lambda n: True, SizeLimits(dataset_size=0))
 
 
 def test_a_prediction_that_never_refuses():
@@ -134,14 +134,14 @@ def test_the_largest_divisor_is_found(limit, whole, low, multiple, high, samples
         asked[batch_size] = batch_size <= limit
         return asked[batch_size]
 
-    limits = {"min_batch_size": low, "max_batch_size": high, "dataset_size": samples, "multiple_of": multiple}
+    limits = SizeLimits(low, high, samples, multiple)
     most = min(whole, high or whole, samples or whole)
     allowed = [n for n in range(low, most + 1) if whole % n == 0 and n % multiple == 0]
     if not allowed:
         with pytest.raises(ValueError, match=f"no batch size divides {whole}, is at least {low}, at most {most}"):
-            largest_dividing(fits, whole, **limits)
+            largest_dividing(fits, whole, limits)
         return
-    found = largest_dividing(fits, whole, **limits)
+    found = largest_dividing(fits, whole, limits)
     assert found.tried == len(asked) <= math.log2(len(allowed)) + 2
     assert found.batch_size == max((n for n in allowed if n <= limit), default=0)
     if found.limited_by == "memory":  # the next larger divisor was asked
@@ -153,8 +153,8 @@ def test_the_largest_divisor_is_found(limit, whole, low, multiple, high, samples
 
 def test_the_whole_is_asked_first():
     """With accumulation a step takes more memory: a batch of 8 may fit where twice 4 do not."""
-    assert largest_dividing(lambda n: n == 8, 8) == Found(8, "effective_batch_size", 1)
-    assert largest_dividing(lambda n: False, 7) == Found(0, "memory", 2)  # 7, then 1
+    assert largest_dividing(lambda n: n == 8, 8) == SearchResult(8, "effective_batch_size", 1)
+    assert largest_dividing(lambda n: False, 7) == SearchResult(0, "memory", 2)  # 7, then 1
 
 
 @given(st.integers(2, 5000), st.integers(1, 40), st.integers(1, 20), st.integers(1, 5000), st.sampled_from([1, 32, 60]))

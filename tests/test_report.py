@@ -56,7 +56,7 @@ def check_width(text: str) -> list[str]:
     return lines
 
 
-# --- the plan ---------------------------------------------------------------------------------------------------------
+# --- the plan
 
 
 def test_the_plans_table() -> None:
@@ -222,7 +222,7 @@ def test_what_does_not_fit_may_say_no_more_than_the_bytes() -> None:
     )
 
 
-# --- the formula ------------------------------------------------------------------------------------------------------
+# --- the formula
 
 LAYERS = (
     Layer("features.conv1", "Conv3d", 840, 840, 3360, 3360, (30, 191, 227, 191), 993_742_440),
@@ -305,7 +305,7 @@ def test_no_layer_is_wider_than_80_columns(
     check_width(layers_table(layers, input_bytes=size, batch_size=batch_size, top=5))
 
 
-# --- measurements -----------------------------------------------------------------------------------------------------
+# --- measurements
 
 
 def test_a_steps_metrics() -> None:

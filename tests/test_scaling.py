@@ -74,12 +74,14 @@ def test_a_size_never_is_negative():
 
 
 def test_a_kernel_is_asked_again():
-    # as many rows as samples, 1000 columns
+    # 3 rows of as many numbers as samples, rounded up to 128, of 4 bytes: 3 · 128 · 4 at each batch size that was
+    # traced, 3 · 256 · 4 at 129 and 3 · 512 · 4 at 512, which is no polynomial of theirs
     def rule(x):
-        return ("reduction", 1000, 64 * x, 4, 0, 4, 82, 1536)
+        return ("rounded_rows", 3, x, 128, 4)
 
-    events = [Trace(x, (Event(0, kernel_bytes(rule(x)), rule=rule(x)), Event(0, -1))) for x in POINTS]
-    assert scale(events).at(512)[0][1] == kernel_bytes(rule(512))
+    assert [kernel_bytes(rule(x)) for x in POINTS] == [1536] * 3
+    program = scale([Trace(x, (Event(0, 1536, rule=rule(x)), Event(0, -1))) for x in POINTS])
+    assert [program.at(x)[0][1] for x in (128, 129, 512)] == [1536, 3072, 6144]
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), min_size=1, max_size=20), st.integers(1, 9999))
@@ -94,7 +96,7 @@ def test_where_the_steps_and_their_phases_begin():
     events = [Event(k, 8, phase, step) for k, (step, phase) in enumerate(zip(steps, phases, strict=True))]
     program = scale([Trace(2, tuple(events))])
     assert program.steps() == (0, 2, 5, 6)
-    assert program.stretches() == (0, 2, 4, 5, 6)
+    assert program.phases() == (0, 2, 4, 5, 6)
 
 
 # --------------------------------------------------------------------------------------------------------- disagreement
@@ -165,11 +167,33 @@ def test_later_steps_that_take_turns_take_the_sizes_of_one_like_them():
     assert extended(whole, Trace(5, begun.events[: 2 * 6])) is None  # the third kind is not there
 
 
-def test_what_is_made_once_has_no_counterpart():
-    scaler = Event(99, 4, "backward", 1, "other")
+@pytest.mark.parametrize("category", ["other", "workspaces", "communication"])
+def test_what_is_made_once_has_no_counterpart(category):
+    scaler = Event(99, 4, "backward", 1, category)
     whole = Trace(2, (scaler, *step_events(1, 2, 100), *step_events(2, 2, 100)))
     begun = Trace(3, (scaler, *step_events(1, 3, 100)))
     assert [e.size for e in extended(whole, begun).events if e.size >= 0] == [4, 12, 100, 100, 12, 100, 100]
+
+
+def test_an_optimizers_first_step_may_be_another():
+    # it makes its state, of the weight's size, which later steps find
+    state = Event(98, 100, "optimizer", 1, "optimizer")
+    whole = Trace(2, (*step_events(1, 2, 100), state, *step_events(2, 2, 100)))
+    begun = Trace(5, (*step_events(1, 5, 100), state))
+    assert [e.size for e in extended(whole, begun).events if e.size >= 0] == [20, 100, 100, 100, 20, 100, 100]
+
+
+def test_a_later_step_is_like_the_one_at_its_place_in_the_accumulation():
+    # the first of two batches has 8 bytes a sample, the second 16 whatever the batch: alike at 2 samples, not at 5
+    def batches(samples, count):
+        sizes = (8 * samples, 16)
+        made = (
+            (Event(n, sizes[(n - 1) % 2], step=n, category="batch"), Event(n, -1, step=n)) for n in range(1, count + 1)
+        )
+        return Trace(samples, tuple(event for pair in made for event in pair), microbatches=2)
+
+    found = extended(batches(2, 6), batches(5, 2))
+    assert [e.size for e in found.events if e.size >= 0] == [40, 16] * 3
 
 
 # --------------------------------------------------------------------------------------------------- steps to come
@@ -187,7 +211,7 @@ def steps(*sizes):
 
 def test_the_last_step_goes_on_as_it_was():
     program = scale([steps(8, 8, 8)])
-    more = program.settled(2)
+    more = program.at_steady_state(2)
     kinds = [(e.block, size) for e, (_, size, _) in zip(more.events, more.at(2), strict=True)]
     assert kinds[: len(program.events)] == [
         (e.block, size) for e, (_, size, _) in zip(program.events, program.at(2), strict=True)
@@ -203,15 +227,36 @@ def test_the_last_step_goes_on_as_it_was():
 
 def test_steps_that_take_turns_go_on_in_turn():
     in_turn = replace(steps(8, 9, 8, 9, 8, 9), period=2)
-    more = scale([in_turn]).settled(2)
+    more = scale([in_turn]).at_steady_state(2)
     assert [size for _, size, _ in more.at(2) if size in (8, 9)] == [8, 9] * 5  # six steps, and two cycles more
-    assert scale([replace(in_turn, period=0)]).settled().recorded() == 6  # the last two are not alike
+    assert scale([replace(in_turn, period=0)]).at_steady_state().recorded() == 6  # the last two are not alike
 
 
 @pytest.mark.parametrize("sizes", [(8, 8), (8, 9, 10), ()])
 def test_steps_that_are_not_alike_are_not_gone_on_with(sizes):
     program = scale([steps(*sizes)])
-    assert program.settled() is program
+    assert program.at_steady_state() is program
+
+
+def test_steps_that_free_blocks_older_than_the_step_before_are_not_gone_on_with():
+    # each step frees the block of two steps before, or that of the one before, which alone can be repeated
+    def stepped(back):
+        pairs = ((Event(n, 8, step=n), Event(n - back, -1, step=n)) for n in range(1, 5))
+        return scale([Trace(2, (Event(0, 8), Event(-1, 8), *(event for pair in pairs for event in pair)))])
+
+    assert stepped(2).at_steady_state() == stepped(2)
+    assert stepped(1).at_steady_state().recorded() == 4 + 3
+
+
+def test_live_bytes_are_those_of_blocks_in_use_rounded_up():
+    # 100 and 300 bytes a sample: 1024 + 3072 at 10, until the first is freed, and 1024 come for the 513
+    events = [
+        (Event(0, 100 * x), Event(1, 300 * x), Event(0, -1), Event(2, 513), Event(3, 0), Event(1, -1)) for x in POINTS
+    ]
+    program = scale([Trace(x, own) for x, own in zip(POINTS, events, strict=True)])
+    assert program.peak_live_bytes(10) == 1024 + 3072
+    assert program.peak_live_bytes(1) == 512 + 1024  # 100 and 300 each take 512; with the first freed, 512 + 1024
+    assert scale([Trace(2, ())]).peak_live_bytes(10) == 0
 
 
 def test_gradients_that_validation_lets_go_of_are_gone_in_it():

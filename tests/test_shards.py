@@ -22,8 +22,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import lightning_memplan as mp
 from lightning_memplan.lightning.trainer import parallel_of
-from lightning_memplan.memory.estimate import structure_hash
 from lightning_memplan.memory.events import Event
+from lightning_memplan.memory.structure import structure_hash
 from lightning_memplan.settings import Parallel, StepSettings
 from lightning_memplan.step.strategies.fsdp import _DTYPES
 from lightning_memplan.trace.tracer import trace_steps, trace_test, trace_validation
@@ -233,7 +233,7 @@ def test_a_mesh_shards_parameters():
     parts = est.breakdown(8)
     # each layer's bias is sharded by itself; AdamW's two moments, and two scalars that count steps on the host
     assert parts["parameters"] == parts["optimizer"] // 2 == (FIRST + SECOND) // 4
-    made = {e.size for e, _ in est.alive(8)} | {e.size for e in est.program.events if e.step == 2}
+    made = {e.size for e, _ in est.replayer_at(8).live_at_peak(8)} | {e.size for e in est.program.events if e.step == 2}
     assert {FIRST, SECOND} <= made  # gathered, in one block
     assert est.formula.parameter_bytes == FIRST + SECOND
     assert not torch.distributed.is_initialized()

@@ -13,9 +13,10 @@ from torch import nn
 from torch.cuda import _memory_viz
 
 import lightning_memplan as mp
-from lightning_memplan.memory.allocator import Move, replay
+from lightning_memplan.memory.allocator import replay
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
 from lightning_memplan.memory.events import Event
+from lightning_memplan.memory.heap import Move
 from lightning_memplan.memory.snapshot import make_snapshot
 
 MiB = 2**20

@@ -21,9 +21,10 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 import lightning_memplan as mp
 from lightning_memplan.errors import TraceError
 from lightning_memplan.memory.cycles import MOST
+from lightning_memplan.memory.events import Stream
 from lightning_memplan.monitor.meter import Forecast
 from lightning_memplan.settings import STEPS, StepSettings
-from lightning_memplan.step.fake_cuda import DEVICE, FIRST
+from lightning_memplan.step.fake_cuda import DEVICE
 from lightning_memplan.step.module_copy import StandInTrainer
 from lightning_memplan.step.runner import accumulated
 from lightning_memplan.trace.detached import detached_copy, prepared
@@ -668,7 +669,7 @@ def test_steps_that_ask_torch_cuda_are_traced_without_a_card():
     before = {name: getattr(torch.cuda, name) for name in ("Event", "Stream", "stream", "synchronize", "memory_stats")}
     est = mp.estimate(Does(with_cuda), torch.zeros(6, 8), method="trace", device="A100 40GB")
     assert {e.stream for e in est.program.events if e.op == "aten.addmm.default"} == {
-        FIRST + step for step in (1, 2, 3)
+        Stream.STEP + step for step in (1, 2, 3)
     }
     assert {name: getattr(torch.cuda, name) for name in before} == before
 

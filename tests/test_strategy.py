@@ -15,11 +15,10 @@ from torch import nn
 
 import lightning_memplan as mp
 from lightning_memplan.lightning.trainer import parallel_of
-from lightning_memplan.memory.events import EMPTY, Event
+from lightning_memplan.memory.events import EMPTY, Event, Stream
 from lightning_memplan.planning.proposal import RankResult, agreed
 from lightning_memplan.settings import Parallel, StepSettings
 from lightning_memplan.step.strategies.process_group import fake_ranks
-from lightning_memplan.step.strategies.wrap import SIDE_STREAM
 from lightning_memplan.trace.tracer import trace_steps
 
 MiB = 2**20
@@ -42,7 +41,7 @@ def communication(accumulate_grad_batches: int = 1, **arguments: Any) -> list[Ev
 def test_buckets_are_made_once_and_made_anew_in_the_second_step():
     first, second, *rebuilt = communication()
     # parameters go to all ranks in one copy, and then there is one bucket of all gradients, on a stream of their own
-    assert [(e.step, e.size, e.stream) for e in (first, second)] == [(0, GRADIENTS, SIDE_STREAM)] * 2
+    assert [(e.step, e.size, e.stream) for e in (first, second)] == [(0, GRADIENTS, Stream.STRATEGY)] * 2
     # in the order in which gradients came, the second layer's bias and weight first: a bucket is full from 25 MiB on,
     # and its last gradient goes in whole (torch.nn.parallel.DistributedDataParallel, bucket_cap_mb)
     assert [(e.step, e.stream) for e in rebuilt] == [(2, 0)] * 2

@@ -14,8 +14,8 @@ import lightning_memplan as mp
 from lightning_memplan.data.samples import read_samples
 from lightning_memplan.errors import TraceError
 from lightning_memplan.memory.allocator import replay
-from lightning_memplan.memory.events import Event, Trace
-from lightning_memplan.memory.loops import TURNS, loops, merge_loops, scaled
+from lightning_memplan.memory.events import EMPTY, Event, Stream, Trace
+from lightning_memplan.memory.loops import LOOPS, is_loop, merge_loops, scale_with_loops
 from lightning_memplan.memory.program import scale
 from lightning_memplan.settings import StepSettings
 from lightning_memplan.trace.tracer import trace_steps
@@ -43,11 +43,33 @@ def peak(program, samples):
 
 @pytest.mark.parametrize("beside", [512, 4 * KIB, 64 * KIB])
 def test_bytes_are_those_of_a_trace_at_that_batch_size(beside):
-    program, notes = scaled([step(n, beside) for n in (2, 3, 5)])
-    assert notes == (TURNS,)
+    program, notes = scale_with_loops([step(n, beside) for n in (2, 3, 5)])
+    assert notes == (LOOPS,)
     for samples in (2, 3, 5, 8, 100):
         # the product, all results, and what is beside the last of them, or the sum
         assert peak(program, samples) == samples * 10 * KIB + max(beside, 512)
+
+
+def test_segments_of_a_loop_are_given_back_on_a_full_gpu():
+    MiB = 2**20
+
+    def looped(samples):
+        """A result of 5 MiB for each sample; all are freed before an optimizer's block of 40 MiB."""
+        results = [Event(n, 5 * MiB, "forward", 1, "activations", op="abs") for n in range(samples)]
+        frees = [Event(n, -1, "backward", 1) for n in range(samples)]
+        return Trace(samples, (*results, *frees, Event(99, 40 * MiB, "optimizer", 1, "optimizer", op="sqrt")))
+
+    # of 10 results the 2 that all traces have are in a segment of 20 MiB, and the other 8, as one block, in one of 40
+    program, _ = scale_with_loops([looped(n) for n in (2, 3, 5)])
+    entries = program.at(10)
+    assert {stream for _, size, stream in entries if size >= 0} == {Stream.DEFAULT, Stream.LOOPS}
+    assert replay(entries).peak_reserved == (20 + 40 + 40) * MiB
+    full = replay(entries, capacity=70 * MiB)
+    assert (full.out_of_memory, full.peak_reserved, full.reserved, full.retries) == (None, 60 * MiB, 40 * MiB, 1)
+    assert replay([*entries[:-1], (-1, EMPTY, Stream.DEFAULT)]).reserved == 0
+    # a pool of CUDA graphs keeps its 40, beside which 40 more do not fit
+    pooled = [(block, size, stream and Stream.GRAPHS) for block, size, stream in entries]
+    assert replay(pooled, capacity=70 * MiB).out_of_memory == len(pooled) - 1
 
 
 def test_what_all_have_keeps_its_place():
@@ -62,14 +84,14 @@ def test_what_all_have_keeps_its_place():
 def test_a_step_that_is_no_loop_over_samples_is_told():
     # a turn more for every second sample: 1, 1, 2
     traces = [Trace(n, step(n // 2).events) for n in (2, 3, 5)]
-    assert not loops(traces)
+    assert not is_loop(traces)
     with pytest.raises(TraceError, match="a plan for other batch sizes cannot be made"):
-        scaled(traces)
+        scale_with_loops(traces)
 
 
 def test_a_step_that_is_alike_stays_as_it_is():
     traces = [Trace(n, (Event(0, n * 512), Event(0, -1))) for n in (2, 3, 5)]
-    program, notes = scaled(traces)
+    program, notes = scale_with_loops(traces)
     assert (program, notes) == (scale(traces), ())
 
 
@@ -96,7 +118,7 @@ class InTurn(pl.LightningModule):
 def test_a_module_that_loops_over_its_samples():
     batch = (torch.zeros(4, 3, 64, 64), torch.zeros(4, dtype=torch.long))
     found = mp.estimate(InTurn(), batch, method="trace")
-    assert TURNS in found.notes
+    assert LOOPS in found.notes
     (trace,) = trace_steps(InTurn(), read_samples(batch).batches((24,)), StepSettings()).traces
     whole = replay([(event.block, event.size, event.stream) for event in trace.events])
     assert found.peak_allocated(24) == pytest.approx(whole.peak_allocated, rel=0.005)
@@ -136,7 +158,7 @@ def test_a_detector_of_torchvision():
     pytest.importorskip("torchvision")
     loader = torch.utils.data.DataLoader(Images(), batch_size=2, collate_fn=collate)
     found = mp.estimate(Detector(), loader, method="trace")
-    assert TURNS in found.notes
+    assert LOOPS in found.notes
     (trace,) = trace_steps(Detector(), read_samples(loader).batches((8,)), StepSettings(), steps=2).traces
     whole = replay([(event.block, event.size, event.stream) for event in trace.events])
     assert found.peak_allocated(8) == pytest.approx(whole.peak_allocated, rel=0.01)

@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_memplan.checks import check_count, check_margin, check_method
+from lightning_memplan.checks import check_choice, check_count, check_method
 from lightning_memplan.data.batches import batch_size_of
-from lightning_memplan.data.samples import SAMPLE_SIZE, Which
 from lightning_memplan.errors import (
     ApplyError,
     DoesNotFitError,
@@ -43,19 +42,29 @@ from lightning_memplan.lightning.trainer import (
     validates,
 )
 from lightning_memplan.memory.estimate import Estimate
+from lightning_memplan.memory.structure import structure_of
 from lightning_memplan.monitor.history import Lesson, RunSetup, history_path, learn, remember
 from lightning_memplan.monitor.meter import PHASES, Forecast, Meter
-from lightning_memplan.planning.apply import Holder, Place, find_holders, find_place, write_together
+from lightning_memplan.planning.apply import (
+    DEFAULT_NAME,
+    Holder,
+    Place,
+    find_holders,
+    find_place,
+    names_by_stage,
+    write_together,
+)
 from lightning_memplan.planning.evaluation import agreed_plan, plan_test, plan_validation
 from lightning_memplan.planning.job import (
     DataSource,
-    Sampling,
+    WhichSamples,
     device_of_trainer,
     job_of_trainer,
     named_device,
+    sampling_of,
     source_of_trainer,
 )
-from lightning_memplan.planning.limits import MARGIN, Limits
+from lightning_memplan.planning.limits import Limits
 from lightning_memplan.planning.proposal import Proposal, confirmed, on_all_ranks
 from lightning_memplan.planning.session import PlanningSession, allocated_on, check_effective_batch_size
 from lightning_memplan.probe.out_of_memory import ran_out_of_memory
@@ -69,12 +78,12 @@ from lightning_memplan.report.metrics import (
 )
 from lightning_memplan.report.plans import plan_table, validation_text
 from lightning_memplan.report.runs import measurement_summary
-from lightning_memplan.settings import StepSettings
+from lightning_memplan.settings import MARGIN, StepSettings
 from lightning_memplan.types import Device, Measurement, Outcome, Peaks, Plan
 
 
 class MemoryPlanner(CallbackBase):
-    """Plans the memory of training at setup, sets the largest batch size that fits, and measures every CUDA step.
+    """Plan the memory of training at setup, set the largest batch size that fits, and measure every CUDA step.
 
     >>> from lightning_memplan import MemoryPlanner
     >>> planner = MemoryPlanner(margin=0.1, max_batch_size=512, multiple_of=8)
@@ -82,107 +91,96 @@ class MemoryPlanner(CallbackBase):
     (True, [])
 
     Args:
-        method: ``"probe"`` runs the training step on the GPU, ``"trace"`` on fake tensors, ``"formula"`` adds up
-            ``params + grads + bs * (I1 + 2 * sum(Ii))``. ``"auto"`` traces, and probes too where the card is here
-            (with several ranks, under DDP only): it plans by the probe if that has run a large batch, else by the one
-            with which fewer samples fit, and by the formula, with a warning, where neither can be had. The plan says
-            what each found, and why one was not to be had.
-        device: The card to plan for: a name such as ``"RTX 3090"``, or a ``Device``. Where nothing is said, the one
-            on which the Trainer runs, and on the CPU the host's memory.
-        margin: The part of the card's memory to leave free, at least 0 and below 1. Where nothing is said, what earlier
-            runs like this one justify (see ``history``), and 0.05 where there are none; a number is kept to.
-        max_batch_size: The largest batch size allowed.
-        multiple_of: What the batch size must be a multiple of.
-        batch_arg_name: The attribute or hyperparameter of the module or datamodule that holds the batch size, such as
-            ``"batch_size"`` or ``"data.batch_size"``; all that have it are set. Loaders that do not follow one, since
-            they were passed to ``fit`` or made with a number, are replaced by copies of the planned batch size.
-        apply: Whether to set the batch size; ``False`` plans for information only, and predicts for the batches that
-            training has.
-        every_n_steps: Log the measurements of every n-th step; all are kept in ``measurements``.
-        min_batch_size: The smallest batch size allowed; ``DoesNotFitError`` where it does not fit.
-        sample: Which samples of the dataset are planned with: ``"first"``, its first five, or ``"largest"``, copies of
-            the largest of ``sample_size`` that are spread over it, where samples differ in size (texts, graphs, boxes).
-        sample_size: How many samples ``"largest"`` looks at.
-        effective_batch_size: Samples that the optimizer is to see a step, on all devices together: the largest batch
-            size that divides them and fits is set, and ``trainer.accumulate_grad_batches`` with it.
-        confirm: Whether two real steps of the batch size run on the card before it is set, on a copy of the module. If
-            they run out of memory, the plan shrinks, three times at most. Where nothing is said it is done on the card
-            on which the Trainer runs, and a copy that fails otherwise is noted; with ``True`` its error is raised.
-        resume: Where training resumes from a checkpoint: ``"keep"`` its batch size, so that a resumed epoch goes on at
-            the same sample, or ``"plan"`` again.
-        reset_peaks: Whether the allocator's peaks are reset in every step, which others who read them see
-            (``DeviceStatsMonitor``, ``torch.cuda.max_memory_allocated``); ``False`` measures the highest peak so far.
-        val_batch_arg_name: The attribute or hyperparameter that holds validation's own batch size, which is planned for
-            a validation step and set; where nothing is said, validation's loaders are left as they are.
-        test_batch_arg_name: The attribute or hyperparameter that holds the batch size of tests, which is planned and
-            set when ``trainer.test`` is called: with nothing but the module on the card.
-        nvml: Whether NVML is asked, in the steps that are logged, for the bytes of this process and of the card.
-        history: Whether a line is kept of each run on a CUDA device (predicted and measured peaks, versions, settings):
-            ``True`` in ``~/.local/share/lightning-memplan/history.jsonl`` or where ``MEMPLAN_HISTORY`` says, or the
-            path of a file. ``False`` keeps and reads none.
+        method: How to predict. ``"probe"`` runs the training step on the GPU, ``"trace"`` runs it on fake tensors,
+            ``"formula"`` adds up ``params + grads + bs * (I1 + 2 * sum(Ii))``. ``"auto"`` traces, and probes too where
+            the GPU is here (with several ranks under DDP only). It plans by the probe if that has run a large batch,
+            else by the one with which fewer samples fit, and by the formula where neither can be had.
+        device: GPU to plan for: a name such as ``"RTX 3090"``, or a ``Device``. By default the device on which the
+            Trainer runs.
+        margin: Fraction of GPU memory to leave free, in ``[0, 1)``; or ``"learned"``: the margin that earlier runs like
+            this one justify (needs ``history``).
+        min_batch_size: Smallest batch size allowed. Above 1 it is a demand: training stops where it cannot be had.
+        max_batch_size: Largest batch size allowed.
+        multiple_of: Number of which the batch size must be a multiple.
+        batch_arg_name: Attribute or hyperparameter of the module or datamodule that holds the batch size, such as
+            ``"batch_size"`` or ``"data.batch_size"``; all holders are set. Or names by stage, such as
+            ``{"train": "batch_size", "val": "val_batch_size", "test": "test_batch_size"}``, where validation and tests
+            have sizes of their own. Loaders that follow no holder are replaced by copies of the planned batch size.
+        effective_batch_size: Samples that one optimizer step sees, on all devices together. The largest batch size that
+            divides it and fits is set, and ``trainer.accumulate_grad_batches`` with it.
+        samples: Samples of the dataset that the plan is made for. ``"auto"`` and ``"first"`` take the first five;
+            ``"largest"`` takes copies of the largest of 64 that are spread over the dataset.
+        apply: Set the batch size. By default on a GPU; on the CPU the plan is for information. With ``False``
+            nothing is set, nothing of planning stops training, and predictions are for the batches that training has.
+        confirm: Run two real steps of the batch size on the GPU before it is set, on a replica. If they run out of
+            memory, the plan shrinks. By default where the Trainer runs on the GPU that is planned for.
+        objective: ``"largest"``, the batch size that fills the GPU.
         on_error: What a failure of planning does, whatever its cause. ``"warn"`` says in one warning what could not be
             planned and why; training goes on with the user's own batch size, and its steps are measured. ``"raise"``
             raises it. Both raise where a size that was demanded cannot be had, and where real steps of the smallest
-            batch size ran out of memory; with ``apply=False``, ``"warn"`` raises nothing.
+            batch size ran out of memory.
+        resume: Where training resumes from a checkpoint: ``"keep"`` its batch size, so that a resumed epoch goes on at
+            the same sample, or ``"plan"`` again.
+        every_n_steps: Log the measurements of every n-th step; all are kept in ``measurements``.
+        prog_bar: ``False``: metrics go to loggers alone.
+        history: Keep a line of each run on a CUDA device (predicted and measured peaks, versions, settings): ``True``
+            in ``~/.local/share/lightning-memplan/history.jsonl`` or where ``MEMPLAN_HISTORY`` says, or the path of a
+            file.
 
     Attributes:
-        plan: The ``Plan``, from setup on.
-        val_plan: Validation's own, where ``val_batch_arg_name`` is given.
-        test_plan: That of the last ``trainer.test``, where ``test_batch_arg_name`` is given.
-        estimate: The ``Estimate`` behind it.
+        plan: The ``Plan``, from setup on; None where nothing was planned.
+        val_plan: The plan of validation, where it has a batch size of its own.
+        test_plan: The plan of the last ``trainer.test``, where tests have a batch size of their own.
+        estimate: The ``Estimate`` behind the plan.
         measurements: One ``Measurement`` for each CUDA step.
         validations: The ``Peaks`` of each validation on a CUDA device.
 
     Raises:
-        ApplyError: At setup: nothing holds a batch size of that name, or a loader's cannot be set; says what to change.
+        ValueError: An argument is wrong in itself.
         MisconfigurationException: At setup: ``effective_batch_size``, where something else decides how much is
             accumulated (manual optimization, the Trainer, a scheduler, DeepSpeed).
-        DoesNotFitError: At setup: the smallest batch size does not fit; says what it needs and what the card has.
-        ValueError: An argument that is wrong in itself.
+        UnmetDemandError: At setup: no batch size meets ``effective_batch_size`` or ``min_batch_size``.
+        DoesNotFitError: At setup: real steps of the smallest batch size ran out of memory.
     """
 
     def __init__(
         self,
         method: Literal["auto", "trace", "formula", "probe"] = "auto",
         device: str | Device | None = None,
-        margin: float | None = None,
+        margin: float | Literal["learned"] = MARGIN,
+        min_batch_size: int = 1,
         max_batch_size: int | None = None,
         multiple_of: int = 1,
-        batch_arg_name: str = "batch_size",
-        apply: bool = True,
-        every_n_steps: int = 1,
-        min_batch_size: int = 1,
-        sample: Which = "first",
-        sample_size: int = SAMPLE_SIZE,
+        batch_arg_name: str | dict[str, str] = DEFAULT_NAME,
         effective_batch_size: int | None = None,
+        samples: WhichSamples = "auto",
+        apply: bool | None = None,
         confirm: bool | None = None,
-        resume: Literal["keep", "plan"] = "keep",
-        reset_peaks: bool = True,
-        nvml: bool = False,
-        val_batch_arg_name: str | None = None,
-        history: bool | str | Path = True,
-        test_batch_arg_name: str | None = None,
+        objective: Literal["largest"] = "largest",
         on_error: Literal["warn", "raise"] = "warn",
+        resume: Literal["keep", "plan"] = "keep",
+        every_n_steps: int = 1,
+        prog_bar: bool = False,
+        history: bool | str | Path = False,
     ) -> None:
         super().__init__()
-        if margin is not None:
-            check_margin(margin)
-        self._sampling = Sampling(sample, sample_size)
         check_method(method)
-        if val_batch_arg_name == batch_arg_name:
-            raise ValueError(
-                f"{batch_arg_name!r} is training's batch size: leave val_batch_arg_name out, or name its own"
-            )
-        if on_error not in ("warn", "raise"):
-            raise ValueError(f"on_error is 'warn' or 'raise', not {on_error!r}")
-        if resume not in ("keep", "plan"):
-            raise ValueError(f"resume is 'keep' or 'plan', not {resume!r}")
-        for name, value in (("min_batch_size", min_batch_size), ("multiple_of", multiple_of)):
-            check_count(name, value)
+        if margin == "learned" and history is False:
+            raise ValueError("margin='learned' learns from earlier runs: pass history=True or the path of a file")
+        self._limits = Limits(
+            MARGIN if margin == "learned" else margin,
+            min_batch_size,
+            max_batch_size,
+            multiple_of,
+            effective_batch_size,
+        )
+        check_choice("objective", objective, ("largest",))
+        check_choice("on_error", on_error, ("warn", "raise"))
+        check_choice("resume", resume, ("keep", "plan"))
+        check_choice("prog_bar", prog_bar, (False,))
         check_count("every_n_steps", every_n_steps)
-        for name, limit in (("max_batch_size", max_batch_size), ("effective_batch_size", effective_batch_size)):
-            if limit is not None:
-                check_count(name, limit)
+        self._names = names_by_stage(batch_arg_name)
+        self._sampling = sampling_of(samples)
         self.method = method
         self.device = named_device(device)
         self.margin = margin
@@ -190,19 +188,16 @@ class MemoryPlanner(CallbackBase):
         self.max_batch_size = max_batch_size
         self.multiple_of = multiple_of
         self.batch_arg_name = batch_arg_name
-        self.apply = apply
-        self.every_n_steps = every_n_steps
-        self.sample: Which = sample
-        self.sample_size = sample_size
         self.effective_batch_size = effective_batch_size
+        self.samples = samples
+        self.apply = apply
         self.confirm = confirm
-        self.resume = resume
-        self.reset_peaks = reset_peaks
-        self.nvml = nvml
-        self.val_batch_arg_name = val_batch_arg_name
-        self.test_batch_arg_name = test_batch_arg_name
-        self.history = history
+        self.objective = objective
         self.on_error = on_error
+        self.resume = resume
+        self.every_n_steps = every_n_steps
+        self.prog_bar = prog_bar
+        self.history = history
         self.plan: Plan | None = None
         self.val_plan: Plan | None = None
         self.test_plan: Plan | None = None
@@ -221,14 +216,16 @@ class MemoryPlanner(CallbackBase):
         self._val_place: Place | None = None
         self._test_place: Place | None = None
         self._accumulates = 1
+        self._applies = False  # whether this run's batch size is set
         self._proposal: Proposal | None = None
 
     # -- plan, at setup: before any loader is built
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if stage == "test" and self.test_batch_arg_name is not None and self.apply and not trainer.fast_dev_run:
+        self._applies = cuda_index(trainer) is not None if self.apply is None else self.apply
+        if stage == "test" and "test" in self._names and self._applies and not trainer.fast_dev_run:
             with self._softly("the batch size of the test is not planned"), planning_warnings():
-                self._plan_test(trainer, pl_module, self.test_batch_arg_name)
+                self._plan_test(trainer, pl_module, self._names["test"])
         if stage != "fit":
             return
         self._forget_plan()
@@ -248,13 +245,13 @@ class MemoryPlanner(CallbackBase):
         self._proposal = proposal if self._place is not None else None
         if self._index is not None:
             for writer in tensorboard_writers(trainer):  # now: the last layout counts, and the user's may come later
-                writer.add_custom_scalars(scalars_layout(PHASES if self.reset_peaks else ()))
+                writer.add_custom_scalars(scalars_layout(PHASES))
 
     def _is_fatal(self, error: Exception) -> bool:
         """Decide whether an error of planning stops training: an unmet demand does, and a GPU that failed."""
         if self.on_error == "raise" or isinstance(error, getattr(torch, "AcceleratorError", ())):
             return True
-        if not self.apply:
+        if not self._applies:
             return False
         if isinstance(error, DoesNotFitError):
             return error.tried or self.min_batch_size > 1
@@ -291,26 +288,25 @@ class MemoryPlanner(CallbackBase):
             raise misconfiguration(
                 f"confirm=True runs real steps on a CUDA device, and the Trainer runs on {trainer.strategy.root_device}"
             )
-        if self.apply:
+        if self._applies:
             check_alone(trainer)
-        holders = find_holders(self.batch_arg_name, module, trainer.datamodule) if self.apply else ()
+        holders = find_holders(self._names["train"], module, trainer.datamodule) if self._applies else ()
         val_holders: tuple[Holder, ...] = ()
-        if self.val_batch_arg_name is not None and self.apply:
-            val_holders = find_holders(self.val_batch_arg_name, module, trainer.datamodule)
+        if "val" in self._names and self._applies:
+            val_holders = find_holders(self._names["val"], module, trainer.datamodule)
         job = job_of_trainer(trainer, module, "fit", self.device or device_of_trainer(trainer), self._sampling)
         if self.effective_batch_size is not None and job.settings.accumulate_grad_batches == self._accumulates:
             job = job.accumulating(1)  # set by an earlier plan
-        limits = self._limits()
-        check_effective_batch_size(job, limits)
-        self._place = find_place(trainer, job.source.data, holders) if self.apply else None
-        session = PlanningSession(job, limits, self.method, allocated_on(self._index, module))
+        check_effective_batch_size(job, self._limits)
+        self._place = find_place(trainer, job.source.data, holders) if self._applies else None
+        session = PlanningSession(job, self._limits, self.method, allocated_on(self._index, module))
         self._session, ranks = session, job.ranks
         first = session.estimate_at((self.effective_batch_size or ranks) // ranks)
         session.extra_bytes = averaging_bytes(trainer, job.begun) if self._index is not None else 0
         if self.method == "auto" and first.method == "formula" and trainer.is_global_zero:
             warnings.warn(f"MemoryPlanner: {'; '.join(first.notes)}", stacklevel=2)
         self._settings, self._already_allocated = job.settings, session.already_allocated
-        self._structure = first.structure(job.name, job.settings, ranks)
+        self._structure = structure_of(first, job.name, job.settings, ranks)
         self._lesson = self._learn(session.device, first.method)
         session.limits = replace(session.limits, margin=self._lesson.margin, failed=self._lesson.failed)
         proposal = session.propose()
@@ -318,15 +314,6 @@ class MemoryPlanner(CallbackBase):
             self._validation = source_of_trainer(job, "val", self._sampling)
             self._val_place = find_place(trainer, self._validation.data, val_holders, "val")
         return proposal
-
-    def _limits(self) -> Limits:
-        return Limits(
-            MARGIN if self.margin is None else self.margin,
-            self.min_batch_size,
-            self.max_batch_size,
-            self.multiple_of,
-            self.effective_batch_size,
-        )
 
     def _apply_plan(self, trainer: Any, proposal: Proposal) -> None:
         """Set what is planned: all of it, or nothing."""
@@ -369,13 +356,12 @@ class MemoryPlanner(CallbackBase):
         assert self._meter is not None
         self._meter.forecast = self._foreseen(estimate, size, plan)
         self._formula_peak = estimate.formula.memory(size)
-        say(f"MemoryPlanner predicts for batches of {size}, as training has them: apply=False sets nothing")
+        say(f"MemoryPlanner predicts for batches of {size}, as training has them")
 
     def _learn(self, device: Device, method: str) -> Lesson:
-        """What earlier runs teach, unless the margin was named."""
-        return learn(
-            history_path(self.history), self._structure, device, method=method, margin=self.margin, prior=MARGIN
-        )
+        """Return what earlier runs teach of the margin, where it is to be learned."""
+        margin = None if self.margin == "learned" else self._limits.margin
+        return learn(history_path(self.history), self._structure, device, method=method, margin=margin, prior=MARGIN)
 
     def _plan_test(self, trainer: Any, module: Any, name: str) -> None:
         """Plan and set the batch size of the test that is to come."""
@@ -384,7 +370,7 @@ class MemoryPlanner(CallbackBase):
         held = allocated_on(cuda_index(trainer), module).other_bytes
         job = job_of_trainer(trainer, module, "test", device, self._sampling)
         place = find_place(trainer, job.source.data, holders, "test")
-        limits = Limits(MARGIN if self.margin is None else self.margin, max_batch_size=self.max_batch_size)
+        limits = Limits(self._limits.margin, max_batch_size=self.max_batch_size)
         make = partial(plan_test, job, replace(device, context=device.context + held), limits)
         self.test_plan, size = agreed_plan(make, "a test", is_fatal=self._is_fatal)
         with write_together([(place, size)], trainer, is_fatal=self._is_fatal):
@@ -394,7 +380,7 @@ class MemoryPlanner(CallbackBase):
     # -- resume: Lightning restores after setup, and before any loader is built
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.plan is None or not self.apply else {"batch_size": self.plan.batch_size}
+        return {} if self.plan is None or not self._applies else {"batch_size": self.plan.batch_size}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         size = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("batch_size")
@@ -445,8 +431,6 @@ class MemoryPlanner(CallbackBase):
             self._forecast,
             every_n_steps=self.every_n_steps,
             manual=not pl_module.automatic_optimization,
-            resets=self.reset_peaks,
-            nvml=self.nvml,
             margin=None if self.plan is None or self.plan.method == "formula" else self.plan.margin,
         )
 
@@ -472,7 +456,7 @@ class MemoryPlanner(CallbackBase):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self._meter is not None:
-            if not self.apply and not self._meter.step and self.plan is not None:
+            if not self._applies and not self._meter.step and self.plan is not None:
                 self._foresee(batch)
             self._meter.begin()
 
@@ -524,7 +508,7 @@ class MemoryPlanner(CallbackBase):
     def _remember(self, trainer: Any, module: Any, outcome: Outcome) -> None:
         """Add this run to the history, once; not where its figures are not those of its plan."""
         structure, self._structure = self._structure, ""
-        if not (structure and self.plan and self.apply and self.device is None and self.reset_peaks):
+        if not (structure and self.plan and self._applies and self.device is None):
             return
         assert self._meter is not None
         setup = RunSetup(
@@ -568,9 +552,9 @@ class MemoryPlanner(CallbackBase):
         assert self.plan is not None
         if self._place is None:
             return {}
-        applied = {self.batch_arg_name: self._place.held(self.plan.batch_size)}
-        if self.val_plan is not None and self.val_batch_arg_name is not None:
-            applied[self.val_batch_arg_name] = self.val_plan.batch_size
+        applied = {self._names["train"]: self._place.held(self.plan.batch_size)}
+        if self.val_plan is not None:
+            applied[self._names["val"]] = self.val_plan.batch_size
         if self.plan.effective_batch_size is not None:
             applied["accumulate_grad_batches"] = self.plan.accumulate_grad_batches
             applied["effective_batch_size"] = self.plan.effective_batch_size

@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+#: Fraction of a device's capacity that a plan leaves free by default: for cuDNN's workspaces, which are known only when
+#: cuDNN chooses them, and for what the driver rounds up.
+MARGIN = 0.05
+
 #: Optimizer steps in a trace: the first, the second (with optimizer state and old gradients) and a third; more if they
 #: alternate
 STEPS = 3

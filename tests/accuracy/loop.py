@@ -22,7 +22,7 @@ from lightning_memplan.cuda.rule_set import Rules
 from lightning_memplan.cuda.rules import ORDER, WIDTHS, temporaries
 from lightning_memplan.cuda.shapes import SHAPES
 from lightning_memplan.memory.events import EMPTY, FREE, Trace, labelled
-from lightning_memplan.memory.program import Polynomial, Program, scale
+from lightning_memplan.memory.program import Kernel, Polynomial, Program, scale
 from lightning_memplan.step.context import module_paths
 from lightning_memplan.trace.autograd import GradientAccumulation
 from lightning_memplan.trace.detached import detached_copy, setup_order
@@ -77,7 +77,7 @@ def trace_loop(
 
 def _scale_prime(trace: Trace) -> Program:
     entries: dict[object, int] = {}
-    table: list[Polynomial | tuple[str, tuple[Polynomial, ...]]] = []
+    table: list[Polynomial | Kernel] = []
     sizes = []
     for event in trace.events:
         if event.size < 0:
@@ -86,7 +86,7 @@ def _scale_prime(trace: Trace) -> Program:
         rule = event.rule
         key = rule or event.size
         if key not in entries:
-            table.append((str(rule[0]), tuple(map(_grown, rule[1:]))) if rule else _grown(event.size))
+            table.append(Kernel(str(rule[0]), tuple(map(_grown, rule[1:]))) if rule else _grown(event.size))
             entries[key] = len(table) + 1
         sizes.append(entries[key])
     return Program(trace.events, tuple(sizes), tuple(table), (trace.batch_size,))

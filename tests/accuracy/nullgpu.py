@@ -177,7 +177,7 @@ def predict(row: Row, method: Any = "trace") -> Predicted:
     found = mp.estimate(module, networks.loader(sample, row.batch_size, 1), method=method, **how)
     seconds = time.perf_counter() - began
     allocated, reserved = found.allocated_range(row.batch_size), found.reserved_range(row.batch_size)
-    ranged = found.least is not None or found.turns
+    ranged = found.least is not None or found.loops
     least = (allocated[0] + beside, reserved.low + beside) if ranged else (0, 0)
     return Predicted(allocated[1] + beside, found.peak(row.batch_size) + beside, seconds, least)
 

@@ -30,7 +30,7 @@ from lightning_memplan.memory.allocator import Replay, replay
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
 from lightning_memplan.memory.events import EMPTY
 from lightning_memplan.memory.formula import Formula
-from lightning_memplan.memory.program import Polynomial, Program
+from lightning_memplan.memory.program import CONVOLUTION, Kernel, Program
 from lightning_memplan.settings import StepSettings
 from lightning_memplan.step.fake_cuda import DEVICE
 from lightning_memplan.trace.tracer import run_formula
@@ -138,7 +138,7 @@ def whole_run(program: Program, size: int, capacity: int, choice: Choice = "expe
     found = benchmarked(program, size, capacity, choice)
     if found.out_of_memory is not None or not found.retries:
         return found
-    return benchmarked(program.settled(steps - 3), size, capacity, choice)
+    return benchmarked(program.at_steady_state(steps - 3), size, capacity, choice)
 
 
 def benchmarked(program: Program, size: int, capacity: int, choice: Choice = "expected") -> Replay:
@@ -149,9 +149,7 @@ def benchmarked(program: Program, size: int, capacity: int, choice: Choice = "ex
     from then on. ``out_of_memory`` is an entry of the program with these additions.
     """
     convolutions = {
-        place
-        for place, rule in enumerate(program.table, 2)
-        if not isinstance(rule, Polynomial) and rule[0] == "convolution"
+        place for place, rule in enumerate(program.table, 2) if isinstance(rule, Kernel) and rule.name == CONVOLUTION
     }
     entries: list[tuple[int, int, int]] = []
     kinds: list[int] = []  # of each entry: its convolution's place in the table, 0 for anything else

@@ -1,49 +1,125 @@
-"""Build the job that a command line describes."""
+"""Make the job that a command line describes, and ask the package about it."""
 
 from __future__ import annotations
 
 import argparse
-import ast
 import difflib
-import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from lightning_memplan.cli.output import UsageError, described
+from lightning_memplan.checks import Method
+from lightning_memplan.cli.output import UsageError
+from lightning_memplan.cli.targets import find, make, parse_pair
 from lightning_memplan.devices.catalogue import gpu
 from lightning_memplan.lightning.config_file import read_cli_config
 from lightning_memplan.lightning.trainer import sharding
-from lightning_memplan.planning.api import estimate
-from lightning_memplan.planning.job import default_device
-from lightning_memplan.types import Device
+from lightning_memplan.memory.estimate import Estimate
+from lightning_memplan.planning.job import TrainingJob, WhichSamples, default_device, sampling_of, training_job
+from lightning_memplan.planning.limits import Limits
+from lightning_memplan.planning.predict import predict
+from lightning_memplan.planning.session import PlanningSession, check_effective_batch_size, plan_each
+from lightning_memplan.step.runner import MakeOptimizer
+from lightning_memplan.types import Advice, Device, Plan
 from lightning_memplan.units import MiB, parse_bytes
 
+T = TypeVar("T")
 
-# --- the job: what is trained, on what, and how
+
+@dataclass(frozen=True)
+class Training:
+    """How a job is trained, and how its memory is found; see ``estimate`` for each field.
+
+    >>> Training(precision="16-mixed", devices=2).method
+    'auto'
+    """
+
+    method: Method = "auto"
+    precision: str | int | None = None
+    optimizer: MakeOptimizer | None = None
+    gradient_clip_val: float | None = None
+    accumulate_grad_batches: int = 1
+    devices: int = 1
+    strategy: Any = None
+    samples: WhichSamples = "auto"
+
+
 @dataclass(frozen=True)
 class Job:
+    """A module, what it is trained on, and how.
+
+    >>> job = Job(nn.Linear(1000, 1000), torch.zeros(4, 1000), Training(precision="bf16-true"))
+    >>> job.plan(gpu("T4"), Limits(max_batch_size=64)).batch_size
+    64
+    """
+
     module: nn.Module
     batch: Any
-    settings: dict[str, Any] = field(default_factory=dict)
+    training: Training = Training()
 
     @property
     def name(self) -> str:
+        """The class of the module."""
         return type(self.module).__name__
 
-    def estimated(self, device: Device | None) -> Any:
-        return estimate(self.module, self.batch, device=device, **self.settings)
+    def on(self, device: Device | None) -> TrainingJob:
+        """Return the job on a device; without one kernels are chosen for the default compute capability."""
+        how = self.training
+        return training_job(
+            self.module,
+            self.batch,
+            device=device,
+            precision=how.precision,
+            optimizer=how.optimizer,
+            gradient_clip_val=how.gradient_clip_val,
+            accumulate_grad_batches=how.accumulate_grad_batches,
+            devices=how.devices,
+            strategy=how.strategy,
+            sampling=sampling_of(how.samples),
+            assume_default=False,
+        )
+
+    def estimate(self, device: Device | None) -> Estimate:
+        """Estimate what training needs."""
+        return predict(self.on(device), self.training.method)
+
+    def plan(self, device: Device, limits: Limits) -> Plan:
+        """Plan the largest batch size that fits."""
+        job = self.on(device)
+        check_effective_batch_size(job, limits)
+        return PlanningSession(job, limits, self.training.method).plan()
+
+    def check(self, device: Device, batch_size: int, margin: float) -> Plan:
+        """Plan for this batch size alone, whatever the size of the dataset.
+
+        Raises:
+            DoesNotFitError: it does not fit.
+        """
+        return PlanningSession(self.on(device), Limits(margin), self.training.method).check(batch_size)
+
+    def advise(self, device: Device, batch_size: int | None, margin: float) -> tuple[Advice, ...]:
+        """Advise on changes that save memory at a batch size; without one at the largest that fits."""
+        return PlanningSession(self.on(device), Limits(margin), "trace").advice(batch_size)
+
+    def plan_each(self, devices: Sequence[Device], limits: Limits) -> tuple[tuple[Device, int], ...]:
+        """Return each device with the largest batch size that fits on it (0: none fits), the smallest device first."""
+        return plan_each(self.on(None), devices, limits, self.training.method)
 
 
+# --- what a command line describes
 def make_job(args: argparse.Namespace) -> Job:
-    """What the arguments name, made; what the user's own code prints goes to standard error."""
+    """Make the job that a command line names; what the user's own code prints goes to standard error.
+
+    Raises:
+        UsageError: it names no module or no data, or something that cannot be made.
+    """
     with redirect_stdout(sys.stderr):
         job = _from_config(args) if args.config else _from_target(args)
     if not isinstance(job.module, nn.Module):
@@ -54,152 +130,35 @@ def make_job(args: argparse.Namespace) -> Job:
         raise UsageError(
             "nothing says what is trained on: name it by --data package.module:DataModule or --input 3x224x224"
         )
-    given = {
-        "method": args.method,
-        "precision": args.precision,
-        "gradient_clip_val": args.gradient_clip_val,
-        "accumulate_grad_batches": args.accumulate_grad_batches,
-        "optimizer": _optimizer(args),
-        "sample": args.sample,
-        "devices": args.devices,
-        "strategy": _strategy(args, job.module),
-    }
-    return replace(job, settings=job.settings | {name: value for name, value in given.items() if value is not None})
+    set_by_file = job.training
+    training = Training(
+        method=args.method or "auto",
+        precision=_first(args.precision, set_by_file.precision),
+        optimizer=_optimizer(args),
+        gradient_clip_val=_first(args.gradient_clip_val, set_by_file.gradient_clip_val),
+        accumulate_grad_batches=_first(args.accumulate_grad_batches, set_by_file.accumulate_grad_batches),
+        devices=_first(args.devices, set_by_file.devices),
+        strategy=_first(_strategy(args, job.module), set_by_file.strategy),
+        samples=args.samples or "auto",
+    )
+    return replace(job, training=training)
 
 
-def _from_target(args: argparse.Namespace) -> Job:
-    if not args.target:
-        raise UsageError(
-            "nothing to plan: name it as package.module:Name or script.py:name, or by --config config.yaml"
-        )
-    module = _made(args.target, args.arg, "--arg")
-    batch = _made(args.data, args.data_arg, "--data-arg") if args.data else None
-    return Job(module, _plain_batch(args.input, args.labels) if args.input is not None else batch)
+def device_of(args: argparse.Namespace) -> Device:
+    """Return the device that a command line names, else the first CUDA device of this machine, else its host.
+
+    Raises:
+        UsageError: ``--gpu`` is not in the catalogue, or ``--memory`` has no unit.
+    """
+    return named_device(args) or default_device()
 
 
-def _from_config(args: argparse.Namespace) -> Job:
-    if not Path(args.config).is_file():
-        raise UsageError(f"there is no file {args.config!r}: --config is a LightningCLI's YAML")
-    model = _named(args.target) if args.target else None
-    data = _named(args.data) if args.data else None
-    module, datamodule, trainer = read_cli_config(args.config, model, data)
-    names = ("precision", "gradient_clip_val", "accumulate_grad_batches", "strategy")
-    batch = _plain_batch(args.input, args.labels) if args.input is not None else datamodule
-    settings = {name: trainer[name] for name in names if trainer.get(name) not in (None, "auto")}
-    devices, nodes = trainer.get("devices"), trainer.get("num_nodes")
-    cards = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) and devices > 0 else 1
-    return Job(module, batch, settings | {"devices": cards * (nodes or 1)})
+def named_device(args: argparse.Namespace) -> Device | None:
+    """Return the device that a command line names; None where it names none.
 
-
-def _named(path: str) -> Any:
-    """What ``package.module:Name`` or ``script.py:name`` stands for."""
-    place, _, name = path.rpartition(":")
-    if not place or not name:
-        raise UsageError(f"{path!r} names nothing in a module: write package.module:Name or script.py:name")
-    try:
-        module = _from_file(Path(place)) if place.endswith(".py") else _imported(place)
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(f"{place!r} cannot be imported: {described(error)}") from error
-    found = module
-    for part in name.split("."):
-        if not hasattr(found, part):
-            public = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-            raise UsageError(
-                f"{place!r} has no {name!r}: it has {', '.join(public[:8]) or 'nothing that can be called'}"
-            )
-        found = getattr(found, part)
-    return found
-
-
-def _imported(name: str) -> Any:
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # as ``python -m`` does, and an installed script does not
-    return importlib.import_module(name)
-
-
-def _from_file(path: Path) -> Any:
-    if not path.is_file():
-        raise UsageError(f"there is no file {str(path)!r}")
-    known = sys.modules.get(path.stem)  # a second run would make other classes of the same names
-    if known is not None and Path(getattr(known, "__file__", None) or "").resolve() == path.resolve():
-        return known
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent))  # as Python does for a script
-    sys.modules.setdefault(path.stem, module)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _made(path: str, pairs: Sequence[str], option: str) -> Any:
-    """A class or a function called with ``name=value`` arguments; anything else is itself."""
-    found = _named(path)
-    if isinstance(found, nn.Module) or not callable(found):
-        return found
-    arguments = dict(_pair(pair, option) for pair in pairs)
-    try:
-        return found(**arguments)
-    except Exception as error:
-        raise UsageError(f"{path} cannot be made: {described(error)}; its arguments are {option} name=value") from error
-
-
-def _pair(text: str, option: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise UsageError(f"{text!r} is no argument: write {option} name=value")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
-
-
-def _plain_batch(text: str, labels: str | None) -> Any:
-    """Two samples of a shape such as ``3x224x224`` or ``512:int64``, with whole-numbered labels where asked for."""
-    shape, _, kind = text.partition(":")
-    dtype = getattr(torch, kind or "float32", None)
-    if not isinstance(dtype, torch.dtype):
-        raise UsageError(f"{kind!r} is no type of tensor: write --input {shape}:int64, or another of torch's")
-    inputs = torch.zeros(2, *_shape(shape, "--input"), dtype=dtype)
-    return inputs if labels is None else (inputs, torch.zeros(2, *_shape(labels, "--labels"), dtype=torch.int64))
-
-
-def _shape(text: str, option: str) -> list[int]:
-    parts = text.split("x") if text else []
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise UsageError(f"{text!r} is no shape: write one sample's, such as {option} 3x224x224")
-    return [int(part) for part in parts]
-
-
-def _optimizer(args: argparse.Namespace) -> Callable[..., torch.optim.Optimizer] | None:
-    if args.optimizer is None:
-        return None
-    found = getattr(torch.optim, args.optimizer, None)
-    if not isinstance(found, type) or not issubclass(found, torch.optim.Optimizer):
-        raise UsageError(
-            f"torch.optim has no optimizer {args.optimizer!r}: AdamW, SGD, ... (upper and lower case matter)"
-        )
-    return partial(found, **{"lr": 1e-3, **dict(_pair(pair, "--optimizer-arg") for pair in args.optimizer_arg)})
-
-
-def _strategy(args: argparse.Namespace, module: nn.Module) -> Any:
-    """A strategy's name, or what makes one; with ``--wrap`` FSDP, whose units are layers of these classes."""
-    if args.wrap:
-        if args.strategy not in (None, "fsdp"):
-            raise UsageError(f"--wrap names the units of --strategy fsdp, not of {args.strategy}: leave one out")
-        kinds = {type(layer).__name__: type(layer) for layer in module.modules()}
-        unknown = [name for name in args.wrap if name not in kinds]
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], kinds, n=3, cutoff=0.4) or sorted(kinds)[:8]
-            raise UsageError(f"{type(module).__name__} has no layer of class {unknown[0]!r}: try {', '.join(near)}")
-        return sharding(kinds[name] for name in args.wrap)
-    return _made(args.strategy, (), "") if args.strategy and ":" in args.strategy else args.strategy
-
-
-def device_of(args: argparse.Namespace, *, default: bool = True) -> Any:
+    Raises:
+        UsageError: ``--gpu`` is not in the catalogue, or ``--memory`` has no unit.
+    """
     if args.memory:
         if (total := parse_bytes(args.memory)) < MiB:
             raise UsageError(f"--memory {args.memory} are {total} bytes: write a unit, such as --memory 24GiB")
@@ -210,4 +169,83 @@ def device_of(args: argparse.Namespace, *, default: bool = True) -> Any:
         except ValueError as error:
             text = str(error).partition("; gpus()")[0]
             raise UsageError(f"{text}; memplan gpus lists it, and --memory 24GiB stands for any card") from error
-    return default_device() if default else None
+    return None
+
+
+def _from_target(args: argparse.Namespace) -> Job:
+    if not args.target:
+        raise UsageError(
+            "nothing to plan: name it as package.module:Name or script.py:name, or by --config config.yaml"
+        )
+    module = make(args.target, args.arg, "--arg")
+    batch = make(args.data, args.data_arg, "--data-arg") if args.data else None
+    return Job(module, _plain_batch(args.input, args.labels) if args.input is not None else batch)
+
+
+def _from_config(args: argparse.Namespace) -> Job:
+    if not Path(args.config).is_file():
+        raise UsageError(f"there is no file {args.config!r}: --config is a LightningCLI's YAML")
+    model = find(args.target) if args.target else None
+    data = find(args.data) if args.data else None
+    module, datamodule, trainer = read_cli_config(args.config, model, data)
+    batch = _plain_batch(args.input, args.labels) if args.input is not None else datamodule
+    devices, nodes = trainer.get("devices"), trainer.get("num_nodes")
+    count = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) and devices > 0 else 1
+
+    def setting(name: str) -> Any:
+        return None if trainer.get(name) == "auto" else trainer.get(name)
+
+    training = Training(
+        precision=setting("precision"),
+        gradient_clip_val=setting("gradient_clip_val"),
+        accumulate_grad_batches=_first(setting("accumulate_grad_batches"), 1),
+        devices=count * (nodes or 1),
+        strategy=setting("strategy"),
+    )
+    return Job(module, batch, training)
+
+
+def _first(value: T | None, otherwise: T) -> T:
+    return otherwise if value is None else value
+
+
+def _plain_batch(text: str, labels: str | None) -> Any:
+    """Return two samples of a shape such as ``3x224x224`` or ``512:int64``, with integer labels where asked for."""
+    shape, _, kind = text.partition(":")
+    dtype = getattr(torch, kind or "float32", None)
+    if not isinstance(dtype, torch.dtype):
+        raise UsageError(f"{kind!r} is no type of tensor: write --input {shape}:int64, or another of torch's")
+    inputs = torch.zeros(2, *_shape(shape, "--input"), dtype=dtype)
+    return inputs if labels is None else (inputs, torch.zeros(2, *_shape(labels, "--labels"), dtype=torch.int64))
+
+
+def _shape(text: str, option: str) -> list[int]:
+    sizes = text.split("x") if text else []
+    if not all(size.isdecimal() and int(size) for size in sizes):
+        raise UsageError(f"{text!r} is no shape: write one sample's, such as {option} 3x224x224")
+    return [int(size) for size in sizes]
+
+
+def _optimizer(args: argparse.Namespace) -> MakeOptimizer | None:
+    if args.optimizer is None:
+        return None
+    found = getattr(torch.optim, args.optimizer, None)
+    if not isinstance(found, type) or not issubclass(found, torch.optim.Optimizer):
+        raise UsageError(
+            f"torch.optim has no optimizer {args.optimizer!r}: AdamW, SGD, ... (upper and lower case matter)"
+        )
+    return partial(found, **{"lr": 1e-3, **dict(parse_pair(pair, "--optimizer-arg") for pair in args.optimizer_arg)})
+
+
+def _strategy(args: argparse.Namespace, module: nn.Module) -> Any:
+    """Return a strategy's name, or the strategy that a target makes; with ``--wrap`` FSDP with these units."""
+    if args.wrap:
+        if args.strategy not in (None, "fsdp"):
+            raise UsageError(f"--wrap names the units of --strategy fsdp, not of {args.strategy}: leave one out")
+        kinds = {type(layer).__name__: type(layer) for layer in module.modules()}
+        unknown = [name for name in args.wrap if name not in kinds]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], kinds, n=3, cutoff=0.4) or sorted(kinds)[:8]
+            raise UsageError(f"{type(module).__name__} has no layer of class {unknown[0]!r}: try {', '.join(near)}")
+        return sharding(kinds[name] for name in args.wrap)
+    return make(args.strategy, (), "") if args.strategy and ":" in args.strategy else args.strategy

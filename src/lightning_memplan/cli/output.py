@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -13,22 +12,42 @@ from typing import Any
 
 
 class UsageError(ValueError):
-    """What was typed is wrong; says what to type."""
+    """The command line is wrong; the text says what to type instead.
+
+    >>> raise UsageError("'3,224' is no shape: write one sample's, such as --input 3x224x224")
+    Traceback (most recent call last):
+    ...
+    lightning_memplan.cli.output.UsageError: '3,224' is no shape: write one sample's, such as --input 3x224x224
+    """
 
 
-# --- what is printed
+def show(value: Any, *, as_json: bool) -> None:
+    """Print a value as JSON, or a text; in colour on a terminal where rich is installed.
+
+    >>> show("Net", as_json=False)
+    Net
+    >>> show({"fits": True}, as_json=True)
+    {
+      "fits": true
+    }
+    """
+    if as_json:
+        print(json.dumps(value, indent=2))
+        return
+    if sys.stdout.isatty():
+        try:
+            from rich.console import Console
+        except ModuleNotFoundError:
+            pass
+        else:
+            Console(soft_wrap=True).print(value, markup=False)
+            return
+    print(value)
+
+
 @contextmanager
-def written(path: str) -> Iterator[None]:
-    """What is written meanwhile is written, or a line says why not."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"{path!r} cannot be written: {error.strerror or error}") from error
-
-
-@contextmanager
-def working(text: str, every: float = 1.0) -> Iterator[None]:
-    """Tell whoever looks what takes so long, and for how many seconds; the line is gone when it is done."""
+def progress(text: str, every: float = 1.0) -> Iterator[None]:
+    """Show on a terminal what is being done and for how many seconds; erase the line at the end."""
     if not sys.stderr.isatty():
         yield
         return
@@ -48,22 +67,20 @@ def working(text: str, every: float = 1.0) -> Iterator[None]:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def say(args: argparse.Namespace, what: Any) -> None:
-    """A value as JSON, or a text; with colours where rich is installed and someone looks."""
-    if args.json:
-        print(json.dumps(what, indent=2))
-        return
-    if sys.stdout.isatty():
-        try:
-            from rich.console import Console
-        except ModuleNotFoundError:
-            pass
-        else:
-            Console(soft_wrap=True).print(what, markup=False)
-            return
-    print(what)
+@contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Turn a failure to write the file at ``path`` into a UsageError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{path!r} cannot be written: {error.strerror or error}") from error
 
 
-def described(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
+    """Return an error's type and text in one line.
+
+    >>> describe(RuntimeError("no such  width"))
+    'RuntimeError: no such width'
+    """
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
+import runpy
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lightning_memplan.types import Device
 from lightning_memplan.units import KiB, MiB
@@ -43,16 +44,41 @@ def detect_devices() -> tuple[Device, ...]:
     Source: NVML's device queries (docs.nvidia.com/deploy/nvml-api); ``CUDA_VISIBLE_DEVICES`` and ``CUDA_DEVICE_ORDER``
     in the CUDA C++ Programming Guide, "CUDA Environment Variables".
     """
-    if torch.version.cuda is None and torch.version.hip is None:
+    cuda, hip = _torch_build()
+    if cuda is None and hip is None:
         return ()
-    if torch.version.hip is None:
+    if hip is None:
         with _nvml() as nvml:
             if nvml is not None and (found := _from_nvml(nvml)) is not None:
                 return found
+    import torch
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about a missing driver, which means no devices
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return tuple(_from_torch(index) for index in range(count))
+
+
+# torch takes seconds to import, and NVML tells the devices without it: it is imported where only CUDA can tell.
+def _torch_build() -> tuple[str | None, str | None]:
+    """Return the versions of CUDA and of HIP that torch is built for, each None where it is built without.
+
+    >>> import torch
+    >>> _torch_build() == (torch.version.cuda, torch.version.hip)
+    True
+    """
+    if (torch := sys.modules.get("torch")) is not None:
+        return torch.version.cuda, torch.version.hip
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    version = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    return version["cuda"], version["hip"]
+
+
+def _cuda_is_initialized() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_initialized())
 
 
 # --- NVML
@@ -78,8 +104,10 @@ def _nvml() -> Iterator[Any]:
 def _from_nvml(nvml: Any) -> tuple[Device, ...] | None:
     """Return the visible devices, None if NVML does not know them."""
     try:
-        handles = None if torch.cuda.is_initialized() else _visible_handles(nvml)
+        handles = None if _cuda_is_initialized() else _visible_handles(nvml)
         if handles is None:
+            import torch
+
             if not torch.cuda.is_available():
                 return ()
             torch.cuda.init()
@@ -91,6 +119,8 @@ def _from_nvml(nvml: Any) -> tuple[Device, ...] | None:
 
 def _handle_of(nvml: Any, index: int) -> Any:
     """Return NVML's handle of torch's device, by its UUID. CUDA must be initialised."""
+    import torch
+
     uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)  # older versions of torch have none
     try:
         return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
@@ -163,12 +193,14 @@ def _device_of(nvml: Any, handle: Any, index: int) -> Device:
         total = int(memory.total)
     limit = None
     context = CONTEXT
-    if torch.cuda.is_initialized():
+    if _cuda_is_initialized():
+        import torch
+
         total = int(torch.cuda.get_device_properties(index).total_memory)
         limit = _limit(index, total)
     free = min(int(memory.free), total)
     ours = _bytes_of_this_process(nvml, handle)
-    if torch.cuda.is_initialized() and (ours is not None or _has_context(index)):
+    if _cuda_is_initialized() and (ours is not None or _has_context(index)):
         free, context = _shared_with_context(index, total, ours)
     return Device(
         name=_text(nvml.nvmlDeviceGetName(handle)),
@@ -215,6 +247,8 @@ def _from_torch(index: int) -> Device:
     Only a CUDA context can tell what is free. The current device gets a context for that, as it will need one anyway;
     other devices do not.
     """
+    import torch
+
     properties = torch.cuda.get_device_properties(index)
     total = int(properties.total_memory)
     free, context = None, CONTEXT
@@ -238,6 +272,8 @@ def _shared_with_context(index: int, total: int, ours: int | None) -> tuple[int,
 
     Their difference is the memory free at this moment plus that which the allocator holds.
     """
+    import torch
+
     available = torch.cuda.mem_get_info(index)[0]
     reserved = torch.cuda.memory_reserved(index)
     capacity = min(available + reserved, total)
@@ -250,6 +286,8 @@ def _has_context(index: int) -> bool:
 
     torch has no public function for this. ``torch._C._cuda_hasPrimaryContext`` was checked in 2.15.
     """
+    import torch
+
     if torch.cuda.memory_reserved(index) > 0:
         return True
     ask = getattr(torch._C, "_cuda_hasPrimaryContext", None)
@@ -258,6 +296,8 @@ def _has_context(index: int) -> bool:
 
 def _limit(index: int, total: int) -> int | None:
     """Return the bytes that ``torch.cuda.set_per_process_memory_fraction`` allows, rounded down; None for all."""
+    import torch
+
     ask = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # older versions of torch lack it
     fraction = 1.0 if ask is None else float(ask(index))
     return int(fraction * total) if fraction < 1.0 else None

@@ -40,8 +40,8 @@ FLAVOURS = _installed()
 
 if TYPE_CHECKING:
     CallbackBase = Callback
-else:
-    CallbackBase = type("CallbackBase", tuple(flavour.Callback for flavour in FLAVOURS), {})
+else:  # its own name is private: LightningCLI does not offer it among the callbacks
+    CallbackBase = type("_CallbackBase", tuple(flavour.Callback for flavour in FLAVOURS), {})
 
 
 def is_lightning_module(thing: object) -> bool:

@@ -14,7 +14,7 @@ from lightning_memplan.memory.program import Polynomial
 
 
 def prime_up_to(number: int) -> int:
-    """The largest prime that is not above ``number``, 0 where there is none.
+    """Return the largest prime that is not above ``number``, 0 if there is none.
 
     >>> prime_up_to(100), prime_up_to(1)
     (97, 0)
@@ -23,8 +23,10 @@ def prime_up_to(number: int) -> int:
 
 
 def doubled(trace: Trace, few: Sequence[Trace]) -> Trace:
-    """What a trace tells of twice as many samples: what is not of a size that traces of few samples have as well grows
-    with the batch, and so does what a prime number of samples divides.
+    """Return the trace that is to be expected of twice as many samples.
+
+    A block grows with the batch if traces of few samples have none of its size, or if it is a multiple of a prime
+    number of samples.
 
     >>> large = Trace(7, (Event(0, 700), Event(1, 1000), Event(2, 65)))
     >>> [event.size for event in doubled(large, [Trace(2, (Event(0, 200), Event(1, 1000)))]).events]
@@ -42,7 +44,7 @@ def doubled(trace: Trace, few: Sequence[Trace]) -> Trace:
 
 
 def expected_to_fit(traces: Sequence[Trace], capacity: int) -> int:
-    """The largest batch size that fits in ``capacity`` bytes, if all but workspaces grows as in these traces.
+    """Return the largest batch size that fits in ``capacity`` bytes if all but workspaces grows as in these traces.
 
     >>> grown = [Trace(n, (Event(0, 2**20), Event(1, n * 2**20), Event(2, 7), Event(2, -1))) for n in (2, 4)]
     >>> expected_to_fit(grown, 101 * 2**20)
@@ -60,11 +62,11 @@ def expected_to_fit(traces: Sequence[Trace], capacity: int) -> int:
 
 # -------------------------------------------------------------------------------------------------- different sizes
 def aligned(traces: Sequence[Trace]) -> list[Trace] | None:
-    """Traces with the same events, where they differ only in workspaces; None where they differ in more.
+    """Give traces that differ only in workspaces the same events; return None if they differ in more.
 
     A library may choose another algorithm at another batch size, and take another workspace, or none. Where traces
     differ in such blocks (freed before anything else happens), each place has the largest workspace that was taken
-    there. What does not grow as a tensor does is taken as measured, on lines between (``_kernels.measured``).
+    there. Sizes that do not grow as a tensor's do are interpolated between those measured (``kernel_sizes.measured``).
 
     >>> a = Trace(2, (Event(0, 100), Event(1, 64), Event(1, -1)))
     >>> b = Trace(3, (Event(0, 150),))
@@ -118,9 +120,9 @@ def _renumbered(events: Sequence[Event]) -> tuple[Event, ...]:
 
 
 def _without_workspaces(events: Sequence[Event]) -> tuple[tuple[Event, ...], dict[int, list[Event]]]:
-    """The events without blocks that are freed before anything else happens, and these, by the place they are before.
+    """Part the events from workspaces, which are freed before anything else happens; these by the place they precede.
 
-    Blocks that live within such a block's life go with it.
+    Blocks that live within a workspace's life go with it.
     """
     left: list[Event] = []
     found: dict[int, list[Event]] = {}
@@ -135,20 +137,20 @@ def _without_workspaces(events: Sequence[Event]) -> tuple[tuple[Event, ...], dic
 
 
 def _none(like: Sequence[Event]) -> list[Event]:
-    """Workspaces as these, of no bytes."""
+    """Return the same workspaces, of no bytes."""
     return [event if event.is_free else event._replace(size=0, rule=()) for event in like]
 
 
-def _as_one(events: Sequence[Event], before: Event) -> list[Event]:
-    """Workspaces as a single one, of as many bytes as they take together at most; ``before`` is what comes after."""
+def _as_one(events: Sequence[Event], following: Event) -> list[Event]:
+    """Merge workspaces into one, of the most bytes that they take at once; they come before the event ``following``."""
     sizes = {event.block: event.size for event in events if not event.is_free}
     most = max(accumulate(sizes[event.block] * (-1 if event.is_free else 1) for event in events), default=0)
-    taken = (*events, before)[0]._replace(block=0, size=most, category="workspaces", op="")
+    taken = (*events, following)[0]._replace(block=0, size=most, category="workspaces", op="")
     return [taken, taken._replace(size=FREE)]
 
 
 def _latest_freed_first(events: Sequence[Event]) -> Iterator[Event]:
-    """The events with each run of frees in the order in which blocks on a stack are freed: no peak is changed by it."""
+    """Sort each run of frees as blocks on a stack are freed, which changes no peak."""
     made = {event.block: number for number, event in enumerate(events) if not event.is_free}
     for free, group in groupby(events, lambda event: event.is_free):
         run = list(group)
@@ -156,7 +158,7 @@ def _latest_freed_first(events: Sequence[Event]) -> Iterator[Event]:
 
 
 def _with_workspaces(events: Sequence[Event], workspaces: Mapping[int, Sequence[Event]]) -> tuple[Event, ...]:
-    """The events, with those of workspaces before each of these places."""
+    """Insert the events of workspaces before their places."""
     result: list[Event] = []
     for place in range(len(events) + 1):
         inserted = workspaces.get(place, ())
@@ -166,10 +168,10 @@ def _with_workspaces(events: Sequence[Event], workspaces: Mapping[int, Sequence[
 
 
 def _grows(points: Sequence[int], sizes: Sequence[int]) -> bool:
-    """Whether sizes grow with the batch as a tensor's bytes do.
+    """Return True if sizes grow with the batch as a tensor's bytes do.
 
-    Those are a polynomial without negative or broken coefficients, or that of all pairs of two samples. A workspace's
-    may be anything, and a parabola through them would tell nothing of a batch a hundred times as large.
+    A tensor's bytes are a polynomial without negative or fractional coefficients, or that of all pairs of two samples.
+    A workspace's may be anything, and a parabola through them would say nothing of a batch a hundred times as large.
     """
     if len(set(sizes)) == 1:
         return True

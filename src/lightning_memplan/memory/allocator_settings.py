@@ -1,4 +1,4 @@
-"""Read ``PYTORCH_CUDA_ALLOC_CONF``: the allocator's settings that change how segments are made."""
+"""Read ``PYTORCH_CUDA_ALLOC_CONF``: the allocator's settings that change how many bytes are taken."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ _WITHOUT_EFFECT = re.compile(  # on how many bytes are allocated and reserved
 
 @dataclass(frozen=True, slots=True)
 class AllocatorSettings:
-    """What ``PYTORCH_CUDA_ALLOC_CONF`` says, as far as it changes how many bytes are taken. Sizes are bytes.
+    """Settings of ``PYTORCH_CUDA_ALLOC_CONF`` that change how many bytes are taken. Sizes are in bytes.
 
     >>> AllocatorSettings.from_text("max_split_size_mb:128, garbage_collection_threshold:0.8").max_split_size
     134217728
     >>> AllocatorSettings.from_environment({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}).expandable_segments
     True
 
-    ``roundup_power2_divisions`` is empty, or holds sixteen numbers: into how many parts the sizes between two powers
-    of two are divided, from 1 MiB (and below) to 32 GiB (and above); 0 and 1 leave it at 512 bytes.
-    ``per_process_memory_fraction`` is a share of a card's total: their product is the ``fraction`` of `replay`.
+    ``roundup_power2_divisions`` is empty, or holds sixteen numbers: the parts into which the sizes between two powers
+    of two are divided, from 1 MiB (and below) to 32 GiB (and above); 0 and 1 leave the rounding at 512 bytes.
+    ``per_process_memory_fraction`` is a share of a GPU's total: their product is the ``fraction`` of ``replay``.
 
     Source: c10/core/AllocatorConfig.h and c10/cuda/CUDAAllocatorConfig.h, torch 2.15.
     """
@@ -53,11 +53,11 @@ class AllocatorSettings:
     expandable_segments: bool = False
     max_split_size: int | None = None  #: larger blocks are neither split, nor used for smaller requests
     roundup_power2_divisions: tuple[int, ...] = ()
-    garbage_collection_threshold: float = 0.0  #: share of the fraction from which on idle segments are given back
+    garbage_collection_threshold: float = 0.0  #: share of the fraction above which idle segments are released
     max_non_split_rounding: int = _LARGE_SEGMENT  #: bytes that a block over ``max_split_size`` may be too large
     large_segment_size: int = _LARGE_SEGMENT
     per_process_memory_fraction: float = 1.0
-    by_address: bool = False  #: of free blocks of one size the one at the lowest address is used: torch before 2.14
+    by_address: bool = False  #: of free blocks of one size, use the one at the lowest address: torch before 2.14
 
     @classmethod
     def from_text(cls, text: str) -> AllocatorSettings:
@@ -67,7 +67,7 @@ class AllocatorSettings:
         (1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 8, 8, 8, 8, 8, 8)
 
         Raises:
-            ValueError: torch refuses the text, or it names ``backend:cudaMallocAsync``, where CUDA keeps the cache.
+            ValueError: torch refuses the text, or it names ``backend:cudaMallocAsync``, whose cache CUDA keeps.
         """
         values = _pairs(text)
         if values.get("backend", "native") != "native":
@@ -88,10 +88,10 @@ class AllocatorSettings:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> AllocatorSettings:
-        """The settings that torch takes from these environment variables.
+        """Return the settings that torch takes from these environment variables.
 
         ``PYTORCH_CUDA_ALLOC_CONF`` comes before ``PYTORCH_HIP_ALLOC_CONF`` and the newer ``PYTORCH_ALLOC_CONF``; the
-        first that is set is the only one heard.
+        first that is set is the only one that counts.
 
         >>> AllocatorSettings.from_environment({}) == AllocatorSettings()
         True
@@ -116,7 +116,7 @@ def _pairs(text: str) -> dict[str, str]:
 
 
 def _whole(values: Mapping[str, str], key: str, least: int, default: int) -> int:
-    """Bytes of a whole number of MiB."""
+    """Return a whole number of MiB as bytes."""
     text = values.get(key)
     if text is None:
         return default
@@ -139,9 +139,9 @@ def _share(values: Mapping[str, str], key: str, default: float, valid: Callable[
 
 
 def _divisions(text: str) -> tuple[int, ...]:
-    """Of ``"4"``, or ``"[64:8,256:4,>:1]"``: from 64 MiB on, from 256 MiB on, and beyond.
+    """Parse ``"4"``, or ``"[64:8,256:4,>:1]"``: from 64 MiB on, from 256 MiB on, and beyond.
 
-    The first ones hold for all that is smaller, too. What lies between two that are named has none.
+    The first ones hold for all smaller sizes, too. Sizes between two that are named have none.
     """
 
     def power(text: str, least: int) -> int:

@@ -1,4 +1,4 @@
-"""Detect steps that take turns (a GAN's generator in every fifth batch), and how many to record."""
+"""Detect steps that alternate (a GAN's generator in every fifth batch), and decide how many to record."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections.abc import Hashable, Sequence
 
 from lightning_memplan.memory.events import Event
 
-MOST = 18  #: steps that are recorded at most: cycles of up to eight are seen whole
+MOST = 18  #: the most steps to record: cycles of up to eight are seen whole
 
 
 _NOT_OF_A_STEP = ("other", "workspaces", "communication")  # made once, or when others are ready
 
 
 def shapes(events: Sequence[Event]) -> tuple[Hashable, ...]:
-    """For each step the blocks that one of its phases hands to another, which frees them: what is saved for a backward
-    pass, above all. What is made once, a metric or a picture that is logged at times does not count.
+    """Return for each step the blocks that one of its phases makes and another frees: mostly those saved for backward.
+
+    Blocks that are made once, and metrics or pictures that are logged at times, do not count.
 
     >>> def step(number, *sizes):
     ...     made = [Event(n, size, "forward", number, "activations") for n, size in enumerate(sizes)]
@@ -38,7 +39,7 @@ def shapes(events: Sequence[Event]) -> tuple[Hashable, ...]:
 
 
 def period(steps: Sequence[Hashable]) -> int:
-    """After how many steps they are alike again, from the first on; 0 where no cycle was seen twice.
+    """Return the steps after which they are alike again, from the first on; 0 if no cycle was seen twice.
 
     >>> period("AAA"), period("ABAB"), period("BAABAAB"), period("BAAA")
     (1, 2, 3, 0)
@@ -48,7 +49,7 @@ def period(steps: Sequence[Hashable]) -> int:
 
 
 def is_enough(steps: Sequence[Hashable]) -> bool:
-    """Whether a cycle was seen with the state that the one before it left, and how the next one begins.
+    """Return True if a cycle ran with the state that the one before it left, and the next one has begun.
 
     >>> [is_enough(steps) for steps in ("AA", "AAA", "AAB", "ABABAB", "BAAAABAAAA", "BAAAABAAAABA")]
     [False, True, False, True, False, True]
@@ -58,7 +59,7 @@ def is_enough(steps: Sequence[Hashable]) -> bool:
 
 
 def until_all_were_seen(steps: Sequence[Hashable]) -> int:
-    """How many steps it takes until none is of a kind that was not there.
+    """Return the number of steps until every kind of step was there.
 
     >>> until_all_were_seen("AAA"), until_all_were_seen("BAABAA"), until_all_were_seen("AABAAB")
     (1, 2, 3)

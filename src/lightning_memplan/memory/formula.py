@@ -1,4 +1,4 @@
-"""The formula: ``params + grads + bs * (I1 + 2 * sum(Ii))``."""
+"""Predict memory by the formula ``parameters + gradients + batch_size * (I1 + 2 * sum(Ii))``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from lightning_memplan.checks import check_batch_size
 from lightning_memplan.types import Layer
 
 
-# --- the formula ------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Formula:
     """``memory(bs) = parameters + gradients + bs * (I1 + 2 * sum(Ii))``, in bytes.
@@ -25,7 +24,7 @@ class Formula:
     gradient_bytes: int
     input_bytes: int  #: I1: one sample of the network's input
     feature_bytes: int  #: sum of Ii: every layer's output for one sample
-    optimizer_bytes: int = 0  #: the optimizer's state, which the formula leaves out unless asked
+    optimizer_bytes: int = 0  #: the optimizer's state, which the formula omits unless asked
 
     def __post_init__(self) -> None:
         for name in ("parameter_bytes", "gradient_bytes", "input_bytes", "feature_bytes", "optimizer_bytes"):
@@ -35,7 +34,7 @@ class Formula:
 
     @property
     def sample_bytes(self) -> int:
-        """Bytes that each further sample takes: I1 + 2 * sum(Ii).
+        """Bytes that each sample adds: I1 + 2 * sum(Ii).
 
         >>> Formula((), 1000, 1000, input_bytes=10, feature_bytes=45).sample_bytes
         100
@@ -43,7 +42,7 @@ class Formula:
         return self.input_bytes + 2 * self.feature_bytes
 
     def fixed_bytes(self, *, include_optimizer: bool = False) -> int:
-        """Bytes that do not grow with the batch size: parameters and gradients, and the optimizer's state if asked.
+        """Return bytes that do not grow with the batch size: parameters, gradients, and the optimizer's state if asked.
 
         >>> Formula((), 1000, 1000, 10, 45, optimizer_bytes=2000).fixed_bytes(include_optimizer=True)
         4000
@@ -51,27 +50,27 @@ class Formula:
         return self.parameter_bytes + self.gradient_bytes + (self.optimizer_bytes if include_optimizer else 0)
 
     def memory(self, batch_size: int, *, include_optimizer: bool = False) -> int:
-        """Bytes at a batch size.
+        """Return the bytes at a batch size.
 
         >>> Formula((), 1000, 1000, 10, 45, optimizer_bytes=2000).memory(1, include_optimizer=True)
         4100
 
         Raises:
-            ValueError: ``batch_size`` is no int of at least 1.
+            ValueError: ``batch_size`` is not an int of at least 1.
         """
         check_batch_size(batch_size)
         return self.fixed_bytes(include_optimizer=include_optimizer) + batch_size * self.sample_bytes
 
     def largest_batch_size(self, budget: int, *, include_optimizer: bool = False) -> int:
-        """The largest batch size whose memory is at most ``budget`` bytes: (budget - fixed) // (I1 + 2 * sum(Ii)).
+        """Return the largest batch size whose memory is at most ``budget`` bytes: (budget - fixed) // sample_bytes.
 
-        0 says that not even one sample fits.
+        Return 0 if not even one sample fits.
 
         >>> Formula((), 1000, 1000, 10, 45).largest_batch_size(4000)
         20
 
         Raises:
-            ValueError: ``budget`` is no number of bytes, or no byte depends on the batch size, so that none is largest.
+            ValueError: ``budget`` is not a number of bytes, or no byte depends on the batch size, so none is largest.
         """
         if not isinstance(budget, int) or isinstance(budget, bool) or budget < 0:
             raise ValueError(f"a budget is a number of bytes (an int, at least 0), not {budget!r}")

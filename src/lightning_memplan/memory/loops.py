@@ -11,18 +11,14 @@ from itertools import chain, groupby, pairwise
 from typing import NamedTuple
 
 from lightning_memplan.errors import TraceError
-from lightning_memplan.memory.events import FREE, Event, Trace
+from lightning_memplan.memory.events import FREE, Event, Stream, Trace
 from lightning_memplan.memory.program import Program, scale
 
-TURNS = "the step loops over its samples: what it does for each is planned for as if it shared no segment with the rest"
+LOOPS = "the step loops over its samples: what it does for each is planned for as if it shared no segment with the rest"
 
 
-#: The stream of what is taken together: no step of the user's has as many
-APART = 2**16
-
-
-def scaled(traces: Sequence[Trace]) -> tuple[Program, tuple[str, ...]]:
-    """``scale``, of a step that loops over its samples as well; and what there is to say of it.
+def scale_with_loops(traces: Sequence[Trace]) -> tuple[Program, tuple[str, ...]]:
+    """Join traces into one program, of a step that loops over its samples as well; and return notes on it.
 
     Raises:
         TraceError: the step does something else at another batch size, and is no such loop.
@@ -30,16 +26,16 @@ def scaled(traces: Sequence[Trace]) -> tuple[Program, tuple[str, ...]]:
     try:
         return scale(traces), ()
     except TraceError:
-        if not loops(traces):
+        if not is_loop(traces):
             raise
-    return scale(merge_loops(traces)), (TURNS,)
+    return scale(merge_loops(traces)), (LOOPS,)
 
 
-def loops(traces: Sequence[Trace]) -> bool:
-    """Whether there are as many events more for every sample more.
+def is_loop(traces: Sequence[Trace]) -> bool:
+    """Return True if the number of events grows linearly with the batch size.
 
     >>> event = Event(0, 8)
-    >>> [loops([Trace(n, (event,) * (4 + many * n)) for n in (2, 3, 5)]) for many in (0, 1, 2)]
+    >>> [is_loop([Trace(n, (event,) * (4 + many * n)) for n in (2, 3, 5)]) for many in (0, 1, 2)]
     [False, True, True]
     """
     slopes = {Fraction(len(b.events) - len(a.events), b.batch_size - a.batch_size) for a, b in pairwise(traces)}
@@ -47,10 +43,11 @@ def loops(traces: Sequence[Trace]) -> bool:
 
 
 def merge_loops(traces: Sequence[Trace]) -> list[Trace]:
-    """Traces of a step that loops over its samples, with the same events.
+    """Give the traces of a step that loops over its samples the same events.
 
-    A turn takes 8 bytes for its result and 512 beside it; all results are freed at the end. Results are taken together,
-    512 bytes each, since no allocator gives less; what is beside the last of them is in all traces.
+    Below, an iteration requests 8 bytes for its result and 512 for a temporary; all results are freed at the end.
+    Results are merged into one block, of 512 bytes each, since no allocator gives less; the last one's temporary is in
+    all traces.
 
     >>> def step(samples):
     ...     turns = ((Event(2 * n, 8), Event(2 * n + 1, 512, op="mm"), Event(2 * n + 1, -1)) for n in range(samples))
@@ -79,25 +76,25 @@ def merge_loops(traces: Sequence[Trace]) -> list[Trace]:
 
     def made(of: _Spell | int, label: Event, sizes: Sequence[int], k: int) -> Event:
         rule: tuple[str | int, ...] = ()
-        if not _is_line(points, sizes):  # the first trace may have nothing beside what is common: the others tell
+        if not _is_line(points, sizes):  # the first trace may have no events but the common ones: the others tell
             rule = ("measured", points[k], *chain(*zip(points[-2:], sizes[-2:], strict=True)))
-        return label._replace(block=numbers[of], size=sizes[k], rule=rule, stream=APART)
+        return label._replace(block=numbers[of], size=sizes[k], rule=rule, stream=Stream.LOOPS)
 
     def beside(gap: int, k: int) -> Iterator[Event]:
-        """What comes and goes: on top of what is there after it, or before it."""
+        """Yield one block for those that come and go: on top of the bytes live after the gap, or before it."""
         if gap in places:
             live = [rest.live.get(gap, (0, 0, 0)) for rest in rests]
             most = [one[1] - one[2 if gap in grows else 0] for one in live]
             if any(most):
                 yield made(gap, places[gap], most, k)
-                yield places[gap]._replace(block=numbers[gap], size=FREE, rule=(), stream=APART)
+                yield places[gap]._replace(block=numbers[gap], size=FREE, rule=(), stream=Stream.LOOPS)
 
     def whole(k: int) -> Iterator[Event]:
         for gap in range(len(rows) + 1):
             if gap not in grows:
                 yield from beside(gap, k)
             for spell in ended.get(gap, ()):
-                yield places[gap]._replace(block=numbers[spell], size=FREE, rule=(), stream=APART)
+                yield places[gap]._replace(block=numbers[spell], size=FREE, rule=(), stream=Stream.LOOPS)
             for spell in begun.get(gap, ()):
                 yield made(spell, labels[spell], [rest.sizes.get(spell, 0) for rest in rests], k)
             if gap in grows:
@@ -109,19 +106,19 @@ def merge_loops(traces: Sequence[Trace]) -> list[Trace]:
 
 
 class _Spell(NamedTuple):
-    """Before which of the common events blocks are made, and before which they are freed."""
+    """The lifetime of blocks: the common events before which they are made, and before which they are freed."""
 
     made: int
     freed: int
 
 
 class _Rest(NamedTuple):
-    """What one trace has beside the common events."""
+    """The events of one trace that not all have, by the common event (the gap) before which they come."""
 
-    sizes: dict[_Spell, int]  #: bytes of what is there longer
-    largest: dict[_Spell, Event]  #: what makes the largest of its blocks
-    places: dict[int, Event]  #: the largest block that is made before a common event, or else what is freed there
-    live: dict[int, tuple[int, int, int]]  #: bytes at the beginning, at most and at the end
+    sizes: dict[_Spell, int]  #: bytes of blocks that outlive their gap
+    largest: dict[_Spell, Event]  #: the event that makes the largest of these blocks
+    places: dict[int, Event]  #: the largest block made in a gap, or else the last one freed there
+    live: dict[int, tuple[int, int, int]]  #: bytes at a gap's beginning, at most and at its end
 
 
 def _rest(events: Sequence[Event], common: Sequence[int]) -> _Rest:
@@ -151,9 +148,9 @@ def _rest(events: Sequence[Event], common: Sequence[int]) -> _Rest:
 
 
 def _common(columns: Sequence[Sequence[Event]], points: Sequence[int]) -> list[tuple[int, ...]]:
-    """The places of events that all have, a row for each. Of a block they are all there, or none of them is."""
-    first, *others = columns
-    places = [_matched(first, events) for events in others]
+    """Return the places of events that all traces have, a row for each: both of a block's events, or neither."""
+    first, *rest = columns
+    places = [_matched(first, events) for events in rest]
     rows = {a: (a, *(own[a] for own in places)) for a in range(len(first)) if all(a in own for own in places)}
     begins = [{event.block: place for place, event in enumerate(events) if event.size >= 0} for events in columns]
     ends = [{event.block: place for place, event in enumerate(events) if event.is_free} for events in columns]
@@ -173,7 +170,7 @@ def _common(columns: Sequence[Sequence[Event]], points: Sequence[int]) -> list[t
 
 
 def _matched(first: Sequence[Event], other: Sequence[Event]) -> dict[int, int]:
-    """Places in ``other`` of the events of ``first``, in order: of the same operator in the same module."""
+    """Match events of ``first`` with those of the same operator and module in ``other``, in order, by place."""
     matched = {}
     for a, b in zip(_phases(first), _phases(other), strict=False):
         found = SequenceMatcher(None, _keys(first, a), _keys(other, b), autojunk=False).get_matching_blocks()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from itertools import accumulate
 from math import lcm
+from typing import NamedTuple
 
 from lightning_memplan.cuda.kernel_sizes import kernel_bytes
 from lightning_memplan.cuda.workspaces import Choice
@@ -16,7 +18,7 @@ from lightning_memplan.memory.events import EMPTY, FREE, Event, Trace
 
 @dataclass(frozen=True, slots=True)
 class Polynomial:
-    """Exact values at any batch size: ``sum(c · bs**k) / divisor``, rounded down.
+    """Exact values at any batch size: ``sum(c · batch_size**k) / divisor``, rounded down.
 
     >>> Polynomial.through((2, 3, 5), (108, 112, 120)).at(10)
     140
@@ -29,7 +31,7 @@ class Polynomial:
 
     @classmethod
     def through(cls, points: Sequence[int], values: Sequence[int]) -> Polynomial:
-        """The polynomial of the lowest degree through all points."""
+        """Return the polynomial of the lowest degree through all points."""
         if len(set(values)) == 1:
             return cls((values[0],))
         for degree in range(1, len(points)):
@@ -51,7 +53,7 @@ class Polynomial:
 
 
 def _interpolate(points: Sequence[int], values: Sequence[int]) -> list[Fraction]:
-    """Coefficients, lowest first, by Newton's divided differences."""
+    """Return the coefficients, lowest first, by Newton's divided differences."""
     differences = [Fraction(v) for v in values]
     for k in range(1, len(points)):
         for i in range(len(points) - 1, k - 1, -1):
@@ -71,89 +73,117 @@ def _evaluate(coefficients: Sequence[Fraction], x: int) -> Fraction:
     return total
 
 
-@dataclass(frozen=True, slots=True)
+class Kernel(NamedTuple):
+    """A kernel whose size is not a polynomial of the batch size, with polynomials as arguments.
+
+    >>> Kernel("rounded_rows", (Polynomial((0, 1)), *(Polynomial((n,)) for n in (100, 128, 4)))).at(3)
+    1536
+    """
+
+    name: str
+    arguments: tuple[Polynomial, ...]
+
+    def at(self, batch_size: int, workspaces: Choice = "low") -> int:
+        if self.name == CONVOLUTION and workspaces == "low":
+            return 0  # without evaluating its many arguments: a search asks for this most often
+        return kernel_bytes((self.name, *(argument.at(batch_size) for argument in self.arguments)), workspaces)
+
+
+CONVOLUTION = "convolution"  #: the kernel whose workspace is known by a range only
+
+
+@dataclass(frozen=True)
 class Program:
     """The events of a run at any batch size.
 
-    ``events`` are those of the first trace, for their labels; ``sizes`` has, for every event, the place of its size in
-    ``(EMPTY, FREE, *table)``; entries of the table are polynomials, or a kernel's name with polynomials as arguments.
+    ``events`` are those of the first trace, for their labels. ``sizes`` has for every event the index of its size in
+    ``(EMPTY, FREE, *table)``.
     """
 
     events: tuple[Event, ...]
     sizes: tuple[int, ...]
-    table: tuple[Polynomial | tuple[str, tuple[Polynomial, ...]], ...]
+    table: tuple[Polynomial | Kernel, ...]
     batch_sizes: tuple[int, ...]
-    parts: int = 1  #: how many steps, each of a batch, make one of the optimizer's
+    microbatches: int = 1  #: batches that are accumulated for one optimizer step; each is a step of the program
     period: int = 0  #: steps after which they are alike again, 0 where that is not known
 
     @property
     def has_workspaces(self) -> bool:
-        """Whether there are convolutions, whose workspaces are known by a range only."""
-        return any(not isinstance(entry, Polynomial) and entry[0] == "convolution" for entry in self.table)
+        """True if the step has convolutions, whose workspaces are known by a range only."""
+        return any(isinstance(entry, Kernel) and entry.name == CONVOLUTION for entry in self.table)
 
     def at(self, batch_size: int, workspaces: Choice = "low") -> list[tuple[int, int, int]]:
-        """``(block, size, stream)`` of every event, as the allocator's replay takes them.
+        """Return ``(block, size, stream)`` of every event, as the allocator's replay takes them.
 
-        ``workspaces`` says how much convolutions take: see ``cuda.workspaces``; the lowest is nothing.
+        ``workspaces`` chooses how much convolutions take (see ``cuda.workspaces``); ``"low"`` is nothing.
         """
         values = (EMPTY, FREE, *self._values(batch_size, workspaces))
         return [(e.block, values[k], e.stream) for e, k in zip(self.events, self.sizes, strict=True)]
 
     def _values(self, batch_size: int, workspaces: Choice) -> Iterator[int]:
         for entry in self.table:
-            if isinstance(entry, Polynomial):
-                yield max(0, entry.at(batch_size))
-            elif entry[0] == "convolution" and workspaces == "low":
-                yield 0  # without its many arguments: a search asks for this most
+            if isinstance(entry, Kernel):
+                yield entry.at(batch_size, workspaces)
             else:
-                name, arguments = entry
-                yield kernel_bytes((name, *(argument.at(batch_size) for argument in arguments)), workspaces)
+                yield max(0, entry.at(batch_size))
 
-    def turns(self) -> tuple[int, ...]:
-        """For every event the place in the table of what it takes, or of what it gives back, from the end (``~place``);
-        that of a value past the table, in the middle, for what does neither."""
-        nothing = len(self.table)
-        taken: dict[int, int] = {}
-        turns = []
-        for event, k in zip(self.events, self.sizes, strict=True):
-            if k > 1:
-                taken[event.block] = k - 2
-            turns.append(k - 2 if k > 1 else ~taken.get(event.block, nothing) if k else nothing)
-        return tuple(turns)
+    def peak_live_bytes(self, batch_size: int, workspaces: Choice = "low") -> int:
+        """Return the most bytes in use at once, each request rounded up to 512: no allocator reserves less.
 
-    def most_alive(self, batch_size: int, turns: Sequence[int], workspaces: Choice = "low") -> int:
-        """Bytes that are asked for and in use at once at most, each request a multiple of 512: no allocator takes less.
-
-        ``turns`` are its own: made once for many batch sizes. Much quicker than a replay.
+        Much quicker than a replay.
 
         >>> program = scale([Trace(n, (Event(0, 512 * n), Event(1, 100), Event(0, -1), Event(2, 1))) for n in (2, 3)])
-        >>> program.most_alive(10, program.turns())
+        >>> program.peak_live_bytes(10)  # 5120 + 512
         5632
         """
         taken = [size + 511 & -512 for size in self._values(batch_size, workspaces)]
         changes = (*taken, 0, 0, *(-size for size in reversed(taken)))
-        return max(accumulate(map(changes.__getitem__, turns)), default=0)
+        return max(accumulate(map(changes.__getitem__, self._changes)), default=0)
+
+    @cached_property
+    def _changes(self) -> tuple[int, ...]:
+        """For every event the table's index ``k`` of the bytes that it adds, or ``~k`` of the bytes that it returns.
+
+        An event that does neither has the index past the table.
+        """
+        nothing = len(self.table)
+        made: dict[int, int] = {}
+        changes = []
+        for event, k in zip(self.events, self.sizes, strict=True):
+            if k > 1:
+                made[event.block] = k - 2
+            changes.append(k - 2 if k > 1 else ~made.get(event.block, nothing) if k else nothing)
+        return tuple(changes)
 
     def steps(self) -> tuple[int, ...]:
-        """The index at which each step begins, and one past the end."""
+        """Return the index at which each step begins, and one past the end."""
         starts = [i for i, e in enumerate(self.events) if i == 0 or e.step != self.events[i - 1].step]
         return (*starts, len(self.events))
 
-    def settled(self, times: int = 3) -> Program:
-        """With the last optimizer step ``times`` more times, if it is like the one before it; else the same program.
+    def phases(self) -> tuple[int, ...]:
+        """Return the index at which each phase of each step begins, and one past the end."""
+        keys = [(e.step, e.phase) for e in self.events]
+        return (*(i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]), len(keys))
 
-        Where steps take turns, it is with the last of their cycles.
+    def recorded(self) -> int:
+        """Return the number of optimizer steps."""
+        return max((event.step for event in self.events), default=0) // self.microbatches
+
+    def at_steady_state(self, times: int = 3) -> Program:
+        """Repeat the last optimizer step ``times`` more times if it is like the one before; else return the program.
+
+        Where steps alternate (``period``), repeat the last of their cycles.
 
         Each step finds other free blocks than the one before, until it leaves what it found: that three steps fit does
-        not say that a fourth does, nor what that takes.
+        not say that a fourth does, nor how much it takes.
 
         >>> step = [(Event(n, 8, step=n), Event(n - 1, -1, step=n)) for n in (1, 2, 3)]
         >>> program = scale([Trace(2, (Event(0, 8), *(event for both in step for event in both)))])
-        >>> [(event.block, event.is_free) for event in program.settled(1).events[-4:]]
+        >>> [(event.block, event.is_free) for event in program.at_steady_state(1).events[-4:]]
         [(3, False), (2, True), (4, False), (3, True)]
         """
         starts = [i for i in self.steps() if i == len(self.events) or self.events[i].step > 0]
-        cycle = self.period or self.parts
+        cycle = self.period or self.microbatches
         if 2 * cycle >= len(starts):
             return self
         before, begin = starts[-1 - 2 * cycle], starts[-1 - cycle]
@@ -177,22 +207,13 @@ class Program:
             blocks = newer
         return replace(self, events=tuple(events), sizes=self.sizes + self.sizes[begin:] * times)
 
-    def recorded(self) -> int:
-        """How many of the optimizer's steps there are."""
-        return max((event.step for event in self.events), default=0) // self.parts
-
-    def stretches(self) -> tuple[int, ...]:
-        """The index at which each step's phases begin, one after another, and one past the end."""
-        keys = [(e.step, e.phase) for e in self.events]
-        return (*(i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]), len(keys))
-
 
 def scale(traces: Sequence[Trace]) -> Program:
-    """One program out of traces of the same step at different batch sizes.
+    """Join traces of the same step at different batch sizes into one program.
 
     Raises:
-        TraceError: the traces have different events, so the step does something else at another batch size.
-        ValueError: no trace, or two of the same batch size.
+        TraceError: the traces have different events: the step does something else at another batch size.
+        ValueError: there is no trace, or two are of the same batch size.
     """
     points = tuple(trace.batch_size for trace in traces)
     if not points or len(set(points)) != len(points):
@@ -200,7 +221,7 @@ def scale(traces: Sequence[Trace]) -> Program:
     columns = [trace.events for trace in traces]
     _same_events(columns, points)
     entries: dict[object, int] = {}
-    table: list[Polynomial | tuple[str, tuple[Polynomial, ...]]] = []
+    table: list[Polynomial | Kernel] = []
     sizes = []
     for events in zip(*columns, strict=True):
         first = events[0]
@@ -213,20 +234,20 @@ def scale(traces: Sequence[Trace]) -> Program:
             if first.rule:
                 arguments = zip(*(e.rule[1:] for e in events), strict=True)
                 polynomials = tuple(Polynomial.through(points, values) for values in arguments)
-                table.append((str(first.rule[0]), polynomials))
+                table.append(Kernel(str(first.rule[0]), polynomials))
             else:
                 table.append(Polynomial.through(points, [e.size for e in events]))
             place = entries[key] = len(table) + 1
         sizes.append(place)
-    return Program(columns[0], tuple(sizes), tuple(table), points, traces[0].parts, traces[0].period)
+    return Program(columns[0], tuple(sizes), tuple(table), points, traces[0].microbatches, traces[0].period)
 
 
 def interleaved(training: Program, batch_size: int, validation: Program) -> Program:
-    """Training at one batch size with validation in between, as a program of validation's batch size.
+    """Return training at one batch size with validation in between, as a program of validation's batch size.
 
-    Validation is the last step of its program. It comes before the first step of training, as Lightning's sanity check
-    does, and again before the last one: what it leaves in the allocator's cache is what training then finds. Gradients
-    that are let go of when validation begins are gone in it.
+    Validation is the last step of its program. It runs before the first step of training, as Lightning's sanity check
+    does, and again before the last one: training then finds what validation left in the allocator's cache. Gradients
+    that validation frees when it begins are not there while it runs.
 
     >>> training = scale([Trace(n, (Event(0, 8, step=1), Event(0, -1, step=1), Event(0, 8, step=2))) for n in (2, 3)])
     >>> validation = scale([Trace(n, (Event(5, 4 * n, step=7), Event(5, -1, step=7))) for n in (2, 3)])
@@ -248,7 +269,7 @@ def interleaved(training: Program, batch_size: int, validation: Program) -> Prog
     free = 1 + max(event.block for event in training.events)
 
     def run(nth: int) -> list[tuple[Event, int]]:
-        """Without the frees of what was there before; of a step number that no training step has."""
+        """Return validation's ``nth`` run, without frees of earlier blocks; no training step has its step number."""
         first = free + nth * len(numbers)
         return [(e._replace(block=first + numbers[e.block], step=-1), k) for e, k in step if e.block in numbers]
 
@@ -257,9 +278,9 @@ def interleaved(training: Program, batch_size: int, validation: Program) -> Prog
     old = _gradients(training.events[:last]) if _zeroes_gradients(validation.events) else set()
     zeroed = [(e, k) for e, k in sized[last:] if e.is_free and e.block in old]
     rest = [(e, k) for e, k in sized[last:] if not (e.is_free and e.block in old)]
-    parts = (*sized[:begun], *run(0), *sized[begun:last], *zeroed, *run(1), *rest)
-    events, sizes = tuple(e for e, _ in parts), tuple(k for _, k in parts)
-    return Program(events, sizes, tuple(table), validation.batch_sizes, training.parts, training.period)
+    whole = (*sized[:begun], *run(0), *sized[begun:last], *zeroed, *run(1), *rest)
+    events, sizes = tuple(e for e, _ in whole), tuple(k for _, k in whole)
+    return Program(events, sizes, tuple(table), validation.batch_sizes, training.microbatches, training.period)
 
 
 def _gradients(events: Sequence[Event]) -> set[int]:
@@ -267,18 +288,17 @@ def _gradients(events: Sequence[Event]) -> set[int]:
 
 
 def _zeroes_gradients(validation: Sequence[Event]) -> bool:
-    """Whether its last step frees gradients, which are an earlier one's."""
+    """Return True if the last step frees gradients, which are an earlier step's."""
     gradients, last = _gradients(validation), validation[-1].step
     return any(e.step == last and e.is_free and e.block in gradients for e in validation)
 
 
 def extended(whole: Trace, begun: Trace) -> Trace | None:
-    """All steps at another batch size, of which only the first was run there.
+    """Extend a trace of the first steps at another batch size to as many steps as ``whole`` has.
 
-    ``whole`` has several steps, ``begun`` the first of the same at another batch size (or the first few, as many as
-    are accumulated, or until each that takes turns was there). In a forward or backward pass a later step asks for what
-    one of these did at the same place, so its sizes are that one's; what an optimizer asks for does not depend on the
-    batch. None where ``whole`` shows that its steps are not so alike.
+    ``begun`` has the first step (or as many as are accumulated, or one of each kind where steps alternate). Forward and
+    backward passes of a later step request what one of these did at the same place, so they have its sizes; an
+    optimizer's requests do not depend on the batch. Return None where the steps of ``whole`` are not so alike.
 
     >>> def step(number, size):
     ...     return Event(number, size, step=number, category="batch"), Event(number, -1, step=number)
@@ -290,7 +310,7 @@ def extended(whole: Trace, begun: Trace) -> Trace | None:
     first, later = whole.events[:count], whole.events[count:]
     if len(first) < count or any(_key(a)[:-1] != _key(b)[:-1] for a, b in zip(first, begun.events, strict=True)):
         return None
-    parts = max(event.step for event in begun.events)
+    known = max(event.step for event in begun.events)
     places: dict[tuple[int, str], list[int]] = {}
     for place, event in enumerate(whole.events):
         if event.size >= 0 and event.step and event.category not in _MADE_ONCE:
@@ -298,9 +318,9 @@ def extended(whole: Trace, begun: Trace) -> Trace | None:
     keys = {where: [_key(whole.events[place])[1:] for place in here] for where, here in places.items()}
     like: dict[int, Event] = {}
     for (step, phase), here in places.items():
-        if step <= parts or phase == "optimizer":
+        if step <= known or phase == "optimizer":
             continue
-        nearest = sorted(range(1, parts + 1), key=lambda first: (step - first) % parts)
+        nearest = sorted(range(1, known + 1), key=lambda first: (step - first) % known)
         alike = next((first for first in nearest if keys.get((first, phase), []) == keys[step, phase]), None)
         if alike is None:
             return None

@@ -1,4 +1,4 @@
-"""Find the largest batch size that fits by asking a prediction, never by trying."""
+"""Search for the largest batch size that fits by asking a prediction, never by trying it out."""
 
 from __future__ import annotations
 
@@ -14,39 +14,74 @@ MEMORY: LimitedBy = "memory"
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """``batch_size`` is 0 where the smallest does not fit; ``tried`` counts how often the prediction was asked."""
+class SearchResult:
+    """``batch_size`` is 0 if the smallest does not fit; ``tried`` counts how often the prediction was asked.
+
+    >>> SearchResult(batch_size=96, limited_by="memory", tried=8).limited_by
+    'memory'
+    """
 
     batch_size: int
     limited_by: LimitedBy
     tried: int
 
 
+@dataclass(frozen=True, slots=True)
+class SizeLimits:
+    """Batch sizes that are allowed. A search checks the values.
+
+    >>> SizeLimits(max_batch_size=64, dataset_size=48).largest()
+    (48, 'dataset')
+    """
+
+    min_batch_size: int = 1
+    max_batch_size: int | None = None
+    dataset_size: int | None = None
+    multiple_of: int = 1
+
+    def largest(self) -> tuple[int | None, LimitedBy]:
+        """Return the largest batch size that is allowed, and the limit that decides it.
+
+        Raises:
+            ValueError: a limit is no positive number.
+        """
+        _check_positive("min_batch_size", self.min_batch_size)
+        _check_positive("multiple_of", self.multiple_of)
+        limits: list[tuple[int, LimitedBy]] = []
+        if self.dataset_size is not None:
+            if self.dataset_size == 0:
+                raise ValueError("the dataset has length 0: there is nothing to make a batch of")
+            _check_positive("dataset_size", self.dataset_size)
+            limits.append((self.dataset_size, "dataset"))
+        if self.max_batch_size is not None:
+            _check_positive("max_batch_size", self.max_batch_size)
+            limits.append((self.max_batch_size, "max_batch_size"))
+        return min(limits, key=lambda limit: limit[0]) if limits else (None, MEMORY)
+
+
+_ANY_SIZE = SizeLimits()
+
+
 def largest_fitting(
-    fits: Callable[[int], bool],
-    *,
-    min_batch_size: int = 1,
-    max_batch_size: int | None = None,
-    dataset_size: int | None = None,
-    multiple_of: int = 1,
-    near: int | None = None,
-) -> Found:
-    """The largest allowed batch size for which ``fits`` is true.
+    fits: Callable[[int], bool], limits: SizeLimits = _ANY_SIZE, near: int | None = None
+) -> SearchResult:
+    """Return the largest allowed batch size for which ``fits`` is true.
 
-    The size that is returned was itself asked, and so was the next larger one, unless a limit is what stopped it. Where
-    the answer is known to be ``near`` some size, the search begins there.
+    The returned size was itself asked, and so was the next larger one, unless a limit stopped the search. If the answer
+    is known to be ``near`` some size, the search begins there.
 
-    >>> largest_fitting(lambda n: n <= 100, multiple_of=8)
-    Found(batch_size=96, limited_by='memory', tried=8)
-    >>> largest_fitting(lambda n: n <= 100, dataset_size=60)
-    Found(batch_size=60, limited_by='dataset', tried=7)
-    >>> largest_fitting(lambda n: n <= 1000), largest_fitting(lambda n: n <= 1000, near=1020)
-    (Found(batch_size=1000, limited_by='memory', tried=20), Found(batch_size=1000, limited_by='memory', tried=8))
+    >>> largest_fitting(lambda n: n <= 100, SizeLimits(multiple_of=8))
+    SearchResult(batch_size=96, limited_by='memory', tried=8)
+    >>> largest_fitting(lambda n: n <= 100, SizeLimits(dataset_size=60))
+    SearchResult(batch_size=60, limited_by='dataset', tried=7)
+    >>> [largest_fitting(lambda n: n <= 1000, near=near).tried for near in (None, 1020)]
+    [20, 8]
 
     Raises:
-        ValueError: a limit that is no positive number, or limits that leave no batch size.
+        ValueError: a limit is no positive number, the limits leave no batch size, or every batch size fits.
     """
-    largest, limited_by = _limit(min_batch_size, max_batch_size, dataset_size, multiple_of)
+    largest, limited_by = limits.largest()
+    min_batch_size, multiple_of = limits.min_batch_size, limits.multiple_of
     low = -(-min_batch_size // multiple_of)  # in units of multiple_of from here
     top = None if largest is None else largest // multiple_of
     if top is not None and top < low:
@@ -65,11 +100,11 @@ def largest_fitting(
     start = start if top is None else min(start, top)
     good, bad = low - 1, None
     unit, step = start, start if near is None else -(-start // 64)
-    while bad is None or (good < low and bad > low):  # ever further away, up or down
+    while bad is None or (good < low and bad > low):  # go up or down in growing steps
         if ask(unit):
             good = unit
             if good == top:
-                return Found(good * multiple_of, limited_by, tried)
+                return SearchResult(good * multiple_of, limited_by, tried)
             if bad is not None:
                 break
             if good > 2**40:
@@ -84,40 +119,33 @@ def largest_fitting(
             unit = max(low, bad - step)
         step *= 2
     if good < low:
-        return Found(0, "memory", tried)
+        return SearchResult(0, "memory", tried)
     while bad - good > 1:
         middle = (good + bad) // 2
         if ask(middle):
             good = middle
         else:
             bad = middle
-    return Found(good * multiple_of, "memory", tried)
+    return SearchResult(good * multiple_of, "memory", tried)
 
 
-def largest_dividing(
-    fits: Callable[[int], bool],
-    whole: int,
-    *,
-    min_batch_size: int = 1,
-    max_batch_size: int | None = None,
-    dataset_size: int | None = None,
-    multiple_of: int = 1,
-) -> Found:
-    """The largest allowed batch size for which ``fits`` is true and that divides ``whole``.
+def largest_dividing(fits: Callable[[int], bool], whole: int, limits: SizeLimits = _ANY_SIZE) -> SearchResult:
+    """Return the largest allowed batch size for which ``fits`` is true and that divides ``whole``.
 
-    The largest allowed is asked first. Where it does not fit, the size that is returned was itself asked, and so was
-    the next larger divisor.
+    The largest allowed size is asked first. If it does not fit, the returned size was itself asked, and so was the next
+    larger divisor.
 
     >>> largest_dividing(lambda n: n <= 100, 512)
-    Found(batch_size=64, limited_by='memory', tried=4)
+    SearchResult(batch_size=64, limited_by='memory', tried=4)
     >>> largest_dividing(lambda n: n <= 1000, 512)
-    Found(batch_size=512, limited_by='effective_batch_size', tried=1)
+    SearchResult(batch_size=512, limited_by='effective_batch_size', tried=1)
 
     Raises:
-        ValueError: a limit that is no positive number, or limits that leave no batch size.
+        ValueError: a limit is no positive number, or the limits leave no batch size.
     """
     _check_positive("whole", whole)
-    largest, limited_by = _limit(min_batch_size, max_batch_size, dataset_size, multiple_of)
+    largest, limited_by = limits.largest()
+    min_batch_size, multiple_of = limits.min_batch_size, limits.multiple_of
     if largest is None or largest >= whole:
         largest, limited_by = whole, "effective_batch_size"
     divisors = {n for k in range(1, isqrt(whole) + 1) if whole % k == 0 for n in (k, whole // k)}
@@ -128,7 +156,7 @@ def largest_dividing(
             f"multiple of {multiple_of}"
         )
     if fits(sizes[-1]):
-        return Found(sizes[-1], limited_by, 1)
+        return SearchResult(sizes[-1], limited_by, 1)
     good, bad, tried = -1, len(sizes) - 1, 1
     while bad - good > 1:
         middle = (good + bad) // 2
@@ -137,7 +165,7 @@ def largest_dividing(
             good = middle
         else:
             bad = middle
-    return Found(sizes[good] if good >= 0 else 0, "memory", tried)
+    return SearchResult(sizes[good] if good >= 0 else 0, "memory", tried)
 
 
 def largest_suited(
@@ -149,13 +177,12 @@ def largest_suited(
     like: int = 1,
     whole: int | None = None,
 ) -> int:
-    """The largest batch size under ``below`` that ``suits``, of those that are asked; 0 where none does.
+    """Return the largest batch size under ``below`` that ``suits``, of the sizes that are asked; 0 if none does.
 
-    No rule is known of what a step takes: it may want a multiple of something, a divisor of it, or no more than so
-    many. So the largest multiples of 2, of 4, of 8 and so on are asked, then what is half of the last, half of that,
-    and so on; and the same with ``like`` as the unit, a size that is known to suit. Between the first that does and
-    the next larger that does not the middle is asked, until no more than a 32nd is open. With a ``whole`` the size
-    divides that.
+    The sizes that a step accepts follow no known rule: multiples of a number, its divisors, or no more than so many.
+    So ask the largest multiples of 2, of 4, of 8 and so on, then half of the last, half of that, and so on; and the
+    same with ``like`` as the unit, a size that is known to suit. Then bisect between the first size that suits and the
+    next larger that does not, until no more than a 32nd is open. With a ``whole`` the size divides that.
 
     >>> largest_suited(lambda n: n % 8 == 0, 549), largest_suited(lambda n: 4096 % n == 0, 549)
     (544, 512)
@@ -189,11 +216,11 @@ def largest_suited(
 
 
 def lacking(predicted: int, reserved: int, missing: int, attempt: int) -> int:
-    """Bytes less than ``predicted`` to plan with, after a real step with that prediction ran out of memory.
+    """Return how many bytes to cut from the budget after a trial ran out of memory.
 
-    ``reserved`` bytes it had at most, and the request that failed lacked ``missing``: what the rest of the step would
-    have lacked is not known. So it is a 32nd of the prediction at least, twice that for each earlier ``attempt``, and
-    never more than three quarters.
+    The trial was ``predicted`` to reserve so many bytes; it reached ``reserved`` bytes, and the request that failed
+    lacked ``missing``. The rest of the step would have lacked more, so cut at least a 32nd of the prediction, twice
+    that for each earlier ``attempt``, and at most three quarters.
 
     >>> lacking(3200, reserved=3100, missing=50, attempt=0), lacking(3200, reserved=2000, missing=50, attempt=0)
     (100, 1200)
@@ -201,24 +228,6 @@ def lacking(predicted: int, reserved: int, missing: int, attempt: int) -> int:
     (200, 2400)
     """
     return min(max(missing, predicted - reserved, predicted // 32) << attempt, 3 * predicted // 4)
-
-
-def _limit(
-    min_batch_size: int, max_batch_size: int | None, dataset_size: int | None, multiple_of: int
-) -> tuple[int | None, LimitedBy]:
-    """The largest batch size that is allowed, and by what; all are checked."""
-    for name, value in (("min_batch_size", min_batch_size), ("multiple_of", multiple_of)):
-        _check_positive(name, value)
-    limits: list[tuple[int, LimitedBy]] = []
-    if dataset_size is not None:
-        if dataset_size == 0:
-            raise ValueError("the dataset has length 0: there is nothing to make a batch of")
-        _check_positive("dataset_size", dataset_size)
-        limits.append((dataset_size, "dataset"))
-    if max_batch_size is not None:
-        _check_positive("max_batch_size", max_batch_size)
-        limits.append((max_batch_size, "max_batch_size"))
-    return min(limits, key=lambda limit: limit[0]) if limits else (None, MEMORY)
 
 
 def _check_positive(name: str, value: object) -> None:

@@ -13,15 +13,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from lightning_memplan.devices.detect import driver_version
-from lightning_memplan.monitor.meter import PHASES, Meter
 from lightning_memplan.settings import StepSettings
 from lightning_memplan.types import Device, Outcome, Plan, Run
 from lightning_memplan.units import MiB
+
+if TYPE_CHECKING:
+    from lightning_memplan.monitor.meter import Meter
 
 try:
     import fcntl
@@ -299,6 +299,10 @@ def run_record(meter: Meter, plan: Plan, setup: RunSetup, outcome: Outcome) -> R
 
     Its peaks leave out the bytes that were allocated before planning, as the plan leaves them out of the capacity.
     """
+    import torch
+
+    from lightning_memplan.monitor.meter import PHASES
+
     already_allocated = meter.forecast.already_allocated
 
     def highest(peaks: Iterable[tuple[int, int]]) -> tuple[int, int]:

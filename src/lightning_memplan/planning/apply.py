@@ -22,6 +22,33 @@ from lightning_memplan.lightning.data_source import Phase, change_loaders, kept_
 from lightning_memplan.planning.proposal import IsFatal, RankResult, always, see_failures
 
 DEFAULT_NAME = "batch_size"
+_STAGES = ("train", "val", "test", "predict")
+
+
+def names_by_stage(batch_arg_name: object) -> dict[str, str]:
+    """Return the names of the batch size by stage; a single name is training's.
+
+    >>> names_by_stage("batch_size"), names_by_stage({"val": "val_batch_size"})
+    ({'train': 'batch_size'}, {'train': 'batch_size', 'val': 'val_batch_size'})
+
+    Raises:
+        ValueError: a stage is unknown, a name is no text, or validation or tests have training's name.
+    """
+    names = {"train": batch_arg_name} if isinstance(batch_arg_name, str) else batch_arg_name
+    if not isinstance(names, Mapping) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(
+            f"batch_arg_name is a name such as 'batch_size', or names by stage such as {{'val': 'val_batch_size'}}, "
+            f"not {batch_arg_name!r}"
+        )
+    if unknown := [stage for stage in names if stage not in _STAGES]:
+        raise ValueError(f"batch_arg_name has names for {', '.join(map(repr, _STAGES))}, not for {unknown[0]!r}")
+    if "predict" in names:
+        raise ValueError("batch_arg_name['predict'] cannot be planned yet: leave it out")
+    found = {"train": DEFAULT_NAME, **names}
+    for stage, name in found.items():
+        if stage != "train" and name == found["train"]:
+            raise ValueError(f"{name!r} is training's batch size: leave batch_arg_name[{stage!r}] out, or name its own")
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,10 @@ from lightning_memplan.lightning.compat import (
     is_overridden,
 )
 from lightning_memplan.lightning.trainer import parallel_named, sharding
-from lightning_memplan.memory.estimate import Estimate, largest_on_card
-from lightning_memplan.memory.loops import scaled
+from lightning_memplan.memory.estimate import Estimate
+from lightning_memplan.memory.fitting import largest_on_device
+from lightning_memplan.memory.loops import scale_with_loops
+from lightning_memplan.memory.search import SizeLimits
 from lightning_memplan.planning.job import TrainingJob
 from lightning_memplan.settings import StepSettings, parse_precision
 from lightning_memplan.trace.detached import detached_copy
@@ -71,8 +73,8 @@ class TracedJob:
             datamodule=job.datamodule,
             optimizer=job.optimizer,
         )
-        program, _ = scaled(result.traces)
-        return replace(self.found, program=program, _replays={})
+        program, _ = scale_with_loops(result.traces)
+        return replace(self.found, program=program)
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class DoesNotApplyError(Exception):
 
 
 def largest(after: Estimate, budget: int, capacity: int) -> int:
-    return largest_on_card(lambda _: after, budget, capacity, max_batch_size=_MOST).batch_size
+    return largest_on_device(lambda _: after, budget, capacity, SizeLimits(max_batch_size=_MOST)).batch_size
 
 
 def changes(job: TracedJob, batch_size: int) -> Iterator[_Change]:
@@ -128,7 +130,7 @@ def changes(job: TracedJob, batch_size: int) -> Iterator[_Change]:
         text = " and ".join(f"module.to(memory_format=torch.{name})" for name in formats)
         yield _Change("layout", text, "none; with half precision it is faster", partial(_in_formats, job, formats))
     if not job.found.settings.expandable_segments:
-        expandable = replace(job.found, settings=replace(job.found.settings, expandable_segments=True), _replays={})
+        expandable = replace(job.found, settings=replace(job.found.settings, expandable_segments=True))
         text = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
         yield _Change("allocator", text, "none on Linux", lambda: expandable)
     if size := _sample_size(job.batches[0][1]):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 
-from lightning_memplan.checks import check_count
+from lightning_memplan.checks import check_choice, check_count
 from lightning_memplan.data.loaders import dataset_size, unit_of
 from lightning_memplan.data.samples import SAMPLE_SIZE, Samples, Which, check_sample, read_samples
 from lightning_memplan.devices.catalogue import gpu
@@ -43,6 +43,22 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_sample(self.which, self.count)
+
+
+WhichSamples = Literal["auto", "first", "largest"]
+
+
+def sampling_of(samples: WhichSamples) -> Sampling:
+    """Return the sampling that an argument asks for.
+
+    >>> sampling_of("auto").which
+    'first'
+
+    Raises:
+        ValueError: it is unknown.
+    """
+    check_choice("samples", samples, get_args(WhichSamples))
+    return Sampling("first" if samples == "auto" else samples)
 
 
 @dataclass(frozen=True)

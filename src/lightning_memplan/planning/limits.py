@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lightning_memplan.checks import check_count, check_margin
+from lightning_memplan.settings import MARGIN
 from lightning_memplan.types import Device
-
-#: Fraction of a GPU's capacity that a plan leaves free by default: for cuDNN's workspaces, which are known only when
-#: cuDNN chooses them, and for what the driver rounds up.
-MARGIN = 0.05
 
 
 @dataclass(frozen=True)

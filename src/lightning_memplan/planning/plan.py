@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from lightning_memplan.devices.catalogue import gpus
 from lightning_memplan.errors import DoesNotFitError, UnmetDemandError
-from lightning_memplan.memory.estimate import Estimate, largest_on_card
-from lightning_memplan.memory.search import Found
+from lightning_memplan.memory.estimate import Estimate
+from lightning_memplan.memory.fitting import largest_on_device
+from lightning_memplan.memory.search import SearchResult, SizeLimits
 from lightning_memplan.planning.limits import Limits
 from lightning_memplan.planning.predictor import OneEstimate, Predictor
 from lightning_memplan.planning.retrace import accepted_size
@@ -66,7 +67,7 @@ def largest_batch_size(estimate: Estimate, device: Device, limits: Limits) -> in
     return _search(OneEstimate(estimate), device, limits)[0].batch_size
 
 
-def _search(predictor: Predictor, device: Device, limits: Limits) -> tuple[Found, int]:
+def _search(predictor: Predictor, device: Device, limits: Limits) -> tuple[SearchResult, int]:
     """Return what was found, and the smallest batch size that was asked for."""
     share, samples = limits.share, limits.samples
     if share is not None and samples is not None and samples < share:
@@ -80,18 +81,10 @@ def _search(predictor: Predictor, device: Device, limits: Limits) -> tuple[Found
         asked.append(batch_size)
         return limits.failed is None or batch_size < limits.failed or batch_size == min(asked)
 
+    sizes = SizeLimits(limits.min_batch_size, limits.max_batch_size, samples, limits.multiple_of)
+    budget, capacity = limits.budget_of(device), device.capacity
     try:
-        found = largest_on_card(
-            predictor.estimate_at,
-            limits.budget_of(device),
-            device.capacity,
-            share=share,
-            allowed=allowed,
-            min_batch_size=limits.min_batch_size,
-            max_batch_size=limits.max_batch_size,
-            dataset_size=samples,
-            multiple_of=limits.multiple_of,
-        )
+        found = largest_on_device(predictor.estimate_at, budget, capacity, sizes, share=share, allowed=allowed)
     except ValueError as error:
         if limits.effective_batch_size is not None or limits.min_batch_size > 1:
             raise UnmetDemandError(str(error)) from error

@@ -17,9 +17,10 @@ from lightning_memplan.data.samples import Samples
 from lightning_memplan.errors import REFUSALS, TraceError, explain
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
 from lightning_memplan.memory.estimate import Estimate
-from lightning_memplan.memory.loops import scaled
+from lightning_memplan.memory.fitting import start_near
+from lightning_memplan.memory.loops import scale_with_loops
 from lightning_memplan.memory.program import interleaved, scale
-from lightning_memplan.memory.search import largest_fitting
+from lightning_memplan.memory.search import SizeLimits, largest_fitting
 from lightning_memplan.planning.job import DataSource, TrainingJob
 from lightning_memplan.planning.retrace import MANY, MAY_TAKE_MORE, batches_of_many, is_of_many
 from lightning_memplan.probe.probe import SIZES, can_probe, probe_steps
@@ -64,7 +65,7 @@ def predict(job: TrainingJob, method: Method = "auto", largest: int | None = Non
     first, second = probed, traced
     if probed.largest_seen <= max(SIZES[0]):  # only the trace knows which kernels a large batch gets
         first, second = _tightest_first((probed, traced), job.device)
-    return replace(first, others=(second,), notes=tuple(dict.fromkeys(probed.notes + traced.notes)))
+    return replace(first, alternatives=(second,), notes=tuple(dict.fromkeys(probed.notes + traced.notes)))
 
 
 def _probed(job: TrainingJob, largest: int | None) -> Estimate:
@@ -85,9 +86,9 @@ def _probed(job: TrainingJob, largest: int | None) -> Estimate:
         datamodule=job.datamodule,
         optimizer=job.optimizer,
     )
-    program, more = scaled(traces)
+    program, more = scale_with_loops(traces)
     notes = traces[0].notes + more + samples.notes
-    return Estimate("probe", formula, program, _allocator(), notes, turns=bool(more))
+    return Estimate("probe", formula, program, _allocator(), notes, loops=bool(more))
 
 
 def _can_be_probed(job: TrainingJob) -> bool:
@@ -113,9 +114,9 @@ def _tightest_first(found: Sequence[Estimate], device: Device) -> list[Estimate]
     """
 
     def largest(estimate: Estimate) -> int:
-        near = estimate.near(device.capacity)
+        near = start_near(estimate, device.capacity)
         fits = partial(estimate.fits, capacity=device.capacity)
-        return largest_fitting(fits, max_batch_size=2**30, near=near).batch_size
+        return largest_fitting(fits, SizeLimits(max_batch_size=2**30), near).batch_size
 
     return sorted(found, key=largest)
 
@@ -159,7 +160,7 @@ def _by_trace(job: TrainingJob, module: nn.Module) -> Estimate:
     more: tuple[str, ...] = ()
     try:
         result = counted(module, batches, settings)
-        program, looped = scaled(result.traces)
+        program, looped = scale_with_loops(result.traces)
     except TraceError as unlike:
         if unlike.reason not in MAY_TAKE_MORE:
             raise
@@ -167,7 +168,7 @@ def _by_trace(job: TrainingJob, module: nn.Module) -> Estimate:
             with suppress(TraceError):
                 batches = batches_of_many(samples, sizes)
                 result = counted(module, batches, settings)
-                program, looped = scaled(result.traces)
+                program, looped = scale_with_loops(result.traces)
                 break
         else:
             raise
@@ -176,9 +177,9 @@ def _by_trace(job: TrainingJob, module: nn.Module) -> Estimate:
     if result.fused:
         graphs.lower_bound = True
         again = partial(trace_steps, trainer=job.trainer, datamodule=job.datamodule, optimizer=job.optimizer)
-        least, _ = scaled(again(module, batches, settings, graphs=graphs).traces)
+        least, _ = scale_with_loops(again(module, batches, settings, graphs=graphs).traces)
     notes = result.notes + looped + more + samples.notes
-    return Estimate("trace", result.formula, program, _allocator(), notes, least=least, turns=bool(looped))
+    return Estimate("trace", result.formula, program, _allocator(), notes, least=least, loops=bool(looped))
 
 
 def predict_validation(job: TrainingJob, training: Estimate, batch_size: int, validation: DataSource) -> Estimate:
@@ -226,9 +227,9 @@ def predict_test(job: TrainingJob) -> Estimate:
         result = trace_test(module, samples.batches(), job.settings, trainer=job.trainer, datamodule=job.datamodule)
     except TraceError as error:
         raise TraceError(f"a test of {job.name} cannot be traced: {error}", reason=error.reason) from error
-    program, more = scaled(result.traces)
+    program, more = scale_with_loops(result.traces)
     notes = result.notes + more + samples.notes
-    return Estimate("trace", result.formula, program, _allocator(), notes, turns=bool(more))
+    return Estimate("trace", result.formula, program, _allocator(), notes, loops=bool(more))
 
 
 def _allocator() -> AllocatorSettings:

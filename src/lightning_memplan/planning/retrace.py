@@ -12,10 +12,11 @@ from lightning_memplan.data.batches import sample_bytes
 from lightning_memplan.data.samples import Samples
 from lightning_memplan.devices.detect import cpu_device
 from lightning_memplan.errors import MemplanError, TraceError, TraceReason
-from lightning_memplan.memory.estimate import Estimate, largest_on_card
+from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.events import Trace
+from lightning_memplan.memory.fitting import largest_on_device
 from lightning_memplan.memory.program import extended, scale
-from lightning_memplan.memory.search import Found, LimitedBy, largest_suited
+from lightning_memplan.memory.search import LimitedBy, SearchResult, SizeLimits, largest_suited
 from lightning_memplan.planning.job import TrainingJob
 from lightning_memplan.planning.limits import Limits
 from lightning_memplan.planning.predictor import Predictor
@@ -69,7 +70,7 @@ def retrace_at(found: Estimate, batch_size: int, job: TrainingJob) -> Estimate:
         TraceError: the step refuses a batch of that size; says by which error, and at which line.
     """
     traced = found.traced
-    if traced is None or traced.program is None or traced.turns or batch_size in traced.program.batch_sizes:
+    if traced is None or traced.program is None or traced.loops or batch_size in traced.program.batch_sizes:
         return found
     samples = job.source.samples
     many = is_of_many(found, samples)
@@ -93,7 +94,7 @@ def retrace_at(found: Estimate, batch_size: int, job: TrainingJob) -> Estimate:
     ends = [[program.at(batch_size, choice) for choice in get_args(Choice)] for program in (*before, *after)]
     if ends[: len(before)] == ends[len(before) :] or found is not traced:
         return found
-    own = replace(found, program=after[0], least=after[1] if traced.least else None, _replays={})
+    own = replace(found, program=after[0], least=after[1] if traced.least else None)
     return replace(found, exact={**found.exact, batch_size: own})
 
 
@@ -102,7 +103,7 @@ def _noted(found: Estimate, text: str) -> Estimate:
 
 
 def accepted_size(
-    search: Found, predictor: Predictor, device: Device, limits: Limits
+    search: SearchResult, predictor: Predictor, device: Device, limits: Limits
 ) -> tuple[int, LimitedBy, tuple[str, ...]]:
     """Return the batch size that was found, or the largest below it that the step accepts and that fits when retraced.
 
@@ -120,9 +121,8 @@ def accepted_size(
         except TraceError as error:
             refusals[batch_size] = str(error)
             return False
-        found = largest_on_card(
-            predictor.estimate_at, budget, device.capacity, min_batch_size=batch_size, max_batch_size=batch_size
-        )
+        exactly = SizeLimits(min_batch_size=batch_size, max_batch_size=batch_size)
+        found = largest_on_device(predictor.estimate_at, budget, device.capacity, exactly)
         return bool(found.batch_size)
 
     size, limited_by = search.batch_size, search.limited_by

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.planning.advice import advise_job
 from lightning_memplan.planning.job import TrainingJob
 from lightning_memplan.planning.limits import Limits
-from lightning_memplan.planning.plan import make_plan
+from lightning_memplan.planning.plan import largest_batch_size, make_plan
 from lightning_memplan.planning.predict import predict
 from lightning_memplan.planning.proposal import Proposal
 from lightning_memplan.planning.retrace import retrace_at
@@ -137,6 +139,24 @@ class PlanningSession:
             retrace=retrace,
         )
 
+    def check(self, batch_size: int) -> Plan:
+        """Return the plan of this batch size alone, whatever the size of the dataset.
+
+        Raises:
+            DoesNotFitError: it does not fit.
+            MemplanError: the step refuses it.
+        """
+        self.limits = replace(self.limits, max_batch_size=batch_size)
+        return self.plan(self.limits.exactly(batch_size))
+
+    def advice(self, batch_size: int | None = None) -> tuple[Advice, ...]:
+        """Return the changes that save memory at a batch size; without one at the largest that fits."""
+        estimate, device = self.estimate(self.job.settings.accumulate_grad_batches), self.device
+        if batch_size is None:
+            limits = Limits(self.limits.margin, samples=self.job.source.size)
+            batch_size = largest_batch_size(estimate, device, limits) or 1
+        return self.advise(estimate, batch_size, self.limits.budget_of(device), device.capacity)
+
     def propose(self) -> Proposal:
         """Search the largest batch size, and trace the step at exactly that size."""
         return Proposal(self.plan(), self)
@@ -167,6 +187,30 @@ class PlanningSession:
     def index(self) -> int:
         """Index of the CUDA device on which the job runs, 0 where it runs on none."""
         return (None if self.job.trainer is None else cuda_index(self.job.trainer)) or 0
+
+
+def plan_each(
+    job: TrainingJob, devices: Sequence[Device], limits: Limits, method: Method = "auto"
+) -> tuple[tuple[Device, int], ...]:
+    """Return each device with the largest batch size that fits on it (0: none fits), the smallest device first.
+
+    The step is traced once for each compute capability.
+    """
+    limits = replace(limits, samples=job.source.size)
+    nccl = 0 if job.settings.parallel is None else job.settings.parallel.nccl
+
+    @cache
+    def estimate(capability: tuple[int, int] | None) -> Estimate:
+        settings = job.settings if capability is None else replace(job.settings, capability=capability)
+        gpu = Device("a GPU", total=1, capability=capability)  # it chooses the kernels, whatever its memory
+        return predict(replace(job, settings=settings, device=gpu), method)
+
+    @cache
+    def largest(capability: tuple[int, int] | None, capacity: int) -> int:
+        return largest_batch_size(estimate(capability), Device("a GPU", total=max(1, capacity)), limits)
+
+    ordered = sorted(devices, key=lambda device: device.capacity)
+    return tuple((device, largest(device.capability, max(0, device.capacity - nccl))) for device in ordered)
 
 
 def check_effective_batch_size(job: TrainingJob, limits: Limits) -> None:

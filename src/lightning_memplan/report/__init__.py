@@ -1,1 +1,1 @@
-"""Results as text, tables, figures and metrics."""
+"""Results as text, tables, figures and metrics: what is analysed elsewhere is worded here."""

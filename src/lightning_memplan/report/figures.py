@@ -1,13 +1,14 @@
-"""Figures of a prediction, with matplotlib, to be read in black and white: greys, hatches, and labels in their places.
+"""Draw predictions and measurements with matplotlib, in black and white: greys, hatches, and labels within the areas.
 
 Every function returns a ``matplotlib.figure.Figure`` that no window holds: ``figure.savefig("name.png")``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.events import Event
@@ -15,11 +16,12 @@ from lightning_memplan.types import Device, Measurement, Plan
 from lightning_memplan.units import format_bytes, gib
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-#: From the bottom of the stack, what stays throughout first: grey level and hatch
+#: Grey level and hatch of each category, from the bottom of the stack: first the categories that stay throughout
 _LOOK: Mapping[str, tuple[str, str]] = {
     "parameters": ("0.35", ""),
     "buffers": ("0.45", ""),
@@ -34,7 +36,8 @@ _LOOK: Mapping[str, tuple[str, str]] = {
 }
 
 
-_SMALL = 0.01  # of the peak: what is never more is drawn as one with other small ones
+_SMALL = 0.01  #: fraction of the peak; categories that never take more are drawn as one
+_NAMED = 0.07  #: fraction of the figure's height at which an area has room for its name
 
 
 def plot_timeline(
@@ -44,9 +47,9 @@ def plot_timeline(
     device: Device | None = None,
     budget: int | None = None,
 ) -> Figure:
-    """One training step at that batch size: bytes in use by category, and reserved, event by event.
+    """Draw one training step at a batch size: bytes in use by category, and bytes reserved, event by event.
 
-    The step is the last one traced, when gradients and the optimizer's state are there. ``device`` and ``budget``
+    The step is the last that was traced: gradients and the optimizer's state are there. ``device`` and ``budget``
     (bytes) are drawn as lines.
 
     >>> import torch
@@ -60,42 +63,30 @@ def plot_timeline(
         ModuleNotFoundError: matplotlib is not installed.
     """
     figure, axes = _figure(8.5, 4.6)
-    parts, reserved, events = _last_step(estimate, batch_size, None if device is None else device.capacity)
-    totals = [sum(column) for column in zip(*parts.values(), strict=True)]
-    top = 1.12 * max(max(reserved), *([] if device is None else [device.total]), budget or 0)
-    _shade_phases(axes, events, gib(int(top)))
-    x = range(len(totals))
-    below = [0] * len(totals)
-    unlabelled: list[tuple[Any, str]] = []
-    for name, sizes in parts.items():
-        above = [a + b for a, b in zip(below, sizes, strict=True)]
-        grey, hatch = _LOOK.get(name, ("0.95", "++"))
-        style: dict[str, Any] = {"facecolor": grey, "edgecolor": "0.3", "hatch": hatch, "linewidth": 0.4}
-        area = axes.fill_between(x, _gib(below), _gib(above), step="post", **style)
-        thickest = _middle_of_thickest(sizes)
-        if sizes[thickest] > 0.07 * top:
-            _label(axes, thickest, gib(below[thickest] + sizes[thickest] // 2), name)
-        else:
-            unlabelled.append((area, f"{name}, up to {format_bytes(max(sizes))}"))
-        below = above
-    line = axes.step(x, _gib(reserved), "k-", where="post", linewidth=1.4)[0]
-    unlabelled.append((line, f"reserved, up to {format_bytes(max(reserved))}"))
-    peak = max(range(len(totals)), key=totals.__getitem__)
-    axes.plot([peak], [gib(totals[peak])], "kv", markersize=6)
-    _limits(axes, device, budget, outside=True)
-    handles, texts = zip(*reversed(unlabelled), strict=True)
+    step = last_step(estimate, batch_size, None if device is None else device.capacity)
+    allocated, reserved = step.allocated, max(step.reserved)
+    top = int(1.12 * max(reserved, *([] if device is None else [device.total]), budget or 0))
+    _shade_phases(axes, step.events, gib(top))
+    legend = _stack(axes, step.sizes, top)
+    line = axes.step(range(len(allocated)), _gib(step.reserved), "k-", where="post", linewidth=1.4)[0]
+    legend.append((line, f"reserved, up to {format_bytes(reserved)}"))
+    peak = max(range(len(allocated)), key=allocated.__getitem__)
+    axes.plot([peak], [gib(allocated[peak])], "kv", markersize=6)
+    _draw_limits(axes, device, budget, outside=True)
+    handles, texts = zip(*reversed(legend), strict=True)
     axes.legend(handles, texts, loc="upper left", bbox_to_anchor=(1.0, 0.7), frameon=False, fontsize=8)
-    axes.set(xlim=(0, len(totals) - 1), ylim=(0, gib(int(top))), ylabel="memory (GiB)")
-    axes.set_xlabel(f"allocations and frees of one training step; in use at most {format_bytes(totals[peak])} (marked)")
+    axes.set(xlim=(0, len(allocated) - 1), ylim=(0, gib(top)), ylabel="memory (GiB)")
+    in_use = f"in use at most {format_bytes(allocated[peak])} (marked)"
+    axes.set_xlabel(f"allocations and frees of one training step; {in_use}")
     axes.set_title(f"One step at batch size {batch_size}", loc="left", fontsize=11)
     return figure
 
 
 def plot_batch_sizes(estimate: Estimate, plan: Plan) -> Figure:
-    """Predicted peaks against the batch size, with the one that was chosen.
+    """Draw predicted peaks against the batch size, with the batch size of the plan.
 
-    Reserved is shown twice: what the allocator would take were there no limit, and, at the batch size chosen, what it
-    takes of that card.
+    The reserved peak is shown twice: as a line for a GPU without limit, and at the planned batch size for the plan's
+    device.
 
     >>> import torch
     >>> import lightning_memplan as mp
@@ -118,7 +109,7 @@ def plot_batch_sizes(estimate: Estimate, plan: Plan) -> Figure:
     if plan.limited_by == "memory":
         top = round(1.25 * plan.device.total)
     if plan.budget <= top:
-        _limits(axes, plan.device, plan.budget)
+        _draw_limits(axes, plan.device, plan.budget)
     axes.plot([chosen], [gib(plan.predicted_peak)], "ko", markersize=8)
     axes.annotate(
         f"batch size {chosen}\n{format_bytes(plan.predicted_peak)} reserved",
@@ -134,7 +125,7 @@ def plot_batch_sizes(estimate: Estimate, plan: Plan) -> Figure:
 
 
 def plot_measurements(measurements: Sequence[Measurement]) -> Figure:
-    """Predicted against actual peaks of every measured step: ``plot_measurements(planner.measurements)``.
+    """Draw predicted and actual peaks of every measured step: ``plot_measurements(planner.measurements)``.
 
     >>> import lightning_memplan as mp
     >>> steps = [mp.Measurement(k, 2**31, 2**32, 2**31 + 2**k, 2**32) for k in range(5)]
@@ -173,10 +164,10 @@ def plot_measurements(measurements: Sequence[Measurement]) -> Figure:
 
 
 def plot_layers(estimate: Estimate, batch_size: int, *, top: int = 15) -> Figure:
-    """The modules that hold the most memory at the peak.
+    """Draw the modules that hold the most memory at the peak.
 
-    By a trace, these are the blocks in use at that time under the module whose forward made them (gradients and the
-    optimizer's state have none); by the formula, a layer's parameters, gradients and twice its feature map.
+    By a trace, a module holds the blocks in use that its forward made (gradients and the optimizer's state belong to
+    none); by the formula, a layer holds its parameters, its gradients and twice its feature map.
 
     >>> import torch
     >>> import lightning_memplan as mp
@@ -218,17 +209,33 @@ def plot_layers(estimate: Estimate, batch_size: int, *, top: int = 15) -> Figure
     return figure
 
 
-# --- what is drawn ----------------------------------------------------------------------------------------------------
-def _last_step(
-    estimate: Estimate, batch_size: int, capacity: int | None
-) -> tuple[dict[str, list[int]], list[int], Sequence[Event]]:
-    """Of the last step, after each event: bytes in use by category, bytes reserved; and the events."""
-    journal = estimate.journal(batch_size, capacity)
-    assert estimate.program is not None
-    events, begin = estimate.program.events, estimate.program.steps()[-2]
+# --- what is drawn
+@dataclass(frozen=True)
+class StepCurves:
+    """Bytes after each event of one step: in use by category, from the bottom of the stack, and reserved."""
+
+    sizes: Mapping[str, Sequence[int]]
+    reserved: Sequence[int]
+    events: Sequence[Event]
+
+    @property
+    def allocated(self) -> list[int]:
+        """Bytes in use in all categories together."""
+        return _sums(self.sizes.values())
+
+
+def last_step(estimate: Estimate, batch_size: int, capacity: int | None) -> StepCurves:
+    """Return the curves of the last step that was traced; categories that are always small are ``"the rest"``.
+
+    Raises:
+        ValueError: the estimate has no events, or the step does not fit in the capacity.
+    """
+    replayer = estimate.replayer_at(batch_size)
+    journal = replayer.journal(batch_size, capacity)
+    events, begin = replayer.program.events, replayer.program.steps()[-2]
     live = dict.fromkeys(_LOOK, 0)
     categories: dict[int, str] = {}
-    parts: dict[str, list[int]] = {name: [] for name in _LOOK}
+    sizes: dict[str, list[int]] = {name: [] for name in _LOOK}
     reserved: list[int] = []
     at = held = 0
     for move in journal:
@@ -243,26 +250,40 @@ def _last_step(
             live[categories.pop(event.block)] -= move.size
         if at >= begin:
             for name, size in live.items():
-                parts[name].append(size)
+                sizes[name].append(size)
             reserved.append(held)
         at += 1
     if not reserved:
         raise ValueError(f"batch size {batch_size} does not fit in {capacity} bytes: there is no whole step to draw")
-    peak = max(sum(column) for column in zip(*parts.values(), strict=True))
-    small = [name for name, sizes in parts.items() if max(sizes) < _SMALL * peak]
-    rest = [sum(column) for column in zip(*(parts.pop(name) for name in small), strict=True)]
-    return ({"the rest": rest} if any(rest) else {}) | parts, reserved, events[begin:at]
+    return StepCurves(_joined(sizes), reserved, events[begin:at])
+
+
+def _joined(sizes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """Sum up the categories that never take more than a hundredth of the peak, at the bottom of the stack.
+
+    >>> _joined({"buffers": [1, 1], "optimizer": [0, 1], "activations": [100, 300]})
+    {'the rest': [1, 2], 'activations': [100, 300]}
+    """
+    peak = max(_sums(sizes.values()))
+    small = [name for name in sizes if max(sizes[name]) < _SMALL * peak]
+    rest = _sums(sizes[name] for name in small)
+    large = {name: sizes[name] for name in sizes if name not in small}
+    return {"the rest": rest, **large} if any(rest) else large
+
+
+def _sums(rows: Iterable[Sequence[int]]) -> list[int]:
+    return [sum(column) for column in zip(*rows, strict=True)]
 
 
 def _by_module(estimate: Estimate, batch_size: int) -> dict[str, tuple[int, int]]:
-    """Bytes of parameters and of feature maps by module."""
+    """Return the bytes of parameters and of feature maps of each module."""
     if estimate.program is None:
         return {
             row.path or "(itself)": (row.parameter_bytes + row.gradient_bytes, 2 * batch_size * row.feature_bytes)
             for row in estimate.layers
         }
     sums: dict[str, tuple[int, int]] = {}
-    for event, size in estimate.alive(batch_size):
+    for event, size in estimate.replayer_at(batch_size).live_at_peak(batch_size):
         if event.path:
             weights, features = sums.get(event.path, (0, 0))
             kept = event.category in ("parameters", "buffers")
@@ -270,7 +291,7 @@ def _by_module(estimate: Estimate, batch_size: int) -> dict[str, tuple[int, int]
     return sums
 
 
-# --- how it is drawn --------------------------------------------------------------------------------------------------
+# --- how it is drawn
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     try:
         from matplotlib.figure import Figure
@@ -280,6 +301,32 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _stack(axes: Axes, sizes: Mapping[str, Sequence[int]], top: int) -> list[tuple[Artist, str]]:
+    """Draw the categories on top of one another; return the areas that are too thin for a name, with their labels."""
+    unnamed: list[tuple[Artist, str]] = []
+    below = [0] * len(next(iter(sizes.values())))
+    for name, thickness in sizes.items():
+        above = _sums((below, thickness))
+        grey, hatch = _LOOK.get(name, ("0.95", "++"))
+        area = axes.fill_between(
+            range(len(below)),
+            _gib(below),
+            _gib(above),
+            step="post",
+            facecolor=grey,
+            edgecolor="0.3",
+            hatch=hatch,
+            linewidth=0.4,
+        )
+        place = _middle_of_thickest(thickness)
+        if thickness[place] > _NAMED * top:
+            _label(axes, place, gib(below[place] + thickness[place] // 2), name)
+        else:
+            unnamed.append((area, f"{name}, up to {format_bytes(max(thickness))}"))
+        below = above
+    return unnamed
 
 
 def _shade_phases(axes: Axes, events: Sequence[Event], top: float) -> None:
@@ -293,20 +340,33 @@ def _shade_phases(axes: Axes, events: Sequence[Event], top: float) -> None:
         place += length
 
 
-def _limits(axes: Axes, device: Device | None, budget: int | None, *, outside: bool = False) -> None:
-    """The card's bytes and the budget as lines, named above and below them, left within the axes or right of them."""
-    place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "fontsize": 9}
+def _draw_limits(axes: Axes, device: Device | None, budget: int | None, *, outside: bool = False) -> None:
+    """Draw the device's bytes and the budget as lines, named within the axes, or right of them if ``outside``."""
+
+    def draw(size: int, text: str, style: str, above: bool) -> None:
+        axes.axhline(gib(size), color="0.2", linewidth=0.9, linestyle=style)
+        axes.annotate(
+            f"{text}: {format_bytes(size)}",
+            (outside, gib(size)),
+            (4, 1 if above else -2),
+            va="bottom" if above else "top",
+            xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points",
+            fontsize=9,
+        )
+
     if device is not None:
-        axes.axhline(gib(device.total), color="0.2", linewidth=0.9)
-        text = f"{device.name}: {format_bytes(device.total)}"
-        axes.annotate(text, (outside, gib(device.total)), (4, 1), va="bottom", **place)
+        draw(device.total, device.name, "-", above=True)
     if budget is not None:
-        axes.axhline(gib(budget), color="0.2", linewidth=0.9, linestyle="-.")
-        axes.annotate(f"budget: {format_bytes(budget)}", (outside, gib(budget)), (4, -2), va="top", **place)
+        draw(budget, "budget", "-.", above=False)
 
 
 def _middle_of_thickest(sizes: Sequence[int]) -> int:
-    """The middle of where an area is nearly as thick as it gets: there its name has room."""
+    """Return the middle of the longest run at which an area is nearly as thick as it gets: its name has room there.
+
+    >>> _middle_of_thickest([0, 10, 0, 9, 10, 9, 0])
+    4
+    """
     most = max(sizes)
     runs: list[tuple[int, int]] = []
     for thick, run in groupby(enumerate(sizes), key=lambda item: item[1] >= 0.8 * most):
@@ -317,7 +377,7 @@ def _middle_of_thickest(sizes: Sequence[int]) -> int:
 
 
 def _label(axes: Axes, x: float, y: float, text: str) -> None:
-    box: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
     axes.text(x, y, text, ha="center", va="center", fontsize=9, bbox=box)
 
 

@@ -1,17 +1,17 @@
-"""Metrics for loggers: a step's peaks, a plan's hyperparameters."""
+"""Metrics for loggers: a plan's hyperparameters, the peaks of steps and of validations."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from lightning_memplan.types import Measurement, Peaks, Plan
 from lightning_memplan.units import GiB, gib
 
 
 def plan_hparams(plan: Plan) -> dict[str, int | float | str]:
-    """A plan as flat hyperparameters, for any logger; sizes in GiB.
+    """Return a plan as flat hyperparameters, for any logger; sizes in GiB.
 
+    >>> from lightning_memplan.types import Device
     >>> plan = Plan(batch_size=8, device=Device("card", total=2**34), budget=2**33, margin=0.5, limited_by="memory",
     ...             method="trace", predicted_peak=2**32, predicted_allocated=2**31, formula_peak=2**31,
     ...             breakdown={"activations": 2**30})
@@ -39,11 +39,11 @@ def plan_hparams(plan: Plan) -> dict[str, int | float | str]:
     }
 
 
-# --- measurements -----------------------------------------------------------------------------------------------------
+# --- measurements
 def step_metrics(measurement: Measurement, formula_bytes: int) -> dict[str, float]:
-    """One step's metrics: predicted and actual peaks in GiB, and the error of the allocated in percent of the actual.
+    """Return one step's metrics: predicted and actual peaks in GiB, and the error of the allocated peak in percent.
 
-    Phases and NVML's bytes are among them where they were measured.
+    Phases and NVML's bytes are among them if they were measured.
 
     >>> step_metrics(Measurement(1, 2**30, 2**31, 2**30, 2**31), formula_bytes=2**29)["memplan/formula_gib"]
     0.5
@@ -73,10 +73,10 @@ def step_metrics(measurement: Measurement, formula_bytes: int) -> dict[str, floa
     return metrics
 
 
-def scalars_layout(phases: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
-    """TensorBoard's charts of predicted and actual together, for ``SummaryWriter.add_custom_scalars``.
+def scalars_layout(phases: Iterable[str]) -> dict[str, dict[str, list[str | list[str]]]]:
+    """Return TensorBoard's charts of predicted and actual peaks together, for ``SummaryWriter.add_custom_scalars``.
 
-    Tags are regular expressions there, matched from the left: a logger may put a prefix before its metrics' names.
+    TensorBoard matches tags as regular expressions from the left: a logger may put a prefix before a metric's name.
 
     >>> charts = scalars_layout(["backward"])["memplan"]
     >>> charts["peak reserved (GiB)"]
@@ -85,10 +85,10 @@ def scalars_layout(phases: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
     ['peak reserved (GiB)', 'peak allocated (GiB)', 'backward: peak allocated (GiB)', 'error (%)']
     """
 
-    def chart(*names: str) -> list[Any]:
+    def chart(*names: str) -> list[str | list[str]]:
         return ["Multiline", [f".*memplan/{name}$" for name in names]]
 
-    def pair(kind: str) -> list[Any]:
+    def pair(kind: str) -> list[str | list[str]]:
         return chart(f"predicted_{kind}_gib", f"actual_{kind}_gib")
 
     return {
@@ -102,7 +102,7 @@ def scalars_layout(phases: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
 
 
 def validation_metrics(peaks: Peaks) -> dict[str, float]:
-    """The peaks of a validation, in GiB.
+    """Return the peaks of a validation, in GiB.
 
     >>> validation_metrics(Peaks(allocated=2**30, reserved=2**31))
     {'memplan/validation_reserved_gib': 2.0, 'memplan/validation_allocated_gib': 1.0}
@@ -114,7 +114,7 @@ def validation_metrics(peaks: Peaks) -> dict[str, float]:
 
 
 def ranks_metrics(ranks: Sequence[Peaks]) -> dict[str, float]:
-    """The highest peaks of any rank, in GiB.
+    """Return the highest peaks of any rank, in GiB.
 
     >>> ranks_metrics([Peaks(allocated=2**30, reserved=2**31), Peaks(allocated=2**29, reserved=3 * 2**30)])
     {'memplan/ranks_reserved_gib': 3.0, 'memplan/ranks_allocated_gib': 1.0}

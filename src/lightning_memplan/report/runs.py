@@ -1,22 +1,40 @@
-"""Measured runs and history as text."""
+"""Measured runs, logged runs and the history as text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 
 from lightning_memplan.report.plans import LIMITS
-from lightning_memplan.report.text import WIDTH, draw_bar, format_row, share, shorten_end, shorten_middle, table, wrap
+from lightning_memplan.report.text import WIDTH, draw_bar, format_row, percent, shorten_end, shorten_middle, table, wrap
 from lightning_memplan.types import Measurement, Peaks, Run
 from lightning_memplan.units import GiB, format_bytes
 
-_PHASES = ("batch", "forward", "backward", "optimizer")
+_PHASES = ("batch", "forward", "backward", "optimizer")  #: in a step's order
+
+
+@dataclass(frozen=True, slots=True)
+class _Peak:
+    """A peak as predicted and as measured (bytes); 0 where one of them is not known."""
+
+    predicted: int
+    actual: int
+
+    @property
+    def error(self) -> str:
+        """The prediction's error in percent of the actual peak; empty where it is not known."""
+        known = self.predicted and self.actual
+        return f"{100 * (self.predicted - self.actual) / self.actual:+.1f} %" if known else ""
+
+
+# --- measurements
 
 
 def measurement_summary(
     measurements: Sequence[Measurement], ranks: Sequence[Peaks] = (), validations: Sequence[Peaks] = ()
 ) -> str:
-    """What was predicted and what came, over all measured steps; of several ranks, which of them took the most.
+    """Return the highest peaks over all measured steps, predicted and actual; of several ranks, which reserved most.
 
     >>> step = Measurement(0, 2**31, 3 * 2**30, 2**31, 3 * 2**30, {"backward": 2**31}, {"backward": 2**31})
     >>> print(measurement_summary([step], validations=[Peaks(2**29, 3 * 2**30)]))
@@ -31,26 +49,14 @@ def measurement_summary(
     if not measurements:
         return "memory: no step was measured"
     steps = "1 measured step" if len(measurements) == 1 else f"{len(measurements)} measured steps"
-    predictions = [m for m in measurements if m.predicted_allocated]
     predicted, actual = _highest(m.predicted_phases for m in measurements), _highest(m.phases for m in measurements)
-    phases = {name: (predicted.get(name, 0), size) for name, size in actual.items()}
-    rows = _peaks(
-        (max(m.predicted_reserved for m in measurements), max(m.reserved for m in measurements)),
-        (max(m.predicted_allocated for m in measurements), max(m.allocated for m in measurements)),
-        phases | ({"validation": (0, max(peaks.allocated for peaks in validations))} if validations else {}),
-    )
-    lines = [f"memory over {steps}" + ("" if predictions else ", without predictions"), *rows]
-    if predictions:
-        worst = max(predictions, key=lambda m: abs(m.error_percent))
-        middle = median(m.error_percent for m in predictions)
-        of_steps = f"median {middle:+.1f} %, worst {worst.error_percent:+.1f} % in step {worst.step}"
-        lines.append(f"  error of allocated, step by step: {of_steps}")
-    over = [m for m in measurements if m.allocated > m.predicted_allocated > 0]
-    if over:
-        most = max(over, key=lambda m: m.allocated / m.predicted_allocated)
-        more = 100 * (most.allocated / most.predicted_allocated - 1)
-        text = f"{len(over)} of them allocated more than was predicted, at most {more:.1f} % more, in step {most.step}"
-        lines += wrap(text, "  ")
+    phases = {name: _Peak(predicted.get(name, 0), size) for name, size in actual.items()}
+    if validations:
+        phases["validation"] = _Peak(0, max(peaks.allocated for peaks in validations))
+    reserved = _Peak(max(m.predicted_reserved for m in measurements), max(m.reserved for m in measurements))
+    allocated = _Peak(max(m.predicted_allocated for m in measurements), max(m.allocated for m in measurements))
+    without = "" if any(m.predicted_allocated for m in measurements) else ", without predictions"
+    lines = [f"memory over {steps}{without}", *_peak_lines(reserved, allocated, phases), *_error_lines(measurements)]
     if len(ranks) > 1:
         first = max(range(len(ranks)), key=lambda rank: ranks[rank].reserved)
         lines.append(f"  of {len(ranks)} ranks, rank {first} reserved most: {format_bytes(ranks[first].reserved)}")
@@ -59,10 +65,27 @@ def measurement_summary(
     return "\n".join(lines)
 
 
+def _error_lines(measurements: Sequence[Measurement]) -> list[str]:
+    """Return the errors of the steps: the median, the worst, and how far the actual peak was above its prediction."""
+    measurements = [m for m in measurements if m.predicted_allocated]
+    if not measurements:
+        return []
+    worst = max(measurements, key=lambda m: abs(m.error_percent))
+    errors = f"median {median(m.error_percent for m in measurements):+.1f} %, worst {worst.error_percent:+.1f} %"
+    lines = [f"  error of allocated, step by step: {errors} in step {worst.step}"]
+    over = [m for m in measurements if m.allocated > m.predicted_allocated > 0]
+    if over:
+        most = max(over, key=lambda m: m.allocated / m.predicted_allocated)
+        more = 100 * (most.allocated / most.predicted_allocated - 1)
+        text = f"{len(over)} of them allocated more than was predicted, at most {more:.1f} % more, in step {most.step}"
+        lines += wrap(text, "  ")
+    return lines
+
+
 def logged_report(
     folder: str, plan: Mapping[str, str], measurements: Sequence[Measurement], validations: Sequence[Peaks] = ()
 ) -> str:
-    """A run as its log has it: the plan among its hyperparameters, and its measured steps.
+    """Return a run from its log: the plan, as it was logged among the hyperparameters, and the measured steps.
 
     >>> plan = {"device": "T4", "batch_size": "8", "method": "trace", "margin": "0.05", "limited_by": "dataset",
     ...         "device_gib": "16.0"}
@@ -82,35 +105,34 @@ def logged_report(
         lines += wrap(f"{size}; {_planned(plan['method'], float(plan['margin']))}", "  ")
     lines.append(measurement_summary(measurements, validations=validations))
     if plan and measurements:
-        lines.append(_card(max(m.reserved for m in measurements), round(float(plan["device_gib"]) * GiB)))
+        lines.append(_card_line(max(m.reserved for m in measurements), round(float(plan["device_gib"]) * GiB)))
     return "\n".join(lines)
 
 
-def _card(reserved: int, total: int) -> str:
-    """How much of the card was reserved at most."""
+def _card_line(reserved: int, total: int) -> str:
+    """Return how much of the GPU was reserved at most."""
     bar = draw_bar(reserved, total, fill=".")
-    return format_row("card", format_bytes(total), f"{share(reserved, total)} of it reserved  [{bar}]")
+    return format_row("card", format_bytes(total), f"{percent(reserved, total)} of it reserved  [{bar}]")
 
 
-def _peaks(reserved: tuple[int, int], allocated: tuple[int, int], phases: Mapping[str, tuple[int, int]]) -> list[str]:
-    """Predicted and actual, a line each; 0 where one of them is not known."""
+def _peak_lines(reserved: _Peak, allocated: _Peak, phases: Mapping[str, _Peak]) -> list[str]:
+    """Return predicted and actual peaks, a line each; of the phases the known ones first, in a step's order."""
 
-    def line(label: str, predicted: int, actual: int) -> str:
-        error = f"{100 * (predicted - actual) / actual:+.1f} %" if predicted and actual else ""
-        sizes = (format_bytes(size) if size else "" for size in (predicted, actual))
-        return f"  {label:<15}{next(sizes):>11}  {next(sizes):>11}  {error:>9}".rstrip()
+    def line(label: str, peak: _Peak) -> str:
+        predicted, actual = (format_bytes(size) if size else "" for size in (peak.predicted, peak.actual))
+        return f"  {label:<15}{predicted:>11}  {actual:>11}  {peak.error:>9}".rstrip()
 
     known = [name for name in _PHASES if name in phases]
     return [
         f"  {'':<15}{'predicted':>11}  {'actual':>11}  {'error':>9}",
-        line("peak reserved", *reserved),
-        line("peak allocated", *allocated),
-        *(line(f"  {name}", *phases[name]) for name in (*known, *(name for name in phases if name not in known))),
+        line("peak reserved", reserved),
+        line("peak allocated", allocated),
+        *(line(f"  {name}", phases[name]) for name in (*known, *(name for name in phases if name not in known))),
     ]
 
 
 def _highest(sizes: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """For each name the largest of its sizes."""
+    """Return the largest size of each name."""
     found: dict[str, int] = {}
     for each in sizes:
         found.update({name: max(size, found.get(name, 0)) for name, size in each.items()})
@@ -126,9 +148,9 @@ def _retried(times: int) -> str:
     return f"the allocator gave its cache back {often} to serve a request, which takes time: the card was full"
 
 
-# --- history ---------------------------------------------------------------------------------------------------------
+# --- history
 def history_table(runs: Sequence[Run]) -> str:
-    """Earlier runs by module and card, a line each: the reserved peak that was predicted, what came, and the error.
+    """Return earlier runs by module and GPU, a line each: the predicted and the actual reserved peak, and the error.
 
     >>> print(history_table([Run("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {"steady": (2**30, 2**31)},
     ...                          {"steady": (2**30, 2**31)}, time="2026-11-20T08:00:00+00:00")]))
@@ -150,7 +172,7 @@ def history_table(runs: Sequence[Run]) -> str:
 
 
 def _history_row(run: Run) -> tuple[str, ...]:
-    predicted, actual = (max((r for _, r in peaks.values()), default=0) for peaks in (run.predicted, run.measured))
+    predicted, actual = _highest_reserved(run.predicted), _highest_reserved(run.measured)
     error = f"{100 * (predicted - actual) / actual:+.1f} %" if actual else ""
     if run.outcome == "out of memory":
         error = run.outcome
@@ -171,7 +193,7 @@ def _when(run: Run) -> str:
 
 
 def run_report(run: Run, lesson: str = "") -> str:
-    """One run on record: how it was planned, how it ended, its peaks, and what runs like it teach.
+    """Return one run of the history: how it was planned, how it ended, its peaks, and the lesson of runs like it.
 
     >>> print(run_report(Run("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {"steady": (2**30, 2**31)},
     ...                      {"steady": (2**30, 2**31)}, steps=20, phases={"backward": (2**30, 2**30)},
@@ -187,29 +209,35 @@ def run_report(run: Run, lesson: str = "") -> str:
     when = f", {_when(run)} UTC" if run.time else ""
     ended = {"done": "done,", "stopped": "stopped after"}.get(run.outcome)
     how = f"{ended} {run.steps} step{'s' * (run.steps != 1)}" if ended else f"{run.outcome} in step {run.steps}"
-    head = f"{run.model} on {run.device}{when}: {how}"
     parts = [f"batch size {run.batch_size}", str(run.settings.get("precision", "")), _planned(run.method, run.margin)]
     if run.ranks > 1:
         parts.append(f"rank {run.rank} of {run.ranks}, which reserved most")
-
-    def most(peaks: Mapping[str, tuple[int, int]], place: int) -> int:
-        return max((both[place] for both in peaks.values()), default=0)
-
-    reserved = most(run.measured, 1)
+    reserved = _Peak(_highest_reserved(run.predicted), _highest_reserved(run.measured))
+    allocated = _Peak(_highest_allocated(run.predicted), _highest_allocated(run.measured))
     lines = [
-        *wrap(head),
+        *wrap(f"{run.model} on {run.device}{when}: {how}"),
         *wrap(", ".join(filter(None, parts)), "  "),
-        *_peaks((most(run.predicted, 1), reserved), (most(run.predicted, 0), most(run.measured, 0)), run.phases),
-        *([_card(reserved, run.total)] if reserved else []),
+        *_peak_lines(reserved, allocated, {name: _Peak(*pair) for name, pair in run.phases.items()}),
     ]
+    if reserved.actual:
+        lines.append(_card_line(reserved.actual, run.total))
     if run.retries:
         lines += wrap(_retried(run.retries), "  ")
-    lines += wrap(lesson, "  ") if lesson else []
+    if lesson:
+        lines += wrap(lesson, "  ")
     return "\n".join(lines)
 
 
+def _highest_allocated(peaks: Mapping[str, tuple[int, int]]) -> int:
+    return max((allocated for allocated, _ in peaks.values()), default=0)
+
+
+def _highest_reserved(peaks: Mapping[str, tuple[int, int]]) -> int:
+    return max((reserved for _, reserved in peaks.values()), default=0)
+
+
 def lessons_table(rows: Iterable[tuple[Run, int, str]]) -> str:
-    """What earlier runs teach: one of them, how many they are, and the lesson's words.
+    """Return what earlier runs teach; a row is one of the runs, how many there are, and the lesson's text.
 
     >>> run = Run("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {}, {}, settings={"precision": "16-mixed"})
     >>> print(lessons_table([(run, 3, "3 runs of this module took at most +0.0 %: margin 1.0 %")]))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lightning_memplan.memory.events import Stream
 from lightning_memplan.step.context import EventContext, in_place_of
 
 DEVICE = torch.device("cpu", 0)  #: where traced tensors lie: the stand-in for the GPU
@@ -17,7 +18,7 @@ DEVICE = torch.device("cpu", 0)  #: where traced tensors lie: the stand-in for t
 class FakeDeviceModule:
     """What FSDP asks of ``torch.cuda``; streams are numbered in the order in which they are made."""
 
-    def __init__(self, device: torch.device, mark: EventContext, made: int = 0) -> None:
+    def __init__(self, device: torch.device, mark: EventContext, made: int = Stream.DEFAULT) -> None:
         self._device, self._mark, self._made = device, mark, made
 
     def is_available(self) -> bool:
@@ -30,7 +31,7 @@ class FakeDeviceModule:
         return _Stream(self._mark.stream)
 
     def default_stream(self) -> _Stream:
-        return _Stream(0)
+        return _Stream(Stream.DEFAULT)
 
     def Stream(self, *_: Any, **__: Any) -> _Stream:  # noqa: N802 - torch's name
         self._made += 1
@@ -80,9 +81,6 @@ class _Event:
         return 0.0
 
 
-FIRST = 2**10  #: the number of the first stream that a step makes: those of wrappers are lower
-
-
 _NOTHING = """
     synchronize empty_cache ipc_collect init set_device manual_seed manual_seed_all
     reset_peak_memory_stats reset_accumulated_memory_stats reset_max_memory_allocated reset_max_memory_cached
@@ -98,7 +96,7 @@ _ZERO = """
 @contextmanager
 def fake_cuda(mark: EventContext, capability: tuple[int, int]) -> Iterator[None]:
     """``torch.cuda`` as an idle card; what is allocated on a stream is marked with the stream's number."""
-    card = FakeDeviceModule(DEVICE, mark, made=FIRST)
+    card = FakeDeviceModule(DEVICE, mark, made=Stream.STEP)
 
     def on(stream: Any) -> AbstractContextManager[None]:
         return nullcontext() if stream is None else card.stream(stream)

@@ -34,12 +34,12 @@ _INTO_ZEROS = frozenset(
 
 
 def in_backward() -> bool:
-    """Check that a backward pass runs, as ``torch.utils.module_tracker`` does (torch 2.4 to 2.14)."""
+    """Check that a backward pass runs, as ``torch.utils.module_tracker`` does (torch 2.13 and 2.14)."""
     return torch._C._current_graph_task_id() != -1
 
 
 def is_engine(frame: FrameType) -> bool:
-    """Check that a frame is of autograd's engine, which calls operators of C++ nodes (torch 2.4 to 2.14)."""
+    """Check that a frame is of autograd's engine, which calls operators of C++ nodes (torch 2.13 and 2.14)."""
     return frame.f_code is _ENGINE
 
 
@@ -110,7 +110,7 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def _has_sole_owner(tensor: torch.Tensor) -> bool:
-    """Check that a storage has no owner beside this tensor and the object that asks (torch 2.4 to 2.14)."""
+    """Check that a storage has no owner beside this tensor and the object that asks (torch 2.13 and 2.14)."""
     return int(torch._C._storage_Use_Count(key_of(tensor.untyped_storage()))) <= 2
 
 
@@ -189,5 +189,5 @@ class EngineSequence:
 
 
 def _next_number() -> int:
-    """Return the number of the next node that this thread makes (torch 2.4 to 2.14)."""
+    """Return the number of the next node that this thread makes (torch 2.13 and 2.14)."""
     return torch._C._autograd._get_sequence_nr()

@@ -35,7 +35,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_memplan.memory.allocator import GRAPHS
+from lightning_memplan.memory.events import Stream
 from lightning_memplan.step.compiled_regions import Part, compiled_parts
 from lightning_memplan.trace.fake_tensors import fake_mode
 from lightning_memplan.trace.fusion import (
@@ -58,9 +58,6 @@ CUDA_GRAPHS = "CUDA graphs of torch.compile share no segment with the rest: plan
 
 #: Compute capability -> MiB of the L2 cache, the largest of the GPUs that have it (NVIDIA's architecture papers)
 _L2 = {(7, 0): 6, (7, 5): 6, (8, 0): 40, (8, 6): 6, (8, 9): 96, (9, 0): 60, (10, 0): 126, (12, 0): 128}
-
-#: The stream of compiled graphs: blocks of one stream share no segment with another's, and so do those of a pool
-POOL = 2**15
 
 
 class _Made(NamedTuple):
@@ -92,7 +89,7 @@ class Graphs:
         def run(args: list[Any]) -> Any:
             if self.lower_bound and not pooled:
                 return _Interpreter(graph, self, pooled).boxed_run(args)
-            with self.recorder.pool(GRAPHS if pooled else POOL, workspaces=not self.lower_bound):
+            with self.recorder.pool(Stream.GRAPHS if pooled else Stream.COMPILED, workspaces=not self.lower_bound):
                 copied = self.copied.setdefault(self.recorder, {})
                 if pooled and not self.lower_bound and not self.making and graph not in copied:
                     copied[graph] = [torch.empty_like(tensor) for tensor in self._outside(graph, args)]
@@ -206,7 +203,7 @@ class _Interpreter(fx.Interpreter):
         out = super().run_node(n)
         del copied
         if self._cache and self._recorder.step == 1 and not is_view(n):
-            with self._recorder.pool(GRAPHS + 1, workspaces=True):  # as if it found no room in what is cached
+            with self._recorder.pool(Stream.GRAPH_TRIALS, workspaces=True):  # as if it found no room in what is cached
                 clones = [torch.empty_like(block) for block in self._cloned(n, out)]
                 self._recorder.take_and_give_back(self._cache)
                 del clones

@@ -22,12 +22,12 @@ def fake_mode() -> FakeTensorMode:
 
 
 def is_fake_mode_active() -> bool:
-    """Check for a fake mode of somebody else's, which asks for shapes alone (torch 2.4 to 2.14)."""
+    """Check for a fake mode of somebody else's, which asks for shapes alone (torch 2.13 and 2.14)."""
     return torch._C._get_dispatch_mode(_FAKE) is not None
 
 
 def is_graph_made() -> bool:
-    """Check that operators are written into a graph, by AOTAutograd's functional mode (torch 2.4 to 2.14)."""
+    """Check that operators are written into a graph, by AOTAutograd's functional mode (torch 2.13 and 2.14)."""
     return torch._C._get_dispatch_mode(_FUNCTIONAL) is not None
 
 

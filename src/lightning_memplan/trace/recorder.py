@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_memplan.cuda.kernel_sizes import kernel_bytes
 from lightning_memplan.cuda.rule_set import Rules
 from lightning_memplan.cuda.sparse import is_sparse, parts
-from lightning_memplan.memory.events import EMPTY, FREE, Category, Event, Phase
+from lightning_memplan.memory.events import EMPTY, FREE, Category, Event, Phase, Stream
 from lightning_memplan.step.fake_cuda import DEVICE
 from lightning_memplan.trace.autograd import EngineSequence, GradientAccumulation, in_backward, is_engine
 from lightning_memplan.trace.constructors import Constructors
@@ -63,7 +63,7 @@ class Recorder(TorchDispatchMode):
         self.category: Category = "other"
         self.step = 0
         self.path = ""
-        self.stream = 0
+        self.stream: int = Stream.DEFAULT
         self.values = KnownValues()
         self._mode = mode
         self._fakes = FakeFactory(mode)

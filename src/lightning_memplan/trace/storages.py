@@ -9,7 +9,7 @@ import torch
 
 
 def key_of(storage: torch.UntypedStorage) -> int:
-    """Return the address of a storage's C++ object, which stays while anything refers to it (torch 2.4 to 2.14)."""
+    """Return the address of a storage's C++ object, which stays while anything refers to it (torch 2.13 and 2.14)."""
     return storage._cdata  # type: ignore[no-any-return]
 
 

@@ -188,7 +188,7 @@ def _trace(
             few = begin(batch).record(size, batch, run.kinds)
             traces.append(extended(traces[0], few) or begin(batch).record(size, batch, run.steps))
     parts = accumulated(settings)
-    whole = tuple(replace(trace, parts=parts, period=run.period) for trace in traces)
+    whole = tuple(replace(trace, microbatches=parts, period=run.period) for trace in traces)
     return TraceResult(whole, run.compiled.fused), run.formula
 
 

@@ -14,14 +14,12 @@ from torch.nn.modules._functions import SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_memplan.errors import TraceError
+from lightning_memplan.memory.events import Stream
 from lightning_memplan.settings import Parallel, Precision
 from lightning_memplan.step.context import EventContext, in_place_of
 from lightning_memplan.step.strategies.deepspeed import silent_engine
 from lightning_memplan.step.strategies.fsdp import begin, fully_sharded, let_go, noted_streams
 from lightning_memplan.step.strategies.process_group import FakeProcessGroup, fake_ranks
-
-#: The stream beside the default one on which Lightning makes DistributedDataParallel, as events number it
-SIDE_STREAM = 1
 
 
 @contextmanager
@@ -104,12 +102,12 @@ def _replicated(twin: nn.Module, parallel: Parallel, device: torch.device, mark:
     real = device.type == "cuda"
     mark.category = "communication"
     arguments = dict(parallel.arguments)
-    mark.stream = SIDE_STREAM  # Lightning makes it under a stream of its own, whose cache serves no other
+    mark.stream = Stream.STRATEGY  # Lightning makes it under a stream of its own, whose cache serves no other
     with torch.cuda.stream(torch.cuda.Stream()) if real else nullcontext():
         if arguments.pop("init_sync", True):  # by hand: fake tensors have no values that ranks could compare before
             _broadcast_states(twin)
         wrapper = DistributedDataParallel(twin, [device] if real else None, init_sync=False, **arguments)
-    mark.stream = 0
+    mark.stream = Stream.DEFAULT
     if parallel.hook is not None:
         wrapper.register_comm_hook(*parallel.hook)
     return wrapper

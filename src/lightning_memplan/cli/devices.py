@@ -1,0 +1,25 @@
+"""``memplan devices``: the GPUs of this machine."""
+
+from __future__ import annotations
+
+import argparse
+
+from lightning_memplan.cli.output import show
+from lightning_memplan.devices.detect import detect_devices
+from lightning_memplan.report.plans import device_fields, devices_table
+
+HELP = "the GPUs of this machine"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add nothing: the command takes no arguments of its own."""
+
+
+def run(args: argparse.Namespace) -> None:
+    found = detect_devices()
+    if args.json:
+        show([device_fields(device) for device in found], as_json=True)
+    elif found:
+        show(devices_table(found), as_json=False)
+    else:
+        show("no CUDA device here: name one by --gpu (memplan gpus lists them)", as_json=False)
