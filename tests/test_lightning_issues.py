@@ -76,7 +76,9 @@ def out_of_memory_over(most: int, text: str = "CUDA out of memory.") -> Any:
 
 
 def planner_of(**kwargs: Any) -> mp.MemoryPlanner:
-    return mp.MemoryPlanner(**{"apply": True, "on_error": "raise", "device": CARD, "method": "trace", "max_batch_size": 40, **kwargs})
+    return mp.MemoryPlanner(
+        **{"apply": True, "on_error": "raise", "device": CARD, "method": "trace", "max_batch_size": 40, **kwargs}
+    )
 
 
 def fit(module: Net, *callbacks: Any, data: Any = None, **settings: Any) -> pl.Trainer:

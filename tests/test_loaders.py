@@ -225,7 +225,9 @@ def fit(module, arguments, *callbacks, **settings):
 
 
 def planner_of(**kwargs):
-    return mp.MemoryPlanner(**{"apply": True, "on_error": "raise", "device": CARD, "method": "formula", "max_batch_size": 7, **kwargs})
+    return mp.MemoryPlanner(
+        **{"apply": True, "on_error": "raise", "device": CARD, "method": "formula", "max_batch_size": 7, **kwargs}
+    )
 
 
 @functools.cache
@@ -439,7 +441,8 @@ if __name__ == "__main__":
     for strategy in sys.argv[2:]:
         passed = (Net(), Own.train_dataloader(None))
         for module, loaders in (passed, (Own(), None)) if strategy == "ddp" else (passed,):
-            planner = mp.MemoryPlanner(device=mp.Device("a card", total=2**30), method="formula", max_batch_size=7)
+            planner = mp.MemoryPlanner(device=mp.Device("a card", total=2**30), method="formula", max_batch_size=7,
+                                       apply=True)
             trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, logger=False,
                                  callbacks=planner, enable_checkpointing=False, enable_progress_bar=False,
                                  enable_model_summary=False)

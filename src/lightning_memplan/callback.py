@@ -167,13 +167,6 @@ class MemoryPlanner(CallbackBase):
         check_method(method)
         if margin == "learned" and history is False:
             raise ValueError("margin='learned' learns from earlier runs: pass history=True or the path of a file")
-        self._limits = Limits(
-            MARGIN if margin == "learned" else margin,
-            min_batch_size,
-            max_batch_size,
-            multiple_of,
-            effective_batch_size,
-        )
         check_choice("objective", objective, ("largest",))
         check_choice("on_error", on_error, ("warn", "raise"))
         check_choice("resume", resume, ("keep", "plan"))
@@ -198,6 +191,7 @@ class MemoryPlanner(CallbackBase):
         self.every_n_steps = every_n_steps
         self.prog_bar = prog_bar
         self.history = history
+        self._limits()  # checked before any work is done
         self.plan: Plan | None = None
         self.val_plan: Plan | None = None
         self.test_plan: Plan | None = None
@@ -295,11 +289,12 @@ class MemoryPlanner(CallbackBase):
         if "val" in self._names and self._applies:
             val_holders = find_holders(self._names["val"], module, trainer.datamodule)
         job = job_of_trainer(trainer, module, "fit", self.device or device_of_trainer(trainer), self._sampling)
+        limits = self._limits()
         if self.effective_batch_size is not None and job.settings.accumulate_grad_batches == self._accumulates:
             job = job.accumulating(1)  # set by an earlier plan
-        check_effective_batch_size(job, self._limits)
+        check_effective_batch_size(job, limits)
         self._place = find_place(trainer, job.source.data, holders) if self._applies else None
-        session = PlanningSession(job, self._limits, self.method, allocated_on(self._index, module))
+        session = PlanningSession(job, limits, self.method, allocated_on(self._index, module))
         self._session, ranks = session, job.ranks
         first = session.estimate_at((self.effective_batch_size or ranks) // ranks)
         session.extra_bytes = averaging_bytes(trainer, job.begun) if self._index is not None else 0
@@ -314,6 +309,16 @@ class MemoryPlanner(CallbackBase):
             self._validation = source_of_trainer(job, "val", self._sampling)
             self._val_place = find_place(trainer, self._validation.data, val_holders, "val")
         return proposal
+
+    def _limits(self) -> Limits:
+        """Return the limits that the options set."""
+        return Limits(
+            MARGIN if self.margin == "learned" else self.margin,
+            self.min_batch_size,
+            self.max_batch_size,
+            self.multiple_of,
+            self.effective_batch_size,
+        )
 
     def _apply_plan(self, trainer: Any, proposal: Proposal) -> None:
         """Set what is planned: all of it, or nothing."""
@@ -360,7 +365,7 @@ class MemoryPlanner(CallbackBase):
 
     def _learn(self, device: Device, method: str) -> Lesson:
         """Return what earlier runs teach of the margin, where it is to be learned."""
-        margin = None if self.margin == "learned" else self._limits.margin
+        margin = None if self.margin == "learned" else self._limits().margin
         return learn(history_path(self.history), self._structure, device, method=method, margin=margin, prior=MARGIN)
 
     def _plan_test(self, trainer: Any, module: Any, name: str) -> None:
@@ -370,7 +375,7 @@ class MemoryPlanner(CallbackBase):
         held = allocated_on(cuda_index(trainer), module).other_bytes
         job = job_of_trainer(trainer, module, "test", device, self._sampling)
         place = find_place(trainer, job.source.data, holders, "test")
-        limits = Limits(self._limits.margin, max_batch_size=self.max_batch_size)
+        limits = Limits(self._limits().margin, max_batch_size=self.max_batch_size)
         make = partial(plan_test, job, replace(device, context=device.context + held), limits)
         self.test_plan, size = agreed_plan(make, "a test", is_fatal=self._is_fatal)
         with write_together([(place, size)], trainer, is_fatal=self._is_fatal):
