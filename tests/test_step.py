@@ -23,9 +23,9 @@ from lightning_memplan.errors import TraceError
 from lightning_memplan.memory.cycles import MOST
 from lightning_memplan.monitor.meter import traced_step
 from lightning_memplan.settings import STEPS, StepSettings
-from lightning_memplan.step.fake_cuda import DEVICE, FIRST
+from lightning_memplan.step.fake_cuda import DEVICE, USER_STREAMS
 from lightning_memplan.step.module_copy import StandInTrainer
-from lightning_memplan.step.runner import accumulated
+from lightning_memplan.step.setup import traced_microbatches
 from lightning_memplan.trace.tracer import detached_copy, prepared, run_formula, trace_steps
 
 KiB = 2**10
@@ -94,7 +94,7 @@ def test_accumulated_batches_make_one_step():
 @pytest.mark.parametrize(("batches", "parts"), [(1, 1), (2, 2), (3, 3), (4, 3), (100, 3)])
 def test_of_many_accumulated_batches_the_middle_ones_are_alike(batches, parts):
     settings = StepSettings(accumulate_grad_batches=batches)
-    assert accumulated(settings) == parts
+    assert traced_microbatches(settings) == parts
     places = [traced_step(k, batches, parts) for k in range(6 * batches)]
     assert places[0] == 0
     assert max(places) == STEPS * parts - 1 == places[-1]  # a last batch steps the optimizer
@@ -255,10 +255,10 @@ def test_counts_below_a_number_are_so_many():
 
 
 def test_a_copy_takes_no_memory_and_is_on_the_device():
-    twin = copied(Net())
-    assert isinstance(twin.layer.weight, FakeTensor)
-    assert twin.layer.weight.device == twin.device == DEVICE
-    assert twin.layer.weight.requires_grad
+    replica = copied(Net())
+    assert isinstance(replica.layer.weight, FakeTensor)
+    assert replica.layer.weight.device == replica.device == DEVICE
+    assert replica.layer.weight.requires_grad
 
 
 def test_what_a_copy_keeps():
@@ -268,11 +268,11 @@ def test_what_a_copy_keeps():
     module.layer.weight.own = "mine"
     module.average = copy.deepcopy(module.layer).requires_grad_(False).eval()
     module.layer.to(memory_format=torch.contiguous_format)
-    twin = copied(module)
-    assert twin.tied.weight is twin.layer.weight
-    assert twin.layer.weight.own == "mine"
-    assert not twin.average.weight.requires_grad
-    assert (twin.average.training, twin.layer.training) == (False, True)
+    replica = copied(module)
+    assert replica.tied.weight is replica.layer.weight
+    assert replica.layer.weight.own == "mine"
+    assert not replica.average.weight.requires_grad
+    assert (replica.average.training, replica.layer.training) == (False, True)
 
 
 def test_a_hook_that_names_the_module_works_on_the_copy():
@@ -315,9 +315,9 @@ def test_layers_made_in_setup_are_made_on_a_copy():
             self.late = nn.Linear(8, 8)
 
     module = Later()
-    twin = prepared(module, StepSettings(), stage="fit")
-    assert (module.order, twin.order) == ([], ["fit"])
-    assert isinstance(twin.late.weight, FakeTensor)
+    replica = prepared(module, StepSettings(), stage="fit")
+    assert (module.order, replica.order) == ([], ["fit"])
+    assert isinstance(replica.late.weight, FakeTensor)
     assert not hasattr(module, "late")
     assert prepared(Net(), StepSettings()).__class__ is Net
 
@@ -663,7 +663,7 @@ def test_steps_that_ask_torch_cuda_are_traced_without_a_card():
     before = {name: getattr(torch.cuda, name) for name in ("Event", "Stream", "stream", "synchronize", "memory_stats")}
     est = mp.estimate(Does(with_cuda), torch.zeros(6, 8), method="trace", device="A100 40GB")
     assert {e.stream for e in est.program.events if e.op == "aten.addmm.default"} == {
-        FIRST + step for step in (1, 2, 3)
+        USER_STREAMS + step for step in (1, 2, 3)
     }
     assert {name: getattr(torch.cuda, name) for name in before} == before
 

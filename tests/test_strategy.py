@@ -18,8 +18,8 @@ from lightning_memplan.lightning.trainer import parallel_of
 from lightning_memplan.memory.events import EMPTY, Event
 from lightning_memplan.planning.proposal import RankResult, agreed
 from lightning_memplan.settings import Parallel, StepSettings
+from lightning_memplan.step.strategies.ddp import SIDE_STREAM
 from lightning_memplan.step.strategies.process_group import fake_ranks
-from lightning_memplan.step.strategies.wrap import SIDE_STREAM
 from lightning_memplan.trace.tracer import trace_steps
 
 MiB = 2**20

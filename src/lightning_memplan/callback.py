@@ -57,6 +57,7 @@ from lightning_memplan.report.metrics import (
 from lightning_memplan.report.plans import plan_table, validation_text
 from lightning_memplan.report.runs import measurement_summary
 from lightning_memplan.settings import STEPS, StepSettings
+from lightning_memplan.step.setup import TrainingSetup
 from lightning_memplan.step.strategies.fsdp import named_ignored
 from lightning_memplan.trace.tracer import prepared
 from lightning_memplan.types import Device, Measurement, Outcome, Peaks, Plan
@@ -263,14 +264,13 @@ class MemoryPlanner(CallbackBase):
         def tried(plan: Plan) -> TrialPeaks:
             program = estimate_at(plan.batch_size).program
             recorded = 0 if program is None else program.recorded()
+            accumulating = replace(settings, accumulate_grad_batches=plan.accumulate_grad_batches)
             return try_step(
-                module,
+                TrainingSetup(module, accumulating, **where),
                 read_samples(source, self.sample, self.sample_size).large(plan.batch_size),
-                replace(settings, accumulate_grad_batches=plan.accumulate_grad_batches),
                 index,
-                beside=beside,
+                extra_bytes=beside,
                 steps=recorded if recorded > STEPS else 2,  # where they take turns, all of them
-                **where,
             )
 
         estimate_at = EstimateCache(estimated, traced, parts, self.effective_batch_size, ranks)

@@ -30,7 +30,7 @@ from lightning_memplan.planning.plan import MARGIN, advised_step, plan_estimate
 from lightning_memplan.planning.predict import estimate_step
 from lightning_memplan.planning.retrace import EstimateCache, retrace_at
 from lightning_memplan.settings import NCCL
-from lightning_memplan.step.runner import MakeOptimizer
+from lightning_memplan.step.setup import MakeOptimizer
 from lightning_memplan.types import Advice, Device, Length, Lengths, Plan
 
 

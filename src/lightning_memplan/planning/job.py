@@ -17,7 +17,7 @@ from lightning_memplan.lightning.trainer import parallel_named, trainer_settings
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.loops import scaled
 from lightning_memplan.settings import StepSettings, parse_precision
-from lightning_memplan.step.runner import MakeOptimizer
+from lightning_memplan.step.setup import MakeOptimizer
 from lightning_memplan.step.strategies.fsdp import named_ignored
 from lightning_memplan.trace.tracer import prepared, trace_steps
 from lightning_memplan.types import Device

@@ -17,7 +17,7 @@ from lightning_memplan.planning.job import Job
 from lightning_memplan.planning.retrace import EstimateAt, retrace
 from lightning_memplan.report.plans import advice_lines, does_not_fit_message
 from lightning_memplan.settings import StepSettings
-from lightning_memplan.step.runner import MakeOptimizer
+from lightning_memplan.step.setup import MakeOptimizer
 from lightning_memplan.types import Advice, Device, Plan
 
 #: The part of what the card can give that a plan leaves free by default: for cuDNN's workspaces, which no one knows

@@ -25,7 +25,7 @@ from lightning_memplan.planning.retrace import MANY, OF_FEW, is_of_many, of_many
 from lightning_memplan.probe.probe import SIZES, can_probe, probe_steps
 from lightning_memplan.settings import StepSettings
 from lightning_memplan.step.compiled_regions import COMPILED_SIZES, compiled_parts
-from lightning_memplan.step.runner import MakeOptimizer
+from lightning_memplan.step.setup import MakeOptimizer, TrainingSetup
 from lightning_memplan.trace.compiled import FUSED, Graphs
 from lightning_memplan.trace.tracer import (
     prepared,
@@ -67,8 +67,8 @@ def estimate_step(
     if method == "probe" or (method == "auto" and _can_be_probed(device, settings)):
         try:
             index, capacity = _probed_index(device), (device or default_device()).capacity
-            where: dict[str, Any] = {"capacity": capacity, "largest": largest, "stage": stage}
-            traces, formula = probe_steps(module, samples.for_the_card, settings, index, **where, **common)
+            setup = TrainingSetup(module, settings, trainer, datamodule, optimizer, stage)
+            traces, formula = probe_steps(setup, samples.for_the_card, index, capacity=capacity, largest=largest)
             program, more = scaled(traces)
             notes = traces[0].notes + more + samples.notes
             probed = Estimate("probe", formula, program, _allocator(), notes, turns=bool(more))

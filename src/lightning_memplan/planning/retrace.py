@@ -19,7 +19,7 @@ from lightning_memplan.memory.events import Trace
 from lightning_memplan.memory.program import extended, scale
 from lightning_memplan.memory.search import Found, LimitedBy, largest_suited
 from lightning_memplan.settings import StepSettings
-from lightning_memplan.step.runner import PARTS, MakeOptimizer
+from lightning_memplan.step.setup import MAX_MICROBATCHES, MakeOptimizer
 from lightning_memplan.trace.compiled import Graphs
 from lightning_memplan.trace.tracer import prepared, trace_steps
 from lightning_memplan.types import Device
@@ -78,7 +78,7 @@ class EstimateCache:
     def _accumulated(self, batch_size: int) -> int:
         if self._whole is None:
             return self._parts
-        return 1 if batch_size * self._ranks == self._whole else PARTS
+        return 1 if batch_size * self._ranks == self._whole else MAX_MICROBATCHES
 
 
 def of_many(samples: Samples, sizes: Sequence[int]) -> list[tuple[int, Any]]:

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_memplan.cuda.kernel_sizes import kernel_bytes
 from lightning_memplan.cuda.rule_set import Rules
 from lightning_memplan.cuda.sparse import is_sparse, parts
-from lightning_memplan.memory.events import EMPTY, Category, Event, Phase
+from lightning_memplan.memory.events import EMPTY, Category, Event
+from lightning_memplan.step.context import EventContext
 from lightning_memplan.step.fake_cuda import DEVICE
 from lightning_memplan.trace.autograd import EngineSequence
 from lightning_memplan.trace.constructors import Constructors
@@ -99,10 +100,10 @@ _BOTH = frozenset(
 _CHECKS = _BOTH | {_ALL_TRUE, _SAME, _NOT}
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(EventContext, TorchDispatchMode):
     """Records every block that operators allocate and free on ``DEVICE``, while it is entered.
 
-    ``phase``, ``step``, ``path``, ``category`` and ``stream`` are set by who runs the step, and stamped on each event.
+    Each event is stamped with where the step is.
     """
 
     def __init__(self, mode: FakeTensorMode, rules: Rules) -> None:
@@ -115,13 +116,7 @@ class Recorder(TorchDispatchMode):
         self._attributes = dict(FakeTensor(mode, torch.empty(0, device="meta"), DEVICE).__dict__)
         self._device_name = next(name for name, value in self._attributes.items() if value == DEVICE)
         self.events: list[Event] = []
-        self.phase: Phase = "setup"
-        self.category: Category = "other"
-        self.step = 0
-        self.path = ""
-        self.stream = 0
         self.values_read = 0  #: how often the step read a value of a tensor, and was given 0
-        self.lengths_taken = 0  #: how often a result is as long as values say, and was taken at its longest
         self.numbers: Mapping[int, torch.Tensor] = {}  #: id of a batch's tensor -> the values that stand for its own
         self.numbers_taken = 0  #: how often the step read whole numbers of the batch
         self.knows_buffers = False  #: whether there are buffers whose values are told (see ``tell``)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any
@@ -30,19 +30,20 @@ from lightning_memplan.cuda.sparse import SPARSE
 from lightning_memplan.data.batches import sample_bytes, tensors_of
 from lightning_memplan.errors import TraceError, explain
 from lightning_memplan.lightning.compat import is_overridden, isolated_random_state, random_states
-from lightning_memplan.memory.events import Event, Trace, labelled
+from lightning_memplan.memory.events import Trace, labelled
 from lightning_memplan.memory.formula import Formula
 from lightning_memplan.memory.program import extended
 from lightning_memplan.settings import STEPS, Parallel, StepSettings
+from lightning_memplan.step.backend import StepBackend
 from lightning_memplan.step.compiled_regions import as_written, compiled_parts
 from lightning_memplan.step.context import module_paths
 from lightning_memplan.step.fake_cuda import DEVICE, fake_cuda
 from lightning_memplan.step.layers import make_formula, record_layers
-from lightning_memplan.step.module_copy import metric_states, replica_of
-from lightning_memplan.step.runner import TRUE_DTYPE, MakeOptimizer, StepRunner, accumulated
-from lightning_memplan.step.strategies.deepspeed import rests_on
-from lightning_memplan.step.strategies.fsdp import noted_units, waiting
-from lightning_memplan.step.strategies.wrap import ranks_of, unparallelized, wrapped
+from lightning_memplan.step.module_copy import metric_states, replicate
+from lightning_memplan.step.precision import TRUE_DTYPE, FakeGradScaler
+from lightning_memplan.step.runner import StepRunner
+from lightning_memplan.step.setup import MakeOptimizer, TrainingSetup, traced_microbatches
+from lightning_memplan.step.strategies.choose import choose_strategy
 from lightning_memplan.trace.compiled import Graphs, as_graphs
 from lightning_memplan.trace.known_values import fake_mode, has_values, tell
 from lightning_memplan.trace.recorder import Recorder
@@ -88,18 +89,15 @@ def detached_copy(
                 tell(fake, buffer)
     for state in metric_states(module):
         memo[id(state)] = _fake(state, mode, DEVICE, None)
-    return replica_of(module, memo, trainer=trainer, device=DEVICE)
+    return replicate(module, memo, trainer=trainer, device=DEVICE)
 
 
 def prepared(module: nn.Module, settings: StepSettings, *, trainer: Any = None, stage: str | None = None) -> nn.Module:
     """The module as it will be when training begins: itself, or a detached copy on which ``setup(stage)`` and
     ``configure_model`` have been called, where it has them. Weights that these make take no memory."""
-    parallel = settings.parallel
+    strategy = choose_strategy(settings.parallel)
     calls_setup = stage is not None and is_overridden("setup", module)
-    configures = is_overridden("configure_model", module)
-    configures = configures and (
-        parallel is None or parallel.kind != "model_parallel"
-    )  # that needs a mesh, at its time
+    configures = is_overridden("configure_model", module) and not strategy.calls_configure_model
     if not calls_setup and not configures:
         return module
     mode = fake_mode()
@@ -109,8 +107,7 @@ def prepared(module: nn.Module, settings: StepSettings, *, trainer: Any = None, 
             if calls_setup:
                 twin.setup(stage)
             if configures:
-                shards = parallel is not None and parallel.shards
-                with Recorder(mode, Rules()), DEVICE, noted_units() if shards else nullcontext():
+                with Recorder(mode, Rules()), DEVICE, strategy.note_units():
                     twin.configure_model()
     except TraceError:
         raise
@@ -282,7 +279,7 @@ def _trace_steps(
     most = max(batches, key=itemgetter(0))[1]
 
     def begun(batch: Any) -> _Run:
-        run = _Run(module, mode, settings, trainer, datamodule, optimizer, graphs)
+        run = _Run(TrainingSetup(module, settings, trainer, datamodule, optimizer), mode, graphs)
         run.recorder.numbers = _numbers(batch, most)
         return run
 
@@ -293,10 +290,10 @@ def _trace_steps(
         run = begun(batch)
         traces = [run.record(size, batch, steps, counted=counted)]
         for size, batch in others:
-            few = begun(batch).record(size, batch, run.kinds)
-            traces.append(extended(traces[0], few) or begun(batch).record(size, batch, run.steps))
-    parts = accumulated(settings)
-    return [replace(trace, parts=parts, period=run.period) for trace in traces], run.formula
+            few = begun(batch).record(size, batch, run.runner.kinds)
+            traces.append(extended(traces[0], few) or begun(batch).record(size, batch, run.runner.steps))
+    parts = traced_microbatches(settings)
+    return [replace(trace, parts=parts, period=run.runner.period) for trace in traces], run.formula
 
 
 def trace_validation(
@@ -321,7 +318,7 @@ def trace_validation(
     with _as_on_the_card(settings), _no_collection():
         most, traces = max(batches, key=itemgetter(0))[1], []
         for size, batch in batches:
-            run = _Run(module, mode, settings, trainer, datamodule, None)
+            run = _Run(TrainingSetup(module, settings, trainer, datamodule), mode)
             run.recorder.numbers = _numbers(training, training) | _numbers(batch, most)
             traces.append(run.record(size, training, 1, validated=batch))
     return traces
@@ -347,16 +344,16 @@ def trace_test(
     settings = replace(settings, accumulate_grad_batches=1, parallel=None)  # no strategy wraps what is not trained
     size, batch = batches[0]
     with _as_on_the_card(settings), _no_collection():
-        traces = [
-            _Run(module, mode, settings, trainer, datamodule, None).record(*one, 0, tested=True) for one in batches
-        ]
-        run = _Run(module, mode, settings, trainer, datamodule, None)
+        setup = TrainingSetup(module, settings, trainer, datamodule)
+        traces = [_Run(setup, mode).record(*one, 0, tested=True) for one in batches]
+        run = _Run(setup, mode)
 
         def once() -> None:
             with _explained(run.recorder), fake_cuda(run.recorder, settings.capability), run.recorder:
-                run.evaluate(batch, "test")
+                run.runner.evaluate(batch, "test")
 
-        formula = make_formula(run.twin, record_layers(run.twin, once, size), sample_bytes(batch, size))
+        replica = run.runner.replica
+        formula = make_formula(replica, record_layers(replica, once, size), sample_bytes(batch, size))
     return traces, replace(formula, gradient_bytes=0)
 
 
@@ -382,9 +379,9 @@ def run_formula(
     with _as_on_the_card(settings), ExitStack() as stack:
         parallel = settings.parallel
         if parallel is not None:  # a single rank, which asks no other, and whose mesh has no more
-            meshed = parallel.kind == "model_parallel"
+            meshed = choose_strategy(parallel).calls_configure_model
             settings = replace(settings, parallel=Parallel("model_parallel" if meshed else "ddp", ranks=1))
-        run = _Run(module, mode, settings, trainer, datamodule, optimizer)
+        run = _Run(TrainingSetup(module, settings, trainer, datamodule, optimizer), mode)
         run.recorder.numbers = _numbers(batch, batch)
         stack.enter_context(run.alone())
         failed: list[Exception] = []
@@ -392,11 +389,11 @@ def run_formula(
         def forward() -> None:
             try:
                 with fake_cuda(run.recorder, settings.capability), run.recorder:
-                    run.forward(batch)
+                    run.runner.forward(batch)
             except Exception as error:  # noqa: BLE001 - whatever the user's step raises
                 failed.append(error)
 
-        layers = record_layers(run.twin, forward, size)
+        layers = record_layers(run.runner.replica, forward, size)
         if failed and not any(layer.feature_bytes for layer in layers):
             raise TraceError(explain(failed[0])) from failed[0]
         if failed:
@@ -407,25 +404,17 @@ def run_formula(
             state = 0
             notes += (f"the optimizer's state is not counted: {explain(error)}",)
         run.recorder.stop()
-        return make_formula(run.twin, layers, sample_bytes(batch, size), state), notes
+        return make_formula(run.runner.replica, layers, sample_bytes(batch, size), state), notes
 
 
-class _Run(StepRunner):
-    """One recording on fake tensors, at one batch size.
+class _Run:
+    """Record one run on fake tensors, at one batch size.
 
-    ``step`` of its events counts batches: with gradient accumulation several make an optimizer's step.
+    ``step`` of its events counts microbatches: with gradient accumulation several make an optimizer step.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        mode: FakeTensorMode,
-        settings: StepSettings,
-        trainer: Any,
-        datamodule: Any,
-        optimizer: MakeOptimizer | None,
-        graphs: Graphs | None = None,
-    ) -> None:
+    def __init__(self, setup: TrainingSetup, mode: FakeTensorMode, graphs: Graphs | None = None) -> None:
+        settings = setup.settings
         rules = Rules(
             temporaries(settings.capability),
             workspaces(settings.capability),
@@ -436,39 +425,35 @@ class _Run(StepRunner):
             longest=longest(),
             shapes=SHAPES,
         )
-        self.recorder = Recorder(mode, rules)
+        self.recorder = recorder = Recorder(mode, rules)
         self.graphs = graphs or Graphs()
         self.formula: Formula | None = None
         shards = settings.parallel is not None and settings.parallel.shards
-        twin = detached_copy(
-            module,
+        replica = detached_copy(
+            setup.module,
             mode,
             dtype=TRUE_DTYPE.get(settings.precision),
-            trainer=trainer,
-            device=torch.device("cpu") if shards else DEVICE,  # a wrapper that shards moves what it shards
+            trainer=setup.trainer,
+            device=torch.device("cpu") if shards else DEVICE,  # a wrapper that shards moves its parameters itself
         )
-        self.recorder.knows_buffers = any(map(has_values, twin.buffers()))
-        super().__init__(twin, self.recorder, DEVICE, settings, datamodule=datamodule, optimizer=optimizer)
-
-    def seen(self) -> Sequence[Event]:
-        return self.recorder.events
+        recorder.knows_buffers = any(map(has_values, replica.buffers()))
+        self.backend = StepBackend(
+            recorder,
+            DEVICE,
+            FakeGradScaler(recorder, DEVICE),
+            events=lambda: recorder.events,
+            prepare_optimizer=foreach_by_default,
+        )
+        self.runner = StepRunner(replica, setup, self.backend)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Where a forward pass can run by itself: the twin's layers are there."""
-        parallel = self.settings.parallel
-        with ranks_of(parallel, DEVICE, self.recorder):
-            if parallel is not None and parallel.kind == "model_parallel":
-                with self.recorder:
-                    wrapped(self.twin, parallel, DEVICE, self.recorder, self.settings.precision)
-                    unparallelized(self.twin)
+        """Let a forward pass run by itself, on layers that are there."""
+        runner = self.runner
+        with runner.strategy.environment(self.backend):
+            with self.recorder:
+                runner.strategy.make_layers(runner.replica, self.backend, runner.settings.precision)
             yield
-
-    def configure(self) -> list[torch.optim.Optimizer]:
-        optimizers = super().configure()
-        for optimizer in optimizers:
-            foreach_by_default(optimizer)
-        return optimizers
 
     def record(
         self,
@@ -480,53 +465,58 @@ class _Run(StepRunner):
         tested: bool = False,
         counted: bool = False,
     ) -> Trace:
-        """Whole steps, as a trace; ``counted``, the formula is there afterwards as well."""
-        recorder, twin, states = self.recorder, self.twin, random_states()
-        compiled = as_graphs(twin, recorder, self.graphs, self.settings.capability)
+        """Return whole steps as a trace. With ``counted``, set ``formula`` as well."""
+        recorder, runner, states = self.recorder, self.runner, random_states()
+        capability = runner.settings.capability
+        compiled = as_graphs(runner.replica, recorder, self.graphs, capability)
         # a step that draws what it does draws the same at each batch size
-        around = isolated_random_state(), _explained(recorder), fake_cuda(recorder, self.settings.capability)
+        around = isolated_random_state(), _explained(recorder), fake_cuda(recorder, capability)
         with ExitStack() as stack:
-            for context in (*around, recorder, module_paths(twin, recorder)):
+            for context in (*around, recorder, module_paths(runner.replica, recorder)):
                 stack.enter_context(context)
             said = stack.enter_context(compiled)
-            for tensor, kind, path in _setup_order(twin):
-                recorder.category, recorder.path = kind, path  # type: ignore[assignment]
+            for tensor, kind, path in _setup_order(runner.replica):
+                recorder.update(category=kind, path=path)  # type: ignore[arg-type]
                 recorder.adopt(tensor)
             if tested:
-                self.evaluate(batch, "test")
+                runner.evaluate(batch, "test")
             elif counted:
-                self.formula = self.run_counted(batch, size, steps)
+                self.formula = runner.run_counted(batch, size, steps)
             else:
-                self.run_steps(batch, steps)
+                runner.run_steps(batch, steps)
             if validated is not None:
-                self.evaluate(validated)
+                runner.evaluate(validated)
             recorder.stop()
             drawn = random_states() != states
-        notes: tuple[str, ...] = tuple(sorted(said))
-        notes += self.left_out
+        notes = (*sorted(said), *runner.left_out)
         if drawn:
             notes += ("the step draws numbers (random, NumPy): planned for what it did with those of the trace",)
+        notes += self._notes_on_values(tested=tested)
+        return Trace(size, labelled(recorder.events), notes + runner.strategy.notes(recorder.events))
+
+    def _notes_on_values(self, *, tested: bool) -> tuple[str, ...]:
+        """Say which values the step read that fake tensors do not have."""
+        recorder, notes = self.recorder, []
         if recorder.values_read:
-            automatic = self.lightning and twin.automatic_optimization
+            automatic = not self.runner.step.steps_optimizers_itself
             if automatic and not tested and not any(event.phase == "backward" for event in recorder.events):
                 raise TraceError("the step returns no loss, since it read values of tensors, which a trace has not")
-            often = f"{recorder.values_read} times in {self.steps} steps"
-            notes += (f"the step reads values of tensors ({often}): taken as 0",)
+            often = f"{recorder.values_read} times in {self.runner.steps} steps"
+            notes.append(f"the step reads values of tensors ({often}): taken as 0")
         if recorder.numbers_taken:
-            notes += ("the step reads whole numbers of the batch (lengths): taken as the largest of its samples",)
+            notes.append("the step reads whole numbers of the batch (lengths): taken as the largest of its samples")
         if recorder.lengths_taken:
             what = "a mask, nonzero, unique, coalesce"
-            notes += (f"the step selects by values ({what}): planned as if all were selected",)
-        if self.settings.parallel is not None:
-            notes += waiting(self.settings.parallel, recorder.events) + rests_on(self.settings.parallel)
-        return Trace(size, labelled(recorder.events), notes)
+            notes.append(f"the step selects by values ({what}): planned as if all were selected")
+        return tuple(notes)
 
     def optimizer_bytes(self) -> int:
-        """Bytes of the optimizers' state after a first step."""
+        """Return the bytes of the optimizers' state after a first step."""
+        step = self.runner.step
         with self.recorder:
-            for parameter in self.twin.parameters():
+            for parameter in self.runner.replica.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-            self.optimizers = self.optimizers or self.configure()
-            for optimizer in self.optimizers:
+            step.optimizers = step.optimizers or step.configure()
+            for optimizer in step.optimizers:
                 optimizer.step()
-        return self.state_bytes()
+        return self.runner.state_bytes()
