@@ -11,7 +11,6 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,8 +28,11 @@ from lightning_memplan.memory.allocator import replay
 from lightning_memplan.memory.events import Trace, labelled
 from lightning_memplan.memory.program import scale
 from lightning_memplan.settings import Parallel
+from lightning_memplan.step.backend import StepBackend
+from lightning_memplan.step.context import EventContext
 from lightning_memplan.step.fake_cuda import DEVICE
-from lightning_memplan.step.strategies.wrap import ranks_of
+from lightning_memplan.step.precision import FakeGradScaler
+from lightning_memplan.step.strategies.choose import choose_strategy
 from lightning_memplan.trace.recorder import Recorder
 
 BATCH = 48
@@ -535,7 +537,9 @@ def grouped(n: int, device: torch.device) -> Any:
 @case(None, F16)
 def synchronized_norms(n: int, device: torch.device) -> Any:
     """Over two ranks, of which the other says nothing."""
-    with ranks_of(Parallel("ddp", 2), device, SimpleNamespace(lengths_taken=0)):
+    context = EventContext()
+    backend = StepBackend(context, device, FakeGradScaler(context, device))
+    with choose_strategy(Parallel("ddp", 2)).environment(backend):
         first, second = (on(device, nn.SyncBatchNorm(16)) for _ in range(2))
         x = on(device, nn.Conv2d(4, 16, 3))(leaf(device, n, 4, 30, 30))
         return second(first(x).relu().to(memory_format=torch.channels_last)).sum()

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 from lightning_memplan.cuda.kernel_sizes import kernel_bytes
 from lightning_memplan.cuda.rule_set import Rules
 from lightning_memplan.cuda.sparse import is_sparse, parts
-from lightning_memplan.memory.events import EMPTY, FREE, Category, Event, Phase, Stream
+from lightning_memplan.memory.events import EMPTY, FREE, Category, Event
+from lightning_memplan.step.context import EventContext
 from lightning_memplan.step.fake_cuda import DEVICE
 from lightning_memplan.trace.autograd import EngineSequence, GradientAccumulation, in_backward, is_engine
 from lightning_memplan.trace.constructors import Constructors
@@ -49,21 +50,15 @@ _DIRECT = frozenset(
 )
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(EventContext, TorchDispatchMode):
     """Record every block that operators allocate and free on ``DEVICE``, while it is entered.
 
-    Whoever runs the step sets ``phase``, ``step``, ``path``, ``category`` and ``stream``, which each event is stamped
-    with. A block is there as long as a storage that stands for it.
+    Each event is stamped with where the step is. A block is there as long as a storage that stands for it.
     """
 
     def __init__(self, mode: FakeTensorMode, rules: Rules, gradients: GradientAccumulation | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
-        self.phase: Phase = "setup"
-        self.category: Category = "other"
-        self.step = 0
-        self.path = ""
-        self.stream: int = Stream.DEFAULT
         self.values = KnownValues()
         self._mode = mode
         self._fakes = FakeFactory(mode)
@@ -88,6 +83,15 @@ class Recorder(TorchDispatchMode):
         self._owners: dict[int, int] = {}  # a block -> the number of storages that stand for it
         self._deaths: dict[int, weakref.ref[Any]] = {}
         self._next = 0
+
+    @property
+    def lengths_taken(self) -> int:
+        """How many results were as long as values say, and were made at their longest."""
+        return self.values.lengths_taken
+
+    @lengths_taken.setter
+    def lengths_taken(self, count: int) -> None:
+        self.values.lengths_taken = count
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
