@@ -15,13 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_memplan.cuda.kernel_sizes import kernel_bytes
-from lightning_memplan.cuda.rule_set import Rules
+from lightning_memplan.cuda.rule_set import Decomposition, Rules
 from lightning_memplan.cuda.sparse import is_sparse, parts
-from lightning_memplan.memory.events import EMPTY, Category, Event, Phase
+from lightning_memplan.memory.events import EMPTY, FREE, Category, Event, Phase
 from lightning_memplan.step.fake_cuda import DEVICE
 from lightning_memplan.trace.autograd import EngineSequence
 from lightning_memplan.trace.constructors import Constructors
+from lightning_memplan.trace.kernel_events import KernelEvents
 from lightning_memplan.trace.known_values import NUMBERS, ORIGIN, TRUE, has_numbers
 
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
@@ -125,23 +125,16 @@ class Recorder(TorchDispatchMode):
         self.numbers: Mapping[int, torch.Tensor] = {}  #: id of a batch's tensor -> the values that stand for its own
         self.numbers_taken = 0  #: how often the step read whole numbers of the batch
         self.knows_buffers = False  #: whether there are buffers whose values are told (see ``tell``)
-        self._temporaries = rules.temporaries
-        self._workspaces = rules.workspaces
-        self._widths = rules.widths
-        self._order = rules.order
-        self._kernels = rules.kernels
-        self._sparse = rules.sparse
+        self._rules = rules
+        self._kernels = KernelEvents(rules, self._see, self._allocate, self._free)
         self._has_sparse = False
         self._counts = False  # whether it was counted how many are true of a mask
         self._unseen = False
         self._stays = True  # whether workspaces that stay are written down
-        self._longest = rules.longest
-        self._shapes = rules.shapes
-        self._running: set[Any] = set()  # the kernels that are being told
+        self._running: set[Any] = set()  # operators whose decomposition runs
         self._constructors = Constructors(self)
         self._storages = _Storages(self)
         self._sequence = EngineSequence(self._constructors)
-        self._made: set[tuple[str, bool]] = set()
         self._blocks: dict[int, int | None] = {}  # a live storage's address -> its block, None while it has no bytes
         self._owners: dict[int, int] = {}  # a block -> the number of storages that stand for it
         self._deaths: dict[int, weakref.ref[Any]] = {}
@@ -192,20 +185,22 @@ class Recorder(TorchDispatchMode):
             same = args[0].untyped_storage()._cdata == args[1].untyped_storage()._cdata
             self.values_read += not same and args[0].shape == args[1].shape
             return same
-        if func in self._kernels and func not in self._running:
-            out = self._tell(self._kernels[func], func, args, kwargs)
+        rules = self._rules
+        if func in rules.decompositions and func not in self._running:
+            out = self._decompose(rules.decompositions[func], func, args, kwargs)
             if out is not NotImplemented:
-                self._beside(func, args, kwargs, out)
+                self._record(func, args, kwargs, out)
                 return out
-        if func in self._longest and func not in self._running:
-            longest = self._tell(self._longest[func], func, args, kwargs)
+        if func in rules.upper_bounds and func not in self._running:
+            longest = self._decompose(rules.upper_bounds[func], func, args, kwargs)
             if longest is not NotImplemented:
                 self.lengths_taken += 1
                 return longest
-        if self._has_sparse and func in self._sparse and func not in self._running and any(map(is_sparse, args)):
+        sparse = rules.sparse_decompositions.get(func) if self._has_sparse and func not in self._running else None
+        if sparse is not None and any(map(is_sparse, args)):
             if func is _CLONE and self.phase == "backward" and sys._getframe(2).f_code is _ENGINE:
                 return args[0]  # a parameter's gradient: taken as it is (accumulate_grad.h), a subclass's is copied
-            out = self._tell(self._sparse[func], func, args, kwargs)
+            out = self._decompose(sparse, func, args, kwargs)
             if out is not NotImplemented:
                 self.lengths_taken += func is _COALESCE
                 return out
@@ -218,7 +213,7 @@ class Recorder(TorchDispatchMode):
             out = args[0] if func._schema.returns else None
             if self.phase == "forward" and isinstance(args[0], torch.Tensor) and args[0]._is_view():
                 self._changed.append(weakref.ref(args[0]))
-        elif (made := self._made_like(func, args, kwargs)) is not None:
+        elif (made := self._output_metas(func, args, kwargs)) is not None:
             out = made
         elif (func.is_view or func in _DIRECT) and _are_plain(args):
             with in_kernel_invocation_manager(self._mode):
@@ -235,7 +230,7 @@ class Recorder(TorchDispatchMode):
             self._check(out, func, args)
         elif func in _ZEROS and self.phase == "backward" and isinstance(out, FakeTensor):
             out.__dict__[_NEW_ZEROS] = True
-        self._beside(func, args, kwargs, out)
+        self._record(func, args, kwargs, out)
         return out
 
     def __enter__(self) -> Recorder:
@@ -288,12 +283,12 @@ class Recorder(TorchDispatchMode):
     @contextmanager
     def pool(self, stream: int, *, workspaces: bool) -> Iterator[None]:
         """What is made in the meantime is in a pool of its own, as if of another stream."""
-        before, kept = self.stream, self._workspaces
-        self.stream, self._workspaces = stream, kept if workspaces else {}
+        before, kept = self.stream, self._kernels.workspaces
+        self.stream, self._kernels.workspaces = stream, kept if workspaces else {}
         try:
             yield
         finally:
-            self.stream, self._workspaces = before, kept
+            self.stream, self._kernels.workspaces = before, kept
 
     def reveal(self, tensor: torch.Tensor) -> None:
         """Record a tensor that was made unseen."""
@@ -396,31 +391,23 @@ class Recorder(TorchDispatchMode):
         self._write(block, size, self.category, func)
         self._own(storage, block)
 
-    def _beside(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
-        rule = self._temporaries.get(func)
-        sizes = () if rule is None or self._unseen else rule(args, kwargs, out)
-        if not any(type(size) is slice for size in sizes):
-            self._see_all(out, func)
-        if sizes:
-            self._pass(sizes, func, out)
-        workspace = self._workspaces.get(func)
-        if workspace is not None and self._stays:
-            self._stay(workspace, func)
+    def _allocate(self, size: int, category: Category, func: Any, rule: tuple[str | int, ...] = ()) -> int:
+        block = self._next
+        self._next += 1
+        self.events.append(Event(block, size, self.phase, self.step, category, self.path, func, self.stream, rule))
+        return block
 
-    def _see_all(self, out: Any, func: Any) -> None:
-        if type(out) is torch.Tensor or isinstance(out, torch.Tensor):
-            self._see(out, func)
-        elif out is not None:
-            widths = self._widths.get(func, {})
-            leaves = out if isinstance(out, (tuple, list)) else tree_leaves(out)
-            for k in self._order.get(func) or range(len(leaves)):
-                leaf = leaves[k]
-                if isinstance(leaf, torch.Tensor):
-                    self._see(leaf, func, widths.get(k))
-                elif isinstance(leaf, (list, tuple)):
-                    for inner in leaf:
-                        if isinstance(inner, torch.Tensor):
-                            self._see(inner, func)
+    def _free(self, block: int, func: Any) -> None:
+        self._write(block, FREE, "other", func)
+
+    def _record(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Record what an operator allocates."""
+        if self._unseen:
+            self._kernels.see_outputs(func, out)
+        else:
+            self._kernels.record(func, args, kwargs, out)
+        if self._stays:
+            self._kernels.keep_workspace(func, torch._C._current_graph_task_id() != -1)
 
     def _moved(self, constant: torch.Tensor) -> FakeTensor:
         return self._like(constant, constant.dtype)
@@ -442,25 +429,27 @@ class Recorder(TorchDispatchMode):
         made.__dict__[self._device_name] = device
         return made  # type: ignore[no-any-return]
 
-    def _made_like(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        shape = self._shapes.get(func)
-        if shape is None:
+    def _output_metas(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return what an operator gives by the rule of its outputs; None where the fake kernel must say."""
+        rule = self._rules.output_metas.get(func)
+        if rule is None:
             return None
         first = args[0][0] if isinstance(args[0], list) else args[0]
         if getattr(first, "device", None) != DEVICE:
             return None
-        outputs = shape(*args, **kwargs)
-        if outputs is None:
+        metas = rule(*args, **kwargs)
+        if metas is None:
             return None
-        made = [None if output is None else self._like(*output) for output in outputs]
+        made = [None if meta is None else self._like(meta.like, meta.dtype) for meta in metas]
         several = len(func._schema.returns) > 1 or str(func._schema.returns[0].type) == "List[Tensor]"
         return made if several else made[0]
 
-    def _tell(self, kernel: Callable[..., Any], func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _decompose(self, rule: Decomposition, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return what an operator gives by other operators, which are recorded in its place."""
         self._running.add(func)
         try:
             with self:
-                return kernel(*args, **kwargs)
+                return rule(*args, **kwargs)
         finally:
             self._running.discard(func)
 
@@ -483,34 +472,6 @@ class Recorder(TorchDispatchMode):
         if not self._owners[block]:
             del self._owners[block]
             self._write(block, -1, "other", None)
-
-    def _pass(self, sizes: Sequence[Any], func: Any, out: Any) -> None:
-        """Allocate all of these, then free them, the last first; a list among them is a scope of its own."""
-        blocks = []
-        for size in sizes:
-            if isinstance(size, slice):
-                self._see_all(out if isinstance(out, torch.Tensor) else out[size], func)
-                continue
-            if isinstance(size, list):
-                self._pass(size, func, out)
-                continue
-            rule = size if isinstance(size, tuple) else ()
-            size = kernel_bytes(size) if isinstance(size, tuple) else size
-            blocks.append(self._next)
-            self.events.append(
-                Event(self._next, size, self.phase, self.step, "temporaries", self.path, func, self.stream, rule)
-            )
-            self._next += 1
-        for block in reversed(blocks):
-            self._write(block, -1, "other", func)
-
-    def _stay(self, workspace: tuple[str, int], func: Any) -> None:
-        name, size = workspace
-        made = (name, torch._C._current_graph_task_id() != -1)  # autograd's thread has handles of its own
-        if made not in self._made:
-            self._made.add(made)
-            self._write(self._next, size, "workspaces", func)
-            self._next += 1
 
     # -- autograd's own allocations
 

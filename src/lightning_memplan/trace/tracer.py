@@ -19,14 +19,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from lightning_memplan.cuda.decompositions import KERNELS
 from lightning_memplan.cuda.dispatch import cuda_semantics, foreach_by_default
-from lightning_memplan.cuda.indexing import longest
 from lightning_memplan.cuda.recurrent import flatten_weights
-from lightning_memplan.cuda.rule_set import Rules
-from lightning_memplan.cuda.rules import ORDER, WIDTHS, temporaries, workspaces
-from lightning_memplan.cuda.shapes import SHAPES
-from lightning_memplan.cuda.sparse import SPARSE
+from lightning_memplan.cuda.rule_set import Gpu, Rules
+from lightning_memplan.cuda.rules import rules_for
 from lightning_memplan.data.batches import sample_bytes, tensors_of
 from lightning_memplan.errors import TraceError, explain
 from lightning_memplan.lightning.compat import is_overridden, isolated_random_state, random_states
@@ -426,16 +422,7 @@ class _Run(StepRunner):
         optimizer: MakeOptimizer | None,
         graphs: Graphs | None = None,
     ) -> None:
-        rules = Rules(
-            temporaries(settings.capability),
-            workspaces(settings.capability),
-            widths=WIDTHS,
-            order=ORDER,
-            kernels=KERNELS,
-            sparse=SPARSE,
-            longest=longest(),
-            shapes=SHAPES,
-        )
+        rules = rules_for(Gpu(settings.capability))
         self.recorder = Recorder(mode, rules)
         self.graphs = graphs or Graphs()
         self.formula: Formula | None = None
