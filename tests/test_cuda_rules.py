@@ -13,6 +13,7 @@ import torch
 
 from lightning_memplan.cuda import autocast, dispatch, recurrent
 from lightning_memplan.cuda.dispatch import foreach_by_default
+from lightning_memplan.cuda.matmul import cublas_workspace
 from lightning_memplan.cuda.rule_set import OUTPUTS, Call, Gpu, KernelCall, Registry, Scratch, installed
 from lightning_memplan.cuda.rules import rules_for
 
@@ -120,6 +121,9 @@ def test_workspaces_that_stay_are_of_the_gpu(monkeypatch):
     kept = {workspace.name: workspace.size for workspace in h200.values()}
     assert kept["cudnn dropout"] == 132 * 2048 * 24  # 24 bytes a thread
     assert kept.get("cublas", 2**25) == 2**25  # torch 2.15 takes it anew for each call
+    assert cublas_workspace((8, 6)) == (2 * 4096 + 8 * 16) * 2**10  # :4096:2:16:8, in KiB
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    assert cublas_workspace((9, 0)) == 16 * 8 * 2**10
 
 
 @pytest.mark.parametrize(

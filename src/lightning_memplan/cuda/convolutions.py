@@ -177,7 +177,7 @@ class _Convolution:
 
 @allocates(aten.convolution)
 def convolution(call: Call, gpu: Gpu) -> Iterator[Allocation]:
-    """What is read is copied before the output is allocated, and the filter after it.
+    """Copy the input before the output is allocated, and the filter after it.
 
     Source: aten/src/ATen/native/cudnn/ConvShared.cpp, ``cudnn_convolution`` (2.14).
     """
