@@ -11,6 +11,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,12 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_memplan.cuda.decompositions import KERNELS
 from lightning_memplan.cuda.dispatch import cuda_semantics
-from lightning_memplan.cuda.indexing import LONGEST
-from lightning_memplan.cuda.rule_set import Rules
-from lightning_memplan.cuda.rules import ORDER, WIDTHS, temporaries, workspaces
-from lightning_memplan.cuda.shapes import SHAPES
+from lightning_memplan.cuda.rule_set import Gpu
+from lightning_memplan.cuda.rules import rules_for
 from lightning_memplan.memory.allocator import replay
 from lightning_memplan.memory.events import Trace, labelled
 from lightning_memplan.memory.program import scale
@@ -570,8 +568,10 @@ _MODE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def _traced(run: Case, autocast: torch.dtype | None, n: int) -> Trace:
-    taken = {op: what for op, what in workspaces().items() if what[0] == "cublas"}  # cuDNN's random state is there
-    recorder = Recorder(_MODE, Rules(temporaries(), taken, WIDTHS, ORDER, KERNELS, longest=LONGEST, shapes=SHAPES))
+    rules = rules_for(Gpu())
+    # cuDNN's is there already
+    workspaces = {op: kept for op, kept in rules.workspaces.items() if kept.name == "cublas"}
+    recorder = Recorder(_MODE, replace(rules, workspaces=workspaces))
     gc.collect()
     gc.disable()
     try:

@@ -16,13 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_memplan.cuda.decompositions import KERNELS
 from lightning_memplan.cuda.dispatch import foreach_by_default
-from lightning_memplan.cuda.indexing import longest
-from lightning_memplan.cuda.rule_set import Rules
-from lightning_memplan.cuda.rules import ORDER, WIDTHS, temporaries, workspaces
-from lightning_memplan.cuda.shapes import SHAPES
-from lightning_memplan.cuda.sparse import SPARSE
+from lightning_memplan.cuda.rule_set import Gpu
+from lightning_memplan.cuda.rules import rules_for
 from lightning_memplan.data.batches import sample_bytes
 from lightning_memplan.errors import TraceError, explain
 from lightning_memplan.lightning.compat import isolated_random_state, random_states
@@ -309,17 +305,7 @@ class _Run:
 
     def __init__(self, setup: TrainingSetup, graphs: Graphs) -> None:
         settings, mode = setup.settings, graphs.mode
-        rules = Rules(
-            temporaries(settings.capability),
-            workspaces(settings.capability),
-            widths=WIDTHS,
-            order=ORDER,
-            kernels=KERNELS,
-            sparse=SPARSE,
-            longest=longest(),
-            shapes=SHAPES,
-        )
-        self.recorder = recorder = Recorder(mode, rules)
+        self.recorder = recorder = Recorder(mode, rules_for(Gpu(settings.capability)))
         self.graphs = graphs
         self.formula: Formula | None = None
         self.compiled = CompiledReport()
