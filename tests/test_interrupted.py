@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import lightning_memplan as mp
-from lightning_memplan.probe.clean_up import _let_go
+from lightning_memplan.probe.clean_up import release_frames
 from lightning_memplan.probe.out_of_memory import exception_chain
 
 from .interrupted_cases import (
@@ -134,7 +134,7 @@ def test_an_error_lets_go_of_what_its_calls_held():
         fails(own)
     del own
     assert alive() is not None  # the error's traceback has the call, and this its arguments
-    _let_go(exception_chain(caught.value))
+    release_frames(exception_chain(caught.value))
     assert alive() is None
     assert [entry.name for entry in caught.traceback][1:] == ["fails", "inner"]
     assert kept() == 3

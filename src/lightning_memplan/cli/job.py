@@ -26,7 +26,7 @@ from lightning_memplan.planning.job import TrainingJob, WhichSamples, default_de
 from lightning_memplan.planning.limits import Limits
 from lightning_memplan.planning.predict import predict
 from lightning_memplan.planning.session import PlanningSession, check_effective_batch_size, plan_each
-from lightning_memplan.step.runner import MakeOptimizer
+from lightning_memplan.step.setup import MakeOptimizer
 from lightning_memplan.types import Advice, Device, Plan
 from lightning_memplan.units import MiB, parse_bytes
 

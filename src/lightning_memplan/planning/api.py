@@ -26,7 +26,7 @@ from lightning_memplan.planning.predict import predict
 from lightning_memplan.planning.predictor import OneEstimate
 from lightning_memplan.planning.session import PlanningSession, check_effective_batch_size, plan_each
 from lightning_memplan.settings import MARGIN
-from lightning_memplan.step.runner import MakeOptimizer
+from lightning_memplan.step.setup import MakeOptimizer
 from lightning_memplan.types import Advice, Device, Length, Lengths, Plan
 
 

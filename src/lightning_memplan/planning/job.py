@@ -24,7 +24,7 @@ from lightning_memplan.lightning.compat import (
 from lightning_memplan.lightning.data_source import Phase, loader_source
 from lightning_memplan.lightning.trainer import cuda_index, parallel_named, trainer_settings
 from lightning_memplan.settings import StepSettings, parse_precision
-from lightning_memplan.step.runner import MakeOptimizer
+from lightning_memplan.step.setup import MakeOptimizer, TrainingSetup
 from lightning_memplan.step.strategies.fsdp import named_ignored
 from lightning_memplan.trace.detached import prepared
 from lightning_memplan.types import Device
@@ -136,6 +136,11 @@ class TrainingJob:
     def nccl(self) -> int:
         """Bytes of the GPU that are left to NCCL, beside the allocator, where several ranks train together."""
         return nccl_allowance(self.settings, self.device)
+
+    @property
+    def setup(self) -> TrainingSetup:
+        """What the steps of the job need beside a batch and a device."""
+        return TrainingSetup(self.module, self.settings, self.trainer, self.datamodule, self.optimizer, self.stage)
 
     def accumulating(self, microbatches: int) -> TrainingJob:
         """Return the same job with another number of batches in each optimizer step."""
