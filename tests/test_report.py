@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_memplan.report.metrics import plan_hparams, step_metrics
-from lightning_memplan.report.plans import does_not_fit_message, layers_table, plan_table
+from lightning_memplan.report.plans import EstimateRow, does_not_fit_message, layers_table, plan_table
 from lightning_memplan.report.runs import measurement_summary
 from lightning_memplan.types import Device, Layer, Measurement, Peaks, Plan
 
@@ -137,6 +137,11 @@ def test_a_table_without_breakdown_phase_or_card() -> None:
     assert "phase" not in table
 
 
+def needs(peak: int, phase: str = "", breakdown: dict[str, int] | None = None) -> EstimateRow:
+    """One sample's estimate."""
+    return EstimateRow(1, peak, peak, 0, phase, breakdown or {})
+
+
 @given(
     name=st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=120),
     sizes=st.lists(st.integers(0, 2**44), min_size=9, max_size=9),
@@ -153,7 +158,7 @@ def test_no_plan_is_wider_than_80_columns(name: str, sizes: list[int], peak: int
         notes=(note,),
     )
     check_width(plan_table(plan))
-    check_width(does_not_fit_message(needed=peak, available=0, device=CARD, breakdown=plan.breakdown))
+    check_width(does_not_fit_message(needs(peak, breakdown=plan.breakdown), 0, CARD))
 
 
 def test_hyperparameters_are_flat_and_json() -> None:
@@ -187,12 +192,10 @@ def test_hyperparameters_are_flat_and_json() -> None:
 
 def test_what_does_not_fit_says_what_it_needs_and_what_would_help() -> None:
     text = does_not_fit_message(
-        needed=30 * GiB,
-        available=23 * GiB,
-        device=CARD,
+        needs(30 * GiB, "backward", BREAKDOWN),
+        23 * GiB,
+        CARD,
         model="UNet3d",
-        phase="backward",
-        breakdown=BREAKDOWN,
         suggestions=[
             "precision='16-mixed' instead of '32-true'",
             "checkpoint the activations of 'encoder', which hold 12.00 GiB until the backward pass",
@@ -215,7 +218,7 @@ What would help, the best first:
 
 
 def test_what_does_not_fit_may_say_no_more_than_the_bytes() -> None:
-    text = does_not_fit_message(needed=2 * GiB, available=GiB, device=Device("CPU", total=2 * GiB, kind="cpu"))
+    text = does_not_fit_message(needs(2 * GiB), GiB, Device("CPU", total=2 * GiB, kind="cpu"))
     assert text == (
         "the model does not fit on CPU at batch size 1: it lacks 1.00 GiB.\n"
         "It needs 2.00 GiB, and 1.00 GiB of the machine's 2.00 GiB are there for it."

@@ -5,8 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,40 +31,14 @@ from lightning_memplan.lightning.loggers import (
     tensorboard_writers,
     warn,
 )
-from lightning_memplan.lightning.trainer import (
-    averaging_bytes,
-    batches_into_epoch,
-    check_alone,
-    cuda_index,
-    is_fitting,
-    validates,
-)
+from lightning_memplan.lightning.trainer import batches_into_epoch, cuda_index, is_fitting
 from lightning_memplan.memory.estimate import Estimate
-from lightning_memplan.memory.structure import structure_of
-from lightning_memplan.monitor.history import Lesson, RunSetup, history_path, learn, remember
+from lightning_memplan.monitor.history import RunSetup, history_path, remember
 from lightning_memplan.monitor.meter import PHASES, Forecast, Meter
-from lightning_memplan.planning.apply import (
-    DEFAULT_NAME,
-    Holder,
-    Place,
-    find_holders,
-    find_place,
-    names_by_stage,
-    write_together,
-)
-from lightning_memplan.planning.evaluation import agreed_plan, plan_test, plan_validation
-from lightning_memplan.planning.job import (
-    DataSource,
-    WhichSamples,
-    device_of_trainer,
-    job_of_trainer,
-    named_device,
-    sampling_of,
-    source_of_trainer,
-)
+from lightning_memplan.planning.apply import DEFAULT_NAME, names_by_stage
+from lightning_memplan.planning.fit import FitOptions, FitPlanner, plan_and_set_test
+from lightning_memplan.planning.job import WhichSamples, named_device, sampling_of
 from lightning_memplan.planning.limits import Limits
-from lightning_memplan.planning.proposal import Proposal, confirmed, on_all_ranks
-from lightning_memplan.planning.session import PlanningSession, allocated_on, check_effective_batch_size
 from lightning_memplan.probe.out_of_memory import ran_out_of_memory
 from lightning_memplan.report.figures import plot_timeline
 from lightning_memplan.report.metrics import (
@@ -78,7 +50,7 @@ from lightning_memplan.report.metrics import (
 )
 from lightning_memplan.report.plans import plan_table, validation_text
 from lightning_memplan.report.runs import measurement_summary
-from lightning_memplan.settings import MARGIN, StepSettings
+from lightning_memplan.settings import MARGIN
 from lightning_memplan.types import Device, Measurement, Outcome, Peaks, Plan
 
 
@@ -164,16 +136,6 @@ class MemoryPlanner(CallbackBase):
         history: bool | str | Path = False,
     ) -> None:
         super().__init__()
-        check_method(method)
-        if margin == "learned" and history is False:
-            raise ValueError("margin='learned' learns from earlier runs: pass history=True or the path of a file")
-        check_choice("objective", objective, ("largest",))
-        check_choice("on_error", on_error, ("warn", "raise"))
-        check_choice("resume", resume, ("keep", "plan"))
-        check_choice("prog_bar", prog_bar, (False,))
-        check_count("every_n_steps", every_n_steps)
-        self._names = names_by_stage(batch_arg_name)
-        self._sampling = sampling_of(samples)
         self.method = method
         self.device = named_device(device)
         self.margin = margin
@@ -191,35 +153,62 @@ class MemoryPlanner(CallbackBase):
         self.every_n_steps = every_n_steps
         self.prog_bar = prog_bar
         self.history = history
-        self._limits()  # checked before any work is done
         self.plan: Plan | None = None
         self.val_plan: Plan | None = None
         self.test_plan: Plan | None = None
         self.estimate: Estimate | None = None
+        self._fit: FitPlanner | None = None
         self._meter: Meter | None = None
-        self._forecast = Forecast(())  # at the batch size that training has
         self._formula_peak = 0
         self._index: int | None = None
-        self._settings = StepSettings()
-        self._already_allocated = 0
-        self._session: PlanningSession | None = None
-        self._validation: DataSource | None = None
-        self._structure = ""
-        self._lesson = Lesson(MARGIN)
-        self._place: Place | None = None
-        self._val_place: Place | None = None
-        self._test_place: Place | None = None
-        self._accumulates = 1
         self._applies = False  # whether this run's batch size is set
-        self._proposal: Proposal | None = None
+        self._sets_test = False
+        self._accumulated = 1  # batches, as an earlier plan has set
+        self._check()
+
+    def _check(self) -> None:
+        """Raise ValueError for an option that is wrong in itself, before any work is done."""
+        check_method(self.method)
+        if self.margin == "learned" and self.history is False:
+            raise ValueError("margin='learned' learns from earlier runs: pass history=True or the path of a file")
+        check_choice("objective", self.objective, ("largest",))
+        check_choice("on_error", self.on_error, ("warn", "raise"))
+        check_choice("resume", self.resume, ("keep", "plan"))
+        check_choice("prog_bar", self.prog_bar, (False,))
+        check_count("every_n_steps", self.every_n_steps)
+        self._options()
+
+    def _options(self) -> FitOptions:
+        """Return what the options ask of a plan."""
+        return FitOptions(
+            Limits(
+                MARGIN if self.margin == "learned" else self.margin,
+                self.min_batch_size,
+                self.max_batch_size,
+                self.multiple_of,
+                self.effective_batch_size,
+            ),
+            method=self.method,
+            device=self.device,
+            sampling=sampling_of(self.samples),
+            names=names_by_stage(self.batch_arg_name),
+            applies=self._applies,
+            confirm=self.confirm,
+            learns_margin=self.margin == "learned",
+            history=history_path(self.history),
+            is_fatal=self._is_fatal,
+        )
 
     # -- plan, at setup: before any loader is built
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._applies = cuda_index(trainer) is not None if self.apply is None else self.apply
-        if stage == "test" and "test" in self._names and self._applies and not trainer.fast_dev_run:
+        options = self._options()
+        if stage == "test" and "test" in options.names and self._applies and not trainer.fast_dev_run:
             with self._softly("the batch size of the test is not planned"), planning_warnings():
-                self._plan_test(trainer, pl_module, self._names["test"])
+                self.test_plan, size = plan_and_set_test(trainer, pl_module, options)
+                self._sets_test = True
+                say(f"MemoryPlanner: the batch size of the test is {size}")
         if stage != "fit":
             return
         self._forget_plan()
@@ -227,19 +216,27 @@ class MemoryPlanner(CallbackBase):
         if trainer.fast_dev_run:
             say("MemoryPlanner is disabled when fast_dev_run is set: it runs a few batches of the user's size")
             return
+        self._fit = FitPlanner(trainer, pl_module, options, self._accumulated)
         with self._softly("the batch size is not planned"), planning_warnings():
-            self._plan_fit(trainer, pl_module)
-
-    def _plan_fit(self, trainer: Any, module: Any) -> None:
-        """Propose a plan on all ranks, confirm it by real steps, and write it."""
-        proposal = on_all_ranks(partial(self._propose, trainer, module), self._is_fatal)
-        if self.confirm or (self.confirm is None and self.device is None and self._index is not None):
-            proposal = confirmed(proposal, strict=self.confirm is True, is_fatal=self._is_fatal)
-        self._apply_plan(trainer, proposal)
-        self._proposal = proposal if self._place is not None else None
-        if self._index is not None:
+            self._fit.run(self._announce)
+            self._take_plan()
+        if self._index is not None and self.plan is not None:
             for writer in tensorboard_writers(trainer):  # now: the last layout counts, and the user's may come later
                 writer.add_custom_scalars(scalars_layout(PHASES))
+
+    def _announce(self, plan: Plan, val_plan: Plan | None, val_size: int) -> None:
+        """Show the plan, before it counts as set."""
+        assert self._fit is not None
+        lesson = self._fit.lesson.text
+        say(plan_table(plan, [("earlier runs", lesson)] if lesson else ()))
+        if val_size:
+            say(validation_text(val_size, plan, val_plan))
+
+    def _take_plan(self) -> None:
+        assert self._fit is not None
+        self.plan, self.val_plan, self.estimate = self._fit.plan, self._fit.val_plan, self._fit.estimate
+        self._accumulated = self._fit.accumulated
+        self._formula_peak = 0 if self.plan is None else self.plan.formula_peak
 
     def _is_fatal(self, error: Exception) -> bool:
         """Decide whether an error of planning stops training: an unmet demand does, and a GPU that failed."""
@@ -270,117 +267,8 @@ class MemoryPlanner(CallbackBase):
             warn(f"{what}: {located(error)}. Training goes on with the user's own batch size")
 
     def _forget_plan(self) -> None:
-        self.plan = self.val_plan = self.estimate = self._place = self._val_place = self._meter = None
-        self._forecast = Forecast(())
+        self.plan = self.val_plan = self.estimate = self._fit = self._meter = None
         self._formula_peak = 0
-        self._structure = ""
-        self._release_planning()
-
-    def _propose(self, trainer: Any, module: Any) -> Proposal:
-        """Plan this rank's run: find where the batch size is kept, and the largest that fits."""
-        if self.confirm and self._index is None:
-            raise misconfiguration(
-                f"confirm=True runs real steps on a CUDA device, and the Trainer runs on {trainer.strategy.root_device}"
-            )
-        if self._applies:
-            check_alone(trainer)
-        holders = find_holders(self._names["train"], module, trainer.datamodule) if self._applies else ()
-        val_holders: tuple[Holder, ...] = ()
-        if "val" in self._names and self._applies:
-            val_holders = find_holders(self._names["val"], module, trainer.datamodule)
-        job = job_of_trainer(trainer, module, "fit", self.device or device_of_trainer(trainer), self._sampling)
-        limits = self._limits()
-        if self.effective_batch_size is not None and job.settings.accumulate_grad_batches == self._accumulates:
-            job = job.accumulating(1)  # set by an earlier plan
-        check_effective_batch_size(job, limits)
-        self._place = find_place(trainer, job.source.data, holders) if self._applies else None
-        session = PlanningSession(job, limits, self.method, allocated_on(self._index, module))
-        self._session, ranks = session, job.ranks
-        first = session.estimate_at((self.effective_batch_size or ranks) // ranks)
-        session.extra_bytes = averaging_bytes(trainer, job.begun) if self._index is not None else 0
-        if self.method == "auto" and first.method == "formula" and trainer.is_global_zero:
-            warnings.warn(f"MemoryPlanner: {'; '.join(first.notes)}", stacklevel=2)
-        self._settings, self._already_allocated = job.settings, session.already_allocated
-        self._structure = structure_of(first, job.name, job.settings, ranks)
-        self._lesson = self._learn(session.device, first.method)
-        session.limits = replace(session.limits, margin=self._lesson.margin, failed=self._lesson.failed)
-        proposal = session.propose()
-        if val_holders and validates(trainer):
-            self._validation = source_of_trainer(job, "val", self._sampling)
-            self._val_place = find_place(trainer, self._validation.data, val_holders, "val")
-        return proposal
-
-    def _limits(self) -> Limits:
-        """Return the limits that the options set."""
-        return Limits(
-            MARGIN if self.margin == "learned" else self.margin,
-            self.min_batch_size,
-            self.max_batch_size,
-            self.multiple_of,
-            self.effective_batch_size,
-        )
-
-    def _apply_plan(self, trainer: Any, proposal: Proposal) -> None:
-        """Set what is planned: all of it, or nothing."""
-        plan, estimate = proposal.plan, proposal.estimate
-        val_plan, val_size = None, 0
-        if self._validation is not None:
-            assert self._session is not None
-            make = partial(plan_validation, self._session, plan, self._validation)
-            val_plan, val_size = agreed_plan(make, "validation", otherwise=plan.batch_size, is_fatal=self._is_fatal)
-        forecast = self._foreseen(estimate, plan.batch_size, plan)
-        sizes = [(self._place, plan.batch_size), (self._val_place, val_size)]
-        accumulate = None if self.effective_batch_size is None else plan.accumulate_grad_batches
-        written = [(place, size) for place, size in sizes if place is not None]
-        with write_together(written, trainer, accumulate, self._is_fatal):
-            say(plan_table(plan, [("earlier runs", self._lesson.text)] if self._lesson.text else ()))
-            if self._val_place is not None:
-                say(validation_text(val_size, plan, val_plan))
-        if self._place is not None and accumulate is not None:
-            self._accumulates = accumulate
-        self.plan, self.val_plan, self.estimate, self._forecast = plan, val_plan, estimate, forecast
-        self._formula_peak = plan.formula_peak
-
-    def _foreseen(self, estimate: Estimate, batch_size: int, plan: Plan) -> Forecast:
-        capacity, accumulate = plan.device.capacity, plan.accumulate_grad_batches
-        return Forecast.of(
-            estimate, batch_size, capacity, accumulate=accumulate, already_allocated=self._already_allocated
-        )
-
-    def _foresee(self, batch: Any) -> None:
-        """Predict for batches of as many samples as the first one has, where none were set."""
-        plan, estimate = self.plan, self.estimate
-        assert plan is not None
-        assert estimate is not None
-        try:
-            size = batch_size_of(batch)
-        except ValueError:  # it is not told: what was planned with is as good as another
-            return
-        if size == plan.batch_size:
-            return
-        assert self._meter is not None
-        self._meter.forecast = self._foreseen(estimate, size, plan)
-        self._formula_peak = estimate.formula.memory(size)
-        say(f"MemoryPlanner predicts for batches of {size}, as training has them")
-
-    def _learn(self, device: Device, method: str) -> Lesson:
-        """Return what earlier runs teach of the margin, where it is to be learned."""
-        margin = None if self.margin == "learned" else self._limits().margin
-        return learn(history_path(self.history), self._structure, device, method=method, margin=margin, prior=MARGIN)
-
-    def _plan_test(self, trainer: Any, module: Any, name: str) -> None:
-        """Plan and set the batch size of the test that is to come."""
-        holders = find_holders(name, module, trainer.datamodule)
-        device = self.device or device_of_trainer(trainer)
-        held = allocated_on(cuda_index(trainer), module).other_bytes
-        job = job_of_trainer(trainer, module, "test", device, self._sampling)
-        place = find_place(trainer, job.source.data, holders, "test")
-        limits = Limits(self._limits().margin, max_batch_size=self.max_batch_size)
-        make = partial(plan_test, job, replace(device, context=device.context + held), limits)
-        self.test_plan, size = agreed_plan(make, "a test", is_fatal=self._is_fatal)
-        with write_together([(place, size)], trainer, is_fatal=self._is_fatal):
-            say(f"MemoryPlanner: the batch size of the test is {size}")
-        self._test_place = place
 
     # -- resume: Lightning restores after setup, and before any loader is built
 
@@ -389,40 +277,36 @@ class MemoryPlanner(CallbackBase):
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         size = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("batch_size")
-        if self._proposal is None or size in (None, self._proposal.plan.batch_size):
+        planned = None if self._fit is None else self._fit.planned_size
+        if self._fit is None or planned is None or size in (None, planned):
             return
         if self.resume == "keep":
-            self._keep(trainer, self._proposal, size)
+            try:
+                with planning_warnings():
+                    self._fit.keep(size, self._announce)
+                    self._take_plan()
+            except PlanningFailedError as error:
+                warn(f"{error}. Training resumes with the planned batch size {planned}")
         elif (count := batches_into_epoch(checkpoint)) and trainer.is_global_zero:
             warnings.warn(
                 f"MemoryPlanner: the checkpoint was made within an epoch, after {count} batches of {size}, and "
-                f"resume='plan' goes on with batches of {self._proposal.plan.batch_size}: some of that epoch's samples "
-                "are left out or seen again, as its loader may have it; resume='keep' goes on at the same sample",
+                f"resume='plan' goes on with batches of {planned}: some of that epoch's samples are left out or seen "
+                "again, as its loader may have it; resume='keep' goes on at the same sample",
                 stacklevel=2,
             )
 
-    def _keep(self, trainer: Any, proposal: Proposal, batch_size: int) -> None:
-        """Set the checkpoint's batch size on all ranks; where it cannot be had, what was planned stays."""
-        try:
-            with planning_warnings():
-                self._apply_plan(trainer, on_all_ranks(partial(proposal.kept, batch_size), self._is_fatal))
-        except PlanningFailedError as error:
-            warn(f"{error}. Training resumes with the planned batch size {proposal.plan.batch_size}")
-
-    def _release_planning(self) -> None:
-        """Let go of samples and estimates that only planning needs."""
-        self._proposal = self._session = self._validation = None
-
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        self._release_planning()
-        if self.plan is not None:
-            log_first_hyperparams(trainer, pl_module, plan_hparams(self.plan) | self._applied())
+        if self._fit is not None and self.plan is not None:
+            self._fit.release()
+            log_first_hyperparams(trainer, pl_module, plan_hparams(self.plan) | self._fit.hyperparameters())
 
     # -- measure, at every CUDA step
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if self.plan is not None:
-            self._announce(trainer, self.plan)
+        if self._fit is not None and self.plan is not None:
+            self._check_loaders(self._fit, self.plan)
+            log_hyperparams(trainer, plan_hparams(self.plan) | self._fit.hyperparameters())
+            self._draw(trainer, self.plan)
         if self._index is None:
             if self.plan is not None and trainer.is_global_zero:
                 warnings.warn(
@@ -433,23 +317,21 @@ class MemoryPlanner(CallbackBase):
             return
         self._meter = Meter(
             self._index,
-            self._forecast,
+            Forecast(()) if self._fit is None else self._fit.forecast(),
             every_n_steps=self.every_n_steps,
             manual=not pl_module.automatic_optimization,
             margin=None if self.plan is None or self.plan.method == "formula" else self.plan.margin,
         )
 
-    def _announce(self, trainer: Any, plan: Plan) -> None:
-        """Check that the loaders have the planned size, and log the plan."""
-        if self._place is not None:
-            try:
-                self._place.check(plan.batch_size)
-            except ApplyError as error:
-                if self.on_error == "raise":
-                    raise
-                warn(str(error))
-        log_hyperparams(trainer, plan_hparams(plan) | self._applied())
-        self._draw(trainer)
+    def _check_loaders(self, fit: FitPlanner, plan: Plan) -> None:
+        """See that the loaders have the planned size, now that they are there."""
+        try:
+            if fit.place is not None:
+                fit.place.check(plan.batch_size)
+        except ApplyError as error:
+            if self.on_error == "raise":
+                raise
+            warn(str(error))
 
     @property
     def measurements(self) -> list[Measurement]:
@@ -462,8 +344,23 @@ class MemoryPlanner(CallbackBase):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self._meter is not None:
             if not self._applies and not self._meter.step and self.plan is not None:
-                self._foresee(batch)
+                self._predict_for(batch)
             self._meter.begin()
+
+    def _predict_for(self, batch: Any) -> None:
+        """Predict for batches of as many samples as the first one has, where none were set."""
+        assert self._fit is not None
+        assert self.plan is not None
+        assert self.estimate is not None
+        assert self._meter is not None
+        try:
+            size = batch_size_of(batch)
+        except ValueError:  # the planned size is as good a guess as another
+            return
+        if size != self.plan.batch_size:
+            self._meter.forecast = self._fit.forecast(size)
+            self._formula_peak = self.estimate.formula.memory(size)
+            say(f"MemoryPlanner predicts for batches of {size}, as training has them")
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         if self._meter is not None and self._meter.phase:
@@ -512,23 +409,26 @@ class MemoryPlanner(CallbackBase):
 
     def _remember(self, trainer: Any, module: Any, outcome: Outcome) -> None:
         """Add this run to the history, once; not where its figures are not those of its plan."""
-        structure, self._structure = self._structure, ""
-        if not (structure and self.plan and self._applies and self.device is None):
+        fit, path = self._fit, history_path(self.history)
+        if fit is None or self.plan is None or not (fit.structure and self._applies and self.device is None):
             return
+        structure, fit.structure = fit.structure, ""
         assert self._meter is not None
         setup = RunSetup(
-            structure, type(module).__name__, self._settings, rank=trainer.global_rank, ranks=trainer.world_size
+            structure, type(module).__name__, fit.settings, rank=trainer.global_rank, ranks=trainer.world_size
         )
-        remember(history_path(self.history), self._meter, self.plan, setup, outcome)
+        remember(path, self._meter, self.plan, setup, outcome)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._release(trainer)
 
     def _release(self, trainer: Any) -> None:
-        if self._place is not None or self._test_place is not None:
+        if self._sets_test or (self._fit is not None and self._fit.place is not None):
             release_loaders(trainer)
-        self._place = self._val_place = self._test_place = None
-        self._release_planning()
+        self._sets_test = False
+        if self._fit is not None:
+            self._fit.place = None
+            self._fit.release()
         if self._meter is not None:
             self._meter.close()
 
@@ -542,25 +442,12 @@ class MemoryPlanner(CallbackBase):
         for logger in loggers:
             logger.log_metrics(metrics if len(loggers) == 1 else dict(metrics), step=step)
 
-    def _draw(self, trainer: Any) -> None:
-        """The plan's step as a figure for TensorBoard; none without matplotlib, or where there is no step to draw."""
-        assert self.plan is not None
+    def _draw(self, trainer: Any, plan: Plan) -> None:
+        """Draw the plan's step for TensorBoard; nothing without matplotlib, or where there is no step to draw."""
         assert self.estimate is not None
         for writer in tensorboard_writers(trainer):
             try:
-                limits: dict[str, Any] = {"device": self.plan.device, "budget": self.plan.budget}
-                writer.add_figure("memplan/timeline", plot_timeline(self.estimate, self.plan.batch_size, **limits))
+                figure = plot_timeline(self.estimate, plan.batch_size, device=plan.device, budget=plan.budget)
             except (ModuleNotFoundError, ValueError):  # by the formula; or a checkpoint's size, which does not fit
                 return
-
-    def _applied(self) -> dict[str, int]:
-        assert self.plan is not None
-        if self._place is None:
-            return {}
-        applied = {self._names["train"]: self._place.held(self.plan.batch_size)}
-        if self.val_plan is not None:
-            applied[self._names["val"]] = self.val_plan.batch_size
-        if self.plan.effective_batch_size is not None:
-            applied["accumulate_grad_batches"] = self.plan.accumulate_grad_batches
-            applied["effective_batch_size"] = self.plan.effective_batch_size
-        return applied
+            writer.add_figure("memplan/timeline", figure)

@@ -7,7 +7,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from lightning_memplan.devices.catalogue import gpu
 from lightning_memplan.lightning.config_file import read_cli_config
 from lightning_memplan.lightning.trainer import sharding
 from lightning_memplan.memory.estimate import Estimate
-from lightning_memplan.planning.job import TrainingJob, WhichSamples, default_device, sampling_of, training_job
+from lightning_memplan.planning.job import Training, TrainingJob, WhichSamples, default_device, training_job
 from lightning_memplan.planning.limits import Limits
 from lightning_memplan.planning.predict import predict
 from lightning_memplan.planning.session import PlanningSession, check_effective_batch_size, plan_each
@@ -31,24 +31,6 @@ from lightning_memplan.types import Advice, Device, Plan
 from lightning_memplan.units import MiB, parse_bytes
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a job is trained, and how its memory is found; see ``estimate`` for each field.
-
-    >>> Training(precision="16-mixed", devices=2).method
-    'auto'
-    """
-
-    method: Method = "auto"
-    precision: str | int | None = None
-    optimizer: MakeOptimizer | None = None
-    gradient_clip_val: float | None = None
-    accumulate_grad_batches: int = 1
-    devices: int = 1
-    strategy: Any = None
-    samples: WhichSamples = "auto"
 
 
 @dataclass(frozen=True)
@@ -62,7 +44,9 @@ class Job:
 
     module: nn.Module
     batch: Any
-    training: Training = Training()
+    training: Training = field(default_factory=Training)
+    method: Method = "auto"
+    samples: WhichSamples = "auto"
 
     @property
     def name(self) -> str:
@@ -71,30 +55,19 @@ class Job:
 
     def on(self, device: Device | None) -> TrainingJob:
         """Return the job on a device; without one kernels are chosen for the default compute capability."""
-        how = self.training
         return training_job(
-            self.module,
-            self.batch,
-            device=device,
-            precision=how.precision,
-            optimizer=how.optimizer,
-            gradient_clip_val=how.gradient_clip_val,
-            accumulate_grad_batches=how.accumulate_grad_batches,
-            devices=how.devices,
-            strategy=how.strategy,
-            sampling=sampling_of(how.samples),
-            assume_default=False,
+            self.module, self.batch, self.training, device=device, samples=self.samples, assume_default=False
         )
 
     def estimate(self, device: Device | None) -> Estimate:
         """Estimate what training needs."""
-        return predict(self.on(device), self.training.method)
+        return predict(self.on(device), self.method)
 
     def plan(self, device: Device, limits: Limits) -> Plan:
         """Plan the largest batch size that fits."""
         job = self.on(device)
         check_effective_batch_size(job, limits)
-        return PlanningSession(job, limits, self.training.method).plan()
+        return PlanningSession(job, limits, self.method).plan()
 
     def check(self, device: Device, batch_size: int, margin: float) -> Plan:
         """Plan for this batch size alone, whatever the size of the dataset.
@@ -102,7 +75,7 @@ class Job:
         Raises:
             DoesNotFitError: it does not fit.
         """
-        return PlanningSession(self.on(device), Limits(margin), self.training.method).check(batch_size)
+        return PlanningSession(self.on(device), Limits(margin), self.method).check(batch_size)
 
     def advise(self, device: Device, batch_size: int | None, margin: float) -> tuple[Advice, ...]:
         """Advise on changes that save memory at a batch size; without one at the largest that fits."""
@@ -110,7 +83,7 @@ class Job:
 
     def plan_each(self, devices: Sequence[Device], limits: Limits) -> tuple[tuple[Device, int], ...]:
         """Return each device with the largest batch size that fits on it (0: none fits), the smallest device first."""
-        return plan_each(self.on(None), devices, limits, self.training.method)
+        return plan_each(self.on(None), devices, limits, self.method)
 
 
 # --- what a command line describes
@@ -132,16 +105,14 @@ def make_job(args: argparse.Namespace) -> Job:
         )
     set_by_file = job.training
     training = Training(
-        method=args.method or "auto",
         precision=_first(args.precision, set_by_file.precision),
         optimizer=_optimizer(args),
         gradient_clip_val=_first(args.gradient_clip_val, set_by_file.gradient_clip_val),
         accumulate_grad_batches=_first(args.accumulate_grad_batches, set_by_file.accumulate_grad_batches),
         devices=_first(args.devices, set_by_file.devices),
         strategy=_first(_strategy(args, job.module), set_by_file.strategy),
-        samples=args.samples or "auto",
     )
-    return replace(job, training=training)
+    return replace(job, training=training, method=args.method or "auto", samples=args.samples or "auto")
 
 
 def device_of(args: argparse.Namespace) -> Device:

@@ -13,11 +13,11 @@ from lightning_memplan.devices.catalogue import gpus
 from lightning_memplan.errors import DoesNotFitError
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.planning.job import (
+    Training,
     WhichSamples,
     default_device,
     named_device,
     nccl_allowance,
-    sampling_of,
     training_job,
 )
 from lightning_memplan.planning.limits import Limits
@@ -87,18 +87,13 @@ def estimate(
     check_method(method)
     if max_batch_size is not None:
         check_count("max_batch_size", max_batch_size)
+    how = Training(precision, optimizer, trainer, gradient_clip_val, accumulate_grad_batches, devices, strategy)
     job = training_job(
         module,
         batch,
+        how,
         device=device,
-        precision=precision,
-        optimizer=optimizer,
-        trainer=trainer,
-        gradient_clip_val=gradient_clip_val,
-        accumulate_grad_batches=accumulate_grad_batches,
-        devices=devices,
-        strategy=strategy,
-        sampling=sampling_of(samples),
+        samples=samples,
         assume_default=False,
     )
     return predict(job, method, max_batch_size)
@@ -152,18 +147,13 @@ def plan(
     """
     check_method(method)
     limits = Limits(margin, min_batch_size, max_batch_size, multiple_of, effective_batch_size)
+    how = Training(precision, optimizer, trainer, gradient_clip_val, accumulate_grad_batches, devices, strategy)
     job = training_job(
         module,
         batch,
+        how,
         device=device,
-        precision=precision,
-        optimizer=optimizer,
-        trainer=trainer,
-        gradient_clip_val=gradient_clip_val,
-        accumulate_grad_batches=accumulate_grad_batches,
-        devices=devices,
-        strategy=strategy,
-        sampling=sampling_of(samples),
+        samples=samples,
     )
     check_effective_batch_size(job, limits)
     return PlanningSession(job, limits, method).plan()
@@ -197,7 +187,7 @@ def check(
     """
     check_method(method)
     check_count("batch_size", batch_size)
-    job = training_job(module, batch, device=device, sampling=sampling_of(samples), **settings)
+    job = training_job(module, batch, Training(**settings), device=device, samples=samples)
     return PlanningSession(job, Limits(margin), method).check(batch_size)
 
 
@@ -241,18 +231,13 @@ def advise(
         TraceError: the step cannot be traced.
     """
     limits = Limits(margin)
+    how = Training(precision, optimizer, trainer, gradient_clip_val, accumulate_grad_batches, devices, strategy)
     job = training_job(
         module,
         batch,
+        how,
         device=device,
-        precision=precision,
-        optimizer=optimizer,
-        trainer=trainer,
-        gradient_clip_val=gradient_clip_val,
-        accumulate_grad_batches=accumulate_grad_batches,
-        devices=devices,
-        strategy=strategy,
-        sampling=sampling_of(samples),
+        samples=samples,
     )
     return PlanningSession(job, limits, "trace").advice(batch_size)
 
@@ -284,7 +269,7 @@ def cards_for(
     """
     check_method(method)
     limits = Limits(margin, min_batch_size, max_batch_size, multiple_of)
-    job = training_job(module, batch, sampling=sampling_of(samples), assume_default=False, **settings)
+    job = training_job(module, batch, Training(**settings), samples=samples, assume_default=False)
     return plan_each(job, gpus() if cards is None else cards, limits, method)
 
 
@@ -335,7 +320,7 @@ def plan_lengths(
         raise ValueError("plan_lengths plans each length by its trace: leave method out")
     card = named_device(device) or default_device()
     shared = {name: settings[name] for name in ("trainer", "devices", "strategy") if name in settings}
-    nccl = nccl_allowance(training_job(module, None, **shared).settings, card)
+    nccl = nccl_allowance(training_job(module, None, Training(**shared)).settings, card)
     card = replace(card, context=card.context + nccl)
     limits = Limits(margin, max_batch_size=max_batch_size)
 

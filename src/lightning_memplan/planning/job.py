@@ -106,7 +106,7 @@ class TrainingJob:
     not called where it is None.
 
     >>> import torch
-    >>> job = training_job(torch.nn.Linear(8, 8), torch.zeros(4, 8), device="T4", accumulate_grad_batches=2)
+    >>> job = training_job(torch.nn.Linear(8, 8), torch.zeros(4, 8), Training(accumulate_grad_batches=2))
     >>> job.name, job.ranks, job.settings.accumulate_grad_batches
     ('Linear', 1, 2)
     """
@@ -151,22 +151,33 @@ class TrainingJob:
         return prepared(self.module, self.settings, trainer=self.trainer, stage=self.stage)
 
 
+@dataclass(frozen=True)
+class Training:
+    """How a module is trained, as a user says it; see ``estimate`` for each field.
+
+    >>> Training(precision="16-mixed", devices=2).accumulate_grad_batches
+    1
+    """
+
+    precision: str | int | None = None
+    optimizer: MakeOptimizer | None = None
+    trainer: Any = None
+    gradient_clip_val: float | None = None
+    accumulate_grad_batches: int = 1
+    devices: int = 1
+    strategy: Any = None
+
+
 def training_job(
     module: nn.Module,
     batch: Any,
+    how: Training | None = None,
     *,
     device: Device | str | None = None,
-    precision: str | int | None = None,
-    optimizer: MakeOptimizer | None = None,
-    trainer: Any = None,
-    gradient_clip_val: float | None = None,
-    accumulate_grad_batches: int = 1,
-    devices: int = 1,
-    strategy: Any = None,
-    sampling: Sampling = Sampling(),
+    samples: WhichSamples = "auto",
     assume_default: bool = True,
 ) -> TrainingJob:
-    """Return the job that a user's arguments describe; see ``estimate`` for each of them.
+    """Return the job that a user's arguments describe.
 
     Kernels are chosen for the compute capability of ``device``; without a device for that of the first GPU here, unless
     ``assume_default`` is False.
@@ -174,24 +185,25 @@ def training_job(
     Raises:
         TypeError, ValueError: an argument is wrong in itself.
     """
+    how, sampling = how or Training(), sampling_of(samples)
     module = as_lightning_module(module)
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a LightningModule or another nn.Module, not {module!r}")
-    if optimizer is not None and is_lightning_module(module) and is_overridden("configure_optimizers", module):
+    if how.optimizer is not None and is_lightning_module(module) and is_overridden("configure_optimizers", module):
         raise ValueError("a LightningModule makes its optimizers in configure_optimizers: leave optimizer=None")
-    settings = StepSettings() if trainer is None else trainer_settings(trainer)
-    if precision is not None:
-        settings = replace(settings, precision=parse_precision(precision))
-    if gradient_clip_val is not None:
-        settings = replace(settings, gradient_clip_val=gradient_clip_val)
-    if accumulate_grad_batches != 1:
-        check_count("accumulate_grad_batches", accumulate_grad_batches)
-        settings = replace(settings, accumulate_grad_batches=accumulate_grad_batches)
-    check_count("devices", devices)
-    if devices > 1 or strategy is not None:
-        if trainer is not None:
+    settings = StepSettings() if how.trainer is None else trainer_settings(how.trainer)
+    if how.precision is not None:
+        settings = replace(settings, precision=parse_precision(how.precision))
+    if how.gradient_clip_val is not None:
+        settings = replace(settings, gradient_clip_val=how.gradient_clip_val)
+    if how.accumulate_grad_batches != 1:
+        check_count("accumulate_grad_batches", how.accumulate_grad_batches)
+        settings = replace(settings, accumulate_grad_batches=how.accumulate_grad_batches)
+    check_count("devices", how.devices)
+    if how.devices > 1 or how.strategy is not None:
+        if how.trainer is not None:
             raise ValueError("a Trainer has its own devices and strategy: leave devices and strategy out")
-        parallel = parallel_named(strategy, devices)
+        parallel = parallel_named(how.strategy, how.devices)
         if parallel is not None and parallel.kind == "model_parallel" and not is_overridden("configure_model", module):
             raise ValueError(
                 f"with ModelParallelStrategy (fsdp2) a module shards itself, and {type(module).__name__} has no "
@@ -204,8 +216,8 @@ def training_job(
     if assumed is not None and assumed.capability is not None:
         settings = replace(settings, capability=assumed.capability)
     settings = replace(settings, parallel=named_ignored(settings.parallel, module))
-    data, datamodule = _data_of(batch, trainer)
-    return TrainingJob(module, DataSource(data, sampling), settings, found, trainer, datamodule, optimizer)
+    data, datamodule = _data_of(batch, how.trainer)
+    return TrainingJob(module, DataSource(data, sampling), settings, found, how.trainer, datamodule, how.optimizer)
 
 
 def job_of_trainer(

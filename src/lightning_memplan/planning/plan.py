@@ -10,7 +10,7 @@ from lightning_memplan.memory.search import SearchResult, SizeLimits
 from lightning_memplan.planning.limits import Limits
 from lightning_memplan.planning.predictor import OneEstimate, Predictor
 from lightning_memplan.planning.retrace import accepted_size
-from lightning_memplan.report.plans import advice_lines, does_not_fit_message
+from lightning_memplan.report.plans import EstimateRow, advice_lines, does_not_fit_message
 from lightning_memplan.types import Device, Plan
 
 
@@ -94,19 +94,16 @@ def _search(predictor: Predictor, device: Device, limits: Limits) -> tuple[Searc
 
 def _does_not_fit(predictor: Predictor, device: Device, limits: Limits, batch_size: int, nccl: int) -> DoesNotFitError:
     budget, found = limits.budget_of(device), predictor.estimate_at(batch_size)
-    needed = found.peak(batch_size)
+    row = EstimateRow.of(found, batch_size)
     message = does_not_fit_message(
-        needed=needed,
-        available=budget,
-        device=device,
+        row,
+        budget,
+        device,
         model=predictor.name,
-        batch_size=batch_size,
-        phase=found.phase(batch_size),
-        breakdown=found.breakdown(batch_size),
         suggestions=advice_lines(predictor.advise(found, batch_size, budget), budget),
-        card=_smallest_gpu(needed, limits.margin, nccl) if device.kind == "cuda" else None,
+        card=_smallest_gpu(row.peak_reserved, limits.margin, nccl) if device.kind == "cuda" else None,
     )
-    return DoesNotFitError(message, needed=needed, available=budget)
+    return DoesNotFitError(message, needed=row.peak_reserved, available=budget)
 
 
 def _smallest_gpu(needed: int, margin: float, nccl: int) -> Device | None:

@@ -161,14 +161,11 @@ def plan_fields(plan: Plan) -> dict[str, object]:
 
 
 def does_not_fit_message(
-    *,
-    needed: int,
+    row: EstimateRow,
     available: int,
     device: Device,
+    *,
     model: str = "the model",
-    batch_size: int = 1,
-    phase: str = "",
-    breakdown: Mapping[str, int] | None = None,
     suggestions: Sequence[str] = (),
     card: Device | None = None,
 ) -> str:
@@ -176,9 +173,8 @@ def does_not_fit_message(
 
     ``suggestions`` are the changes, the best first; ``card`` is the smallest GPU of the catalogue with enough memory.
 
-    >>> card = Device("NVIDIA T4", total=15 * 2**30)
-    >>> print(does_not_fit_message(needed=18 * 2**30, available=14 * 2**30, device=card, model="UNet3d",
-    ...                            phase="backward", breakdown={"activations": 2**34, "gradients": 2**31},
+    >>> row = EstimateRow(1, 18 * 2**30, 18 * 2**30, 0, "backward", {"activations": 2**34, "gradients": 2**31})
+    >>> print(does_not_fit_message(row, 14 * 2**30, Device("NVIDIA T4", total=15 * 2**30), model="UNet3d",
     ...                            suggestions=["precision='16-mixed' instead of '32-true'"]))
     UNet3d does not fit on NVIDIA T4 at batch size 1: it lacks 4.00 GiB.
     It needs 18.00 GiB, and 14.00 GiB of the card's 15.00 GiB are there for it.
@@ -186,15 +182,16 @@ def does_not_fit_message(
     What would help, the best first:
       1. precision='16-mixed' instead of '32-true'
     """
+    needed = row.peak_reserved
     short = format_bytes(needed - available)
-    lines = wrap(f"{model} does not fit on {device.name} at batch size {batch_size}: it lacks {short}.")
+    lines = wrap(f"{model} does not fit on {device.name} at batch size {row.batch_size}: it lacks {short}.")
     lines += wrap(
         f"It needs {format_bytes(needed)}, and {format_bytes(available)} of the {_card_or_machine(device)}'s "
         f"{format_bytes(device.total)} are there for it."
     )
-    if breakdown:
-        parts = ", ".join(f"{label} {format_bytes(size)}" for label, size in largest_parts(breakdown, 3))
-        lines += wrap(f"{f'In the {phase} phase' if phase else 'At the peak'}: {parts}.")
+    if row.breakdown:
+        parts = ", ".join(f"{label} {format_bytes(size)}" for label, size in largest_parts(row.breakdown, 3))
+        lines += wrap(f"{f'In the {row.phase} phase' if row.phase else 'At the peak'}: {parts}.")
     if suggestions:
         lines.append("What would help, the best first:")
         for rank, text in enumerate(suggestions, 1):

@@ -1,0 +1,208 @@
+"""Plan a Trainer's ``fit`` or ``test`` and write its batch size: what ``MemoryPlanner`` does at setup."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_memplan.checks import Method
+from lightning_memplan.lightning.compat import misconfiguration
+from lightning_memplan.lightning.trainer import averaging_bytes, check_alone, cuda_index, validates
+from lightning_memplan.memory.estimate import Estimate
+from lightning_memplan.memory.structure import structure_of
+from lightning_memplan.monitor.history import Lesson, learn
+from lightning_memplan.monitor.meter import Forecast
+from lightning_memplan.planning.apply import DEFAULT_NAME, Holder, Place, find_holders, find_place, write_together
+from lightning_memplan.planning.evaluation import agreed_plan, plan_test, plan_validation
+from lightning_memplan.planning.job import (
+    DataSource,
+    Sampling,
+    device_of_trainer,
+    job_of_trainer,
+    source_of_trainer,
+)
+from lightning_memplan.planning.limits import Limits
+from lightning_memplan.planning.proposal import IsFatal, Proposal, always, confirmed, on_all_ranks
+from lightning_memplan.planning.session import PlanningSession, allocated_on, check_effective_batch_size
+from lightning_memplan.settings import MARGIN, StepSettings
+from lightning_memplan.types import Device, Plan
+
+Announce = Callable[[Plan, "Plan | None", int], None]  #: show a plan, validation's plan, and validation's batch size
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What a user asks of a plan; see ``MemoryPlanner``.
+
+    >>> FitOptions(Limits(max_batch_size=64)).names["train"]
+    'batch_size'
+    """
+
+    limits: Limits
+    method: Method = "auto"
+    device: Device | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    names: Mapping[str, str] = field(default_factory=lambda: {"train": DEFAULT_NAME})
+    applies: bool = True  #: the batch size is set
+    confirm: bool | None = None
+    learns_margin: bool = False
+    history: Path | None = None
+    is_fatal: IsFatal = always
+
+
+class FitPlanner:
+    """Plan one ``fit``: find where the batch size is kept, propose the largest that fits, confirm it, write it.
+
+    ``accumulated`` is the number of accumulated batches that an earlier plan has set, which is no obstacle.
+    """
+
+    def __init__(self, trainer: Any, module: nn.Module, options: FitOptions, accumulated: int = 1) -> None:
+        self.options, self.accumulated = options, accumulated
+        self.plan: Plan | None = None
+        self.val_plan: Plan | None = None
+        self.estimate: Estimate | None = None
+        self.lesson = Lesson(options.limits.margin)
+        self.settings = StepSettings()
+        self.structure = ""  #: hash of the step, by which history knows runs alike
+        self.already_allocated = 0
+        self.place: Place | None = None
+        self._trainer, self._module, self._index = trainer, module, cuda_index(trainer)
+        self._val_place: Place | None = None
+        self._validation: DataSource | None = None
+        self._session: PlanningSession | None = None
+        self._proposal: Proposal | None = None
+
+    @property
+    def planned_size(self) -> int | None:
+        """The proposed batch size, as long as another can be set in its place."""
+        return None if self._proposal is None or self.place is None else self._proposal.plan.batch_size
+
+    def run(self, announce: Announce) -> None:
+        """Propose a plan on all ranks, confirm it by real steps, and write it.
+
+        Raises:
+            PlanningFailedError: a rank has failed, for no fatal reason.
+        """
+        options = self.options
+        proposal = on_all_ranks(self._propose, options.is_fatal)
+        if options.confirm or (options.confirm is None and options.device is None and self._index is not None):
+            proposal = confirmed(proposal, strict=options.confirm is True, is_fatal=options.is_fatal)
+        self._proposal = proposal
+        self._write(proposal, announce)
+
+    def keep(self, batch_size: int, announce: Announce) -> None:
+        """Set a checkpoint's batch size in place of the planned one, on all ranks.
+
+        Raises:
+            PlanningFailedError: it cannot be had here; what was planned stays.
+        """
+        assert self._proposal is not None
+        self._write(on_all_ranks(partial(self._proposal.kept, batch_size), self.options.is_fatal), announce)
+
+    def forecast(self, batch_size: int | None = None) -> Forecast:
+        """Return the predicted peaks of each batch, at the planned batch size or at another."""
+        if self.plan is None or self.estimate is None:
+            return Forecast(())
+        return Forecast.of(
+            self.estimate,
+            batch_size or self.plan.batch_size,
+            self.plan.device.capacity,
+            accumulate=self.plan.accumulate_grad_batches,
+            already_allocated=self.already_allocated,
+        )
+
+    def hyperparameters(self) -> dict[str, int]:
+        """Return what was set, under the names that the user knows."""
+        if self.place is None or self.plan is None:
+            return {}
+        applied = {self.options.names["train"]: self.place.held(self.plan.batch_size)}
+        if self.val_plan is not None:
+            applied[self.options.names["val"]] = self.val_plan.batch_size
+        if self.plan.effective_batch_size is not None:
+            applied["accumulate_grad_batches"] = self.plan.accumulate_grad_batches
+            applied["effective_batch_size"] = self.plan.effective_batch_size
+        return applied
+
+    def release(self) -> None:
+        """Let go of samples and traces that only planning needs."""
+        self._proposal = self._session = self._validation = None
+
+    def _propose(self) -> Proposal:
+        options, trainer, module = self.options, self._trainer, self._module
+        if options.confirm and self._index is None:
+            raise misconfiguration(
+                f"confirm=True runs real steps on a CUDA device, and the Trainer runs on {trainer.strategy.root_device}"
+            )
+        if options.applies:
+            check_alone(trainer)
+        holders, val_holders = self._holders("train"), self._holders("val")
+        job = job_of_trainer(trainer, module, "fit", options.device or device_of_trainer(trainer), options.sampling)
+        whole = options.limits.effective_batch_size
+        if whole is not None and job.settings.accumulate_grad_batches == self.accumulated:
+            job = job.accumulating(1)
+        check_effective_batch_size(job, options.limits)
+        self.place = find_place(trainer, job.source.data, holders) if options.applies else None
+        session = PlanningSession(job, options.limits, options.method, allocated_on(self._index, module))
+        first = session.estimate_at((whole or job.ranks) // job.ranks)
+        session.extra_bytes = averaging_bytes(trainer, job.begun) if self._index is not None else 0
+        if options.method == "auto" and first.method == "formula" and trainer.is_global_zero:
+            warnings.warn(f"MemoryPlanner: {'; '.join(first.notes)}", stacklevel=2)
+        self._session, self.settings, self.already_allocated = session, job.settings, session.already_allocated
+        self.structure = structure_of(first, job.name, job.settings, job.ranks)
+        margin = None if options.learns_margin else options.limits.margin
+        self.lesson = learn(
+            options.history, self.structure, session.device, method=first.method, margin=margin, prior=MARGIN
+        )
+        session.limits = replace(session.limits, margin=self.lesson.margin, failed=self.lesson.failed)
+        proposal = session.propose()
+        if val_holders and validates(trainer):
+            self._validation = source_of_trainer(job, "val", options.sampling)
+            self._val_place = find_place(trainer, self._validation.data, val_holders, "val")
+        return proposal
+
+    def _holders(self, stage: str) -> tuple[Holder, ...]:
+        if not self.options.applies or stage not in self.options.names:
+            return ()
+        return find_holders(self.options.names[stage], self._module, getattr(self._trainer, "datamodule", None))
+
+    def _write(self, proposal: Proposal, announce: Announce) -> None:
+        """Set all that is planned, or nothing."""
+        plan, val_plan, val_size = proposal.plan, None, 0
+        if self._validation is not None:
+            assert self._session is not None
+            make = partial(plan_validation, self._session, plan, self._validation)
+            val_plan, val_size = agreed_plan(
+                make, "validation", otherwise=plan.batch_size, is_fatal=self.options.is_fatal
+            )
+        accumulate = None if plan.effective_batch_size is None else plan.accumulate_grad_batches
+        sizes = [(self.place, plan.batch_size), (self._val_place, val_size)]
+        written = [(place, size) for place, size in sizes if place is not None]
+        with write_together(written, self._trainer, accumulate, self.options.is_fatal):
+            announce(plan, val_plan, val_size)
+        if self.place is not None and accumulate is not None:
+            self.accumulated = accumulate
+        self.plan, self.val_plan, self.estimate = plan, val_plan, proposal.estimate
+
+
+def plan_and_set_test(trainer: Any, module: nn.Module, options: FitOptions) -> tuple[Plan | None, int]:
+    """Plan the batch size of the test that is to come, write it, and return both.
+
+    Raises:
+        PlanningFailedError: a rank has failed, for no fatal reason.
+    """
+    holders = find_holders(options.names["test"], module, getattr(trainer, "datamodule", None))
+    device = options.device or device_of_trainer(trainer)
+    held = allocated_on(cuda_index(trainer), module).other_bytes
+    job = job_of_trainer(trainer, module, "test", device, options.sampling)
+    place = find_place(trainer, job.source.data, holders, "test")
+    limits = Limits(options.limits.margin, max_batch_size=options.limits.max_batch_size)
+    make = partial(plan_test, job, replace(device, context=device.context + held), limits)
+    plan, size = agreed_plan(make, "a test", is_fatal=options.is_fatal)
+    with write_together([(place, size)], trainer, is_fatal=options.is_fatal):
+        return plan, size
