@@ -14,7 +14,7 @@ from torch import nn
 import lightning_memplan as mp
 from lightning_memplan.errors import TraceError, TraceReason
 from lightning_memplan.memory.program import scale
-from lightning_memplan.planning.retrace import of_many
+from lightning_memplan.planning.retrace import batches_of_many
 from lightning_memplan.settings import Parallel, StepSettings
 from lightning_memplan.trace.tracer import TraceResult, run_formula, trace_counted, trace_steps, trace_test
 from lightning_memplan.trace.tracer import trace_validation as validation
@@ -104,7 +104,7 @@ REASONS = {
     "failed": lambda: steps(Net(no_such_attribute)),
     "no_loss": lambda: steps(ReturnsNothing()),
     "sizes_differ": lambda: scale(steps(Net(twice_for_three)).traces),
-    "too_large": lambda: of_many(Huge(), (32, 64)),
+    "too_large": lambda: batches_of_many(Huge(), (32, 64)),
     "uninitialized": lambda: steps(Lazy()),
     "not_copyable": lambda: steps(Locked()),
     "unsupported": sharded_test,
