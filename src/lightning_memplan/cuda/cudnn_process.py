@@ -225,7 +225,7 @@ def _descriptors(*descriptors: c_void_p) -> Any:
 def _described(capability: int) -> dict[str, object]:
     """A card, as cuDNN writes one (``CUDNN_ATTR_DEVICEPROP_JSON_REPRESENTATION``): an RTX 3090, but for its capability.
 
-    Of the other figures none that was tried changes a workspace (tests/test_cudnn.py).
+    Of the other figures none that was tried changes a workspace (tests/unit/cuda/test_cudnn.py).
     """
     return {
         "deviceVer": 10 * capability,

@@ -9,8 +9,8 @@ slow before it makes it fail.
 
 Where a cuDNN is installed, what the usual one takes is asked of it (``cudnn``). What is not asked, or cannot be, was
 read off 393 convolutions of 21 networks at three batch sizes in seven combinations of type and layout, on an H200 with
-cuDNN 9.19 (``python -m tests.accuracy.convolutions``; tests/accuracy/rows): copies of the operands, to the byte,
-wherever a kernel wants another layout, and partial sums of the filter's gradient.
+cuDNN 9.19 (``python -m benchmarks.accuracy.convolutions``): copies of the operands, to the byte, wherever a kernel
+wants another layout, and partial sums of the filter's gradient.
 """
 
 from __future__ import annotations
