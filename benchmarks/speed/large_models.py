@@ -6,9 +6,9 @@ and the bytes of the host's memory at their highest. No weight is ever made.
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
-import sys
 import time
 from typing import Any
 
@@ -99,6 +99,12 @@ def parameters(width: int, inner: int, heads: int, pairs: int, layers: int) -> i
     return 2 * WORDS * width + layers * block + width
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("billions", type=int, nargs="+", choices=sorted(SIZES), help="parameters of a decoder")
+    for billions in parser.parse_args().billions:
+        print(json.dumps(planned(billions)), flush=True)
+
+
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        print(json.dumps(planned(int(argument))), flush=True)
+    main()

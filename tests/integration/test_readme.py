@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -43,6 +44,24 @@ def test_the_ten_lines_print_what_the_readme_shows(nullgpu, tmp_path):
     for line in steps:  # "step 0: 24,832,376,832 bytes reserved predicted, 24,832,376,832 measured"
         _, predicted, measured = numbers(line)
         assert predicted == pytest.approx(measured, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("main", '.venv/bin/python examples/brain_mri.py --gpu "RTX 3090"'),
+        ("tests", ".venv/bin/python -m pytest -n auto --dist loadfile"),
+    ],
+)
+def test_each_command_for_newcomers_sets_up_and_runs(name, command):
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    words = block(f"<!-- newcomer: {name} -->\n").split()
+    done = subprocess.run([*words, "-n", "--always-make"], capture_output=True, text=True, cwd=ROOT, check=True)
+    made, installed, ran = done.stdout.splitlines()  # all that a fresh clone needs
+    assert made == "python3 -m venv .venv"
+    assert installed.startswith(".venv/bin/pip install -q -e '.[")
+    assert ran.strip() == command
 
 
 def test_the_walk_through_a_network_shows_what_its_program_prints(nullgpu):
