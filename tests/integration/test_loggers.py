@@ -52,7 +52,7 @@ def tensorboard(folder):
 
 
 @pytest.mark.parametrize(("name", "prefix"), [("tensorboard", ""), ("prefixed", "mine-")])
-def test_tensorboard(logged, name, prefix):
+def test_tensorboard_has_every_metric_of_every_step(logged, name, prefix):
     folder, _, steps = logged
     events = tensorboard(folder / name)
     for metric in steps[0]:  # phases among them, which are measured in the first three
@@ -147,7 +147,7 @@ def test_without_phases_no_chart_of_them():
 # ------------------------------------------------------------------------------------------------------------- others
 
 
-def test_csv(logged):
+def test_the_csv_file_has_exactly_the_metrics_of_every_step(logged):
     folder, _, steps = logged
     with (folder / "csv" / "metrics.csv").open(newline="") as file:
         rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
@@ -167,7 +167,7 @@ def test_a_logger_that_takes_only_flat_short_and_finite_values(logged):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow calls
-def test_mlflow(logged):
+def test_mlflow_has_every_metric_and_no_second_value_of_a_parameter(logged):
     """MLflow takes no name with other characters than its own, and no second value of a parameter."""
     has(logged, "mlflow")
     from mlflow.tracking import MlflowClient
@@ -203,7 +203,7 @@ def wandb_records(path):
             yield messages.Record.FromString(piece)
 
 
-def test_wandb(logged):
+def test_wandb_has_every_metric_of_every_step(logged):
     has(logged, "wandb")
     folder, _, steps = logged
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")

@@ -99,7 +99,7 @@ def run(job, capsys):
 
 
 @pytest.mark.parametrize("words", [["--help"], ["plan", "--help"], ["check", "--help"], ["estimate", "--help"]])
-def test_help(words, capsys, monkeypatch):
+def test_help_fits_80_columns(words, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as caught:
         main(words)
@@ -134,13 +134,13 @@ def test_a_shell_completes_its_words(run, tmp_path):
     assert completed("plan", "net.py:Net", "--config", "mem") == ["memplan.bash"]
 
 
-def test_completion_without_shtab(run, monkeypatch):
+def test_completion_without_shtab_says_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "shtab", None)
     text = "memplan: error: completion needs shtab: pip install 'lightning-memplan[completion]'\n"
     assert run("completion", "bash") == (2, "", text)
 
 
-def test_gpus(run):
+def test_gpus_lists_the_catalogue(run):
     status, text, _ = run("gpus", "a100")
     assert (status, [line.split("  ")[0] for line in text.splitlines()]) == (0, ["card", "A100 40GB", "A100 80GB"])
     status, text, _ = run("gpus", "--json")
@@ -153,7 +153,7 @@ def test_gpus(run):
     )
 
 
-def test_devices(run, monkeypatch):
+def test_devices_lists_what_is_here(run, monkeypatch):
     monkeypatch.setattr("lightning_memplan.cli.devices.detect_devices", lambda: ())
     assert run("devices")[1] == "no CUDA device here: name one by --gpu (memplan gpus lists them)\n"
     card = mp.Device("a card", total=2**34, free=2**33, context=2**30, index=0, capability=(8, 6))
@@ -177,7 +177,7 @@ def test_devices(run, monkeypatch):
 # ------------------------------------------------------------------------------------------------- a job
 
 
-def test_a_plan_as_text(run):
+def test_plan_prints_a_table_of_80_columns(run):
     status, text, errors = run(
         "plan", "JOB:Net", "--input", "1024", "--labels", "--memory", "256MiB", "--margin", "0.1"
     )
@@ -187,7 +187,7 @@ def test_a_plan_as_text(run):
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_a_plan_as_json(run):
+def test_plan_prints_every_field_as_json(run):
     arguments = ("--data", "JOB:Data", "--data-arg", "samples=50", "--arg", "width=64", "--gpu", "T4", "--json")
     status, text, _ = run("plan", "JOB:Net", *arguments, "--precision", "16-mixed", "--multiple-of", "8")
     found = json.loads(text)
@@ -216,7 +216,7 @@ def test_a_plan_as_json(run):
     assert sum(found["breakdown"].values()) == found["peak_allocated"] <= found["peak_reserved"]
 
 
-def test_a_plan_that_accumulates(run):
+def test_plan_accumulates_to_an_effective_batch_size(run):
     arguments = (
         "--input",
         "1024",
@@ -252,7 +252,7 @@ def test_a_plain_module_takes_an_optimizer(run):
 BLOCK = 4 * (2 * 1024 * 4096 + 4096 + 1024)
 
 
-def test_several_cards(run):
+def test_sharding_takes_less_of_each_device_than_ddp(run):
     """Eight blocks; no activation is as large as one of them."""
     arguments = ("check", "JOB:blocks", "--input", "1024", "--batch-size", "8", "--memory", "4GiB", "--json")
     found = {}
@@ -304,7 +304,7 @@ def test_what_takes_long_is_said_where_someone_looks(monkeypatch):
     assert quiet.getvalue() == ""
 
 
-def test_a_check(run):
+def test_check_exits_with_1_where_a_batch_size_does_not_fit(run):
     arguments = ("check", "JOB:Net", "--data", "JOB:Data", "--memory", "80MiB")
     status, text, _ = run(*arguments, "--batch-size", "64")
     assert (status, text) == (0, "Net fits on a card of 80MiB at batch size 64: 62.00 MiB of a budget of 76.00 MiB\n")
@@ -317,7 +317,7 @@ def test_a_check(run):
     assert found["needed"] > found["available"]
 
 
-def test_an_estimate(run, tmp_path):
+def test_estimate_prints_batch_sizes_and_writes_figures(run, tmp_path):
     pictures = ("--snapshot", str(tmp_path / "step.pickle"), "--plot", str(tmp_path / "step.png"))
     status, text, _ = run("estimate", "JOB:Net", "--data", "JOB:Data", "--batch-size", "8", "4096", *pictures)
     assert status == 0
@@ -329,7 +329,7 @@ def test_an_estimate(run, tmp_path):
     assert [row["batch_size"] for row in found["estimates"]] == [1, 8, 64]
 
 
-def test_advice(run):
+def test_advise_prints_what_each_change_saves(run):
     arguments = ("--data", "JOB:Data", "--memory", "1GiB", "--batch-size", "4096")
     status, text, _ = run("advise", "JOB:Net", *arguments)
     assert status == 0
@@ -467,7 +467,7 @@ def test_debug_shows_where(run):
         run("plan", "nowhere.py:Net", "--debug")
 
 
-def test_as_a_command(job, tmp_path):
+def test_a_process_exits_with_the_status_of_the_command(job, tmp_path):
     code = "import sys; from lightning_memplan.cli.main import main; sys.exit(main())"
     arguments = ["check", "cli_job:Net", "--data", "cli_job:Data", "--gpu", "T4", "--batch-size", "10000000"]
     done = subprocess.run(
@@ -483,7 +483,7 @@ def test_as_a_command(job, tmp_path):
     assert done.stderr == "what the job itself prints\n"
 
 
-def test_the_recipes(run):
+def test_the_commands_of_the_recipes_run(run):
     pytest.importorskip("torchvision")
     text = (ROOT / "docs" / "recipes.md").read_text()
     commands = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("memplan ")]

@@ -169,19 +169,19 @@ def test_no_tensor_has_a_batch(batch):
 # ------------------------------------------------------------------------------------------------- more than one loader
 
 
-def test_a_dict_of_loaders():
+def test_a_dict_of_loaders_gives_dicts_of_batches():
     both = {"a": SOURCES["a list"], "b": SOURCES["a stream"]}
     for size, batch in sample_batches(both):
         assert {k: tuple(v.shape) for k, v in batch.items()} == {"a": (size, 4), "b": (size, 4)}
 
 
-def test_a_list_of_loaders():
+def test_a_list_of_loaders_gives_lists_of_batches():
     for size, batch in sample_batches([SOURCES["a list"], SOURCES["shuffled"]]):
         assert [tuple(part.shape) for part in batch] == [(size, 4), (size, 4)]
 
 
 @pytest.mark.parametrize("mode", ["min_size", "max_size_cycle", "max_size"])
-def test_a_combined_loader(mode):
+def test_a_combined_loader_gives_batches_of_all_its_loaders(mode):
     for size, batch in sample_batches(CombinedLoader({"a": SOURCES["a list"], "b": SOURCES["shuffled"]}, mode)):
         assert {k: tuple(v.shape) for k, v in batch.items()} == {"a": (size, 4), "b": (size, 4)}
 
@@ -212,7 +212,7 @@ def test_how_many_samples_there_are(source, length):
 
 @pytest.mark.parametrize("dataset", [TensorDataset(torch.ones(0, 4)), Stream(0)])
 @pytest.mark.parametrize("batch_size", [4])
-def test_an_empty_dataset(dataset, batch_size):
+def test_an_empty_dataset_is_rejected(dataset, batch_size):
     with pytest.raises(ValueError, match="the dataset has length 0: there is nothing to plan a batch size for"):
         sample_batches(DataLoader(dataset, batch_size=batch_size))
 
@@ -380,7 +380,7 @@ def test_samples_that_differ_in_size_are_planned_for_by_the_largest_of_the_first
     )
 
 
-def test_the_largest_of_more():
+def test_the_largest_sample_is_sought_at_even_distances():
     loader = DataLoader(texts(*range(1, 101)), collate_fn=padded)
     # 100 // 8 = 12 apart: those at 0, 12, ..., 84 have 1, 13, ..., 85 tokens
     samples = read_samples(loader, "largest", 8)
@@ -459,7 +459,7 @@ def joined(graphs):
     return Graph(nodes, torch.cat([graph._store["edge_index"] for graph in graphs], 1))
 
 
-def test_graphs():
+def test_graphs_are_batched_by_their_loader_alone():
     graphs = [Graph(torch.ones(k, 4), torch.ones(2, 3 * k, dtype=torch.long)) for k in (3, 6, 2)]
     samples = read_samples(DataLoader(graphs, collate_fn=joined))
     assert [tuple(batch._store["x"].shape) for _, batch in samples.batches()] == [(12, 4), (18, 4), (30, 4)]
@@ -505,7 +505,7 @@ def test_a_dataset_of_keys_is_read_as_its_sampler_does():
     assert torch.equal(sample_batches(keyed)[0][1], torch.stack([torch.zeros(4), torch.ones(4)]))
 
 
-def test_loaders_of_two_sizes():
+def test_loaders_of_two_sizes_keep_their_ratio():
     few, many = DataLoader(list(rows), batch_size=4), DataLoader(list(rows), batch_size=6)
     # 1.5 for each: batches of 2 and 3, twice those of 2, 3 and 5
     assert [(size, *map(len, batch)) for size, batch in sample_batches([few, many])] == [
@@ -516,7 +516,7 @@ def test_loaders_of_two_sizes():
 
 
 @pytest.mark.parametrize("how", [{"sample": "all"}, {"sample_size": 0}, {"sample_size": 2.0}, {"sample_size": True}])
-def test_arguments_that_are_none(how):
+def test_unknown_ways_to_sample_are_rejected(how):
     with pytest.raises(
         ValueError, match=r"^sample is one of 'first', 'largest', not 'all'$|^sample_size is the number "
     ):

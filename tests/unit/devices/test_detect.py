@@ -136,7 +136,7 @@ def test_a_driver_without_reserved_bytes_counts_them_as_used(machine):
         ("MIG-1", [("GPU-000", 0)]),
     ],
 )
-def test_visible_devices(machine, monkeypatch, variable, expected):
+def test_only_visible_devices_are_listed_in_their_order(machine, monkeypatch, variable, expected):
     machine(TWO)
     if variable is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
@@ -492,7 +492,7 @@ def test_the_rule_for_unreported_cards_is_on_the_safe_side():
 # --- the host
 
 
-def test_the_host(monkeypatch):
+def test_the_hosts_memory_is_that_of_its_tightest_control_group(monkeypatch):
     monkeypatch.setattr(detect, "_control_groups", list)
     monkeypatch.setattr(detect, "_host_memory", lambda: (64 * GiB, 40 * GiB))
     assert cpu_device().capacity == 40 * GiB

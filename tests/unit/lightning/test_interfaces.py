@@ -71,7 +71,7 @@ def loader():
 
 
 @FLAVOURS
-def test_what_is_whose(flavour):
+def test_modules_and_datamodules_of_either_distribution_are_known(flavour):
     module, data = module_of(flavour), flavour.LightningDataModule()
     assert compat.is_lightning_module(module)
     assert not compat.is_lightning_module(data)
@@ -121,7 +121,7 @@ def test_lightning_cli_offers_the_planner_alone(flavour, monkeypatch, capsys):
 
 
 @FLAVOURS
-def test_what_is_overridden(flavour):
+def test_an_overridden_hook_is_known(flavour):
     module = module_of(flavour, on_train_batch_start=lambda self, batch, batch_idx: None)
     assert compat.is_overridden("on_train_batch_start", module)
     assert not compat.is_overridden("on_train_batch_end", module)
@@ -248,7 +248,7 @@ def test_the_step_of_a_batch_is_lightnings_own(flavour, tmp_path):
     assert [(step, float(step)) for step in steps] == [row for row in logged if row[1] is not None]
 
 
-def test_random_states():
+def test_random_states_are_restored_even_after_an_error():
     before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     with contextlib.suppress(KeyError), compat.isolated_random_state():
         random.random()
@@ -481,13 +481,13 @@ def test_how_a_batch_is_moved():
     assert compat.move_to_device({"a": [Movable()], "b": 1}, torch.device("cpu")) == {"a": ["moved to cpu"], "b": 1}
 
 
-def test_what_a_misconfiguration_is():
+def test_a_misconfiguration_is_lightnings_own_exception():
     assert isinstance(compat.misconfiguration("text"), pl.utilities.exceptions.MisconfigurationException)
 
 
 @FLAVOURS
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
-def test_the_trainers_settings(flavour, precision):
+def test_the_trainers_settings_are_read(flavour, precision):
     whole = quiet(
         flavour, precision=precision, gradient_clip_val=0.5, gradient_clip_algorithm="value", accumulate_grad_batches=3
     )

@@ -50,7 +50,7 @@ def taken(program: Program, text: str = "", **arguments: int) -> tuple[int, int]
         (GiB + 1, GiB + 512, GiB + 2 * MiB),  # nearly 2 MiB left over: split
     ],
 )
-def test_one_request(size: int, block: int, segment: int) -> None:
+def test_a_request_is_rounded_and_gets_its_segment(size: int, block: int, segment: int) -> None:
     assert taken(allocate(size)) == (block, segment)
 
 
@@ -200,7 +200,7 @@ def test_idle_blocks_over_max_split_size_go_back_first() -> None:
         (65 * MiB, 80 * MiB),  # from 64 MiB on in steps of 16 MiB
     ],
 )
-def test_roundup_power2_divisions(size: int, block: int) -> None:
+def test_roundup_power2_divisions_round_requests_up(size: int, block: int) -> None:
     assert taken(allocate(size), "roundup_power2_divisions:4")[0] == block
 
 
@@ -331,7 +331,7 @@ def test_an_expandable_segment_has_addresses_for_nine_eighths_of_the_gpu() -> No
         ("roundup_power2_divisions:[]", {}),
     ],
 )
-def test_settings_from_text(text: str, expected: dict[str, object]) -> None:
+def test_settings_are_read_from_text(text: str, expected: dict[str, object]) -> None:
     assert AllocatorSettings.from_text(text) == replace(AllocatorSettings(), **expected)  # type: ignore[arg-type]
 
 
@@ -393,7 +393,7 @@ def test_peaks_of_an_interval_begin_at_what_is_held_then() -> None:
     assert replay(program[:1], marks=[1]).peaks[1] == (30 * MiB, 30 * MiB)
 
 
-def test_what_is_no_program() -> None:
+def test_a_block_allocated_or_freed_twice_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"^entry 1 allocates block 0, which is allocated already$"):
         replay([(0, 1, 0), (0, 1, 0)])
     with pytest.raises(ValueError, match=r"^entry 2 frees block 0, which is not allocated$"):

@@ -193,7 +193,7 @@ def test_each_kind_of_layer_by_both_methods(kind: str) -> None:
     batch=st.integers(1, 3),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]),
 )
-def test_any_convolution(
+def test_the_parameters_of_any_convolution_are_counted(
     dimensions: int,
     transposed: bool,
     groups: int,
@@ -240,7 +240,7 @@ def test_any_convolution(
     both=st.booleans(),
     projection=st.integers(0, 5),
 )
-def test_any_recurrent_layer(
+def test_the_parameters_of_any_recurrent_layer_are_counted(
     kind: str, inputs: int, hidden: int, layers: int, bias: bool, both: bool, projection: int
 ) -> None:
     options: dict[str, Any] = {"proj_size": min(projection, hidden - 1)} if kind == "LSTM" else {}
@@ -257,7 +257,9 @@ def test_any_recurrent_layer(
     keys=st.none() | st.integers(1, 9),
     values=st.none() | st.integers(1, 9),
 )
-def test_any_attention(heads: int, width: int, bias: bool, learnt: bool, keys: int | None, values: int | None) -> None:
+def test_the_parameters_of_any_attention_are_counted(
+    heads: int, width: int, bias: bool, learnt: bool, keys: int | None, values: int | None
+) -> None:
     layer = nn.MultiheadAttention(heads * width, heads, bias=bias, add_bias_kv=learnt, kdim=keys, vdim=values)
     assert both_methods(layer) == (numel(layer), numel(layer))
 
@@ -670,7 +672,7 @@ def test_where_nothing_grows_no_batch_size_is_the_largest() -> None:
 
 
 @pytest.mark.parametrize("budget", [-1, 1.5, True])
-def test_a_budget_is_bytes(budget: Any) -> None:
+def test_a_budget_that_is_no_number_of_bytes_is_rejected(budget: Any) -> None:
     with pytest.raises(ValueError, match="a budget is a number of bytes"):
         Formula((), 100, 100, 1, 1).largest_batch_size(budget)
 

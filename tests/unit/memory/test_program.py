@@ -102,12 +102,12 @@ def test_where_the_steps_and_their_phases_begin():
 # --------------------------------------------------------------------------------------------------------- disagreement
 
 
-def test_another_number_of_events():
+def test_traces_with_other_numbers_of_events_are_rejected():
     with pytest.raises(TraceError, match=r"the step has 6 events at batch size 5 and 4 at 2; a plan for other"):
         scale([trace(2, 1, 2), trace(3, 1, 2), Trace(5, (*trace(5, 1, 2).events, Event(9, 8), Event(9, -1)))])
 
 
-def test_another_event_is_named():
+def test_an_event_that_differs_is_named():
     usual = trace(2, 8, 8)
     other = Trace(3, (usual.events[0], Event(0, -1, "backward", op="aten.mm", path="net.head"), *usual.events[2:]))
     with pytest.raises(
@@ -117,7 +117,7 @@ def test_another_event_is_named():
         scale([usual, other])
 
 
-def test_another_kernel():
+def test_traces_with_other_kernels_are_rejected():
     with pytest.raises(TraceError, match=r"something else at batch size 3 than at 2: aten\.sum"):
         scale([trace(2, 8, rule=("reduction", 1), op="aten.sum"), trace(3, 8, rule=("sort", 1), op="aten.sum")])
 

@@ -96,7 +96,7 @@ def test_what_fits_need_not_be_one_interval():
     ],
     ids=str,
 )
-def test_limits(limits, expected):
+def test_each_limit_is_kept_and_named(limits, expected):
     found = largest_fitting(lambda n: n <= 1000, SizeLimits(**limits))
     assert (found.batch_size, found.limited_by) == expected
 
@@ -108,7 +108,7 @@ def test_limits_that_are_no_numbers_of_samples(name, value):
         largest_fitting(lambda n: True, SizeLimits(**{name: value}))
 
 
-def test_an_empty_dataset():
+def test_an_empty_dataset_is_rejected():
     with pytest.raises(ValueError, match="the dataset has length 0: there is nothing to make a batch of"):
         largest_fitting(lambda n: True, SizeLimits(dataset_size=0))
 

@@ -71,7 +71,7 @@ def test_without_hyperparameters_there_are_the_steps(tmp_path):
     assert logged_report("here", {}, STEPS).splitlines()[:2] == ["here", "memory over 2 measured steps"]
 
 
-def test_the_command(tmp_path, capsys):
+def test_report_reads_a_log(tmp_path, capsys):
     place = write(tmp_path)
     assert main(["report", place, "--plot", str(tmp_path / "steps.png")]) == 0
     # reserved: predicted 4, actual 5, (4 - 5) / 5 = -20 %; allocated: 3 and 4, -25 %, and 4 / 3 is 33.3 % more

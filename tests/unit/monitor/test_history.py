@@ -82,7 +82,7 @@ def test_what_is_appended_is_read(tmp_path):
     assert [json.loads(line)["schema"] for line in path.read_text().splitlines()] == [1, 1, 1]
 
 
-def test_where_it_is(monkeypatch, tmp_path):
+def test_the_history_is_where_the_environment_or_the_argument_says(monkeypatch, tmp_path):
     assert os.environ["MEMPLAN_HISTORY"] == "off"  # so that no test writes into the user's home
     assert history_path() is None
     assert mp.history() == []
@@ -406,7 +406,7 @@ def test_a_run_that_cannot_be_remembered_is_said(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- the table
 
 
-def test_its_table():
+def test_the_history_table_shows_the_error_of_each_run():
     mixed = {"settings": {"precision": "16-mixed"}, "outcome": "stopped"}
     rows = history_table([run(1.02), out_of_memory(model="ANetworkWithQuiteALongNameIndeed"), run(1.02, **mixed)])
     # (10 - 10.2) / 10.2 = -2.0 %
@@ -454,7 +454,7 @@ def test_the_latest_of_a_runs_ranks_is_the_one_that_reserved_most():
     assert latest([first, second, run(structure="b2")]).structure == "b2"
 
 
-def test_the_commands(tmp_path, capsys):
+def test_history_and_report_print_the_runs_of_a_file(tmp_path, capsys):
     path = tmp_path / "runs.jsonl"
     path.touch()
     for command in ("history", "report"):

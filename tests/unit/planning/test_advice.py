@@ -130,7 +130,7 @@ def test_what_does_not_apply():
     assert not any(item.kind == "optimizer" for item in old.values())  # it has none
 
 
-def test_which_blocks_repeat():
+def test_the_outermost_repeated_blocks_are_checkpointed():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -333,7 +333,7 @@ def test_what_does_not_fit_says_what_would_help():
     assert sum(line.startswith(("  1. ", "  2. ", "  3. ", "  4. ")) for line in lines) == 3
 
 
-def test_every_card():
+def test_cards_are_ordered_by_size_with_the_batch_size_of_each():
     cards = [mp.gpu("A100 80GB"), mp.gpu("T4"), mp.Device("tiny", total=8 * MiB, capability=(7, 5))]
     found = mp.cards_for(Module(), torch.zeros(2, 256), cards=cards, max_batch_size=2**20, multiple_of=8)
     assert [card.name for card, _ in found] == ["tiny", "T4", "A100 80GB"]

@@ -76,7 +76,7 @@ def test_it_grows_with_the_batch(estimate):
     assert 8 * 1024 <= (estimate.peak_allocated(20000) - estimate.peak_allocated(10000)) / 10000 <= 24 * 1024
 
 
-def test_settings_of_a_trainer():
+def test_a_trainers_settings_are_used_and_arguments_override_them():
     trainer = pl.Trainer(accelerator="cpu", precision="bf16-true", logger=False, enable_checkpointing=False)
     by_trainer = mp.estimate(Module(), torch.zeros(4, 1024), trainer=trainer)
     assert by_trainer.peak(64) == mp.estimate(Module(), torch.zeros(4, 1024), precision="bf16-true").peak(64)
@@ -145,7 +145,7 @@ def test_the_users_objects_are_left_alone():
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_arguments_that_are_wrong(arguments, kind, text):
+def test_wrong_arguments_are_rejected(arguments, kind, text):
     with pytest.raises(kind, match=text):
         mp.estimate(Module(), torch.zeros(4, 1024), **arguments)
 
@@ -264,7 +264,7 @@ def test_a_plan_fits_and_the_next_size_does_not(estimate):
     assert plan.phase == estimate.phase(plan.batch_size)
 
 
-def test_limits_of_a_plan():
+def test_a_plan_names_the_limit_that_decided():
     loader = DataLoader(torch.zeros(300, 1024), batch_size=4)
     by_dataset = mp.plan(Module(), loader, device=CARD)
     assert (by_dataset.batch_size, by_dataset.limited_by) == (300, "dataset")
@@ -325,7 +325,7 @@ def test_a_margin_that_is_no_part(margin):
         mp.plan(Module(), torch.zeros(4, 1024), device=CARD, margin=margin)
 
 
-def test_it_does_not_fit():
+def test_a_plan_that_does_not_fit_is_an_error_with_what_is_lacking():
     # Adam needs 16 MiB for the weights alone, and two more of gradients and the optimizer's temporaries
     small = mp.Device("a small card", total=16 * MiB)
     with pytest.raises(
@@ -337,7 +337,7 @@ def test_it_does_not_fit():
         mp.plan(Module(), torch.zeros(4, 1024), device=mp.Device("card", total=48 * MiB), min_batch_size=4096)
 
 
-def test_by_the_formula():
+def test_a_plan_by_the_formula_is_its_arithmetic():
     plan = mp.plan(net(), torch.zeros(4, 1024), device=CARD, method="formula")
     # params = grads = 4 · (1024 · 1024 + 1024 + 1024 · 10 + 10); I1 = 4096; Ii = 4096 (linear), 4096 (ReLU), 40
     fixed, sample = 2 * 4 * (1024 * 1024 + 1024 + 10240 + 10), 4096 + 2 * (4096 + 4096 + 40)
@@ -411,7 +411,7 @@ def test_room_for_nccl_at_each_length():
     ],
     ids=str,
 )
-def test_lengths_that_are_none(arguments, kind, text):
+def test_wrong_lengths_are_rejected(arguments, kind, text):
     with pytest.raises(kind, match=text):
         mp.plan_lengths(Attention(), **{"make_batch": tokens, "lengths": [128], "device": CARD, **arguments})
 

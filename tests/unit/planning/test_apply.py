@@ -74,7 +74,7 @@ def test_it_is_found_in_any_holder(owner):
     ],
     ids=["attribute's attribute", "attribute's key", "hparams' key", "hparams' namespace"],
 )
-def test_a_dotted_name(owner):
+def test_a_dotted_name_is_written_where_it_leads(owner):
     write("data.batch_size", 64, owner)
     assert [holder.read() for holder in holders_of("data.batch_size", owner)] == [64]
     assert holders_of("data.size", owner) == holders_of("loader.batch_size", owner) == []
@@ -114,7 +114,7 @@ def test_a_property_that_reads_the_hparams_follows_them():
     assert data.batch_size == 64
 
 
-def test_what_cannot_be_set():
+def test_an_attribute_that_cannot_be_set_is_an_error_that_names_it():
     class Fixed(Data):
         @property
         def batch_size(self):

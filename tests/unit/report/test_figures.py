@@ -34,7 +34,7 @@ def texts(figure):
     return [t.get_text() for t in (*axes.texts, *(legend.get_texts() if legend else ()))]
 
 
-def test_a_step(estimate, tmp_path):
+def test_the_timeline_shows_phases_categories_and_limits(estimate, tmp_path):
     figure = mp.plot_timeline(estimate, 8192, device=CARD, budget=2**26)
     shown = texts(figure)
     assert {"forward", "backward", "activations", "a card: 128.00 MiB", "budget: 64.00 MiB"} <= set(shown)
@@ -61,7 +61,7 @@ def test_a_step_that_does_not_fit(estimate):
         mp.plot_timeline(estimate, 1000000, device=CARD)
 
 
-def test_batch_sizes(estimate, plan, tmp_path):
+def test_the_batch_size_figure_has_the_estimates_values(estimate, plan, tmp_path):
     figure = mp.plot_batch_sizes(estimate, plan)
     assert f"batch size {plan.batch_size}\n{plan.predicted_peak / 2**20:.2f} MiB reserved" in texts(figure)
     reserved, allocated, formula = figure.axes[0].get_lines()[:3]
@@ -81,7 +81,7 @@ def test_batch_sizes_by_the_formula_and_by_a_limit():
     assert not any("budget" in text for text in shown)  # far above all that is drawn
 
 
-def test_measurements():
+def test_the_measurements_figure_states_the_errors():
     rows = [mp.Measurement(k, 110 * 2**20, 220 * 2**20, 100 * 2**20, 200 * 2**20) for k in range(50)]
     shown = texts(mp.plot_measurements(rows))
     assert "reserved 200.00 MiB\npredicted +10.00 %" in shown
@@ -90,7 +90,7 @@ def test_measurements():
         mp.plot_measurements([])
 
 
-def test_layers(estimate):
+def test_the_layers_figure_has_the_bytes_of_each_layer(estimate):
     figure = mp.plot_layers(estimate, 64, top=1)
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels[0] == "0"  # 512 · 512 + 512 parameters of 4 bytes, and what its forward made
@@ -102,7 +102,7 @@ def test_layers(estimate):
         mp.plot_layers(estimate, 64, top=0)
 
 
-def test_without_matplotlib(estimate, monkeypatch):
+def test_figures_without_matplotlib_say_what_to_install(estimate, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match=r"figures need matplotlib: pip install 'lightning-memplan\[plot\]'"):
         mp.plot_layers(estimate, 64)

@@ -59,7 +59,7 @@ def check_width(text: str) -> list[str]:
 # --- the plan
 
 
-def test_the_plans_table() -> None:
+def test_the_plan_table_shows_sizes_limits_and_notes() -> None:
     # 21 / 24 = 87.5 %, 20 / 24 = 83 %; the whole breakdown is 19.91 GiB: 15 / 19.91 = 75 %, 3 / 19.91 = 15 %
     table = plan_table(make_plan())
     check_width(table)
@@ -232,7 +232,7 @@ LAYERS = (
 )
 
 
-def test_the_layers_table() -> None:
+def test_the_layers_table_adds_up_to_the_formula() -> None:
     # parameters 840 + 241 = 1,081; 4,324 bytes = 4.22 KiB, and as much of gradients
     # outputs 993,742,440 + 122,379,000 + 4 = 1,116,121,444 bytes = 1.04 GiB; 34,119,604 bytes of input = 32.54 MiB
     # 4 samples: 2 * 4324 + 4 * (34,119,604 + 2 * 1,116,121,444) = 9,065,458,616 bytes = 8.44 GiB
@@ -308,7 +308,7 @@ def test_no_layer_is_wider_than_80_columns(
 # --- measurements
 
 
-def test_a_steps_metrics() -> None:
+def test_step_metrics_hold_predicted_and_actual_bytes() -> None:
     # (10 - 8) / 8 = +25 %
     measurement = Measurement(
         step=3, predicted_allocated=10 * GiB, predicted_reserved=12 * GiB, allocated=8 * GiB, reserved=11 * GiB
@@ -332,7 +332,7 @@ def test_the_summary_names_the_rank_that_took_the_most() -> None:
     assert check_width(text)[-1] == "  of 2 ranks, rank 1 reserved most: 3.00 GiB"
 
 
-def test_the_summary_of_measurements() -> None:
+def test_the_summary_states_the_errors_of_all_steps() -> None:
     # errors: 0 %, (10 - 8) / 8 = +25 %, (10 - 12.5) / 12.5 = -20 %; median 0, worst +25 in step 1
     # peak: predicted 10, actual 12.5
     steps = [
