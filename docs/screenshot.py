@@ -63,7 +63,7 @@ class Encoder(pl.LightningModule):
 
 
 def fit(folder: Path) -> None:
-    planner = mp.MemoryPlanner("trace", sample="largest", sample_size=1024, max_batch_size=32)
+    planner = mp.MemoryPlanner("trace", samples="largest", max_batch_size=32)
     trainer = pl.Trainer(
         accelerator="gpu", devices=1, precision="16-mixed", max_steps=STEPS, callbacks=[planner],
         logger=TensorBoardLogger(folder, name="", version="encoder"), enable_checkpointing=False,

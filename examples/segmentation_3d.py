@@ -94,7 +94,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("There is no CUDA device here. Name a card with --gpu to plan for it, such as --gpu 'RTX 3090'.")
         return
-    planner = mp.MemoryPlanner(val_batch_arg_name="val_batch_size", max_batch_size=args.crops // 4)  # 4 steps an epoch
+    planner = mp.MemoryPlanner(
+        batch_arg_name={"val": "val_batch_size"}, max_batch_size=args.crops // 4
+    )  # 4 steps an epoch
     trainer = pl.Trainer(
         accelerator="gpu",
         devices=1,

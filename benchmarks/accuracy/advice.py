@@ -7,7 +7,7 @@ A row is a network, a precision, an optimizer and a batch size. Each change that
 network, its optimizer, its data or the Trainer, and both are trained for a few steps by a ``Trainer.fit``. What is
 saved are bytes reserved; errors are percent of what was saved. Rows with ``cc=7.5`` run on a card of that compute
 capability, where half precision is float16: bfloat16's convolutions are not cuDNN's on the null GPU. Shards, which take
-more cards, are compared in ``tests/unit/step/strategies/test_wrap.py``, which trains on two.
+more cards, are compared in ``tests/unit/step/strategies/test_ddp.py``, which trains on two.
 """
 
 from __future__ import annotations

@@ -69,8 +69,9 @@ def recorded_probe(row: Row, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
     from benchmarks.accuracy import networks
     from lightning_memplan.data.samples import read_samples
     from lightning_memplan.probe.clean_up import as_found
-    from lightning_memplan.probe.probe import _record, _Run
+    from lightning_memplan.probe.run import ProbeRun
     from lightning_memplan.settings import StepSettings, parse_precision
+    from lightning_memplan.step.setup import TrainingSetup
 
     module, sample = networks.build(row.network, row.optimizer)
     settings = StepSettings(
@@ -79,8 +80,7 @@ def recorded_probe(row: Row, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
     samples = read_samples(networks.loader(sample, row.batch_size, 1))
     device = torch.device("cuda", 0)
     with as_found(device):
-        run = _Run(module, device, settings, None, None, None, None)
-        traces, _ = _record(run, samples.batches(sizes), 3)
+        traces, _ = ProbeRun(TrainingSetup(module, settings), device).record(samples.batches(sizes), 3)
     found = []
     for trace in traces:
         order = {e.block: n for n, e in enumerate(e for e in trace.events if e.size >= 0)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +16,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_memplan.cuda import autocast
-from lightning_memplan.cuda.decompositions import KERNELS
 from lightning_memplan.cuda.dispatch import cuda_semantics
-from lightning_memplan.cuda.indexing import LONGEST
-from lightning_memplan.cuda.rule_set import Rules
-from lightning_memplan.cuda.rules import ORDER, WIDTHS, temporaries
-from lightning_memplan.cuda.shapes import SHAPES
+from lightning_memplan.cuda.rule_set import Gpu, Workspace
+from lightning_memplan.cuda.rules import rules_for
 from lightning_memplan.memory.events import EMPTY, FREE, Trace, labelled
 from lightning_memplan.memory.program import Kernel, Polynomial, Program, scale
 from lightning_memplan.step.context import module_paths
@@ -117,9 +115,10 @@ def _record(
     model: nn.Module, loop: Loop, mode: FakeTensorMode, size: int, steps: int, capability: tuple[int, int]
 ) -> Trace:
     products = [getattr(packet, name) for packet in _MATRIX_PRODUCTS for name in packet.overloads()]
-    own = {op: rule for op, rule in temporaries(capability).items() if op not in products}
-    workspaces = dict.fromkeys(products, ("cublas", CUBLAS))
-    rules = Rules(own, workspaces, WIDTHS, ORDER, kernels=KERNELS, longest=LONGEST, shapes=SHAPES)
+    rules = rules_for(Gpu(capability))
+    own = {op: rule for op, rule in rules.allocations.items() if op not in products}
+    workspaces = dict.fromkeys(products, Workspace("cublas", CUBLAS))
+    rules = replace(rules, allocations=own, workspaces=workspaces, sparse_decompositions={})
     # torch 1.12's autograd adds gradients up out of place (torch/csrc/autograd/input_buffer.cpp)
     recorder = Recorder(mode, rules, GradientAccumulation(in_place=not loop.old))
     twin = detached_copy(model, mode)

@@ -104,11 +104,11 @@ def _fit_with(module: Any) -> dict[str, Any]:
 def _trainer(row: Row, module: Any) -> Any:
     import pytorch_lightning as pl
 
-    from lightning_memplan.probe.probe import _Scaler
+    from lightning_memplan.probe.grad_scaler import UnskippedGradScaler
 
     how: dict[str, Any] = {"precision": row.precision}
     if row.precision == "16-mixed":  # on a real card the first steps would be passed over: samples are zeros
-        scaler = _Scaler("cuda", init_scale=1.0)
+        scaler = UnskippedGradScaler("cuda", init_scale=1.0)
         how = {"plugins": [pl.plugins.precision.MixedPrecision("16-mixed", "cuda", scaler)]}
     how |= {"max_steps": STEPS, "gradient_clip_val": row.clip, _PARTS: row.accumulate}
     return pl.Trainer(

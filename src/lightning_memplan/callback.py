@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_memplan.checks import check_count, check_margin, check_method
+import torch
+
+from lightning_memplan.checks import check_choice, check_count, check_method
 from lightning_memplan.data.batches import batch_size_of
-from lightning_memplan.data.samples import SAMPLE_SIZE, Which
+from lightning_memplan.errors import (
+    ApplyError,
+    DoesNotFitError,
+    MemplanError,
+    PlanningFailedError,
+    UnmetDemandError,
+    located,
+    planning_warnings,
+)
 from lightning_memplan.lightning.compat import CallbackBase, misconfiguration, over_ranks
 from lightning_memplan.lightning.data_source import release_loaders
 from lightning_memplan.lightning.loggers import (
@@ -19,6 +31,7 @@ from lightning_memplan.lightning.loggers import (
     logged_step,
     say,
     tensorboard_writers,
+    warn,
 )
 from lightning_memplan.lightning.trainer import (
     averaging_bytes,
@@ -32,14 +45,23 @@ from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.structure import structure_of
 from lightning_memplan.monitor.history import Lesson, RunSetup, history_path, learn, remember
 from lightning_memplan.monitor.meter import PHASES, Forecast, Meter
-from lightning_memplan.planning.apply import Holder, Place, find_holders, find_place, write_together
+from lightning_memplan.planning.apply import (
+    DEFAULT_NAME,
+    Holder,
+    Place,
+    find_holders,
+    find_place,
+    names_by_stage,
+    write_together,
+)
 from lightning_memplan.planning.evaluation import agreed_plan, plan_test, plan_validation
 from lightning_memplan.planning.job import (
     DataSource,
-    Sampling,
+    WhichSamples,
     device_of_trainer,
     job_of_trainer,
     named_device,
+    sampling_of,
     source_of_trainer,
 )
 from lightning_memplan.planning.limits import Limits
@@ -61,7 +83,7 @@ from lightning_memplan.types import Device, Measurement, Outcome, Peaks, Plan
 
 
 class MemoryPlanner(CallbackBase):
-    """Plans the memory of training at setup, sets the largest batch size that fits, and measures every CUDA step.
+    """Plan the memory of training at setup, set the largest batch size that fits, and measure every CUDA step.
 
     >>> from lightning_memplan import MemoryPlanner
     >>> planner = MemoryPlanner(margin=0.1, max_batch_size=512, multiple_of=8)
@@ -69,100 +91,89 @@ class MemoryPlanner(CallbackBase):
     (True, [])
 
     Args:
-        method: ``"probe"`` runs the training step on the GPU, ``"trace"`` on fake tensors, ``"formula"`` adds up
-            ``params + grads + bs * (I1 + 2 * sum(Ii))``. ``"auto"`` traces, and probes too where the card is here
-            (with several ranks, under DDP only): it plans by the probe if that has run a large batch, else by the one
-            with which fewer samples fit, and by the formula, with a warning, where neither can be had. The plan says
-            what each found, and why one was not to be had.
-        device: The card to plan for: a name such as ``"RTX 3090"``, or a ``Device``. Where nothing is said, the one
-            on which the Trainer runs, and on the CPU the host's memory.
-        margin: The part of the card's memory to leave free, at least 0 and below 1. Where nothing is said, what earlier
-            runs like this one justify (see ``history``), and 0.05 where there are none; a number is kept to.
-        max_batch_size: The largest batch size allowed.
-        multiple_of: What the batch size must be a multiple of.
-        batch_arg_name: The attribute or hyperparameter of the module or datamodule that holds the batch size, such as
-            ``"batch_size"`` or ``"data.batch_size"``; all that have it are set. Loaders that do not follow one, since
-            they were passed to ``fit`` or made with a number, are replaced by copies of the planned batch size.
-        apply: Whether to set the batch size; ``False`` plans for information only, and predicts for the batches that
-            training has.
-        every_n_steps: Log the measurements of every n-th step; all are kept in ``measurements``.
-        min_batch_size: The smallest batch size allowed; ``DoesNotFitError`` where it does not fit.
-        sample: Which samples of the dataset are planned with: ``"first"``, its first five, or ``"largest"``, copies of
-            the largest of ``sample_size`` that are spread over it, where samples differ in size (texts, graphs, boxes).
-        sample_size: How many samples ``"largest"`` looks at.
-        effective_batch_size: Samples that the optimizer is to see a step, on all devices together: the largest batch
-            size that divides them and fits is set, and ``trainer.accumulate_grad_batches`` with it.
-        confirm: Whether two real steps of the batch size run on the card before it is set, on a copy of the module. If
-            they run out of memory, the plan shrinks, three times at most. Where nothing is said it is done on the card
-            on which the Trainer runs, and a copy that fails otherwise is noted; with ``True`` its error is raised.
+        method: How to predict. ``"probe"`` runs the training step on the GPU, ``"trace"`` runs it on fake tensors,
+            ``"formula"`` adds up ``params + grads + bs * (I1 + 2 * sum(Ii))``. ``"auto"`` traces, and probes too where
+            the GPU is here (with several ranks under DDP only). It plans by the probe if that has run a large batch,
+            else by the one with which fewer samples fit, and by the formula where neither can be had.
+        device: GPU to plan for: a name such as ``"RTX 3090"``, or a ``Device``. By default the device on which the
+            Trainer runs.
+        margin: Fraction of GPU memory to leave free, in ``[0, 1)``; or ``"learned"``: the margin that earlier runs like
+            this one justify (needs ``history``).
+        min_batch_size: Smallest batch size allowed. Above 1 it is a demand: training stops where it cannot be had.
+        max_batch_size: Largest batch size allowed.
+        multiple_of: Number of which the batch size must be a multiple.
+        batch_arg_name: Attribute or hyperparameter of the module or datamodule that holds the batch size, such as
+            ``"batch_size"`` or ``"data.batch_size"``; all holders are set. Or names by stage, such as
+            ``{"train": "batch_size", "val": "val_batch_size", "test": "test_batch_size"}``, where validation and tests
+            have sizes of their own. Loaders that follow no holder are replaced by copies of the planned batch size.
+        effective_batch_size: Samples that one optimizer step sees, on all devices together. The largest batch size that
+            divides it and fits is set, and ``trainer.accumulate_grad_batches`` with it.
+        samples: Samples of the dataset that the plan is made for. ``"auto"`` and ``"first"`` take the first five;
+            ``"largest"`` takes copies of the largest of 64 that are spread over the dataset.
+        apply: Set the batch size. By default on a GPU; on the CPU the plan is for information. With ``False``
+            nothing is set, nothing of planning stops training, and predictions are for the batches that training has.
+        confirm: Run two real steps of the batch size on the GPU before it is set, on a replica. If they run out of
+            memory, the plan shrinks. By default where the Trainer runs on the GPU that is planned for.
+        objective: ``"largest"``, the batch size that fills the GPU.
+        on_error: What a failure of planning does, whatever its cause. ``"warn"`` says in one warning what could not be
+            planned and why; training goes on with the user's own batch size, and its steps are measured. ``"raise"``
+            raises it. Both raise where a size that was demanded cannot be had, and where real steps of the smallest
+            batch size ran out of memory.
         resume: Where training resumes from a checkpoint: ``"keep"`` its batch size, so that a resumed epoch goes on at
             the same sample, or ``"plan"`` again.
-        reset_peaks: Whether the allocator's peaks are reset in every step, which others who read them see
-            (``DeviceStatsMonitor``, ``torch.cuda.max_memory_allocated``); ``False`` measures the highest peak so far.
-        val_batch_arg_name: The attribute or hyperparameter that holds validation's own batch size, which is planned for
-            a validation step and set; where nothing is said, validation's loaders are left as they are.
-        test_batch_arg_name: The attribute or hyperparameter that holds the batch size of tests, which is planned and
-            set when ``trainer.test`` is called: with nothing but the module on the card.
-        nvml: Whether NVML is asked, in the steps that are logged, for the bytes of this process and of the card.
-        history: Whether a line is kept of each run on a CUDA device (predicted and measured peaks, versions, settings):
-            ``True`` in ``~/.local/share/lightning-memplan/history.jsonl`` or where ``MEMPLAN_HISTORY`` says, or the
-            path of a file. ``False`` keeps and reads none.
+        every_n_steps: Log the measurements of every n-th step; all are kept in ``measurements``.
+        prog_bar: ``False``: metrics go to loggers alone.
+        history: Keep a line of each run on a CUDA device (predicted and measured peaks, versions, settings): ``True``
+            in ``~/.local/share/lightning-memplan/history.jsonl`` or where ``MEMPLAN_HISTORY`` says, or the path of a
+            file.
 
     Attributes:
-        plan: The ``Plan``, from setup on.
-        val_plan: Validation's own, where ``val_batch_arg_name`` is given.
-        test_plan: That of the last ``trainer.test``, where ``test_batch_arg_name`` is given.
-        estimate: The ``Estimate`` behind it.
+        plan: The ``Plan``, from setup on; None where nothing was planned.
+        val_plan: The plan of validation, where it has a batch size of its own.
+        test_plan: The plan of the last ``trainer.test``, where tests have a batch size of their own.
+        estimate: The ``Estimate`` behind the plan.
         measurements: One ``Measurement`` for each CUDA step.
         validations: The ``Peaks`` of each validation on a CUDA device.
 
     Raises:
-        ApplyError: At setup: nothing holds a batch size of that name, or a loader's cannot be set; says what to change.
+        ValueError: An argument is wrong in itself.
         MisconfigurationException: At setup: ``effective_batch_size``, where something else decides how much is
             accumulated (manual optimization, the Trainer, a scheduler, DeepSpeed).
-        DoesNotFitError: At setup: the smallest batch size does not fit; says what it needs and what the card has.
-        ValueError: An argument that is wrong in itself.
+        UnmetDemandError: At setup: no batch size meets ``effective_batch_size`` or ``min_batch_size``.
+        DoesNotFitError: At setup: real steps of the smallest batch size ran out of memory.
     """
 
     def __init__(
         self,
         method: Literal["auto", "trace", "formula", "probe"] = "auto",
         device: str | Device | None = None,
-        margin: float | None = None,
+        margin: float | Literal["learned"] = MARGIN,
+        min_batch_size: int = 1,
         max_batch_size: int | None = None,
         multiple_of: int = 1,
-        batch_arg_name: str = "batch_size",
-        apply: bool = True,
-        every_n_steps: int = 1,
-        min_batch_size: int = 1,
-        sample: Which = "first",
-        sample_size: int = SAMPLE_SIZE,
+        batch_arg_name: str | dict[str, str] = DEFAULT_NAME,
         effective_batch_size: int | None = None,
+        samples: WhichSamples = "auto",
+        apply: bool | None = None,
         confirm: bool | None = None,
+        objective: Literal["largest"] = "largest",
+        on_error: Literal["warn", "raise"] = "warn",
         resume: Literal["keep", "plan"] = "keep",
-        reset_peaks: bool = True,
-        nvml: bool = False,
-        val_batch_arg_name: str | None = None,
-        history: bool | str | Path = True,
-        test_batch_arg_name: str | None = None,
+        every_n_steps: int = 1,
+        prog_bar: bool = False,
+        history: bool | str | Path = False,
     ) -> None:
         super().__init__()
-        if margin is not None:
-            check_margin(margin)
-        self._sampling = Sampling(sample, sample_size)
         check_method(method)
-        if val_batch_arg_name == batch_arg_name:
-            raise ValueError(
-                f"{batch_arg_name!r} is training's batch size: leave val_batch_arg_name out, or name its own"
-            )
-        if resume not in ("keep", "plan"):
-            raise ValueError(f"resume is 'keep' or 'plan', not {resume!r}")
-        for name, value in (("min_batch_size", min_batch_size), ("multiple_of", multiple_of)):
-            check_count(name, value)
+        if margin == "learned" and history is False:
+            raise ValueError("margin='learned' learns from earlier runs: pass history=True or the path of a file")
+        check_choice("objective", objective, ("largest",))
+        check_choice("on_error", on_error, ("warn", "raise"))
+        check_choice("resume", resume, ("keep", "plan"))
+        check_choice("prog_bar", prog_bar, (False,))
         check_count("every_n_steps", every_n_steps)
-        for name, limit in (("max_batch_size", max_batch_size), ("effective_batch_size", effective_batch_size)):
-            if limit is not None:
-                check_count(name, limit)
+        self._names = names_by_stage(batch_arg_name)
+        self._sampling = sampling_of(samples)
         self.method = method
         self.device = named_device(device)
         self.margin = margin
@@ -170,18 +181,17 @@ class MemoryPlanner(CallbackBase):
         self.max_batch_size = max_batch_size
         self.multiple_of = multiple_of
         self.batch_arg_name = batch_arg_name
-        self.apply = apply
-        self.every_n_steps = every_n_steps
-        self.sample: Which = sample
-        self.sample_size = sample_size
         self.effective_batch_size = effective_batch_size
+        self.samples = samples
+        self.apply = apply
         self.confirm = confirm
+        self.objective = objective
+        self.on_error = on_error
         self.resume = resume
-        self.reset_peaks = reset_peaks
-        self.nvml = nvml
-        self.val_batch_arg_name = val_batch_arg_name
-        self.test_batch_arg_name = test_batch_arg_name
+        self.every_n_steps = every_n_steps
+        self.prog_bar = prog_bar
         self.history = history
+        self._limits()  # checked before any work is done
         self.plan: Plan | None = None
         self.val_plan: Plan | None = None
         self.test_plan: Plan | None = None
@@ -200,48 +210,90 @@ class MemoryPlanner(CallbackBase):
         self._val_place: Place | None = None
         self._test_place: Place | None = None
         self._accumulates = 1
+        self._applies = False  # whether this run's batch size is set
         self._proposal: Proposal | None = None
 
     # -- plan, at setup: before any loader is built
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if stage == "test" and self.test_batch_arg_name is not None and self.apply and not trainer.fast_dev_run:
-            self._plan_test(trainer, pl_module, self.test_batch_arg_name)
+        self._applies = cuda_index(trainer) is not None if self.apply is None else self.apply
+        if stage == "test" and "test" in self._names and self._applies and not trainer.fast_dev_run:
+            with self._softly("the batch size of the test is not planned"), planning_warnings():
+                self._plan_test(trainer, pl_module, self._names["test"])
         if stage != "fit":
             return
-        self.plan = self.val_plan = self._place = self._val_place = self._meter = None
-        self._release_planning()
-        self._index = cuda_index(trainer)
+        self._forget_plan()
+        self._index = None if trainer.fast_dev_run else cuda_index(trainer)
         if trainer.fast_dev_run:
-            say("MemoryPlanner plans nothing: fast_dev_run runs a few batches of the size that is set")
+            say("MemoryPlanner is disabled when fast_dev_run is set: it runs a few batches of the user's size")
             return
-        if self.confirm and self._index is None:
-            raise misconfiguration(
-                f"confirm=True runs real steps on a CUDA device, and the Trainer runs on {trainer.strategy.root_device}"
-            )
-        if self.apply:
-            check_alone(trainer)
-        proposal = on_all_ranks(partial(self._propose, trainer, pl_module))
+        with self._softly("the batch size is not planned"), planning_warnings():
+            self._plan_fit(trainer, pl_module)
+
+    def _plan_fit(self, trainer: Any, module: Any) -> None:
+        """Propose a plan on all ranks, confirm it by real steps, and write it."""
+        proposal = on_all_ranks(partial(self._propose, trainer, module), self._is_fatal)
         if self.confirm or (self.confirm is None and self.device is None and self._index is not None):
-            proposal = confirmed(proposal, strict=self.confirm is True)
+            proposal = confirmed(proposal, strict=self.confirm is True, is_fatal=self._is_fatal)
         self._apply_plan(trainer, proposal)
         self._proposal = proposal if self._place is not None else None
         if self._index is not None:
             for writer in tensorboard_writers(trainer):  # now: the last layout counts, and the user's may come later
-                writer.add_custom_scalars(scalars_layout(PHASES if self.reset_peaks else ()))
+                writer.add_custom_scalars(scalars_layout(PHASES))
+
+    def _is_fatal(self, error: Exception) -> bool:
+        """Decide whether an error of planning stops training: an unmet demand does, and a GPU that failed."""
+        if self.on_error == "raise" or isinstance(error, getattr(torch, "AcceleratorError", ())):
+            return True
+        if not self._applies:
+            return False
+        if isinstance(error, DoesNotFitError):
+            return error.tried or self.min_batch_size > 1
+        demands = self.effective_batch_size is not None or self.min_batch_size > 1
+        return demands and isinstance(error, (UnmetDemandError, type(misconfiguration(""))))
+
+    @contextmanager
+    def _softly(self, what: str) -> Iterator[None]:
+        """Turn a planning failure into one warning: the user's batch size stays, and steps are measured."""
+        try:
+            yield
+        except PlanningFailedError as error:
+            self._forget_plan()
+            warn(
+                f"{what}: {error}. Training goes on with the user's own batch size, measured without predictions; "
+                "MemoryPlanner(on_error='raise') stops here instead"
+            )
+        except Exception as error:
+            self._forget_plan()
+            if self._is_fatal(error) or isinstance(error, MemplanError):
+                raise
+            warn(f"{what}: {located(error)}. Training goes on with the user's own batch size")
+
+    def _forget_plan(self) -> None:
+        self.plan = self.val_plan = self.estimate = self._place = self._val_place = self._meter = None
+        self._forecast = Forecast(())
+        self._formula_peak = 0
+        self._structure = ""
+        self._release_planning()
 
     def _propose(self, trainer: Any, module: Any) -> Proposal:
         """Plan this rank's run: find where the batch size is kept, and the largest that fits."""
-        holders = find_holders(self.batch_arg_name, module, trainer.datamodule) if self.apply else ()
+        if self.confirm and self._index is None:
+            raise misconfiguration(
+                f"confirm=True runs real steps on a CUDA device, and the Trainer runs on {trainer.strategy.root_device}"
+            )
+        if self._applies:
+            check_alone(trainer)
+        holders = find_holders(self._names["train"], module, trainer.datamodule) if self._applies else ()
         val_holders: tuple[Holder, ...] = ()
-        if self.val_batch_arg_name is not None and self.apply:
-            val_holders = find_holders(self.val_batch_arg_name, module, trainer.datamodule)
+        if "val" in self._names and self._applies:
+            val_holders = find_holders(self._names["val"], module, trainer.datamodule)
         job = job_of_trainer(trainer, module, "fit", self.device or device_of_trainer(trainer), self._sampling)
+        limits = self._limits()
         if self.effective_batch_size is not None and job.settings.accumulate_grad_batches == self._accumulates:
             job = job.accumulating(1)  # set by an earlier plan
-        limits = self._limits()
         check_effective_batch_size(job, limits)
-        self._place = find_place(trainer, job.source.data, holders) if self.apply else None
+        self._place = find_place(trainer, job.source.data, holders) if self._applies else None
         session = PlanningSession(job, limits, self.method, allocated_on(self._index, module))
         self._session, ranks = session, job.ranks
         first = session.estimate_at((self.effective_batch_size or ranks) // ranks)
@@ -259,8 +311,9 @@ class MemoryPlanner(CallbackBase):
         return proposal
 
     def _limits(self) -> Limits:
+        """Return the limits that the options set."""
         return Limits(
-            MARGIN if self.margin is None else self.margin,
+            MARGIN if self.margin == "learned" else self.margin,
             self.min_batch_size,
             self.max_batch_size,
             self.multiple_of,
@@ -274,11 +327,12 @@ class MemoryPlanner(CallbackBase):
         if self._validation is not None:
             assert self._session is not None
             make = partial(plan_validation, self._session, plan, self._validation)
-            val_plan, val_size = agreed_plan(make, "validation", otherwise=plan.batch_size)
+            val_plan, val_size = agreed_plan(make, "validation", otherwise=plan.batch_size, is_fatal=self._is_fatal)
         forecast = self._foreseen(estimate, plan.batch_size, plan)
         sizes = [(self._place, plan.batch_size), (self._val_place, val_size)]
         accumulate = None if self.effective_batch_size is None else plan.accumulate_grad_batches
-        with write_together([(place, size) for place, size in sizes if place is not None], trainer, accumulate):
+        written = [(place, size) for place, size in sizes if place is not None]
+        with write_together(written, trainer, accumulate, self._is_fatal):
             say(plan_table(plan, [("earlier runs", self._lesson.text)] if self._lesson.text else ()))
             if self._val_place is not None:
                 say(validation_text(val_size, plan, val_plan))
@@ -307,13 +361,12 @@ class MemoryPlanner(CallbackBase):
         assert self._meter is not None
         self._meter.forecast = self._foreseen(estimate, size, plan)
         self._formula_peak = estimate.formula.memory(size)
-        say(f"MemoryPlanner predicts for batches of {size}, as training has them: apply=False sets nothing")
+        say(f"MemoryPlanner predicts for batches of {size}, as training has them")
 
     def _learn(self, device: Device, method: str) -> Lesson:
-        """What earlier runs teach, unless the margin was named."""
-        return learn(
-            history_path(self.history), self._structure, device, method=method, margin=self.margin, prior=MARGIN
-        )
+        """Return what earlier runs teach of the margin, where it is to be learned."""
+        margin = None if self.margin == "learned" else self._limits().margin
+        return learn(history_path(self.history), self._structure, device, method=method, margin=margin, prior=MARGIN)
 
     def _plan_test(self, trainer: Any, module: Any, name: str) -> None:
         """Plan and set the batch size of the test that is to come."""
@@ -322,24 +375,24 @@ class MemoryPlanner(CallbackBase):
         held = allocated_on(cuda_index(trainer), module).other_bytes
         job = job_of_trainer(trainer, module, "test", device, self._sampling)
         place = find_place(trainer, job.source.data, holders, "test")
-        limits = Limits(MARGIN if self.margin is None else self.margin, max_batch_size=self.max_batch_size)
+        limits = Limits(self._limits().margin, max_batch_size=self.max_batch_size)
         make = partial(plan_test, job, replace(device, context=device.context + held), limits)
-        self.test_plan, size = agreed_plan(make, "a test")
-        with write_together([(place, size)], trainer):
+        self.test_plan, size = agreed_plan(make, "a test", is_fatal=self._is_fatal)
+        with write_together([(place, size)], trainer, is_fatal=self._is_fatal):
             say(f"MemoryPlanner: the batch size of the test is {size}")
         self._test_place = place
 
     # -- resume: Lightning restores after setup, and before any loader is built
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.plan is None or not self.apply else {"batch_size": self.plan.batch_size}
+        return {} if self.plan is None or not self._applies else {"batch_size": self.plan.batch_size}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         size = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("batch_size")
         if self._proposal is None or size in (None, self._proposal.plan.batch_size):
             return
         if self.resume == "keep":
-            self._apply_plan(trainer, self._proposal.kept(size))
+            self._keep(trainer, self._proposal, size)
         elif (count := batches_into_epoch(checkpoint)) and trainer.is_global_zero:
             warnings.warn(
                 f"MemoryPlanner: the checkpoint was made within an epoch, after {count} batches of {size}, and "
@@ -347,6 +400,14 @@ class MemoryPlanner(CallbackBase):
                 "are left out or seen again, as its loader may have it; resume='keep' goes on at the same sample",
                 stacklevel=2,
             )
+
+    def _keep(self, trainer: Any, proposal: Proposal, batch_size: int) -> None:
+        """Set the checkpoint's batch size on all ranks; where it cannot be had, what was planned stays."""
+        try:
+            with planning_warnings():
+                self._apply_plan(trainer, on_all_ranks(partial(proposal.kept, batch_size), self._is_fatal))
+        except PlanningFailedError as error:
+            warn(f"{error}. Training resumes with the planned batch size {proposal.plan.batch_size}")
 
     def _release_planning(self) -> None:
         """Let go of samples and estimates that only planning needs."""
@@ -360,14 +421,10 @@ class MemoryPlanner(CallbackBase):
     # -- measure, at every CUDA step
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if self.plan is None:
-            return
-        if self._place is not None:
-            self._place.check(self.plan.batch_size)
-        log_hyperparams(trainer, plan_hparams(self.plan) | self._applied())
-        self._draw(trainer)
+        if self.plan is not None:
+            self._announce(trainer, self.plan)
         if self._index is None:
-            if trainer.is_global_zero:
+            if self.plan is not None and trainer.is_global_zero:
                 warnings.warn(
                     f"MemoryPlanner measures nothing: the Trainer runs on {trainer.strategy.root_device}, and only "
                     "CUDA devices tell their peak memory; use Trainer(accelerator='gpu') on a machine that has one",
@@ -379,10 +436,20 @@ class MemoryPlanner(CallbackBase):
             self._forecast,
             every_n_steps=self.every_n_steps,
             manual=not pl_module.automatic_optimization,
-            resets=self.reset_peaks,
-            nvml=self.nvml,
-            margin=None if self.plan.method == "formula" else self.plan.margin,
+            margin=None if self.plan is None or self.plan.method == "formula" else self.plan.margin,
         )
+
+    def _announce(self, trainer: Any, plan: Plan) -> None:
+        """Check that the loaders have the planned size, and log the plan."""
+        if self._place is not None:
+            try:
+                self._place.check(plan.batch_size)
+            except ApplyError as error:
+                if self.on_error == "raise":
+                    raise
+                warn(str(error))
+        log_hyperparams(trainer, plan_hparams(plan) | self._applied())
+        self._draw(trainer)
 
     @property
     def measurements(self) -> list[Measurement]:
@@ -394,7 +461,7 @@ class MemoryPlanner(CallbackBase):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self._meter is not None:
-            if not self.apply and not self._meter.step:
+            if not self._applies and not self._meter.step and self.plan is not None:
                 self._foresee(batch)
             self._meter.begin()
 
@@ -411,7 +478,7 @@ class MemoryPlanner(CallbackBase):
             self._meter.enter("optimizer")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._meter is None or self.plan is None:
+        if self._meter is None:
             return
         measured = self._meter.end()
         if remark := self._meter.remark():
@@ -428,7 +495,7 @@ class MemoryPlanner(CallbackBase):
             self._log(trainer, validation_metrics(self._meter.end_validation()))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._meter is None or self.plan is None:
+        if self._meter is None:
             return
         self._remember(trainer, pl_module, "done")
         ranks = over_ranks(self._meter.highest)
@@ -446,10 +513,9 @@ class MemoryPlanner(CallbackBase):
     def _remember(self, trainer: Any, module: Any, outcome: Outcome) -> None:
         """Add this run to the history, once; not where its figures are not those of its plan."""
         structure, self._structure = self._structure, ""
-        if not (structure and self.apply and self.device is None and self.reset_peaks):
+        if not (structure and self.plan and self._applies and self.device is None):
             return
         assert self._meter is not None
-        assert self.plan is not None
         setup = RunSetup(
             structure, type(module).__name__, self._settings, rank=trainer.global_rank, ranks=trainer.world_size
         )
@@ -467,7 +533,7 @@ class MemoryPlanner(CallbackBase):
             self._meter.close()
 
     def _log_step(self, trainer: Any, measured: Measurement) -> None:
-        if trainer.loggers and self.plan is not None:
+        if trainer.loggers:
             self._log(trainer, step_metrics(measured, self._formula_peak))
 
     @staticmethod
@@ -491,9 +557,9 @@ class MemoryPlanner(CallbackBase):
         assert self.plan is not None
         if self._place is None:
             return {}
-        applied = {self.batch_arg_name: self._place.held(self.plan.batch_size)}
-        if self.val_plan is not None and self.val_batch_arg_name is not None:
-            applied[self.val_batch_arg_name] = self.val_plan.batch_size
+        applied = {self._names["train"]: self._place.held(self.plan.batch_size)}
+        if self.val_plan is not None:
+            applied[self._names["val"]] = self.val_plan.batch_size
         if self.plan.effective_batch_size is not None:
             applied["accumulate_grad_batches"] = self.plan.accumulate_grad_batches
             applied["effective_batch_size"] = self.plan.effective_batch_size

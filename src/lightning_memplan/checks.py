@@ -41,3 +41,15 @@ def check_margin(margin: object) -> None:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of the choices.
+
+    >>> check_choice("resume", "restart", ("keep", "plan"))
+    Traceback (most recent call last):
+    ...
+    ValueError: resume is 'keep' or 'plan', not 'restart'
+    """
+    if value not in choices:
+        raise ValueError(f"{name} is {' or '.join(map(repr, choices))}, not {value!r}")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
@@ -72,21 +75,23 @@ class TraceError(MemplanError):
 class DoesNotFitError(MemplanError):
     """The smallest batch size does not fit.
 
-    ``needed`` are the bytes that the allocator would reserve, ``available`` those that it may.
+    ``needed`` are the bytes that the allocator would reserve, ``available`` those that it may. ``tried`` is True where
+    real steps have shown it, False where it is predicted.
 
     >>> error = DoesNotFitError("batch size 1 needs more", needed=3 * 2**30, available=2 * 2**30)
     >>> error.needed - error.available
     1073741824
     """
 
-    def __init__(self, message: str, *, needed: int, available: int) -> None:
+    def __init__(self, message: str, *, needed: int, available: int, tried: bool = False) -> None:
         super().__init__(message)
         self.needed = needed
         self.available = available
+        self.tried = tried
 
     def __reduce__(self) -> tuple[partial[DoesNotFitError], tuple[object, ...]]:
         # pickle it with its bytes: a spawned rank sends it to the process that waits for it
-        return partial(type(self), needed=self.needed, available=self.available), self.args
+        return partial(type(self), needed=self.needed, available=self.available, tried=self.tried), self.args
 
 
 class ApplyError(MemplanError):
@@ -129,3 +134,54 @@ def explain(error: BaseException, within: str = "a trace", what: str = "the step
         text = str(error).strip().splitlines()
         what = f"{what} failed in {within} ({kind}: {text[0] if text else 'no message'})"
     return f"{what}; at {where}"
+
+
+class UnmetDemandError(MemplanError, ValueError):
+    """A batch size that was demanded (``min_batch_size``, ``effective_batch_size``) cannot be had.
+
+    >>> raise UnmetDemandError("no batch size divides 7")
+    Traceback (most recent call last):
+    ...
+    lightning_memplan.errors.UnmetDemandError: no batch size divides 7
+    """
+
+
+class PlanningFailedError(MemplanError):
+    """Planning failed on at least one rank, for a reason that need not stop training; raised on all ranks alike.
+
+    >>> raise PlanningFailedError("rank 1: ValueError: the dataset has length 0")
+    Traceback (most recent call last):
+    ...
+    lightning_memplan.errors.PlanningFailedError: rank 1: ValueError: the dataset has length 0
+    """
+
+
+def located(error: BaseException) -> str:
+    """Describe an error with its type, its first line, and the last line of the user's code that it passed.
+
+    >>> try:
+    ...     raise ValueError("no samples")
+    ... except ValueError as error:
+    ...     located(error).startswith("ValueError: no samples")
+    True
+    """
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else "without a message"
+    if isinstance(error, MemplanError):
+        return text
+    users = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_library(frame.filename)]
+    where = f" at {users[-1].filename}:{users[-1].lineno}: {users[-1].line}" if users else ""
+    return f"{type(error).__name__}: {text}{where}"
+
+
+@contextmanager
+def planning_warnings() -> Iterator[None]:
+    """Issue only the planner's own warnings, at the end: under ``-W error`` no library's warning stops planning."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        for each in caught:
+            if str(each.message).startswith("MemoryPlanner"):
+                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)

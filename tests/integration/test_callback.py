@@ -63,7 +63,9 @@ def fit(module: Any, data: Any = None, planner: mp.MemoryPlanner | None = None, 
 
 
 def planner_of(**kwargs: Any) -> mp.MemoryPlanner:
-    return mp.MemoryPlanner(**{"device": CARD, "max_batch_size": 7, "method": "trace", **kwargs})
+    return mp.MemoryPlanner(
+        **{"apply": True, "on_error": "raise", "device": CARD, "max_batch_size": 7, "method": "trace", **kwargs}
+    )
 
 
 def samples(count: int = 21) -> TensorDataset:
@@ -246,7 +248,7 @@ def test_planning_changes_nothing_but_the_batch_size(method, settings, tmp_path,
     torch.manual_seed(1)
     module, data = Everything(), GeneratedData()
     module.net[2].eval()
-    planner = Watched(device=CARD, method=method)
+    planner = Watched(device=CARD, method=method, apply=True)
     fit(module, data, planner, limit_train_batches=1, **settings)
     assert planner.plan.method == method
     assert_same(planner.before, planner.after)
@@ -365,7 +367,7 @@ def test_an_unknown_card_names_the_near_ones():
 def test_limits_that_leave_no_size(limits, message):
     data = Data()
     with pytest.raises(ValueError, match=message):
-        trainer(mp.MemoryPlanner(device=CARD, **limits)).fit(Net(), datamodule=data)
+        trainer(mp.MemoryPlanner(device=CARD, apply=True, on_error="raise", **limits)).fit(Net(), datamodule=data)
     assert data.batch_size == 2
 
 
@@ -388,7 +390,7 @@ def test_it_does_not_fit():
     with pytest.raises(
         mp.DoesNotFitError, match="Wide does not fit on a small card at batch size 1: it lacks "
     ) as caught:
-        trainer(mp.MemoryPlanner(device=small, margin=0)).fit(Wide(), datamodule=data)
+        trainer(mp.MemoryPlanner(device=small, margin=0, apply=True, on_error="raise")).fit(Wide(), datamodule=data)
     assert caught.value.available == 2 * GiB
     assert 4 * GiB <= caught.value.needed < 6 * GiB
     assert data.batch_size == 2
@@ -474,7 +476,7 @@ def test_fast_dev_run_plans_nothing_and_says_so(capsys, caplog):
         trainer(planner, fast_dev_run=True).fit(module, datamodule=data)
     assert planner.plan is None
     assert (data.batch_size, module.seen) == (2, [2])
-    assert "MemoryPlanner plans nothing: fast_dev_run" in caplog.text + capsys.readouterr().err
+    assert "MemoryPlanner is disabled when fast_dev_run is set" in caplog.text + capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
@@ -1227,7 +1229,7 @@ def test_lightning_cli_makes_it_from_yaml(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
-        (["--trainer.callbacks.help=lightning_memplan.MemoryPlanner"], 0, "The largest batch size allowed. (type: int"),
+        (["--trainer.callbacks.help=lightning_memplan.MemoryPlanner"], 0, "Largest batch size allowed. (type: int"),
         (["--trainer.callbacks=lightning_memplan.MemoryPlanner", "--trainer.callbacks.margin=much"], 2, "margin"),
     ],
 )

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import lightning_memplan as mp
-from lightning_memplan.probe.clean_up import _let_go
+from lightning_memplan.probe.clean_up import release_frames
 from lightning_memplan.probe.out_of_memory import exception_chain
 from tests.paths import PROGRAMS
 from tests.programs.interrupted_cases import (
@@ -92,7 +92,9 @@ def test_loaders_that_were_passed_are_there_again():
         _val_size = 3
 
     module = Own()
-    planner = mp.MemoryPlanner("trace", CARD, max_batch_size=8, val_batch_arg_name="val_size")
+    planner = mp.MemoryPlanner(
+        "trace", CARD, max_batch_size=8, batch_arg_name={"val": "val_size"}, apply=True, on_error="raise"
+    )
     trainer = pl.Trainer(callbacks=[planner, Sees()], **QUIET)
     POINTS.armed, POINTS.strike, POINTS.struck = "val_size is set", raise_mistake, False
     with pytest.raises(mp.ApplyError, match=r"Own\.val_size cannot be set to 8 \(Mistake: a mistake of the user's\)"):
@@ -106,7 +108,7 @@ def test_a_fit_that_fails_after_planning_gives_the_loaders_hooks_back():
         def on_fit_start(self, trainer, pl_module):
             raise Mistake("later")
 
-    callback = mp.MemoryPlanner("formula", CARD, max_batch_size=8)
+    callback = mp.MemoryPlanner("formula", CARD, max_batch_size=8, apply=True, on_error="raise")
     trainer = pl.Trainer(callbacks=[callback, Fails()], **QUIET)
     with pytest.raises(Mistake, match="later"):
         trainer.fit(Net(), datamodule=Data())
@@ -132,7 +134,7 @@ def test_an_error_lets_go_of_what_its_calls_held():
         fails(own)
     del own
     assert alive() is not None  # the error's traceback has the call, and this its arguments
-    _let_go(exception_chain(caught.value))
+    release_frames(exception_chain(caught.value))
     assert alive() is None
     assert [entry.name for entry in caught.traceback][1:] == ["fails", "inner"]
     assert kept() == 3

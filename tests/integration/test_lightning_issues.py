@@ -77,7 +77,9 @@ def out_of_memory_over(most: int, text: str = "CUDA out of memory.") -> Any:
 
 
 def planner_of(**kwargs: Any) -> mp.MemoryPlanner:
-    return mp.MemoryPlanner(**{"device": CARD, "method": "trace", "max_batch_size": 40, **kwargs})
+    return mp.MemoryPlanner(
+        **{"apply": True, "on_error": "raise", "device": CARD, "method": "trace", "max_batch_size": 40, **kwargs}
+    )
 
 
 def fit(module: Net, *callbacks: Any, data: Any = None, **settings: Any) -> pl.Trainer:
@@ -100,7 +102,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_20994_19789_distributed_strategies():
-    """Two ranks train with what the planner sets in test_wrap.py."""
+    """Two ranks train with what the planner sets in test_ddp.py."""
     trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
     with pytest.raises(MisconfigurationException, match="not supported with distributed strategies"):
         BatchSizeFinder().setup(trainer, Net(), "fit")
@@ -210,7 +212,7 @@ def test_20562_9219_9832_validation_has_its_own_size():
     fit(Net(), BatchSizeFinder(), data=data)
     assert (data.batch_size, data.val_size) == (128, 3)
     data, module = Sizes(), Net()
-    fit(module, planner_of(val_batch_arg_name="val_size", effective_batch_size=20), data=data)
+    fit(module, planner_of(batch_arg_name={"val": "val_size"}, effective_batch_size=20), data=data)
     assert (data.batch_size, data.val_size, module.validated) == (20, 40, [40, 40, 20])
 
 

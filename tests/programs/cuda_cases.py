@@ -13,7 +13,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,18 +21,18 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_memplan.cuda.decompositions import KERNELS
 from lightning_memplan.cuda.dispatch import cuda_semantics
-from lightning_memplan.cuda.indexing import LONGEST
-from lightning_memplan.cuda.rule_set import Rules
-from lightning_memplan.cuda.rules import ORDER, WIDTHS, temporaries, workspaces
-from lightning_memplan.cuda.shapes import SHAPES
+from lightning_memplan.cuda.rule_set import Gpu
+from lightning_memplan.cuda.rules import rules_for
 from lightning_memplan.memory.allocator import replay
 from lightning_memplan.memory.events import Trace, labelled
 from lightning_memplan.memory.program import scale
 from lightning_memplan.settings import Parallel
+from lightning_memplan.step.backend import StepBackend
+from lightning_memplan.step.context import EventContext
 from lightning_memplan.step.fake_cuda import DEVICE
-from lightning_memplan.step.strategies.wrap import ranks_of
+from lightning_memplan.step.precision import FakeGradScaler
+from lightning_memplan.step.strategies.choose import choose_strategy
 from lightning_memplan.trace.recorder import Recorder
 
 BATCH = 48
@@ -537,7 +537,9 @@ def grouped(n: int, device: torch.device) -> Any:
 @case(None, F16)
 def synchronized_norms(n: int, device: torch.device) -> Any:
     """Over two ranks, of which the other says nothing."""
-    with ranks_of(Parallel("ddp", 2), device, SimpleNamespace(lengths_taken=0)):
+    context = EventContext()
+    backend = StepBackend(context, device, FakeGradScaler(context, device))
+    with choose_strategy(Parallel("ddp", 2)).environment(backend):
         first, second = (on(device, nn.SyncBatchNorm(16)) for _ in range(2))
         x = on(device, nn.Conv2d(4, 16, 3))(leaf(device, n, 4, 30, 30))
         return second(first(x).relu().to(memory_format=torch.channels_last)).sum()
@@ -568,8 +570,10 @@ _MODE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def _traced(run: Case, autocast: torch.dtype | None, n: int) -> Trace:
-    taken = {op: what for op, what in workspaces().items() if what[0] == "cublas"}  # cuDNN's random state is there
-    recorder = Recorder(_MODE, Rules(temporaries(), taken, WIDTHS, ORDER, KERNELS, longest=LONGEST, shapes=SHAPES))
+    rules = rules_for(Gpu())
+    # cuDNN's is there already
+    workspaces = {op: kept for op, kept in rules.workspaces.items() if kept.name == "cublas"}
+    recorder = Recorder(_MODE, replace(rules, workspaces=workspaces))
     gc.collect()
     gc.disable()
     try:

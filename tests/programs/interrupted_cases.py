@@ -388,7 +388,12 @@ def stopped(point: str, strike: Callable[[], None], folder: Path, planner: Any, 
     """How planning ended that was struck at one point, and what it left changed."""
     Watched.folder = folder
     try:
-        planned(Watched(max_batch_size=8, val_batch_arg_name="val_size", **planner), point, strike, **settings)
+        planned(
+            Watched(max_batch_size=8, batch_arg_name={"val": "val_size"}, apply=True, on_error="raise", **planner),
+            point,
+            strike,
+            **settings,
+        )
     except Left as left:
         ended, changed = left.args
     return {"point": point, "reached": POINTS.struck, "ended": ended, "changed": changed}
@@ -403,7 +408,9 @@ def killed(point: str, number: int, folder: Path, planner: Any, **settings: Any)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
         try:
-            callback = mp.MemoryPlanner(max_batch_size=8, val_batch_arg_name="val_size", **planner)
+            callback = mp.MemoryPlanner(
+                max_batch_size=8, batch_arg_name={"val": "val_size"}, apply=True, on_error="raise", **planner
+            )
             planned(callback, point, lambda: os.kill(os.getpid(), number), **settings)
         except SystemExit as error:  # Lightning's, on Ctrl+C
             os._exit(int(str(error)))

@@ -76,7 +76,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     shown = {
         "finder, of the first": fit(Reader(256), BatchSizeFinder(max_val=2**20)),
-        "planner, of the largest": fit(Reader(256), mp.MemoryPlanner(sample="largest")),
+        "planner, of the largest": fit(Reader(256), mp.MemoryPlanner(samples="largest")),
         "finder, up to max_val": fit(Reader(), BatchSizeFinder(max_val=2_048)),
         "finder, in one trial": fit(Reader(), BatchSizeFinder(max_trials=1, init_val=4_096, max_val=2**20)),
         "planner": fit(Reader(), mp.MemoryPlanner()),

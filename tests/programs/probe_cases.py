@@ -17,6 +17,7 @@ import lightning_memplan as mp
 from lightning_memplan.data.samples import read_samples
 from lightning_memplan.probe.probe import TrialPeaks, probe_steps, try_step
 from lightning_memplan.settings import StepSettings
+from lightning_memplan.step.setup import TrainingSetup
 
 
 class Net(pl.LightningModule):
@@ -107,13 +108,13 @@ def fit(precision: Any, net: Net | None = None) -> list[list[int]]:
 def probe(net: nn.Module, side: int = 64, **kwargs: Any) -> list[int]:
     batch = (torch.zeros(4, 3, side, side), torch.zeros(4, dtype=torch.long))
     settings = StepSettings(**kwargs)
-    traces, _ = probe_steps(net, read_samples(batch).batches, settings, 0)
+    traces, _ = probe_steps(TrainingSetup(net, settings), read_samples(batch).batches, 0)
     return [t.batch_size for t in traces]
 
 
 def tried(net: nn.Module, size: int = 512) -> TrialPeaks:
     batch = (torch.zeros(size, 3, 64, 64), torch.zeros(size, dtype=torch.long))
-    return try_step(net, batch, StepSettings(gradient_clip_val=1.0), 0)
+    return try_step(TrainingSetup(net, StepSettings(gradient_clip_val=1.0)), batch, 0)
 
 
 def main() -> None:
@@ -125,7 +126,7 @@ def main() -> None:
 
     shown["tried"] = tried(Net())
     rows = read_samples((torch.zeros(5, 3, 64, 64), torch.zeros(5, dtype=torch.long)))
-    shown["repeated"] = try_step(Net(), rows.large(512), StepSettings(gradient_clip_val=1.0), 0)
+    shown["repeated"] = try_step(TrainingSetup(Net(), StepSettings(gradient_clip_val=1.0)), rows.large(512), 0)
     free = torch.cuda.mem_get_info()[0]
     shown["tried too much"] = tried(Net(width=1024))
     shown["free"] = [free, torch.cuda.mem_get_info()[0]]
@@ -148,11 +149,11 @@ def main() -> None:
 
     # an error of the large batch alone: it is not probed, and a note says so
     batch = (torch.zeros(4, 3, 64, 64), torch.zeros(4, dtype=torch.long))
-    traces, _ = probe_steps(NotMany(), read_samples(batch).batches, StepSettings(), 0, capacity=2**32, largest=64)
+    traces, _ = probe_steps(TrainingSetup(NotMany()), read_samples(batch).batches, 0, capacity=2**32, largest=64)
     shown["not many"] = [[t.batch_size for t in traces], *traces[0].notes]
-    traces, _ = probe_steps(Net(), read_samples(batch).batches, StepSettings(), 0, capacity=2**32, largest=64)
+    traces, _ = probe_steps(TrainingSetup(Net()), read_samples(batch).batches, 0, capacity=2**32, largest=64)
     shown["large"] = [t.batch_size for t in traces]
-    traces, _ = probe_steps(Begins(), read_samples(batch).batches, StepSettings(), 0)
+    traces, _ = probe_steps(TrainingSetup(Begins()), read_samples(batch).batches, 0)
     shown["begins"] = traces[0].notes
 
     # the user's own error, unchanged
@@ -175,7 +176,7 @@ def main() -> None:
 
     # what is drawn is the same at each batch size; a process keeps cuDNN's states
     batch = (torch.zeros(4, 3, 8), torch.zeros(4))
-    traces, _ = probe_steps(Drawn(), read_samples(batch).batches, StepSettings(), 0)
+    traces, _ = probe_steps(TrainingSetup(Drawn()), read_samples(batch).batches, 0)
     shown["drawn"] = [len(t.events) for t in traces]
     states = 82 * 1536 * 24  # bytes, for the null GPU's multiprocessors and threads on each
     shown["states"] = [sum(e.size == states for e in t.events) for t in traces]

@@ -1,6 +1,6 @@
 """A fit on two GPUs: ``python ranks.py FOLDER ddp '{"precision": ...}' '{"gradient_as_bucket_view": true}'``.
 
-Each rank writes what was planned and measured to ``FOLDER/RANK.json``. Run by ``test_wrap.py`` on the null GPU.
+Each rank writes what was planned and measured to ``FOLDER/RANK.json``. Run by ``test_ddp.py`` on the null GPU.
 """
 
 from __future__ import annotations

@@ -18,16 +18,15 @@ from torch import nn
 from lightning_memplan.checks import Method
 from lightning_memplan.cli.output import UsageError
 from lightning_memplan.cli.targets import find, make, parse_pair
-from lightning_memplan.data.samples import Which
 from lightning_memplan.devices.catalogue import gpu
 from lightning_memplan.lightning.config_file import read_cli_config
 from lightning_memplan.lightning.trainer import sharding
 from lightning_memplan.memory.estimate import Estimate
-from lightning_memplan.planning.job import Sampling, TrainingJob, default_device, training_job
+from lightning_memplan.planning.job import TrainingJob, WhichSamples, default_device, sampling_of, training_job
 from lightning_memplan.planning.limits import Limits
 from lightning_memplan.planning.predict import predict
 from lightning_memplan.planning.session import PlanningSession, check_effective_batch_size, plan_each
-from lightning_memplan.step.runner import MakeOptimizer
+from lightning_memplan.step.setup import MakeOptimizer
 from lightning_memplan.types import Advice, Device, Plan
 from lightning_memplan.units import MiB, parse_bytes
 
@@ -49,7 +48,7 @@ class Training:
     accumulate_grad_batches: int = 1
     devices: int = 1
     strategy: Any = None
-    sample: Which = "first"
+    samples: WhichSamples = "auto"
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Job:
             accumulate_grad_batches=how.accumulate_grad_batches,
             devices=how.devices,
             strategy=how.strategy,
-            sampling=Sampling(how.sample),
+            sampling=sampling_of(how.samples),
             assume_default=False,
         )
 
@@ -140,7 +139,7 @@ def make_job(args: argparse.Namespace) -> Job:
         accumulate_grad_batches=_first(args.accumulate_grad_batches, set_by_file.accumulate_grad_batches),
         devices=_first(args.devices, set_by_file.devices),
         strategy=_first(_strategy(args, job.module), set_by_file.strategy),
-        sample=args.sample or "first",
+        samples=args.samples or "auto",
     )
     return replace(job, training=training)
 

@@ -1,4 +1,4 @@
-"""Attention as CUDA has it: which kernel is chosen, what it saves, and what its backward pass takes.
+"""Attention on CUDA: the kernel that is chosen, the tensors that it saves, and its backward pass.
 
 Source: aten/src/ATen/native/transformers (2.11 to 2.15): attention.cpp, cuda/sdp_utils.cpp, cuda/attention.cu and
 cuda/attention_backward.cu.
@@ -7,19 +7,36 @@ cuda/attention_backward.cu.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-aten = torch.ops.aten
+from lightning_memplan.cuda.layout import copy_of
+from lightning_memplan.cuda.rule_set import (
+    OUTPUTS,
+    VERSION,
+    Allocation,
+    Call,
+    Gpu,
+    Output,
+    Scratch,
+    allocates,
+    aten,
+    decomposes,
+)
 
+#: Kernels get inputs without a batch, and one head of keys for all, from torch 2.14 on (seen on 2.11 and 2.14)
+BROADCASTS = VERSION >= (2, 14)
 
-_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+#: Memory-efficient attention takes fewer heads of keys than of queries from torch 2.14 on (torch/nn/functional.py)
+GROUPED_EFFICIENT = VERSION >= (2, 14)
 
 
 def attention(capability: tuple[int, int]) -> Callable[..., torch.Tensor]:
-    """aten/src/ATen/native/transformers/cuda/sdp_utils.cpp: flash, then memory-efficient, then math."""
+    """Return ``scaled_dot_product_attention`` as CUDA decomposes it: flash, memory-efficient, or math.
+
+    Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (2.11 to 2.15).
+    """
 
     def kernel(
         query: torch.Tensor,
@@ -68,8 +85,10 @@ def _math_attention(
     scale: float | None,
     gqa: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """aten/src/ATen/native/transformers/attention.cpp, ``_scaled_dot_product_attention_math``: adds the mask in place,
-    and half types are float32 inside."""
+    """Add the mask in place, and compute halves in float32.
+
+    Source: aten/src/ATen/native/transformers/attention.cpp, ``_scaled_dot_product_attention_math`` (2.11 to 2.15).
+    """
     q, k, v = query, key, value
     if q.dtype in (torch.float16, torch.bfloat16) and not torch._C._get_math_sdp_allow_fp16_bf16_reduction():
         q, k, v = (t.float() for t in (q, k, v))
@@ -137,14 +156,6 @@ def _attention_backend(
     return "efficient" if efficient else "math"
 
 
-#: Kernels are given inputs without a batch, and one head of keys for all, from torch 2.14 on (seen on 2.11 and 2.14)
-BROADCASTS = _VERSION >= (2, 14)
-
-
-#: Memory-efficient attention takes fewer heads of keys than of queries from torch 2.14 on (torch/nn/functional.py)
-GROUPED_EFFICIENT = _VERSION >= (2, 14)
-
-
 def _pad_width(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
     missing = -tensor.size(-1) % multiple
     return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
@@ -153,7 +164,7 @@ def _pad_width(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
 def _float_mask(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
     if mask is None or mask.dtype != torch.bool:
         return mask
-    # aten/src/ATen/native/transformers/attention.cpp, convert_boolean_attn_mask: one where() with two scalars
+    # attention.cpp, convert_boolean_attn_mask: one where() with two scalars
     scalars = [mask.new_empty((), dtype=query.dtype) for _ in range(2)]
     mask = torch.zeros_like(mask, dtype=query.dtype)
     del scalars
@@ -164,33 +175,51 @@ def _attention_bias(mask: torch.Tensor | None, query: torch.Tensor, key: torch.T
     mask = _float_mask(mask, query)
     if mask is None:
         return None
-    if mask.size(-1) % 8:  # aten/src/ATen/native/transformers/attention.cpp: pad_bias<8>
+    if mask.size(-1) % 8:  # attention.cpp: pad_bias<8>
         width = mask.size(-1)
         mask = torch.nn.functional.pad(mask, (0, -width % 8))[..., :width]
     return mask.expand(query.size(0), query.size(1), query.size(2), key.size(2))
 
 
-def flash(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    # with dropout the generator's state (the seventh output) is made again, in the place of the first one
-    return (slice(0, 2), 16, slice(7, 8), slice(6, 7)) if len(args) > 3 and args[3] else ()
+@allocates(aten._scaled_dot_product_flash_attention)
+def flash(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """With dropout the state of the random numbers, the seventh output, is made twice.
+
+    Source: aten/src/ATen/native/transformers/cuda/attention.cu (2.14).
+    """
+    if not call.argument(3, "dropout_p"):
+        yield OUTPUTS
+        return
+    yield Output(0)
+    yield Output(1)
+    yield Scratch(16)
+    yield Output(7)
+    yield Output(6)
 
 
-def flash_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    """The gradient and the output are copied where heads lie outside; then sums of one times the other, and the
-    query's gradient in float32, both in tiles."""
-    grad, query, key, _, output = args[:5]
+@allocates(aten._scaled_dot_product_flash_attention_backward)
+def flash_backward(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """The kernel needs sums of the output times its gradient, and the query's gradient in float32, both in tiles.
+
+    The gradient and the output are copied where the dimension of heads is not the last but one in memory.
+
+    Source: aten/src/ATen/native/transformers/cuda/attention_backward.cu (2.14).
+    """
+    grad, query, key, _, output = call.args[:5]
     batch, heads, length, width = query.shape
     wide = -(-width // 32) * 32 if width <= 128 else -(-width // 64) * 64
     rows = batch * heads * (-(-length // 128) * 128)
-    dense = [
-        tensor.numel() * tensor.element_size()
-        for tensor in (grad, output)
-        if not tensor.transpose(1, 2).is_contiguous()
-    ]
-    fewer = () if key.size(1) == heads else (2 * batch * heads * key.size(2) * width * key.element_size(),)
-    return (*dense, slice(None), 4 * rows, 4 * rows * wide, *fewer)
+    for tensor in (grad, output):
+        if not tensor.transpose(1, 2).is_contiguous():
+            yield copy_of(tensor)
+    yield OUTPUTS
+    yield Scratch(4 * rows)
+    yield Scratch(4 * rows * wide)
+    if key.size(1) != heads:  # gradients of keys and values are added up by groups
+        yield Scratch(2 * batch * heads * key.size(2) * width * key.element_size())
 
 
+@decomposes(aten._scaled_dot_product_efficient_attention)
 def efficient(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -202,17 +231,19 @@ def efficient(
     *,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """aten/src/ATen/native/transformers/cuda/attention.cu, ``_efficient_attention_forward``: with dropout seed and
-    offset of the random numbers are on the host; without they are on the card, of no value (seen on 2.14, not on 2.11).
+    """The seed and offset of random numbers are on the host with dropout; else on the GPU, from 2.12 on, and unused.
+
+    Source: aten/src/ATen/native/transformers/cuda/attention.cu, ``_efficient_attention_forward`` (2.11, 2.14).
     """
     batch, heads, length, _ = query.shape
-    card = not dropout and _VERSION >= (2, 12)
-    seed, offset = (torch.empty((), dtype=torch.int64, device=query.device if card else "cpu") for _ in range(2))
+    device = query.device if not dropout and VERSION >= (2, 12) else torch.device("cpu")
+    seed, offset = (torch.empty((), dtype=torch.int64, device=device) for _ in range(2))
     out = query.new_empty((batch, length, heads, value.size(-1))).transpose(1, 2)
     rows = -(-length // 32) * 32 if grad else 0
     return out, query.new_empty((batch, heads, rows), dtype=torch.float32), seed, offset
 
 
+@decomposes(aten._scaled_dot_product_efficient_attention_backward)
 def efficient_backward(
     grad: torch.Tensor,
     query: torch.Tensor,
@@ -229,8 +260,12 @@ def efficient_backward(
     *,
     scale: float | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
-    """aten/src/ATen/native/transformers/cuda/attention_backward.cu: sums of the output times its gradient, and the
-    query's gradient in float32, in tiles of 64 with 16 bytes each."""
+    """The kernel needs sums of the output times its gradient, and the query's gradient in float32.
+
+    The latter is in tiles of 64 · 64, with 16 bytes each.
+
+    Source: aten/src/ATen/native/transformers/cuda/attention_backward.cu (2.14).
+    """
     batch, heads, length, width = query.shape
     grad = grad.transpose(1, 2)
     dense = None if grad.is_contiguous() else torch.empty_like(grad, memory_format=torch.contiguous_format)

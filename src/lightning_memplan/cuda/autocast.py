@@ -1,7 +1,7 @@
-"""CUDA's autocast: its lists of operators, and its kernels in the place of the CPU's.
+"""CUDA's autocast: its lists of operators, and its casts in kernels for the CPU.
 
 Source: torch/include/ATen/autocast_mode.h (2.13 to 2.15): AT_FORALL_LOWER_PRECISION_FP, _FP32, _FP32_SET_OPT_DTYPE,
-_DIFFERENT_REDISPATCH_SIGNATURE and _PROMOTE. The test compares these lists with the installed torch's own.
+_DIFFERENT_REDISPATCH_SIGNATURE and _PROMOTE. A test compares these lists with those of the installed torch.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ FP32_APPEND_DTYPE = {"norm.Scalar": "norm.ScalarOpt_dtype", "norm.ScalarOpt_dim"
 PROMOTE = "addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add".split()
 
 
-# The same kernel on both backends, so that the CPU's own stays, and with it autocast's cache of cast weights.
+# Both backends have the same kernel: the CPU's stays, with autocast's cache of cast weights
 _SHARED = frozenset(
     """_convolution.deprecated conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d.input
     conv_transpose3d.input addmm matmul mm linalg_vecdot linear addbmm baddbmm bmm
@@ -56,11 +56,14 @@ _SHARED = frozenset(
 )
 
 
-_CASTS: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}  # what autocast's cache holds of these kernels
+_CASTS: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}  # cached weights
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """aten/src/ATen/autocast_mode.cpp, ``cached_cast``: a parameter is cast once in a region of autocast."""
+    """Cast tensors, and a parameter once in a region of autocast.
+
+    Source: aten/src/ATen/autocast_mode.cpp, ``cached_cast`` (2.14).
+    """
     if isinstance(value, torch.Tensor):
         if not value.is_floating_point() or value.dtype in (dtype, torch.float64):
             return value
@@ -68,7 +71,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
             return value.to(dtype)
         of, cast = _CASTS.get(id(value), (None, None))
         if cast is None or of is None or of() is not value:
-            with torch.enable_grad():  # also where the first that asks for it needs no gradient
+            with torch.enable_grad():  # also if its first reader needs no gradient
                 cast = value.to(dtype)
             _CASTS[id(value)] = weakref.ref(value), cast
         return cast
@@ -78,6 +81,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _is_cached(value: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Check for a weight whose cast autocast keeps."""
     return (
         torch.is_autocast_cache_enabled()
         and dtype == torch.get_autocast_dtype("cpu")
@@ -89,12 +93,13 @@ def _is_cached(value: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def _cast_all(args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """All arguments, the last first: that is the order in which the compiled kernels cast theirs."""
+    """Cast all arguments, the last first, as the compiled kernels do."""
     named = {name: _cast(value, dtype) for name, value in reversed([*kwargs.items()])}
     return [_cast(value, dtype) for value in reversed(args)][::-1], named
 
 
 def _floating(value: Any) -> Iterator[torch.dtype]:
+    """Yield the types of the tensors that autocast may cast."""
     if isinstance(value, torch.Tensor):
         if value.is_floating_point() and value.dtype != torch.float64:
             yield value.dtype
@@ -104,6 +109,8 @@ def _floating(value: Any) -> Iterator[torch.dtype]:
 
 
 def without_autocast(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``func`` for a kernel of autocast: inside it nothing is cast again."""
+
     def kernel(*args: Any, **kwargs: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
             return func(*args, **kwargs)
@@ -115,6 +122,8 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
 
 def _to(op: Any, dtype: torch.dtype | None = None) -> Callable[..., Any]:
+    """Cast arguments to ``dtype``, or to autocast's type."""
+
     def run(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = _cast_all(args, kwargs, dtype or torch.get_autocast_dtype("cpu"))
         return op(*args, **kwargs)
@@ -123,7 +132,7 @@ def _to(op: Any, dtype: torch.dtype | None = None) -> Callable[..., Any]:
 
 
 def _set_opt_dtype(op: Any) -> Callable[..., Any]:
-    """CUDA asks for a float32 result where the caller named no dtype; the input is read as it is."""
+    """Ask for a float32 result unless the caller names a dtype; the input is not cast."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if any(True for _ in _floating(args)) and kwargs.get("dtype") is None and not _names_dtype(op, args):
@@ -140,6 +149,7 @@ def _names_dtype(op: Any, args: Sequence[Any]) -> bool:
 
 
 def _append_dtype(name: str) -> Callable[..., Any]:
+    """Call the overload that takes a dtype, with float32."""
     plain, typed = operator(name), operator(FP32_APPEND_DTYPE[name])
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -154,6 +164,8 @@ def _append_dtype(name: str) -> Callable[..., Any]:
 
 
 def _promote(op: Any) -> Callable[..., Any]:
+    """Cast arguments to the widest type among them."""
+
     def run(*args: Any, **kwargs: Any) -> Any:
         widest = torch.float32 if torch.float32 in set(_floating(args)) else torch.get_autocast_dtype("cpu")
         args, kwargs = _cast_all(args, kwargs, widest)
@@ -163,6 +175,7 @@ def _promote(op: Any) -> Callable[..., Any]:
 
 
 def autocast_kernels() -> dict[str, Callable[..., Any]]:
+    """Return the kernels that cast as CUDA's autocast does, by the names of their operators."""
     kernels: dict[str, Callable[..., Any]] = {}
     kernels.update({name: _to(operator(name)) for name in LOWER_PRECISION if exists(name)})
     kernels.update({name: _to(operator(name), torch.float32) for name in FP32 if exists(name)})
@@ -174,7 +187,7 @@ def autocast_kernels() -> dict[str, Callable[..., Any]]:
 
 @functools.cache
 def cpu_only() -> list[str]:
-    """Operators that the CPU's autocast casts and CUDA's does not."""
+    """Return the names of operators that the CPU's autocast casts and CUDA's does not."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::"))
     return [n.removeprefix("aten::") for n in names if has(n, "AutocastCPU") and not has(n, "AutocastCUDA")]
@@ -182,10 +195,11 @@ def cpu_only() -> list[str]:
 
 @contextmanager
 def users_autocast() -> Iterator[None]:
-    """``autocast("cuda")`` in the user's code is that of the traced device, in float16 where no type is said. What is
-    cast for the kernels here is kept as long as the rest of its cache.
+    """Let ``autocast("cuda")`` in the user's code work on the traced device, by default in float16.
 
-    torch/amp/autocast_mode.py, 2.13 to 2.15; ``torch.cuda.amp.autocast`` is a subclass.
+    Weights that the kernels here have cast are kept as long as the rest of autocast's cache.
+
+    Source: torch/amp/autocast_mode.py (2.13 to 2.15); ``torch.cuda.amp.autocast`` is a subclass.
     """
     init, clear = torch.amp.autocast.__init__, torch.clear_autocast_cache
 

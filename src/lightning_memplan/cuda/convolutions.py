@@ -1,35 +1,65 @@
-"""Convolutions, pools and what else works on images: which layout CUDA wants, and what is copied into it.
+"""Convolutions, pools and other operators on images: the layout that CUDA wants, and copies into it.
 
-Kernels of images read tensors in one of two orders, channels first or last. What lies otherwise is copied beforehand,
-beside the outputs; a convolution takes a workspace as well (``cuda.workspaces``). 1D convolutions are those of one row.
+Kernels of images read tensors in one of two orders, channels first or last. A tensor in another order is copied, beside
+the outputs; a convolution takes a workspace as well (`cuda.workspaces`). 1D convolutions are those of one row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from lightning_memplan.cuda.cudnn import KINDS, get_ready
 from lightning_memplan.cuda.cudnn_process import FILTER, FORWARD, INPUT, LAST, MOVED, PLAIN
-from lightning_memplan.cuda.layout import Made, Rule, copied, laid_out_as, nbytes, relaid, suggested
-
-aten = torch.ops.aten
+from lightning_memplan.cuda.layout import (
+    CONTIGUOUS,
+    contiguous_copies,
+    copies_in,
+    copy_of,
+    is_dense,
+    laid_out_as,
+    suggested,
+)
+from lightning_memplan.cuda.reductions import sums_of_channels
+from lightning_memplan.cuda.rule_set import (
+    OUTPUTS,
+    Allocation,
+    Call,
+    Gpu,
+    Metas,
+    Output,
+    OutputMeta,
+    Scope,
+    Scratch,
+    allocates,
+    aten,
+    installed,
+    output_metas,
+    scratch,
+)
 
 
 def convolution_layout(*tensors: torch.Tensor) -> torch.memory_format:
-    """aten/src/ATen/native/ConvUtils.h, ``cudnn_conv_suggest_memory_format``: channels last if one of them is so."""
+    """Return the layout in which cuDNN computes: channels last if one of the tensors is so, and has no doubles.
+
+    Source: aten/src/ATen/native/ConvUtils.h, ``cudnn_conv_suggest_memory_format`` (2.14).
+    """
     for tensor in tensors:
         layout = suggested(tensor)
-        if layout is not torch.contiguous_format and tensor.dtype != torch.float64:
+        if layout is not CONTIGUOUS and tensor.dtype != torch.float64:
             return layout
-    return torch.contiguous_format
+    return CONTIGUOUS
 
 
 def _images(source: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """aten/src/ATen/native/Convolution.cpp, ``view4d``: a 1D convolution is one of images of one row, whose input has
-    been made contiguous."""
+    """Return the tensors of a 1D convolution as images of one row, whose input is contiguous; others as they are.
+
+    Source: aten/src/ATen/native/Convolution.cpp, ``view4d`` (2.14).
+    """
     if source.dim() != 3:
         return source, *others
     return torch.empty(source.shape, dtype=source.dtype, device="meta").unsqueeze(2), *(
@@ -38,11 +68,13 @@ def _images(source: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, 
     )
 
 
-def _row_copied(source: torch.Tensor) -> tuple[int, ...]:
-    return (nbytes(source),) if source.dim() == 3 and not source.is_contiguous() else ()
+def _row_copy(source: torch.Tensor) -> Iterator[Scratch]:
+    """Yield the contiguous copy of a 1D convolution's input."""
+    if source.dim() == 3:
+        yield from contiguous_copies(source)
 
 
-def _depthwise(
+def _is_depthwise(
     source: torch.Tensor,
     weight: torch.Tensor,
     stride: Sequence[int],
@@ -50,11 +82,14 @@ def _depthwise(
     transposed: bool,
     groups: int,
 ) -> bool:
-    """aten/src/ATen/native/Convolution.cpp, ``is_depthwise`` without ``use_cudnn_depthwise``: torch's own."""
+    """Check for a depthwise convolution that a kernel of torch's own computes.
+
+    Source: aten/src/ATen/native/Convolution.cpp, ``is_depthwise`` without ``use_cudnn_depthwise`` (2.14).
+    """
     channels = source.size(1)
     if transposed or source.dim() < 4 or groups == 1 or channels != groups or weight.size(0) % channels:
         return False
-    if convolution_layout(source, weight) is not torch.contiguous_format:
+    if convolution_layout(source, weight) is not CONTIGUOUS:
         return False
     if source.dim() == 5 or source.dtype != torch.float16 or channels < 32 or set(dilation) != {1}:
         return True
@@ -67,44 +102,146 @@ def _depthwise(
     return stride[-1] != 1 and not (stride[-1] == 2 and kernel > 1 and wide)
 
 
-def _convolution(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    """aten/src/ATen/native/cudnn/ConvShared.cpp, ``cudnn_convolution``."""
-    source, weight = args[:2]
-    row = _row_copied(source)
-    source, weight = _images(source, weight)
-    if _depthwise(source, weight, args[3], args[5], args[6], args[8]):
-        return (*row, *relaid(source, torch.contiguous_format), slice(None))
-    layout = convolution_layout(source, weight)
-    return (*row, *relaid(source, layout), slice(None), *relaid(weight, layout))
+def _of_each(edge: Sequence[int], rank: int) -> Sequence[int]:
+    """Return an option of each dimension, which may be one for all."""
+    return edge if len(edge) == rank else [*edge] * rank
 
 
-def _convolution_backward(sums_of: Callable[[torch.Tensor], Sequence[Any]]) -> Rule:
-    """aten/src/ATen/native/Convolution.cpp and cudnn/ConvShared.cpp: what is not laid out as cuDNN wants it is copied;
-    the bias's gradient is a sum."""
-
-    def rule(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-        grad, source, weight, mask = *args[:3], args[10]
-        sums = sums_of(grad) if mask[2] else ()
-        row = _row_copied(source)
-        source, grad, weight = _images(source, grad, weight)
-        if _depthwise(source, weight, args[4], args[6], args[7], args[9]):
-            copies = [relaid(tensor, torch.contiguous_format) for tensor in (grad, source, weight)]
-            if source.dim() == 5:
-                return [slice(0, 2), *copies[0], *copies[1], *copies[2]], slice(2, 3), *sums
-            return *row, [*copies[0], [*copies[1], slice(1, 2)], slice(0, 1), *copies[2]], slice(2, 3), *sums
-        layout = convolution_layout(source, weight)
-        moved, laid = (relaid(source, layout) if mask[1] else ()), relaid(grad, layout)
-        once: tuple[int, ...] = ()  # the gradient, laid out for both where it suggests another layout
-        if args[7] or (laid and convolution_layout(grad) is not layout):
-            once, laid = laid, ()
-        of_input = [slice(0, 1), *laid, *relaid(weight, layout)] if mask[0] else []
-        of_weight = [*laid, slice(1, 2)] if mask[1] else []
-        return *row, [*moved, *once, of_input, of_weight], slice(2, 3), *sums
-
-    return rule
+def _is_deterministic() -> int:
+    return int(torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
 
 
-def _convolution_made(
+def _has_tensor_cores(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Check that cuDNN computes in tensor cores: float32 too by default, as TF32 (torch.backends.cudnn.allow_tf32)."""
+    if dtype == torch.float32:
+        return capability >= (8, 0) and torch.backends.cudnn.allow_tf32
+    return (dtype == torch.float16 and capability >= (7, 0)) or (dtype == torch.bfloat16 and capability >= (8, 0))
+
+
+# --------------------------------------------------------------------------------------------------------- convolutions
+
+
+@dataclass(frozen=True)
+class _Convolution:
+    """A convolution, given by its operands as images and its options."""
+
+    input: torch.Tensor
+    weight: torch.Tensor
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    transposed: bool
+    groups: int
+
+    @classmethod
+    def of(cls, call: Call, options: int) -> _Convolution:
+        """Read a call whose options begin at that argument, after the input, the weight and the bias."""
+        source, weight = call.args[options - 3 : options - 1]
+        stride, padding, dilation, transposed, _, groups = call.args[options : options + 6]
+        return cls(source, weight, stride, padding, dilation, transposed, groups)
+
+    @cached_property
+    def images(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The input and the weight, as images."""
+        source, weight = _images(self.input, self.weight)
+        return source, weight
+
+    @cached_property
+    def is_depthwise(self) -> bool:
+        """A kernel of torch's own computes it."""
+        return _is_depthwise(*self.images, self.stride, self.dilation, self.transposed, self.groups)
+
+    @cached_property
+    def layout(self) -> torch.memory_format:
+        """The layout in which it is computed."""
+        return CONTIGUOUS if self.is_depthwise else convolution_layout(*self.images)
+
+    def workspace(self, part: int, output: torch.Tensor, gpu: Gpu) -> Scope:
+        """Return the workspace of cuDNN for a ``part``: the results, or the gradient of the input or of the filter.
+
+        It is of no bytes until a replay asks for more (see `cuda.workspaces`).
+        """
+        x, rank = self.input, self.input.dim() - 2
+        layout = PLAIN
+        if _has_tensor_cores(x.dtype, gpu.capability):
+            layout = MOVED if convolution_layout(*self.images) is CONTIGUOUS else LAST
+        places = (tensor.shape[2:] for tensor in (x, output, self.weight))
+        options = (_of_each(edge, rank) for edge in (self.stride, self.padding, self.dilation))
+        numbers = (
+            *(10 * gpu.capability[0] + gpu.capability[1], part, KINDS.get(str(x.dtype), 0), _is_deterministic()),
+            *(layout, x.size(0), x.size(1), output.size(1), self.groups),
+            *(number for edge in (*places, *options) for number in edge),
+        )
+        return Scope([scratch("convolution", int(self.transposed), *numbers)])
+
+
+@allocates(aten.convolution)
+def convolution(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """Copy the input before the output is allocated, and the filter after it.
+
+    Source: aten/src/ATen/native/cudnn/ConvShared.cpp, ``cudnn_convolution`` (2.14).
+    """
+    get_ready()
+    of = _Convolution.of(call, options=3)
+    source, weight = of.images
+    yield from _row_copy(of.input)
+    yield from copies_in(of.layout, source)
+    yield OUTPUTS
+    if not of.is_depthwise:
+        yield from copies_in(of.layout, weight)
+    yield of.workspace(FORWARD, call.out, gpu)
+
+
+@allocates(aten.convolution_backward)
+def convolution_backward(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """Operands are copied into the layout of the kernel; the gradient of the bias is a sum.
+
+    Source: aten/src/ATen/native/Convolution.cpp and cudnn/ConvShared.cpp (2.14).
+    """
+    get_ready()
+    of, grad, mask = _Convolution.of(call, options=4), call.input, call.args[10]
+    yield from _row_copy(of.input)
+    if not of.is_depthwise:
+        yield Scope(_cudnn_gradients(of, grad, mask))
+    elif of.input.dim() == 5:
+        yield Output(0)
+        yield Output(1)
+        yield from contiguous_copies(grad, *of.images)
+    else:
+        yield Scope(_depthwise_gradients(of, grad))
+    yield Output(2)
+    if mask[2]:
+        yield from sums_of_channels(grad, gpu)
+    for part, wanted in zip((INPUT, FILTER), mask, strict=False):
+        if wanted:
+            yield of.workspace(part, grad, gpu)
+
+
+def _depthwise_gradients(of: _Convolution, grad: torch.Tensor) -> Iterator[Allocation]:
+    source, grad, weight = _images(of.input, grad, of.weight)
+    yield from contiguous_copies(grad)
+    yield Scope([*contiguous_copies(source), Output(1)])
+    yield Output(0)
+    yield from contiguous_copies(weight)
+
+
+def _cudnn_gradients(of: _Convolution, grad: torch.Tensor, mask: Sequence[bool]) -> Iterator[Allocation]:
+    source, grad, weight = _images(of.input, grad, of.weight)
+    layout = of.layout
+    if mask[1]:
+        yield from copies_in(layout, source)
+    copies = list(copies_in(layout, grad))
+    if of.transposed or (copies and convolution_layout(grad) is not layout):  # one copy serves both gradients
+        yield from copies
+        copies = []
+    if mask[0]:
+        yield Scope([Output(0), *copies, *copies_in(layout, weight)])
+    if mask[1]:
+        yield Scope([*copies, Output(1)])
+
+
+@output_metas(aten.convolution)
+def convolution_metas(
     source: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -114,158 +251,113 @@ def _convolution_made(
     transposed: bool,
     output_padding: Sequence[int],
     groups: int,
-) -> list[Made] | None:
+) -> Metas | None:
     if not source.numel():
         return None
     rank = source.dim() - 2
-    place = [[value[k % len(value)] for k in range(rank)] for value in (stride, padding, dilation, output_padding)]
+    edges = [_of_each(value, rank) for value in (stride, padding, dilation, output_padding)]
     sizes = [source.size(0), weight.size(1) * groups if transposed else weight.size(0)]
-    for length, kernel, s, p, d, o in zip(source.shape[2:], weight.shape[2:], *place, strict=True):
+    for length, kernel, s, p, d, o in zip(source.shape[2:], weight.shape[2:], *edges, strict=True):
         reach = d * (kernel - 1)
         sizes.append((length - 1) * s - 2 * p + reach + o + 1 if transposed else (length + 2 * p - reach - 1) // s + 1)
-    source, weight = _images(source, weight)
-    own = _depthwise(source, weight, stride, dilation, transposed, groups)
-    return [laid_out_as(sizes, torch.contiguous_format if own else convolution_layout(source, weight), source.dtype)]
+    of = _Convolution(source, weight, stride, padding, dilation, transposed, groups)
+    return [laid_out_as(sizes, of.layout, source.dtype)]
 
 
-def _convolution_backward_made(
+@output_metas(aten.convolution_backward)
+def convolution_backward_metas(
     grad: torch.Tensor,
     source: torch.Tensor,
     weight: torch.Tensor,
     bias_sizes: Any,
     stride: Sequence[int],
-    padding: Any,
+    padding: Sequence[int],
     dilation: Sequence[int],
     transposed: bool,
-    output_padding: Any,
+    output_padding: Sequence[int],
     groups: int,
     mask: Sequence[bool],
-) -> list[Made | None] | None:
+) -> Metas | None:
     if not source.numel():
         return None
-    images, filters = _images(source, weight)
-    own = _depthwise(images, filters, stride, dilation, transposed, groups)
-    layout = torch.contiguous_format if own else convolution_layout(images, filters)
-    made: list[Made] = [laid_out_as(tensor.shape, layout, tensor.dtype) for tensor in (source, weight)]
-    made.append((torch.Size([grad.size(1)]), grad.dtype))
+    layout = _Convolution(source, weight, stride, padding, dilation, transposed, groups).layout
+    made = [laid_out_as(tensor.shape, layout, tensor.dtype) for tensor in (source, weight)]
+    made.append(OutputMeta(torch.Size([grad.size(1)]), grad.dtype))
     return [one if wanted else None for one, wanted in zip(made, mask, strict=True)]
 
 
-def convolutions(capability: tuple[int, int], sums_of: Callable[[torch.Tensor], Sequence[Any]]) -> dict[Any, Rule]:
-    """Of convolutions and their gradients; ``sums_of`` is what the sum over a gradient takes, that of the bias."""
-    return {
-        aten.convolution.default: _with_workspaces(_convolution, capability),
-        aten.convolution_backward.default: _with_workspaces(_convolution_backward(sums_of), capability),
-    }
-
-
-def _with_workspaces(rule: Rule, capability: tuple[int, int]) -> Rule:
-    """A convolution's rule, and cuDNN's workspaces (see ``cuda.workspaces``) one after the other: a call's one, or each
-    gradient's. They are none until a replay asks for more."""
-
-    def both(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-        get_ready()
-        copies = rule(args, kwargs, out)
-        gradients = len(args) > 9  # aten.convolution_backward: grad, input, weight, ..., stride, ..., groups, mask
-        y, x, weight = args[:3] if gradients else (out, *args[:2])
-        stride, padding, dilation, transposed, _, groups = args[4:10] if gradients else args[3:9]
-        images, filters = _images(x, weight)
-        layout = PLAIN
-        if _tensor_cores(x.dtype, capability):
-            layout = MOVED if convolution_layout(images, filters) is torch.contiguous_format else LAST
-        edges = [edge if len(edge) == x.ndim - 2 else [*edge] * (x.ndim - 2) for edge in (stride, padding, dilation)]
-        places = (tensor.shape[2:] for tensor in (x, y, weight))
-        card, kind = 10 * capability[0] + capability[1], KINDS.get(str(x.dtype), 0)
-        numbers = (
-            *(kind, _deterministic(), layout, x.size(0), x.size(1), y.size(1), groups),
-            *(number for edge in (*places, *edges) for number in edge),
-        )
-        parts = (
-            [part for part, asked in zip((INPUT, FILTER), args[10], strict=False) if asked] if gradients else [FORWARD]
-        )
-        return (*copies, *([("convolution", int(transposed), card, part, *numbers)] for part in parts))
-
-    return both
-
-
-def _deterministic() -> int:
-    return int(torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
-
-
-def _tensor_cores(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
-    """Whether cuDNN computes in them: float32 does by default, as TF32 (torch.backends.cudnn.allow_tf32)."""
-    if dtype == torch.float32:
-        return capability >= (8, 0) and torch.backends.cudnn.allow_tf32
-    return (dtype == torch.float16 and capability >= (7, 0)) or (dtype == torch.bfloat16 and capability >= (8, 0))
-
-
-def _columns(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    """aten/src/ATen/native/cuda/Im2Col.cu and Col2Im.cu: what is read is made contiguous, twice (seen on 2.14)."""
-    return () if args[0].is_contiguous() else (nbytes(args[0]), nbytes(args[0]), slice(None))
-
+# ---------------------------------------------------------------------------------------------------------------- pools
+# aten/src/ATen/native/cuda (2.14): Im2Col, Col2Im, DilatedMaxPool2d, AveragePool2d, AdaptiveAveragePooling,
+# AdaptiveMaxPooling2d, UpSampleNearest2d, UpSampleBicubic2d, ReflectionPad
 
 #: aten/src/ATen/native/cuda: AveragePool*, DilatedMaxPool*, Adaptive*Pooling*, UpSample*, ReflectionPad (2.15)
-COPIED_GRADIENTS = """
+_DENSE_GRADIENTS = """
 adaptive_max_pool3d_backward avg_pool3d_backward max_pool3d_with_indices_backward
 reflection_pad1d_backward upsample_bilinear2d_backward upsample_nearest1d_backward upsample_nearest2d_backward
 upsample_nearest3d_backward upsample_linear1d_backward upsample_trilinear3d_backward _adaptive_avg_pool3d_backward
 _upsample_bilinear2d_aa_backward _upsample_nearest_exact2d_backward _upsample_nearest_exact1d_backward
 _upsample_nearest_exact3d_backward
-""".split()
+"""
 
 
-def _pool(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    return relaid(args[0], suggested(args[0]))
+@allocates(*installed(_DENSE_GRADIENTS))
+def dense_gradient(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """The gradient is read with its channels first or last, else copied."""
+    yield OUTPUTS
+    yield from _dense_copy(call.input)
 
 
-def _pool_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    grad, source = args[:2]
-    return (*relaid(source, suggested(source)), *relaid(grad, suggested(source)))
+def _dense_copy(tensor: torch.Tensor) -> Iterator[Scratch]:
+    if not is_dense(tensor):
+        yield copy_of(tensor)
 
 
-def _adaptive_average(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    return (*_pool(args, kwargs, out), slice(None))
+@allocates(aten.im2col, aten.col2im)
+def columns(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """The input is made contiguous twice (seen on 2.14)."""
+    yield from contiguous_copies(call.input, call.input)
+    yield OUTPUTS
 
 
-def _adaptive_average_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    plain = suggested(args[1]) is torch.contiguous_format
-    return relaid(args[0], torch.contiguous_format) if plain else copied(0)(args, kwargs, out)
+@allocates(aten.max_pool2d_with_indices, aten.avg_pool2d, aten.upsample_nearest2d)
+def pool(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    yield OUTPUTS
+    yield from copies_in(suggested(call.input), call.input)
 
 
-def _adaptive_maximum(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    return tuple(size for tensor in (*out, args[0]) for size in relaid(tensor, torch.contiguous_format))
+@allocates(aten.max_pool2d_with_indices_backward, aten.avg_pool2d_backward)
+def pool_backward(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    yield OUTPUTS
+    grad, source = call.args[:2]
+    yield from copies_in(suggested(source), source, grad)
 
 
-def _adaptive_maximum_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    return tuple(size for tensor in (args[0], args[2], out) for size in relaid(tensor, torch.contiguous_format))
+@allocates(aten._adaptive_avg_pool2d)
+def adaptive_average(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    yield from copies_in(suggested(call.input), call.input)
+    yield OUTPUTS
 
 
-def _made_contiguous(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    return relaid(args[0], torch.contiguous_format)
+@allocates(aten._adaptive_avg_pool2d_backward)
+def adaptive_average_backward(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    yield OUTPUTS
+    grad, source = call.args[:2]
+    yield from contiguous_copies(grad) if suggested(source) is CONTIGUOUS else _dense_copy(grad)
 
 
-#: aten/src/ATen/native/cuda (2.14): Im2Col, Col2Im, DilatedMaxPool2d, AveragePool2d, AdaptiveAveragePooling,
-#: AdaptiveMaxPooling2d, UpSampleNearest2d, UpSampleBicubic2d, ReflectionPad
-POOLS: dict[Any, Rule] = {
-    aten.im2col.default: _columns,
-    aten.col2im.default: _columns,
-    aten.max_pool2d_with_indices.default: _pool,
-    aten.max_pool2d_with_indices_backward.default: _pool_backward,
-    aten.avg_pool2d.default: _pool,
-    aten.avg_pool2d_backward.default: _pool_backward,
-    aten._adaptive_avg_pool2d.default: _adaptive_average,
-    aten._adaptive_avg_pool2d_backward.default: _adaptive_average_backward,
-    aten.adaptive_max_pool2d.default: _adaptive_maximum,
-    aten.adaptive_max_pool2d_backward.default: _adaptive_maximum_backward,
-    aten.upsample_nearest2d.default: _pool,
-    aten.upsample_bicubic2d_backward.default: _made_contiguous,
-    aten.reflection_pad2d.default: _made_contiguous,
-    aten.reflection_pad2d_backward.default: _made_contiguous,
-}
+@allocates(aten.adaptive_max_pool2d)
+def adaptive_maximum(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    yield OUTPUTS
+    yield from contiguous_copies(*call.out, call.input)
 
 
-#: outputs of convolutions, which torch's fake kernels lay out as the CPU does
-MADE: Mapping[Any, Callable[..., Sequence[Made | None] | None]] = {
-    aten.convolution.default: _convolution_made,
-    aten.convolution_backward.default: _convolution_backward_made,
-}
+@allocates(aten.adaptive_max_pool2d_backward)
+def adaptive_maximum_backward(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    yield OUTPUTS
+    yield from contiguous_copies(call.input, call.args[2], call.out)
+
+
+@allocates(aten.upsample_bicubic2d_backward, aten.reflection_pad2d, aten.reflection_pad2d_backward)
+def contiguous_input(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    yield OUTPUTS
+    yield from contiguous_copies(call.input)

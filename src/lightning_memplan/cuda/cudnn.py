@@ -1,16 +1,16 @@
-"""The workspaces that cuDNN chooses, asked of cuDNN itself, for a card that need not be there.
+"""Ask cuDNN itself for the workspaces that it chooses, for a GPU that this machine need not have.
 
-From 9.8 on cuDNN plans for a card that is only described to it, which is made for compiling ahead of time
+From 9.8 on cuDNN plans for a GPU that is only described to it, a feature for compiling ahead of time
 (``CUDNN_BACKEND_DEVICEPROP_DESCRIPTOR``, cudnn_graph_v9.h). torch's convolutions run the first plan that cuDNN's
 heuristics propose (aten/src/ATen/native/cudnn/Conv_v8.cpp, 2.11: ``get_generator_sources``, mode INSTANT, then
-FALLBACK), so that plan's workspace is what a convolution takes. Every CUDA build of torch comes with cuDNN, and neither
-GPU nor driver is asked for.
+FALLBACK), so a convolution takes that plan's workspace. Every CUDA build of torch comes with cuDNN, and neither GPU nor
+driver is needed.
 
-Some plans are not proposed without a card: products of matrices by cuBLAS, and Winograd's in float32. So pointwise
-convolutions, and those without tensor cores, are left to the rules of ``cuda.workspaces``.
+Some plans are not proposed without a GPU: products of matrices by cuBLAS, and Winograd's in float32. So pointwise
+convolutions, and those without tensor cores, are left to the rules of `cuda.workspaces`.
 
-cuDNN runs in a process of its own, this file as a program: what goes wrong there costs no more than the answers. It
-ends when nobody has asked for a while, and with its parent. Checked on cuDNN 9.19 and 9.24.
+cuDNN runs in a process of its own, `cuda.cudnn_process`: a failure there costs no more than the answers. The process
+ends after a while without questions, and with its parent. Checked on cuDNN 9.19 and 9.24.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ _PATIENCE = 20.0  # seconds in which it has to answer
 
 
 def workspace(question: Question) -> int | None:
-    """Bytes of the plan that cuDNN would run first; None where it cannot be asked, or has none.
+    """Return the bytes of the plan that cuDNN would run first; None if it cannot be asked, or has no plan.
 
-    It is the installed cuDNN, or the ``libcudnn.so.9`` that ``MEMPLAN_CUDNN`` in the environment names: that of another
-    torch, with which training is to run. ``MEMPLAN_CUDNN=off`` asks none, so that plans are the same everywhere.
+    The installed cuDNN is asked, or the ``libcudnn.so.9`` that ``MEMPLAN_CUDNN`` in the environment names: that of
+    another torch, with which training is to run. ``MEMPLAN_CUDNN=off`` asks none, so that plans are the same on any
+    machine.
 
-    Of a ResNet's 3×3 convolution, 256 images in float16 with channels first: all operands with channels last.
+    A ResNet's 3×3 convolution of 256 images, in float16 with channels first, copies all operands with channels last.
 
+    >>> from lightning_memplan.cuda.cudnn_process import FORWARD, MOVED
     >>> of_resnet = Question(86, FORWARD, 2, 0, MOVED, 256, 64, 64, 1, *[(56, 56)] * 2, (3, 3), *[(1, 1)] * 3)
     >>> found = workspace(of_resnet)
     >>> found is None or found - 2 * (256 * 128 * 56**2 + 64 * 64 * 9) < 1024
@@ -59,17 +61,17 @@ def workspace(question: Question) -> int | None:
 
 
 def get_ready() -> None:
-    """Start the process that is asked, which takes a while, if there is one to be."""
+    """Start the process of an installed cuDNN, which takes a while."""
     if (path := _library()) is not None and path not in _broken and (os.getpid(), path) not in _processes:
         with _lock, suppress(OSError):
             _processes[os.getpid(), path] = _started(path)
 
 
 def check_named() -> None:
-    """See that ``MEMPLAN_CUDNN`` names a file, where it names one.
+    """Check that the file which ``MEMPLAN_CUDNN`` names is there.
 
     Raises:
-        ValueError: there is none.
+        ValueError: it is not.
     """
     path = os.environ.get("MEMPLAN_CUDNN") or "off"
     if path != "off" and not Path(path).is_file():
@@ -84,7 +86,7 @@ def _library() -> str | None:
 _answers: dict[tuple[str, Question], int | None] = {}
 
 
-_processes: dict[tuple[int, str], subprocess.Popen[bytes]] = {}  # by who asks, since a fork has its own, and library
+_processes: dict[tuple[int, str], subprocess.Popen[bytes]] = {}  # by asking process and library
 
 
 _broken: set[str] = set()
@@ -95,7 +97,7 @@ _lock = threading.Lock()
 
 @cache
 def _installed() -> str:
-    """The cuDNN that came with torch; empty where there is none."""
+    """Return the path of the cuDNN that came with torch; empty if there is none."""
     try:
         spec = find_spec("nvidia.cudnn")
     except ModuleNotFoundError:
@@ -109,7 +111,7 @@ def _asked(path: str, question: Question) -> int | None:
     with _lock:
         if path in _broken:
             return None
-        for _ in range(2):  # it may have ended for want of questions
+        for _ in range(2):  # it may have ended, after a while without questions
             with suppress(OSError):
                 if who not in _processes:
                     _processes[who] = _started(path)
@@ -152,7 +154,7 @@ def _ended(process: subprocess.Popen[bytes]) -> None:
 
 
 def _answer(process: subprocess.Popen[bytes], question: Question) -> str | None:
-    """A line of the process; None where it has ended, or does not answer."""
+    """Return a line of the process; None if it has ended, or does not answer."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(json.dumps(question).encode() + b"\n")

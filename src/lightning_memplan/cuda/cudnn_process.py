@@ -15,17 +15,17 @@ from contextlib import suppress
 from ctypes import c_char, c_float, c_int, c_int64, c_size_t, c_void_p
 from typing import Any, NamedTuple
 
-FORWARD, INPUT, FILTER = range(3)  #: what is computed: the results, or the gradient of the input or of the filter
+FORWARD, INPUT, FILTER = range(3)  #: the results, or the gradient of the input or of the filter
 
 
 PLAIN, MOVED, LAST = range(3)  #: no tensor cores; tensor cores and channels first, which are moved; channels last
 
 
 class Question(NamedTuple):
-    """A convolution on a card, in one, two or three dimensions, of ``n`` samples.
+    """A convolution on a GPU, in one, two or three dimensions, of ``n`` samples.
 
-    ``capability`` is the card's, as 86; ``kind`` cuDNN's number of the operands' type; ``deterministic`` 1 where only
-    algorithms are allowed that always have the same result; ``layout`` PLAIN, MOVED or LAST. The last six are of each
+    ``capability`` is the GPU's, as 86; ``kind`` is cuDNN's number of the operands' type; ``deterministic`` is 1 for
+    algorithms with reproducible results alone; ``layout`` is PLAIN, MOVED or LAST. The last six have a number for each
     dimension.
     """
 
@@ -47,7 +47,7 @@ class Question(NamedTuple):
 
     @classmethod
     def of(cls, numbers: Sequence[int]) -> Question:
-        """Of one number after another, as it is recorded: the last six are as many as there are dimensions."""
+        """Read a recorded question, one number after another: the last six have as many as there are dimensions."""
         edges, step = numbers[9:], (len(numbers) - 9) // 6
         return cls._make([*numbers[:9], *(tuple(edges[at : at + step]) for at in range(0, len(edges), step))])
 
@@ -58,7 +58,7 @@ _IDLE = 30.0  # seconds until the process ends by itself
 # --------------------------------------------------------------------------------------------------- the process itself
 
 # cudnnBackendDescriptorType_t, cudnnBackendAttributeType_t and cudnnBackendAttributeName_t of cudnn_graph_v9.h
-_CONVOLUTION, _ENGINE, _CONFIG, _HEURISTICS, _PLAN, _GRAPH, _TENSOR, _CARD = 1, 2, 3, 4, 5, 15, 17, 38
+_CONVOLUTION, _ENGINE, _CONFIG, _HEURISTICS, _PLAN, _GRAPH, _TENSOR, _DEVICE = 1, 2, 3, 4, 5, 15, 17, 38
 
 
 _OPERATION = {FORWARD: (10, 700), FILTER: (11, 712), INPUT: (12, 706)}  # and the first of its attributes
@@ -77,11 +77,11 @@ _CANDIDATES = 8  # plans that are looked at, where the first is refused
 
 
 class CudnnError(Exception):
-    """cuDNN refuses something."""
+    """cuDNN refuses a call."""
 
 
 class Cudnn:
-    """The calls of cuDNN's backend that planning a convolution takes."""
+    """The calls of cuDNN's backend that plan a convolution."""
 
     def __init__(self, library: str) -> None:
         self.calls = ctypes.CDLL(library)
@@ -89,7 +89,7 @@ class Cudnn:
         if self.calls.cudnnGetVersion() < 90800:
             raise CudnnError("cuDNN 9.8 or later is needed")
         self.made: list[c_void_p] = []
-        self.cards: dict[int, c_void_p] = {}
+        self.devices: dict[int, c_void_p] = {}
 
     def check(self, status: int) -> None:
         if status:
@@ -102,7 +102,7 @@ class Cudnn:
         return descriptor
 
     def make(self, kind: int, *attributes: tuple[int, int, Any]) -> c_void_p:
-        """A finished descriptor; an attribute is its name, its type and an array of C's."""
+        """Make a finished descriptor; an attribute is its name, its type and a C array."""
         descriptor = self.new(kind)
         for name, typed, array in attributes:
             self.check(
@@ -112,7 +112,7 @@ class Cudnn:
         return descriptor
 
     def get(self, descriptor: c_void_p, name: int, typed: int, array: Any) -> int:
-        """Fill the array; how many there are."""
+        """Fill the array, and return how many values there are."""
         count = c_int64()
         found = self.calls.cudnnBackendGetAttribute(
             descriptor, name, typed, c_int64(len(array)), ctypes.byref(count), ctypes.byref(array)
@@ -125,12 +125,12 @@ class Cudnn:
             self.calls.cudnnBackendDestroyDescriptor(descriptor)
         self.made.clear()
 
-    def card(self, capability: int) -> c_void_p:
-        if capability not in self.cards:
+    def device(self, capability: int) -> c_void_p:
+        if capability not in self.devices:
             text = json.dumps(_described(capability)).encode()
-            self.cards[capability] = self.make(_CARD, (2702, _CHAR, (c_char * len(text)).from_buffer_copy(text)))
+            self.devices[capability] = self.make(_DEVICE, (2702, _CHAR, (c_char * len(text)).from_buffer_copy(text)))
             self.made.pop()  # it stays
-        return self.cards[capability]
+        return self.devices[capability]
 
     def tensor(self, name: int, kind: int, sizes: Sequence[int], layout: int) -> Any:
         order = [0, *range(2, len(sizes)), 1] if layout == LAST else list(range(len(sizes)))
@@ -155,7 +155,7 @@ class Cudnn:
             self.drop()
 
     def _workspace(self, q: Question) -> int | None:
-        card = _descriptors(self.card(q.capability))
+        device = _descriptors(self.device(q.capability))
         kind, begin = _OPERATION[q.part]
         size, results, kernel, stride, padding, dilation = q[-6:]
         if len(size) == 1:  # torch makes it one of images of one row
@@ -189,25 +189,25 @@ class Cudnn:
                 _HEURISTICS,
                 (201, _DESCRIPTOR, _descriptors(graph)),
                 (200, _HEURISTIC, (c_int * 1)(mode)),
-                (204, _DESCRIPTOR, card),
+                (204, _DESCRIPTOR, device),
             )
             configs = [self.new(_CONFIG) for _ in range(_CANDIDATES)]
             count = self.get(heuristics, 202, _DESCRIPTOR, _descriptors(*configs))
             for config in configs[:count]:
-                found = self.plan(config, card, q.deterministic)
+                found = self.plan(config, device, q.deterministic)
                 if found is not None:
                     return found
         return None
 
-    def plan(self, config: c_void_p, card: Any, deterministic: int) -> int | None:
-        """The workspace of a plan that torch would run; None where it passes over it, or cuDNN has none."""
+    def plan(self, config: c_void_p, device: Any, deterministic: int) -> int | None:
+        """Return the workspace of a plan; None if torch passes over it, or cuDNN cannot make it."""
         engine, notes, bytes_ = self.new(_ENGINE), (c_int * 16)(), (c_int64 * 1)()
         self.get(config, 300, _DESCRIPTOR, _descriptors(engine))
         noted = notes[: self.get(engine, 1303, _NOTE, notes)]
         if _ROUNDS_INPUTS in noted or (deterministic and _NONDETERMINISTIC in noted):
             return None
         try:
-            plan = self.make(_PLAN, (401, _DESCRIPTOR, _descriptors(config)), (407, _DESCRIPTOR, card))
+            plan = self.make(_PLAN, (401, _DESCRIPTOR, _descriptors(config)), (407, _DESCRIPTOR, device))
             self.get(plan, 402, _INT64, bytes_)
         except CudnnError:
             return None
@@ -223,9 +223,9 @@ def _descriptors(*descriptors: c_void_p) -> Any:
 
 
 def _described(capability: int) -> dict[str, object]:
-    """A card, as cuDNN writes one (``CUDNN_ATTR_DEVICEPROP_JSON_REPRESENTATION``): an RTX 3090, but for its capability.
+    """Describe a GPU as cuDNN does (``CUDNN_ATTR_DEVICEPROP_JSON_REPRESENTATION``): an RTX 3090 of another capability.
 
-    Of the other figures none that was tried changes a workspace (tests/unit/cuda/test_cudnn.py).
+    No other figure that was tried changes a workspace (tests/unit/cuda/test_cudnn.py).
     """
     return {
         "deviceVer": 10 * capability,
@@ -257,7 +257,7 @@ def _described(capability: int) -> dict[str, object]:
 
 
 def main(library: str) -> None:
-    """Answer questions, a line each, until nobody asks any more."""
+    """Answer questions, a line each, until none has come for a while."""
     cudnn, pending = Cudnn(library), b""
     with suppress(CudnnError):  # the first one takes long
         cudnn.workspace(Question(80, FORWARD, 2, 0, MOVED, 1, 8, 8, 1, (8, 8), (8, 8), (3, 3), (1, 1), (1, 1), (1, 1)))

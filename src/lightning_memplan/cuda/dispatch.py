@@ -1,4 +1,4 @@
-"""CUDA's own choice of operators: composites that it decomposes otherwise than the CPU."""
+"""CUDA's own choice of operators: composites that it decomposes differently from the CPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from lightning_memplan.cuda.rule_set import aten
 
 # -------------------------------------------------------------------------------------------- composites of CUDA's own
 def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
-    # aten/src/ATen/native/Dropout.cpp, is_fused_kernel_acceptable: the fused kernel keeps a bool mask
+    """Run the fused kernel, which keeps a bool mask.
+
+    Source: aten/src/ATen/native/Dropout.cpp, ``is_fused_kernel_acceptable`` (2.14).
+    """
     if train and 0 < p < 1 and input.numel():
         return aten.native_dropout.default(input, p, train)[0]
     if not train or p == 0:
@@ -28,7 +31,11 @@ def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
 
 
 def _half_softmax(plain: Any, typed: Any) -> Callable[..., torch.Tensor]:
-    # aten/src/ATen/native/SoftMax.cpp: on CUDA a half input and a float32 result are one kernel, without a copy
+    """Return a softmax that reads halves and writes float32 in one kernel, without a copy.
+
+    Source: aten/src/ATen/native/SoftMax.cpp (2.14).
+    """
+
     def kernel(input: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         if input.dtype == torch.float16 and dtype == torch.float32:
             return plain(input, dim, True)
@@ -48,7 +55,10 @@ def _batch_norm(
     eps: float,
     cudnn_enabled: bool,
 ) -> torch.Tensor:
-    # aten/src/ATen/native/Normalization.cpp, _select_batch_norm_backend
+    """Choose cuDNN or torch's own kernel.
+
+    Source: aten/src/ATen/native/Normalization.cpp, ``_select_batch_norm_backend`` (2.14).
+    """
     cudnn = (
         cudnn_enabled
         and input.dim() >= 3
@@ -66,7 +76,10 @@ def _batch_norm(
 
 
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    # aten/src/ATen/native/Linear.cpp; a tensor subclass gets its bias out of place there, a CUDA tensor in place
+    """Add the bias in place, as for a CUDA tensor; a tensor subclass gets it out of place.
+
+    Source: aten/src/ATen/native/Linear.cpp (2.14).
+    """
     if bias is None:
         return torch.matmul(input, weight.t())
     if input.dim() == 2:
@@ -77,7 +90,10 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 class _RMSNorm(torch.autograd.Function):
-    """aten/src/ATen/native/cuda/layer_norm_kernel.cu, ``_fused_rms_norm``: its result and each row's factor."""
+    """Keep the factor of each row for the backward pass.
+
+    Source: aten/src/ATen/native/cuda/layer_norm_kernel.cu, ``_fused_rms_norm`` (2.14).
+    """
 
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor | None, rank: int) -> torch.Tensor:
@@ -98,7 +114,10 @@ class _RMSNorm(torch.autograd.Function):
 def _rms_norm(
     input: torch.Tensor, normalized_shape: Sequence[int], weight: torch.Tensor | None = None, eps: float | None = None
 ) -> torch.Tensor:
-    # aten/src/ATen/native/layer_norm.cpp, rms_norm_symint: one kernel on CUDA
+    """Run one kernel.
+
+    Source: aten/src/ATen/native/layer_norm.cpp, ``rms_norm_symint`` (2.14).
+    """
     return _RMSNorm.apply(input, weight, len(normalized_shape))
 
 
@@ -111,7 +130,10 @@ def _ctc(
     reduction: int = 1,
     zero_infinity: bool = False,
 ) -> torch.Tensor:
-    # aten/src/ATen/native/LossCTC.cpp, which goes another way for tensor subclasses: lengths are read on the host
+    """Read the lengths on the host, as for a CUDA tensor but not for a tensor subclass.
+
+    Source: aten/src/ATen/native/LossCTC.cpp (2.14).
+    """
     log_probs = log_probs if log_probs.dim() == 3 else log_probs.unsqueeze(1)
     losses, _ = torch.ops.aten._ctc_loss.Tensor(log_probs, targets, input_lengths, target_lengths, blank, zero_infinity)
     if zero_infinity:
@@ -122,13 +144,17 @@ def _ctc(
 
 
 def _one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
-    # aten/src/ATen/native/Onehot.cpp, which goes another way for tensor subclasses
+    """Scatter ones into zeros, as for a CUDA tensor but not for a tensor subclass.
+
+    Source: aten/src/ATen/native/Onehot.cpp (2.14).
+    """
     classes = int(tensor.max().item()) + 1 if num_classes == -1 else num_classes
     made = torch.zeros((*tensor.shape, classes), dtype=tensor.dtype, device=tensor.device)
     return made.scatter_(-1, tensor.unsqueeze(-1), 1)
 
 
 def _composites(capability: tuple[int, int]) -> dict[str, Callable[..., Any]]:
+    """Return CUDA's decompositions by the names of their operators."""
     return {
         "batch_norm": _batch_norm,
         "dropout": _dropout,
@@ -154,7 +180,7 @@ def _composites(capability: tuple[int, int]) -> dict[str, Callable[..., Any]]:
 
 @contextmanager
 def cuda_semantics(capability: tuple[int, int] = (8, 6)) -> Iterator[None]:
-    """CUDA's choices in the place of the CPU's, for fake tensors on a CPU device; undone on the way out."""
+    """Run operators on CPU tensors as CUDA decomposes and casts them, and undo this at the end."""
     library = torch.library.Library("aten", "IMPL")
     try:
         with warnings.catch_warnings():
@@ -173,7 +199,10 @@ def cuda_semantics(capability: tuple[int, int] = (8, 6)) -> Iterator[None]:
 
 @contextmanager
 def _nms_as_on_cuda() -> Iterator[None]:
-    """torchvision.ops.batched_nms goes class by class from fewer boxes on where these are on a CPU (boxes.py, 0.29)."""
+    """Let torchvision's ``batched_nms`` go class by class from as many boxes on as on CUDA: fewer suffice on a CPU.
+
+    Source: torchvision/ops/boxes.py, ``batched_nms`` (0.29).
+    """
     boxes: Any = sys.modules.get("torchvision.ops.boxes")
     vanilla, trick = (getattr(boxes, f"_batched_nms_{name}", None) for name in ("vanilla", "coordinate_trick"))
     if vanilla is None or trick is None:
@@ -193,7 +222,7 @@ def _nms_as_on_cuda() -> Iterator[None]:
 # ----------------------------------------------------------------------------------------------------------- optimizers
 @contextmanager
 def _capturable() -> Iterator[None]:
-    """``capturable=True`` is for parameters on a card: traced ones are as good.
+    """Let optimizers take traced parameters for ``capturable=True``, which they refuse on a CPU.
 
     Source: torch/optim/optimizer.py, ``_get_capturable_supported_devices``, which each optimizer imports (2.4 to 2.14).
     """
@@ -214,7 +243,7 @@ def _capturable() -> Iterator[None]:
 
 
 def foreach_by_default(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer over traced parameters choose ``foreach`` as it would on CUDA; torch's Adafactor never does."""
+    """Set ``foreach`` for traced parameters as an optimizer chooses it on CUDA; torch's Adafactor never does."""
     if isinstance(optimizer, getattr(torch.optim, "Adafactor", ())):
         return
     for group in optimizer.param_groups:

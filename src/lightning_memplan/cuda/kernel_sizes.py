@@ -1,8 +1,8 @@
-"""Bytes that CUDA kernels ask for beside their outputs, as functions of sizes.
+"""Bytes that CUDA kernels allocate beside their outputs, as functions of sizes.
 
-Most sizes of a step are polynomials of the batch size. These are not (they depend on how a launch is cut into blocks,
-or are rounded up), so an event carries the function's name and arguments, the arguments are what is scaled to another
-batch size, and the function is asked again there.
+Most sizes of a step are polynomials of the batch size. These are not: they depend on how a launch is cut into blocks,
+or are rounded up. So an event carries the name and the arguments of a function. The arguments are scaled to another
+batch size, and the function is called again there.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def _up(a: int, b: int) -> int:
 def reduction(
     part: int, width: int, element: int, vector: int, multiprocessors: int, threads: int, reduced: int, *layout: int
 ) -> int:
-    """Bytes through which the blocks of one reduction pass their partial results: ``part`` 0, or their counters: 1.
+    """Return the bytes through which the blocks of one reduction pass partial results (``part`` 0), or of counters (1).
 
-    ``width`` bytes an accumulator, ``element`` bytes a value, ``vector`` values that one thread reads at a time.
-    ``multiprocessors`` and ``threads`` (on each of them) are the card's. ``layout`` has the dimensions' sizes, then the
-    strides of the input (in elements): the first ``reduced`` dimensions are reduced, each part in the order of strides.
-    0 where one block does an output alone.
+    An accumulator has ``width`` bytes, a value ``element`` bytes, and a thread reads ``vector`` values at a time.
+    The GPU has ``multiprocessors``, with ``threads`` each. ``layout`` has the sizes of the dimensions, then the strides
+    of the input (in elements): the first ``reduced`` dimensions are reduced, each part in the order of strides. The
+    result is 0 if each output needs one block alone.
 
     Source: ``setReduceConfig``, ``ReduceConfig::global_memory_size`` and ``semaphore_size`` in
     aten/src/ATen/native/cuda/Reduce.cuh (2.15); an input of 2 GiB or more is cut in halves first.
@@ -88,7 +88,7 @@ def reduction(
 
 
 def _joined(shape: list[int], strides: list[int], reduced: int) -> tuple[list[int], list[int], int]:
-    """Neighbouring dimensions of the same kind made one, where one stride goes through both (TensorIterator)."""
+    """Join neighbouring dimensions of the same kind where one stride goes through both (TensorIterator)."""
     parts = []
     for begin, end in ((0, reduced), (reduced, len(shape))):
         part: list[tuple[int, int]] = []
@@ -105,9 +105,9 @@ def _joined(shape: list[int], strides: list[int], reduced: int) -> tuple[list[in
 
 
 def norm_blocks(part: int, rows: int, channels: int, width: int) -> int:
-    """Bytes through which blocks pass the sums of a batch norm whose channels come last: ``part`` 0, or counters: 1.
+    """Return the bytes through which blocks pass sums of a batch norm (``part`` 0), or of their counters (1).
 
-    ``width`` bytes for each channel and block. 0 where one block does a channel alone.
+    Its channels come last, and each has ``width`` bytes in a block. The result is 0 if a channel needs one block alone.
 
     Source: ``flexible_launch_configs`` and the templates of ``batch_norm_stats_channels_last`` and
     ``batch_norm_backward_reduce_channels_last`` in aten/src/ATen/native/cuda/Normalization.cuh (2.14).
@@ -131,7 +131,7 @@ def norm_blocks(part: int, rows: int, channels: int, width: int) -> int:
 
 
 def rounded_rows(count: int, rows: int, multiple: int, width: int) -> int:
-    """``count`` times ``rows`` rounded up to ``multiple``, of ``width`` bytes.
+    """Return the bytes of ``count`` times ``rows``, rounded up to ``multiple``, at ``width`` bytes a value.
 
     >>> rounded_rows(count=3, rows=100, multiple=128, width=4)
     1536
@@ -140,7 +140,7 @@ def rounded_rows(count: int, rows: int, multiple: int, width: int) -> int:
 
 
 def above(limit: int, value: int, size: int) -> int:
-    """``size`` bytes where ``value`` is above ``limit``, else none: a kernel that is chosen by size.
+    """Return ``size`` if ``value`` is above ``limit``, else 0: another kernel is chosen for it.
 
     >>> above(3072, 4000, 512), above(3072, 3000, 512)
     (512, 0)
@@ -149,10 +149,10 @@ def above(limit: int, value: int, size: int) -> int:
 
 
 def measured(samples: int, *seen: int) -> int:
-    """Bytes at a number of samples, on straight lines between those that were ``seen``: samples, bytes, samples, ...
+    """Interpolate the bytes at a number of samples between measurements ``seen``: samples, bytes, samples, ...
 
-    What a library chooses by itself is no polynomial. Beyond the largest batch it goes on as from the smallest to the
-    largest, and never falls.
+    The choice of a library is no polynomial. Beyond the largest batch the bytes rise as from the smallest to the
+    largest, and never fall.
 
     >>> measured(4, 2, 100, 6, 300), measured(10, 2, 100, 6, 300), measured(10, 2, 300, 6, 100)
     (200, 500, 100)
@@ -169,10 +169,12 @@ def measured(samples: int, *seen: int) -> int:
 
 
 def embedding_segments(part: int, indices: int, rows: int, row_bytes: int) -> int:
-    """Bytes of a part of the gradient of a table of embeddings, summed over equal indices, then over their segments:
-    0 is a number for each segment, 1 for each part of one, 2 a row for each part, 3 what the scan over segments takes.
+    """Return the bytes of scratch memory for the gradient of a table of embeddings.
 
-    ``rows`` of the table; ``row_bytes`` of one row in float32. 0 up to 3,072 indices: another kernel.
+    It is summed over equal indices, then over their segments. Part 0 is a number for each segment, 1 for each part of
+    a segment, 2 a row for each part, and 3 the scan over segments. The table has ``rows``, and a row in float32
+    ``row_bytes``. The result is 0 up to 3,072 indices, which are the work of another kernel.
+
     Source: aten/src/ATen/native/cuda/Embedding.cu and EmbeddingBackwardKernel.cu (2.15), NROWS_PER_THREAD = 10.
 
     >>> embedding_segments(0, 6144, 1000, 1024), embedding_segments(2, 6144, 1000, 1024)
@@ -188,8 +190,10 @@ def embedding_segments(part: int, indices: int, rows: int, row_bytes: int) -> in
 def layer_norm_rows(
     part: int, rows: int, width: int, element: int, vector: int, multiprocessors: int, threads: int
 ) -> int:
-    """Bytes of the gradients of a normalization's weight, summed over blocks of 32 rows first, where the rows are more
-    than 65,536 and narrow: 0 is those sums, 1 their sum, 2 and 3 what that reduction takes (see ``reduction``).
+    """Return the bytes of sums for the gradient of a normalization's weight.
+
+    More than 65,536 narrow rows are summed over blocks of 32 first. Part 0 is these sums, 1 their sum, 2 and 3 the
+    memory of that `reduction`.
 
     Source: ``LaunchGammaBetaBackwardCUDAKernel`` in aten/src/ATen/native/cuda/layer_norm_kernel.cu (2.15).
 
@@ -205,8 +209,11 @@ def layer_norm_rows(
 
 
 def scan(limit: int, count: int, tile: int) -> int:
-    """Bytes that cub's scans take for ``count`` values, if more than ``limit``: 16 for each tile and for 32 more,
-    in blocks of 256 bytes (cub's dispatch_scan.cuh and util_device.cuh; measured on torch 2.14).
+    """Return the bytes that cub's scans take for ``count`` values, if these are more than ``limit``.
+
+    They are 16 for each tile and for 32 more, in blocks of 256 bytes.
+
+    Source: cub's dispatch_scan.cuh and util_device.cuh (measured on torch 2.14).
 
     >>> scan(0, 100_000, 320), scan(3072, 3000, 320)
     (6143, 0)
@@ -215,10 +222,12 @@ def scan(limit: int, count: int, tile: int) -> int:
 
 
 def sort_pairs(limit: int, count: int, rows: int) -> int:
-    """Bytes that cub's radix sort takes for ``count`` pairs of 8-byte numbers below ``rows``, if more than ``limit``.
+    """Return the bytes that cub's radix sort takes for ``count`` pairs, if these are more than ``limit``.
 
-    It sorts 8 bits at a time: two sets of 256 counters for each of these passes and one for each tile of 3,840 pairs,
-    and a second set of the pairs if there is more than one pass. Up to 2,304 pairs are sorted by one block of threads.
+    A pair is of 8-byte numbers below ``rows``. They are sorted 8 bits at a time: with two sets of 256 counters for each
+    of these passes, one for each tile of 3,840 pairs, and a second set of the pairs if there is more than one pass.
+    One block of threads sorts up to 2,304 pairs.
+
     Source: cub's dispatch_radix_sort.cuh (measured on torch 2.14).
 
     >>> sort_pairs(0, 6144, 5000), sort_pairs(0, 2401, 169), sort_pairs(0, 2000, 169)
@@ -247,7 +256,7 @@ KERNELS: Mapping[str, Callable[..., int]] = {
 
 
 def kernel_bytes(rule: tuple[str, ...] | tuple[object, ...], workspaces: Choice = "low") -> int:
-    """The bytes of ``(name, argument, ...)``; ``workspaces`` chooses where there is a range.
+    """Return the bytes of ``(name, argument, ...)``; of a range, those that ``workspaces`` chooses.
 
     >>> kernel_bytes(("rounded_rows", 3, 100, 128, 4))
     1536

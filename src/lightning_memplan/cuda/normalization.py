@@ -3,152 +3,174 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from lightning_memplan.cuda.convolutions import convolution_layout
-from lightning_memplan.cuda.layout import Rule, is_dense, relaid
-from lightning_memplan.cuda.reductions import Card, sum_vector
-from lightning_memplan.cuda.rule_set import aten
+from lightning_memplan.cuda.layout import contiguous_copies, copies_in, is_dense, laid_out_as, suggested
+from lightning_memplan.cuda.reductions import sum_vector
+from lightning_memplan.cuda.rule_set import (
+    OUTPUTS,
+    Allocation,
+    Call,
+    Gpu,
+    Metas,
+    Output,
+    OutputMeta,
+    Scope,
+    Scratch,
+    allocates,
+    aten,
+    decomposes,
+    output_metas,
+    scratch,
+)
+
+# -------------------------------------------------------------------------------------------------- batch norm of cuDNN
 
 
-def _batch_norm_copies(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    """aten/src/ATen/native/Normalization.cpp, ``_batch_norm_impl_index``."""
-    copied = relaid(args[0], convolution_layout(args[0]))
-    return (*copied, slice(None)) if copied else ()
+@allocates(aten.cudnn_batch_norm)
+def cudnn_batch_norm(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """The input is copied into the layout of a convolution, and statistics are float32, also of a half input.
+
+    Source: aten/src/ATen/native/Normalization.cpp, ``_batch_norm_impl_index``, and cudnn/BatchNorm.cpp (2.14).
+    """
+    yield from copies_in(convolution_layout(call.input), call.input)
+    yield from _with_float32_statistics(call.out)
 
 
-def _batch_norm_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    """aten/src/ATen/native/cudnn/BatchNorm.cpp: the gradient is laid out as the input is."""
-    copied = relaid(args[1], convolution_layout(args[0]))
-    return (*copied, slice(None)) if copied else ()
+@allocates(aten.cudnn_batch_norm_backward)
+def cudnn_batch_norm_backward(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """The gradient is copied into the layout of the input.
+
+    Source: aten/src/ATen/native/cudnn/BatchNorm.cpp (2.14).
+    """
+    source, grad = call.args[:2]
+    yield from copies_in(convolution_layout(source), grad)
+    yield OUTPUTS
 
 
-def _group_norm(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    """aten/src/ATen/native/cuda/group_norm_kernel.cu: a scale and a shift for each channel of each sample."""
-    _, weight, bias, samples, channels, inner = args[:6]
-    if inner == 1 or (weight is None and bias is None):
-        return ()
-    return (4 * samples * channels,) * 2
+def _with_float32_statistics(out: Sequence[Any]) -> Iterator[Allocation]:
+    """Yield the outputs of a batch norm, whose second and third are statistics."""
+    yield Output(0)
+    yield Output(1, itemsize=4)
+    yield Output(2, itemsize=4)
+    for place in range(3, len(out)):
+        yield Output(place)
 
 
-def _group_norm_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    _, _, _, _, weight, samples, channels, _, groups, mask = args[:10]
-    sums = (4 * samples * channels,) * 2
-    of_groups = 4 * samples * groups
-    return (*sums, of_groups, of_groups, of_groups if weight is None else sums[0]) if mask[0] else sums
+@output_metas(aten.cudnn_batch_norm)
+def cudnn_batch_norm_metas(input: torch.Tensor, weight: torch.Tensor, *_: Any) -> Metas:
+    """Of the reserve no bytes are known."""
+    statistics = OutputMeta(weight, weight.dtype)
+    return [_like_images(input), statistics, statistics, OutputMeta(torch.Size([0]), torch.uint8)]
 
 
-def _norm_blocks(source: torch.Tensor, values: int) -> Sequence[Any]:
-    """Where channels come last, blocks pass so many values for each channel: two sums, or what makes a mean."""
-    if not _channels_last(source):
-        return ()
-    shape = source.numel() // source.size(1), source.size(1), values * max(4, source.element_size())
-    return ("norm_blocks", 0, *shape), ("norm_blocks", 1, *shape)
+@output_metas(aten.cudnn_batch_norm_backward)
+def cudnn_batch_norm_backward_metas(input: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor, *_: Any) -> Metas:
+    of_weight = OutputMeta(weight, weight.dtype)
+    return [_like_images(input), of_weight, of_weight]
 
 
-def _channels_last(source: torch.Tensor) -> bool:
-    """aten/src/ATen/native/cuda/Normalization.cu, ``batch_norm_use_channels_last_kernels``."""
+def _like_images(input: torch.Tensor) -> OutputMeta:
+    if is_dense(input):
+        return OutputMeta(input, input.dtype)
+    return laid_out_as(input.shape, suggested(input), input.dtype)
+
+
+# -------------------------------------------------------------------------------------------- batch norm of torch's own
+# aten/src/ATen/native/cuda/Normalization.cu (2.14)
+
+
+@allocates(aten.native_batch_norm)
+def native_batch_norm(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """Statistics are float32; in training blocks pass theirs through scratch memory.
+
+    Where channels are neither first nor last, the statistics are those of ``var_mean``: of a copy in float32, if the
+    input is of halves.
+    """
+    yield from _with_float32_statistics(call.out)
+    source, training = call.input, call.args[5]
+    if not training:
+        return
+    if source.element_size() == 2 and not source.is_contiguous() and not _has_channels_last(source):
+        yield Scratch(4 * source.numel())
+    yield from _norm_blocks(source, 4)
+
+
+@allocates(aten.native_batch_norm_backward)
+def native_batch_norm_backward(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """Where channels come last there are two passes, of which the second makes the gradient of the input."""
+    source, training, mask = call.args[1], call.args[7], call.args[9]
+    if not (mask[0] and training and _has_channels_last(source)):
+        yield OUTPUTS
+        return
+    sums = Scratch(source.size(1) * max(4, source.element_size()))
+    yield sums
+    yield sums
+    yield Output(1)
+    yield Output(2)
+    yield Scope(_norm_blocks(source, 2))
+    yield Output(0)
+
+
+@output_metas(aten.native_batch_norm_backward)
+def native_batch_norm_backward_metas(
+    grad: torch.Tensor, input: torch.Tensor, weight: torch.Tensor | None, *rest: Any
+) -> Metas | None:
+    if is_dense(input) or weight is None:
+        return None
+    of_weight = OutputMeta(weight.shape, weight.dtype)
+    made = OutputMeta(input.shape, input.dtype), of_weight, of_weight
+    return [one if wanted else None for one, wanted in zip(made, rest[-1], strict=True)]
+
+
+def _norm_blocks(source: torch.Tensor, values: int) -> Iterator[Scratch]:
+    """Yield the memory through which blocks pass ``values`` numbers for each channel, where channels come last."""
+    if _has_channels_last(source):
+        shape = source.numel() // source.size(1), source.size(1), values * max(4, source.element_size())
+        yield scratch("norm_blocks", 0, *shape)
+        yield scratch("norm_blocks", 1, *shape)
+
+
+def _has_channels_last(source: torch.Tensor) -> bool:
+    """Source: ``batch_norm_use_channels_last_kernels``."""
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(source.dim())
     if layout is not None and source.is_contiguous(memory_format=layout):
         return True
     return source.is_contiguous() and source.stride(1) == 1
 
 
-def _native_norm(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    """Where channels are neither first nor last the moments are var_mean's, of a copy in float32 if it is of halves."""
-    source = args[0]
-    general = not source.is_contiguous() and not _channels_last(source)
-    wide = (4 * source.numel(),) if general and source.element_size() == 2 else ()
-    return (slice(None), *wide, *_norm_blocks(source, 4)) if args[5] else ()
+# ------------------------------------------------------------------------------- batch norm synchronized between ranks
+# aten/src/ATen/native/cuda/Normalization.cu (2.14): two passes, between which ranks exchange their sums
 
 
-def _native_norm_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    """Two passes where channels come last: the gradient of the input is made in the second."""
-    source, of_input, training = args[1], args[9][0], args[7]
-    if not (of_input and training and _channels_last(source)):
-        return ()
-    sums = (source.size(1) * max(4, source.element_size()),) * 2
-    return (*sums, slice(1, 3), [*_norm_blocks(source, 2)], slice(0, 1))
+@allocates(aten.batch_norm_stats)
+def batch_norm_stats(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    yield OUTPUTS
+    yield from _norm_blocks(call.input, 4)
 
 
-NORMS: dict[Any, Rule] = {
-    aten.cudnn_batch_norm.default: _batch_norm_copies,
-    aten.cudnn_batch_norm_backward.default: _batch_norm_backward,
-    aten.native_batch_norm.default: _native_norm,
-    aten.native_batch_norm_backward.default: _native_norm_backward,
-    aten.batch_norm_stats.default: lambda args, kwargs, out: _norm_blocks(args[0], 4),
-    aten.batch_norm_backward_reduce.default: lambda args, kwargs, out: _norm_blocks(args[1], 2),
-    aten.native_group_norm.default: _group_norm,
-    aten.native_group_norm_backward.default: _group_norm_backward,
-}
+@allocates(aten.batch_norm_backward_reduce)
+def batch_norm_backward_reduce(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    yield OUTPUTS
+    yield from _norm_blocks(call.args[1], 2)
 
 
-def _layer_norm(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    """aten/src/ATen/native/cuda/layer_norm_kernel.cu."""
-    copied = relaid(args[0], torch.contiguous_format)
-    return (*copied, slice(None)) if copied else ()
-
-
-def layer_norm_backward(card: Card) -> Rule:
-    def rule(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-        grad, source, shape, _, _, weight, _, mask = args[:8]
-        copies = (*relaid(source, torch.contiguous_format), slice(None), *relaid(grad, torch.contiguous_format))
-        if weight is None or not mask[1]:
-            return copies
-        width = math.prod(shape)
-        rows = (source.numel() // width, width, weight.element_size(), sum_vector(weight), *card)
-        parts, total, *sums = (("layer_norm_rows", part, *rows) for part in range(4))
-        several = 2 if mask[2] else 1
-        return (*copies, [*[parts] * several, *[total, [*sums]] * several])
-
-    return rule
-
-
-def _softmax(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    """aten/src/ATen/native/cuda/SoftMax.cu, ``host_softmax``."""
-    return relaid(args[0], torch.contiguous_format)
-
-
-def _safe_softmax(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    """aten/src/ATen/native/transformers/attention.cpp: which values are masked, and which whole rows."""
-    return (out.numel(), out.numel() // max(1, out.size(args[1])), out.element_size())
-
-
-def _softmax_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    """The gradient times the output is a tensor of its own, laid out as the gradient is, and then made contiguous."""
-    grad, output = args[:2]
-    size = output.numel() * max(grad.element_size(), output.element_size())
-    again = (size,) if is_dense(grad) and not grad.is_contiguous() else ()
-    return (size, *again, *relaid(output, torch.contiguous_format))
-
-
-def _log_softmax_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    grad, output = args[:2]
-    return (*relaid(grad, torch.contiguous_format), *relaid(output, torch.contiguous_format))
-
-
-ROWS: dict[Any, Rule] = {
-    aten.native_layer_norm.default: _layer_norm,
-    aten._softmax.default: _softmax,
-    aten._safe_softmax.default: _safe_softmax,
-    aten._log_softmax.default: _softmax,
-    aten._softmax_backward_data.default: _softmax_backward,
-    aten._log_softmax_backward_data.default: _log_softmax_backward,
-}
-
-
-# aten/src/ATen/native/cuda/Normalization.cu (2.14): batch norm in two passes, with what other ranks say between them
+@decomposes(aten.batch_norm_stats, aten.batch_norm_gather_stats_with_counts)
 def norm_statistics(input: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _wide(input), _wide(input)
+    dtype = torch.float32 if input.element_size() == 2 else input.dtype
+    return input.new_empty(input.size(1), dtype=dtype), input.new_empty(input.size(1), dtype=dtype)
 
 
+@decomposes(aten.batch_norm_elemt)
 def normalized(input: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(input)
 
 
+@decomposes(aten.batch_norm_backward_reduce)
 def norm_sums(
     grad: torch.Tensor,
     input: torch.Tensor,
@@ -164,9 +186,134 @@ def norm_sums(
     return (*sums, *of)
 
 
+@decomposes(aten.batch_norm_backward_elemt)
 def norm_gradient(grad: torch.Tensor, input: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(input)
 
 
-def _wide(input: torch.Tensor) -> torch.Tensor:
-    return input.new_empty(input.size(1), dtype=torch.float32 if input.element_size() == 2 else input.dtype)
+# ------------------------------------------------------------------------------------------------ group and layer norm
+
+
+@allocates(aten.native_group_norm)
+def group_norm(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """Each channel of each sample has a scale and a shift.
+
+    Source: aten/src/ATen/native/cuda/group_norm_kernel.cu (2.14).
+    """
+    yield OUTPUTS
+    _, weight, bias, samples, channels, inner = call.args[:6]
+    if inner != 1 and not (weight is None and bias is None):
+        yield Scratch(4 * samples * channels)
+        yield Scratch(4 * samples * channels)
+
+
+@allocates(aten.native_group_norm_backward)
+def group_norm_backward(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """Source: aten/src/ATen/native/cuda/group_norm_kernel.cu (2.14)."""
+    yield OUTPUTS
+    _, _, _, _, weight, samples, channels, _, groups, mask = call.args[:10]
+    of_channels, of_groups = Scratch(4 * samples * channels), Scratch(4 * samples * groups)
+    yield of_channels
+    yield of_channels
+    if mask[0]:
+        yield of_groups
+        yield of_groups
+        yield of_groups if weight is None else of_channels
+
+
+@allocates(aten.native_layer_norm)
+def layer_norm(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """Source: aten/src/ATen/native/cuda/layer_norm_kernel.cu (2.14)."""
+    yield from contiguous_copies(call.input)
+    yield OUTPUTS
+
+
+@allocates(aten.native_layer_norm_backward)
+def layer_norm_backward(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """Gradients of weight and bias are sums over blocks of rows, and then over these.
+
+    Source: aten/src/ATen/native/cuda/layer_norm_kernel.cu, ``LaunchGammaBetaBackwardCUDAKernel`` (2.15).
+    """
+    grad, source, shape, _, _, weight, _, mask = call.args[:8]
+    yield from contiguous_copies(source)
+    yield OUTPUTS
+    yield from contiguous_copies(grad)
+    if weight is None or not mask[1]:
+        return
+    width = math.prod(shape)
+    rows = source.numel() // width, width, weight.element_size(), sum_vector(weight), gpu.multiprocessors, gpu.threads
+    parts, total, *sums = (scratch("layer_norm_rows", part, *rows) for part in range(4))
+    gradients = 2 if mask[2] else 1
+    of_blocks: list[Allocation] = [total, Scope(sums)]
+    yield Scope([*[parts] * gradients, *of_blocks * gradients])
+
+
+@output_metas(aten.native_layer_norm)
+def layer_norm_metas(source: torch.Tensor, shape: Sequence[int], *_: Any) -> Metas:
+    dtype = torch.float32 if source.element_size() == 2 else source.dtype
+    rows = OutputMeta(torch.Size([*source.shape[: source.dim() - len(shape)], *(1 for _ in shape)]), dtype)
+    return [OutputMeta(source.shape, source.dtype), rows, rows]
+
+
+@output_metas(aten.native_layer_norm_backward)
+def layer_norm_backward_metas(
+    grad: torch.Tensor, source: torch.Tensor, shape: Any, mean: Any, rstd: Any, weight: Any, bias: Any, mask: Any
+) -> Metas:
+    return [
+        OutputMeta(tensor.shape, tensor.dtype) if wanted and tensor is not None else None
+        for tensor, wanted in zip((source, weight, bias), mask, strict=True)
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------------- softmax
+
+
+@allocates(aten._softmax, aten._log_softmax)
+def softmax(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """Source: aten/src/ATen/native/cuda/SoftMax.cu, ``host_softmax`` (2.14)."""
+    yield OUTPUTS
+    yield from contiguous_copies(call.input)
+
+
+@allocates(aten._safe_softmax)
+def safe_softmax(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """Masks say which values are masked, and which whole rows.
+
+    Source: aten/src/ATen/native/transformers/attention.cpp (2.14).
+    """
+    yield OUTPUTS
+    out, dim = call.out, call.args[1]
+    yield Scratch(out.numel())
+    yield Scratch(out.numel() // max(1, out.size(dim)))
+    yield Scratch(out.element_size())
+
+
+@allocates(aten._softmax_backward_data)
+def softmax_backward(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """The gradient times the output is a tensor laid out as the gradient is, which is then made contiguous.
+
+    Source: aten/src/ATen/native/cuda/SoftMax.cu, ``softmax_backward_cuda_out`` (2.14).
+    """
+    yield OUTPUTS
+    grad, output = call.args[:2]
+    product = Scratch(output.numel() * max(grad.element_size(), output.element_size()))
+    yield product
+    if is_dense(grad) and not grad.is_contiguous():
+        yield product
+    yield from contiguous_copies(output)
+
+
+@allocates(aten._log_softmax_backward_data)
+def log_softmax_backward(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """Source: aten/src/ATen/native/cuda/SoftMax.cu, ``host_softmax_backward`` (2.14)."""
+    yield OUTPUTS
+    yield from contiguous_copies(*call.args[:2])
+
+
+@output_metas(aten._log_softmax_backward_data)
+def log_softmax_backward_metas(grad: torch.Tensor, output: torch.Tensor, dim: int, dtype: torch.dtype) -> Metas:
+    """The result is contiguous, however the gradient is laid out.
+
+    Source: aten/src/ATen/native/SoftMax.cpp, its meta function (2.14).
+    """
+    return [OutputMeta(grad.size(), dtype)]

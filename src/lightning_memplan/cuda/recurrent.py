@@ -1,4 +1,4 @@
-"""Recurrent networks as CUDA has them: cuDNN's for whole sequences, with its reserve and workspace, fused cells.
+"""Recurrent networks on CUDA: cuDNN's kernels for whole sequences, with a reserve and a workspace, and fused cells.
 
 Source: aten/src/ATen/native/cudnn/RNN.cpp, cuda/RNN.cu and RNN.cpp (2.14); sizes as measured on an H200 (cuDNN 9.19).
 """
@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-aten = torch.ops.aten
+from lightning_memplan.cuda.rule_set import Gpu, Workspace, aten, decomposes, keeps_workspace
 
 
 class _LSTMCell(torch.autograd.Function):
-    """aten/src/ATen/native/cuda/RNN.cu, ``_thnn_fused_lstm_cell``: gates stay for the backward pass."""
+    """Keep the gates for the backward pass.
+
+    Source: aten/src/ATen/native/cuda/RNN.cu, ``_thnn_fused_lstm_cell`` (2.14).
+    """
 
     @staticmethod
     def forward(ctx: Any, gates: torch.Tensor, hidden: torch.Tensor, state: torch.Tensor, *biases: Any) -> Any:
@@ -34,7 +37,7 @@ class _LSTMCell(torch.autograd.Function):
 
 
 class _GRUCell(torch.autograd.Function):
-    """aten/src/ATen/native/cuda/RNN.cu, ``_thnn_fused_gru_cell``."""
+    """Source: aten/src/ATen/native/cuda/RNN.cu, ``_thnn_fused_gru_cell`` (2.14)."""
 
     @staticmethod
     def forward(ctx: Any, gates: torch.Tensor, hidden: torch.Tensor, state: torch.Tensor, *biases: Any) -> Any:
@@ -56,7 +59,10 @@ class _GRUCell(torch.autograd.Function):
 def lstm_cell(
     input: torch.Tensor, state: Sequence[torch.Tensor], w_ih: torch.Tensor, w_hh: torch.Tensor, *biases: Any
 ) -> Any:
-    # aten/src/ATen/native/RNN.cpp, LSTMCell: one kernel on CUDA
+    """Run the one kernel that CUDA has for a cell.
+
+    Source: aten/src/ATen/native/RNN.cpp, ``LSTMCell`` (2.14).
+    """
     h, c = state
     b_ih, b_hh = (*biases, None, None)[:2]
     return _LSTMCell.apply(torch.matmul(input, w_ih.t()), torch.matmul(h, w_hh.t()), c, b_ih, b_hh)
@@ -73,7 +79,13 @@ _CUDNN_TYPES = (torch.float16, torch.float32, torch.float64)  # torch/backends/c
 
 
 class RNN(NamedTuple):
-    """The shape of a recurrent network, as cuDNN has it: mode 0 and 1 are plain, 2 is LSTM and 3 GRU."""
+    """The shape of a recurrent network for cuDNN, in the order of its operators' arguments.
+
+    Modes 0 and 1 are plain networks, 2 is an LSTM and 3 a GRU.
+
+    >>> RNN(2, 256, 0, 2, True, 0.0, True, False).reserve(3200, 4)  # 3200 · 256 · (5 · 2 + 1) · 4 + 256
+    36045056
+    """
 
     mode: int
     hidden: int
@@ -93,7 +105,7 @@ class RNN(NamedTuple):
         return {2: 4, 3: 3}.get(self.mode, 1)
 
     def weights(self, width: int) -> int:
-        """Values in the one buffer of all weights; it has two biases a gate, whether the network has them or not."""
+        """Return the values in the one buffer of all weights, which has two biases a gate, also without any in use."""
         out = self.projected or self.hidden
         total = 0
         for layer in range(self.layers):
@@ -103,22 +115,22 @@ class RNN(NamedTuple):
         return total
 
     def reserve(self, rows: int, element: int) -> int:
-        """Bytes that a step of training keeps; ``rows`` are its steps times its samples.
+        """Return the bytes that a training step keeps; ``rows`` are its time steps times its samples.
 
-        Of each layer an LSTM keeps 5 values (gates and cell), a GRU 6, a plain one 1, and each layer but the last its
-        results. Measured to the byte on an H200 with cuDNN 9.19, but for dropout's masks of a bit a value, which are
-        left out here.
+        Each layer of an LSTM keeps 5 values (gates and cell), of a GRU 6, of a plain network 1, and each layer but the
+        last its results. Measured to the byte on an H200 with cuDNN 9.19, but for dropout's masks of a bit a value,
+        which are left out here.
         """
         values = {2: 5, 3: 6}.get(self.mode, 1) * self.layers + self.layers - 1
         return rows * self.directions * self.hidden * values * element + 256
 
     def workspace(self, rows: int, width: int, element: int) -> int:
-        """Bytes that cuDNN takes in each pass: 8 MiB for each layer and direction and the matrices of the weights, and
-        of all steps the gates, states and inputs of one layer.
+        """Return the bytes that cuDNN takes in each pass.
 
-        The first two were measured to the byte as above. What grows with the samples was there 670 values a hidden unit
-        for an LSTM of 100 steps and 460 for a GRU (here 700 and 500), and more for a plain network (1406; here 250).
-        From some thousand samples on cuDNN takes another way, and more.
+        There are 8 MiB for each layer and direction, the matrices of the weights, and the gates, states and inputs of
+        one layer at all time steps. The first two were measured to the byte as above. The last grow with the samples:
+        670 values a hidden unit were measured for an LSTM of 100 steps and 460 for a GRU (here 700 and 500), and more
+        for a plain network (1406; here 250). From some thousand samples on cuDNN has another algorithm, and takes more.
         """
         parts = self.layers * self.directions
         matrices = self.weights(width) - 2 * parts * self.gates * self.hidden
@@ -129,7 +141,10 @@ class RNN(NamedTuple):
 
 
 def recurrent(mode: int) -> Callable[..., Any]:
-    """aten/src/ATen/native/RNN.cpp: cuDNN's kernel, which keeps a reserve."""
+    """Return the operator of a whole sequence, which is cuDNN's kernel and keeps a reserve.
+
+    Source: aten/src/ATen/native/RNN.cpp (2.14).
+    """
 
     def kernel(
         input: torch.Tensor,
@@ -157,7 +172,7 @@ def recurrent(mode: int) -> Callable[..., Any]:
 
 
 def recurrent_packed(mode: int) -> Callable[..., Any]:
-    """The same over a packed sequence, whose numbers of samples at each step are on the host."""
+    """Return the operator of a packed sequence, whose numbers of samples at each time step are on the host."""
     whole = recurrent(mode)
 
     def kernel(
@@ -171,15 +186,18 @@ def recurrent_packed(mode: int) -> Callable[..., Any]:
         train: bool,
         bidirectional: bool,
     ) -> Any:
-        how = (has_biases, num_layers, dropout, train, bidirectional, False)
-        return whole(data, hx, params, *how, sizes=batch_sizes.tolist())
+        options = (has_biases, num_layers, dropout, train, bidirectional, False)
+        return whole(data, hx, params, *options, sizes=batch_sizes.tolist())
 
     return kernel
 
 
+@decomposes(aten._pack_padded_sequence)
 def pack_padded(input: torch.Tensor, lengths: torch.Tensor, batch_first: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """aten/src/ATen/native/PackedSequence.cpp: a copy of each stretch of steps that as many samples have, and one of
-    all of them."""
+    """Copy each stretch of time steps that the same samples have, and then all of them into one tensor.
+
+    Source: aten/src/ATen/native/PackedSequence.cpp (2.14).
+    """
     x = aten.transpose.int(input, 0, 1) if batch_first else input
     parts, sizes, done = [], [], 0
     for shorter, length in enumerate(reversed(lengths.tolist())):  # they fall: checked by the caller
@@ -202,8 +220,10 @@ def reflattened_rnn(
     cx: torch.Tensor | None,
     *rest: Any,
 ) -> Any:
-    """aten/src/ATen/cudnn/AutocastRNN.cpp: all weights are cast into one new buffer, to float16 whatever autocast's
-    type is."""
+    """Cast all weights into one new buffer, to float16 whatever autocast's type is.
+
+    Source: aten/src/ATen/cudnn/AutocastRNN.cpp (2.14).
+    """
     half = torch.float16
     if weight[0].dtype == torch.float32:
         flat = torch.zeros(RNN(*rest[:8]).weights(input.size(-1)), dtype=half, device=input.device)
@@ -214,6 +234,7 @@ def reflattened_rnn(
     return aten._cudnn_rnn.default(input.to(half), weight, weight_stride0, weight_buf, hx, cx, *rest)
 
 
+@decomposes(aten._cudnn_rnn)
 def cudnn_rnn(
     input: torch.Tensor,
     weight: Sequence[torch.Tensor],
@@ -223,7 +244,10 @@ def cudnn_rnn(
     cx: torch.Tensor | None,
     *rest: Any,
 ) -> Any:
-    """aten/src/ATen/native/cudnn/RNN.cpp. Its workspace and reserve are cuDNN's own: see ``RNN``."""
+    """Allocate the workspace and the reserve of `RNN` beside the outputs.
+
+    Source: aten/src/ATen/native/cudnn/RNN.cpp, ``_cudnn_rnn`` (2.14).
+    """
     rnn = RNN(*rest[:8])
     x = _steps_first(input, rnn)
     outer = x.shape[:-1]  # steps and samples, or both in one where the sequence is packed
@@ -238,6 +262,7 @@ def cudnn_rnn(
     return out, last, last_cell, reserve, x.new_empty((0,)) if weight_buf is None else aten.alias.default(weight_buf)
 
 
+@decomposes(aten._cudnn_rnn_backward)
 def cudnn_rnn_backward(
     input: torch.Tensor,
     weight: Sequence[torch.Tensor],
@@ -251,7 +276,10 @@ def cudnn_rnn_backward(
     grad_cy: torch.Tensor | None,
     *rest: Any,
 ) -> Any:
-    """aten/src/ATen/native/cudnn/RNN.cpp: gradients of what is read, then of the weights, in one buffer."""
+    """Make the gradients of input and states, then of the weights, in one buffer.
+
+    Source: aten/src/ATen/native/cudnn/RNN.cpp, ``_cudnn_rnn_backward`` (2.14).
+    """
     rnn = RNN(*rest[:8])
     grad_output = aten.zeros_like.default(output) if grad_output is None else grad_output
     grad_hy = aten.zeros_like.default(hx) if grad_hy is None else grad_hy
@@ -279,7 +307,7 @@ def cudnn_rnn_backward(
 
 
 def _laid_out(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Parts of one buffer, one after the other, in the shapes of these weights."""
+    """Cut one buffer into consecutive views of these shapes."""
     parts, place = [], 0
     for w in like:
         parts.append(flat[place : place + w.numel()].view(w.shape))
@@ -288,9 +316,9 @@ def _laid_out(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Te
 
 
 def flatten_weights(module: torch.nn.RNNBase) -> None:
-    """Lay the weights out in one buffer, as a recurrent network does when it comes to a GPU.
+    """Lay the weights out in one buffer, as a recurrent network does when it is moved to a GPU.
 
-    torch/nn/modules/rnn.py, ``flatten_parameters``: in the types that cuDNN takes.
+    Source: torch/nn/modules/rnn.py, ``flatten_parameters``, for the types that cuDNN takes (2.14).
     """
     weights = [getattr(module, name) for name in module._flat_weights_names]
     if weights[0].dtype not in _CUDNN_TYPES:
@@ -309,5 +337,19 @@ def _steps_first(tensor: torch.Tensor, rnn: RNN) -> torch.Tensor:
     return tensor if tensor.is_contiguous() else aten.clone.default(tensor, memory_format=torch.contiguous_format)
 
 
+@keeps_workspace(aten._cudnn_init_dropout_state)
+def dropout_state(gpu: Gpu) -> Workspace:
+    """Return cuDNN's random state, which the first recurrent network with dropout makes and keeps.
+
+    It has 24 bytes for each thread that the GPU runs at once (measured on an H200 with cuDNN 9.19).
+
+    >>> dropout_state(Gpu((9, 0), multiprocessors=132, threads=2048)).size  # 132 · 2048 · 24
+    6488064
+    """
+    return Workspace("cudnn dropout", gpu.multiprocessors * gpu.threads * 24)
+
+
+@decomposes(aten._cudnn_init_dropout_state)
 def no_dropout_state(*args: Any, device: torch.device, **kwargs: Any) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=device)  # it is a workspace
+    """The state is a workspace (see `dropout_state`)."""
+    return torch.empty(0, dtype=torch.uint8, device=device)

@@ -1,127 +1,177 @@
-"""Reductions and losses: partial sums, casts, and their backward passes."""
+"""Reductions and losses: partial sums, and copies in the type of the result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
 
 import torch
 
-from lightning_memplan.cuda.layout import Rule, is_dense, nbytes
-from lightning_memplan.cuda.rule_set import aten
+from lightning_memplan.cuda.layout import copy_of, is_dense
+from lightning_memplan.cuda.rule_set import (
+    OUTPUTS,
+    Allocation,
+    Call,
+    Gpu,
+    Scratch,
+    allocates,
+    aten,
+    decomposes,
+    scratch,
+)
 
 
-class Card(NamedTuple):
-    """What of a card its kernels' launches depend on."""
+def partial_results(source: torch.Tensor, dims: Any, width: int, vector: int, gpu: Gpu) -> Iterator[Scratch]:
+    """Yield the memory through which a reduction of ``source`` over ``dims`` passes the results of its blocks.
 
-    multiprocessors: int = 82
-    threads: int = 1536  #: on each of them
-
-
-def reduction(card: Card, width: Callable[[torch.Tensor], int], vector: Callable[[torch.Tensor], int]) -> Rule:
-    """A reduction cut into blocks passes partial results, and counts its blocks, through the device's memory."""
-
-    def rule(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-        source = args[0]
-        dims = args[1] if len(args) > 1 and not isinstance(args[1], (bool, float)) else kwargs.get("dim")
-        return reduction_blocks(source, dims, width(source), vector(source), card)
-
-    return rule
-
-
-def reduction_blocks(source: torch.Tensor, dims: Any, width: int, vector: int, card: Card) -> Sequence[Any]:
-    """What a reduction of ``source`` over ``dims`` (all of them where it is None) takes."""
+    The second block of memory counts the blocks that have finished. ``dims`` is None for all dimensions. ``width`` is
+    an accumulator's bytes, and ``vector`` the values that a thread reads at once (see `kernel_sizes.reduction`).
+    """
     rank = source.dim()
     dims = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     reduced = [d % max(1, rank) for d in dims] if rank else []
     order = reduced + [d for d in range(rank) if d not in reduced]
     layout = (*(source.size(d) for d in order), *(source.stride(d) for d in order))
-    arguments = (width, source.element_size(), vector, card.multiprocessors, card.threads, len(reduced), *layout)
-    return ("reduction", 0, *arguments), ("reduction", 1, *arguments)
+    arguments = (width, source.element_size(), vector, gpu.multiprocessors, gpu.threads, len(reduced), *layout)
+    yield scratch("reduction", 0, *arguments)
+    yield scratch("reduction", 1, *arguments)
 
 
-def sums_of_channels(grad: torch.Tensor, card: Card) -> Sequence[Any]:
-    return reduction_blocks(grad, [0, *range(2, grad.dim())], 4, sum_vector(grad), card)
+def sum_over(source: torch.Tensor, dims: Any, gpu: Gpu) -> Iterator[Scratch]:
+    """Yield the partial results of a sum."""
+    return partial_results(source, dims, _accumulator(source), sum_vector(source), gpu)
 
 
-def cast_first(rule: Rule) -> Rule:
-    """aten/src/ATen/native/ReduceOpsUtils.h, ``make_reduction_from_out_ty``, and ReduceOps.cpp, ``cumsum``: a copy of
-    what is of another type than the result (how many are true of a mask), but sums of halves in float32."""
-
-    def cast(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-        source = args[0]
-        if source.dtype == out.dtype:
-            return rule(args, kwargs, out)
-        if source.element_size() == 2 and out.dtype == torch.float32 and out.shape != source.shape:
-            return rule(args, kwargs, out)
-        strides = source.stride() if is_dense(source) else torch.empty(source.shape, device="meta").stride()
-        same = torch.empty_strided(source.shape, strides, dtype=out.dtype, device="meta")
-        return (nbytes(same), *rule((same, *args[1:]), kwargs, out))
-
-    return cast
-
-
-def accumulator(source: torch.Tensor) -> int:
-    return max(4, source.element_size()) if source.is_floating_point() else 8
+def sums_of_channels(grad: torch.Tensor, gpu: Gpu) -> Iterator[Scratch]:
+    """Yield the partial results of a bias's gradient, a sum over all dimensions but the channels."""
+    return partial_results(grad, [0, *range(2, grad.dim())], 4, sum_vector(grad), gpu)
 
 
 def sum_vector(source: torch.Tensor) -> int:
-    return 8 if source.element_size() == 2 else 4  # ReduceSumProdKernel.cu: 16-bit inputs, eight at a time
+    """Return the values that a thread of a sum reads at once.
+
+    Source: aten/src/ATen/native/cuda/ReduceSumProdKernel.cu (2.14).
+    """
+    return 8 if source.element_size() == 2 else 4
 
 
-def _itself(source: torch.Tensor) -> int:
-    return source.element_size()
+def _accumulator(source: torch.Tensor) -> int:
+    return max(4, source.element_size()) if source.is_floating_point() else 8
 
 
-def reductions(card: Card) -> dict[Any, Rule]:
-    """aten/src/ATen/native/cuda: ReduceNormKernel, ReduceMomentKernel, ReduceMin/MaxValuesKernel, ReduceLogicKernel,
-    ReduceArgMaxKernel (2.15). The width is an accumulator's: Welford's has four numbers, a maximum's place two."""
-    norm = reduction(card, accumulator, lambda source: 4)
-    extreme = reduction(card, _itself, lambda source: 4)
-    logical = reduction(card, lambda source: 1, lambda source: 4)
-    place = reduction(card, lambda source: 16, lambda source: 4)
-    moments = reduction(card, lambda source: 16 if source.element_size() <= 4 else 24, lambda source: 2)
-
-    def vector_norm(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-        dims = args[2] if len(args) > 2 else kwargs.get("dim")
-        return norm((args[0], dims), {}, out)
-
-    rules: dict[Any, Rule] = {aten.linalg_vector_norm.default: vector_norm}
-    rules.update(dict.fromkeys([aten.amax.default, aten.amin.default, aten.max.default, aten.min.default], extreme))
-    rules.update(dict.fromkeys([aten.any.default, aten.any.dim, aten.all.default, aten.all.dim], logical))
-    rules.update(dict.fromkeys([aten.max.dim, aten.min.dim, aten.argmax.default, aten.argmin.default], place))
-    rules.update(dict.fromkeys([aten.var.correction, aten.var_mean.correction, aten.std.correction], moments))
-    return rules
+def _dims(call: Call) -> Any:
+    """Return the dimensions that are reduced: the second argument, where that is no option of the operator."""
+    positional = len(call.args) > 1 and not isinstance(call.args[1], (bool, float))
+    return call.args[1] if positional else call.kwargs.get("dim")
 
 
-def loss(card: Card) -> Rule:
-    """aten/src/ATen/native/Loss.cpp: every value's loss, then their mean or sum."""
-
-    def rule(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-        if out.dim() or not args[0].dim():
-            return ()
-        terms = out.new_empty(torch.broadcast_shapes(args[0].shape, args[1].shape), device="meta")
-        sums = reduction_blocks(terms, None, accumulator(terms), sum_vector(terms), card)
-        return (nbytes(terms), *sums)
-
-    return rule
+# ---------------------------------------------------------------------------------------------------- reductions
+# aten/src/ATen/native/cuda: ReduceNormKernel, ReduceMomentKernel, ReduceMinValuesKernel, ReduceMaxValuesKernel,
+# ReduceLogicKernel, ReduceArgMaxKernel (2.15)
 
 
-def pointwise_loss(input: torch.Tensor, target: torch.Tensor, reduction: int = 1, *_: Any) -> torch.Tensor:
-    # aten/src/ATen/native/BinaryOps.cpp, the losses' meta functions: the result is made for every value, then resized
-    dtype = torch.promote_types(input.dtype, target.dtype)
-    full = input.new_empty(torch.broadcast_shapes(input.shape, target.shape), dtype=dtype)
-    return aten.as_strided.default(full, (), ()) if reduction else full
+@allocates(aten.linalg_vector_norm)
+def vector_norm(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    yield OUTPUTS
+    yield from partial_results(call.input, call.argument(2, "dim"), _accumulator(call.input), 4, gpu)
 
 
-def foreach_norm(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Sequence[Any]:
-    """aten/src/ATen/native/cuda/ForeachReduceOp.cu: a number for each part of 65,536 values, of as many parts each."""
-    width = max(4, args[0][0].element_size())
-    return (len(args[0]) * max(-(-t.numel() // 65536) for t in args[0]) * width, slice(None))
+@allocates(aten.amax, aten.amin, aten.max.default, aten.min.default)
+def extreme(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    yield OUTPUTS
+    yield from partial_results(call.input, _dims(call), call.input.element_size(), 4, gpu)
 
 
+@allocates(aten.any.default, aten.any.dim, aten.all.default, aten.all.dim)
+def logical(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    yield OUTPUTS
+    yield from partial_results(call.input, _dims(call), 1, 4, gpu)
+
+
+@allocates(aten.max.dim, aten.min.dim, aten.argmax, aten.argmin)
+def place_of_extreme(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """An accumulator is a value and its place."""
+    yield OUTPUTS
+    yield from partial_results(call.input, _dims(call), 16, 4, gpu)
+
+
+@allocates(aten.var.correction, aten.var_mean.correction, aten.std.correction)
+def moments(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """An accumulator is Welford's four numbers."""
+    yield OUTPUTS
+    yield from partial_results(call.input, _dims(call), 16 if call.input.element_size() <= 4 else 24, 2, gpu)
+
+
+@allocates(aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim)
+def sum_or_mean(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """Source: aten/src/ATen/native/ReduceOpsUtils.h, ``make_reduction_from_out_ty`` (2.14)."""
+    yield OUTPUTS
+    source, halves = call.input, call.input.element_size() == 2
+    if not (halves and call.out.dtype == torch.float32 and call.out.shape != source.shape):  # summed in float32
+        source = yield from _cast(source, call.out.dtype)
+    yield from sum_over(source, _dims(call), gpu)
+
+
+@allocates(aten.cumsum, aten.cumprod)
+def cumulative(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """Source: aten/src/ATen/native/ReduceOps.cpp, ``cumsum`` (2.14)."""
+    yield OUTPUTS
+    yield from _cast(call.input, call.out.dtype)
+
+
+def _cast(source: torch.Tensor, dtype: torch.dtype) -> Generator[Scratch, None, torch.Tensor]:
+    """Yield the copy of an input that has another type than the result, and return what is read then."""
+    if source.dtype == dtype:
+        return source
+    strides = source.stride() if is_dense(source) else torch.empty(source.shape, device="meta").stride()
+    cast = torch.empty_strided(source.shape, strides, dtype=dtype, device="meta")
+    yield copy_of(cast)
+    return cast
+
+
+@allocates(aten._foreach_norm.Scalar)
+def foreach_norm(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """Each tensor has a number for each part of 65,536 values, and as many parts as the largest.
+
+    Source: aten/src/ATen/native/cuda/ForeachReduceOp.cu (2.14).
+    """
+    tensors = call.input
+    width = max(4, tensors[0].element_size())
+    yield Scratch(len(tensors) * max(-(-tensor.numel() // 65536) for tensor in tensors) * width)
+    yield OUTPUTS
+
+
+@decomposes(aten.logsumexp)
 def logsumexp(input: torch.Tensor, dim: Sequence[int], keepdim: bool = False) -> torch.Tensor:
-    # aten/src/ATen/native/ReduceOps.cpp, logsumexp_out_impl
+    """Source: aten/src/ATen/native/ReduceOps.cpp, ``logsumexp_out_impl`` (2.14)."""
     largest = aten.amax.default(input, dim, True)
     aten.eq.Scalar(aten.abs.default(largest), float("inf"))
     return aten.sum.dim_IntList(aten.exp_.default(aten.sub.Tensor(input, largest)), dim, keepdim)
+
+
+# -------------------------------------------------------------------------------------------------------- losses
+
+
+@allocates(aten.mse_loss, aten.smooth_l1_loss, aten.huber_loss)
+def reduced_loss(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """Every value has a loss of its own, whose mean or sum is taken.
+
+    Source: aten/src/ATen/native/Loss.cpp (2.14).
+    """
+    yield OUTPUTS
+    if call.out.dim() or not call.input.dim():
+        return
+    terms = call.out.new_empty(torch.broadcast_shapes(call.input.shape, call.args[1].shape), device="meta")
+    yield copy_of(terms)
+    yield from sum_over(terms, None, gpu)
+
+
+@decomposes(aten.mse_loss, aten.smooth_l1_loss)
+def resized_loss(input: torch.Tensor, target: torch.Tensor, reduction: int = 1, *_: Any) -> torch.Tensor:
+    """The output has room for every value's loss, and is resized to one number.
+
+    Source: aten/src/ATen/native/BinaryOps.cpp, the meta functions of losses (2.14).
+    """
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    full = input.new_empty(torch.broadcast_shapes(input.shape, target.shape), dtype=dtype)
+    return aten.as_strided.default(full, (), ()) if reduction else full

@@ -1,16 +1,16 @@
-"""What cuDNN's convolutions take beside their operands, as a function of sizes: an allowance with a range, no figure.
+"""The workspaces of cuDNN's convolutions as functions of sizes: a range for each, since the algorithm is not known.
 
-Which algorithm runs is cuDNN's choice (by its heuristics, or by trying all that fit with ``cudnn.benchmark``) and
-differs between cards and versions. torch takes the workspace from the caching allocator and gives it back when the
-convolution returns. So each convolution has a range: the least that some algorithm needs, what the usual one takes, and
-what the hungriest of the common ones takes. Where a workspace does not fit, torch tries the next algorithm
-(aten/src/ATen/native/cudnn/Conv_v7.cpp ``AlgoIterator::try_all``, Conv_v8.cpp ``try_plans``): a large one makes a run
-slow before it makes it fail.
+cuDNN chooses the algorithm, by its heuristics, or by trying all that fit with ``cudnn.benchmark``; the choice differs
+between GPUs and versions. torch takes the workspace from the caching allocator and gives it back when the convolution
+returns. So each convolution has a range: the least that some algorithm needs, the bytes of the usual one, and those of
+the largest of the common ones. Where a workspace does not fit, torch tries the next algorithm
+(aten/src/ATen/native/cudnn/Conv_v7.cpp ``AlgoIterator::try_all``, Conv_v8.cpp ``try_plans``): a large workspace makes a
+run slow before it makes it fail.
 
-Where a cuDNN is installed, what the usual one takes is asked of it (``cudnn``). What is not asked, or cannot be, was
-read off 393 convolutions of 21 networks at three batch sizes in seven combinations of type and layout, on an H200 with
-cuDNN 9.19 (``python -m benchmarks.accuracy.convolutions``): copies of the operands, to the byte, wherever a kernel
-wants another layout, and partial sums of the filter's gradient.
+An installed cuDNN says which algorithm is the usual one (`cuda.cudnn`). The rules for the rest come from 393
+convolutions of 21 networks at three batch sizes in seven combinations of type and layout, on an H200 with cuDNN 9.19
+(``python -m benchmarks.accuracy.convolutions``): copies of the operands, to the byte, wherever a kernel
+needs another layout, and partial sums of the filter's gradient.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _up(a: int, b: int) -> int:
 
 
 def transposed(n: int, c: int, k: int, pixels: int, results: int, taps: int, groups: int, width: int) -> int:
-    """Copies of input, result and filter with channels last.
+    """Return the bytes of copies of input, result and filter with channels last.
 
     Tensor cores' convolution kernels work on channels-last operands. Given channels-first ones, cuDNN converts each
     within the workspace (kernels ``nchwToNhwcKernel`` and ``nhwcToNchwKernel``). In two bytes, channels are filled up
@@ -50,7 +50,7 @@ def transposed(n: int, c: int, k: int, pixels: int, results: int, taps: int, gro
 
 
 def padded(n: int, c: int, k: int, pixels: int, results: int, width: int) -> int:
-    """Copies of those operands with channels last that have to be filled up to whole vectors of 16 bytes.
+    """Return the bytes of copies of operands with channels last that are filled up to whole vectors of 16 bytes.
 
     30 channels of float16 to 64, one image: the input is copied with 32.
 
@@ -63,7 +63,9 @@ def padded(n: int, c: int, k: int, pixels: int, results: int, width: int) -> int
 
 
 def winograd(n: int, c: int, k: int, tiles: int) -> int:
-    """The transformed operands of Winograd's F(4×4, 3×3), in float32: 36 values for a tile of 16, for 9 of a filter.
+    """Return the bytes of the transformed operands of Winograd's F(4×4, 3×3), in float32.
+
+    A tile of 16 values has 36, and so has a filter of 9.
 
     64 channels to 64 on 56×56, one image: 4 · 36 · (14² · 128 + 64²).
 
@@ -89,7 +91,7 @@ def convolution(
     width: int,
     layout: int,
 ) -> Range:
-    """The workspace of a convolution in one, two or three dimensions, or of either of its gradients.
+    """Return the workspace of a convolution in one, two or three dimensions, or of either of its gradients.
 
     ``part`` is FORWARD, INPUT or FILTER. ``n`` samples of ``c`` channels on ``pixels`` places become ``k`` channels on
     ``results``, by filters of ``taps`` places. ``tiles`` of 4×4 hold a sample's results, 0 where the filter is not
@@ -97,9 +99,9 @@ def convolution(
     convolution is one of the same operands.
 
     * low: 0, of the implicit GEMM that precomputes nothing.
-    * expected: what was measured (see above).
-    * high: the most of all copies, of Winograd's transforms and of the partial sums. In float32 a filter's gradient may
-      be computed in another layout than the operands', whichever it is: both were copied, to the byte, in one of eight.
+    * expected: as measured (see above).
+    * high: the largest of all copies, Winograd's transforms and the partial sums. In float32 a filter's gradient may be
+      computed in another layout than the operands', whichever it is: both were copied, to the byte, in one of eight.
 
     >>> convolution(FORWARD, 1, 64, 64, 56**2, 56**2, 9, tiles=14**2, groups=1, width=2, layout=MOVED)
     Range(low=0, expected=876544, high=4202496)
@@ -126,7 +128,7 @@ def convolution(
 
 
 def allowance(q: Question) -> Range:
-    """What a recorded convolution takes, by the rules.
+    """Return the workspace of a recorded convolution by the rules.
 
     >>> allowance(Question(86, FORWARD, 2, 0, MOVED, 1, 64, 64, 1, *[(56, 56)] * 2, (3, 3), *[(1, 1)] * 3))
     Range(low=0, expected=876544, high=4202496)
@@ -138,9 +140,9 @@ def allowance(q: Question) -> Range:
 
 
 def taken(choice: Choice, transposed: int, *numbers: int) -> int:
-    """What a recorded convolution takes: by the rules, but where cuDNN can be asked, usually what that says.
+    """Return the bytes of a recorded convolution: by the rules, and as cuDNN says where it can be asked.
 
-    ``numbers`` are those of a `Question`; ``transposed`` is 1 for the convolution of that name.
+    ``numbers`` are those of a `Question`; ``transposed`` is 1 for a transposed convolution.
 
     >>> taken("low", 0, 86, FORWARD, 2, 0, MOVED, 1, 64, 64, 1, 56, 56, 56, 56, 3, 3, 1, 1, 1, 1, 1, 1)
     0
@@ -155,13 +157,15 @@ def taken(choice: Choice, transposed: int, *numbers: int) -> int:
 
 
 def is_pointwise(q: Question) -> bool:
-    """Whether it is a product of matrices."""
+    """Check for a convolution that is a product of matrices."""
     return set(q.kernel) == {1} and q.size == q.results and q.groups == 1
 
 
 def _asked(q: Question, transposed: int) -> int | None:
-    """None for what is not computed as cuDNN says without a card (see ``cudnn``), and for torch's own kernels: those
-    of depthwise convolutions; with channels last and in float32 they are cuDNN's."""
+    """Ask cuDNN; None for a convolution that it plans otherwise with a GPU (see `cuda.cudnn`), or that torch computes.
+
+    torch has kernels for depthwise convolutions; with channels last and in float32 these are cuDNN's.
+    """
     depthwise = q.groups > 1 and q.groups in (q.c, q.k)
     if q.layout == PLAIN or is_pointwise(q) or (depthwise and (q.layout, q.kind) != (LAST, 0)):
         return None
@@ -175,14 +179,15 @@ _WIDTHS = {0: 4, 1: 8, 2: 2, 9: 2}  # bytes of a value, by cuDNN's number of its
 
 
 def _depthwise(part: int, n: int, k: int, results: int, taps: int, layout: int) -> int:
-    """A kernel of its own without a workspace, but for the filter's gradient with channels last: up to 1,024 partial
-    sums in float32."""
+    """Return the bytes of the filter's gradient with channels last: up to 1,024 partial sums in float32; else 0."""
     return 4 * k * taps * min(1024, -(-n * results // 2)) if (part, layout) == (FILTER, LAST) else 0
 
 
 def _pointwise(part: int, n: int, c: int, k: int, pixels: int, width: int, layout: int, copies: int) -> int:
-    """A product of matrices, which takes either layout where its rows are aligned; the filter's gradient is one of each
-    sample, in float32, added up."""
+    """Return the bytes of a product of matrices, which takes either layout if its rows are aligned.
+
+    The filter's gradient is one product for each sample, in float32, added up.
+    """
     vector = 16 // width
     if layout == LAST:
         return copies

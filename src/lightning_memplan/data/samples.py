@@ -123,7 +123,7 @@ class _Look:
     def text(self) -> str:
         """The samples to look at, in words."""
         if self.sample == "first":
-            return f"the first {_FIRST} (sample='largest' looks at more)"
+            return f"the first {_FIRST} (samples='largest' looks at more)"
         return f"the {self.sample_size} that were looked at"
 
 

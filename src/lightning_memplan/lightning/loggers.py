@@ -75,3 +75,9 @@ def logged_step(trainer: Trainer) -> int:
 def say(text: str) -> None:
     """Print a text as Lightning prints its own, once for all ranks."""
     importlib.import_module(f"{FLAVOURS[0].__name__}.utilities.rank_zero").rank_zero_info(text)
+
+
+def warn(text: str) -> None:
+    """Warn on rank 0 alone."""
+    utilities = importlib.import_module(f"{FLAVOURS[0].__name__}.utilities.rank_zero")
+    utilities.rank_zero_warn(f"MemoryPlanner: {text}", stacklevel=6)

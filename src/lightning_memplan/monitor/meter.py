@@ -51,7 +51,9 @@ class Forecast:
         return cls(replayed, already_allocated, program.microbatches, accumulate, cycle)
 
     def at(self, batch: int) -> Peaks:
-        """Return the predicted peaks of a batch of training, counted from 0."""
+        """Return the predicted peaks of a batch of training, counted from 0; zeros where nothing was predicted."""
+        if not self.replayed:
+            return Peaks(0, 0)
         return self._above(self.replayed[self._place(batch)])
 
     def _place(self, batch: int) -> int:
@@ -94,9 +96,6 @@ class Meter:
         forecast: Predicted peaks of each batch.
         every_n_steps: Distance between the steps that are logged.
         manual: Set for manual optimization, where forward follows each optimizer step.
-        resets: Reset the allocator's peaks in each step. Without it, measured and predicted peaks are the highest of
-            all steps so far.
-        nvml: Ask NVML for the bytes in use, in the steps that are logged.
         margin: Fraction by which a step may exceed its prediction before ``remark`` reports it; ``None`` never does.
     """
 
@@ -107,8 +106,6 @@ class Meter:
         *,
         every_n_steps: int = 1,
         manual: bool = False,
-        resets: bool = True,
-        nvml: bool = False,
         margin: float | None = None,
     ) -> None:
         self.index = index
@@ -118,13 +115,11 @@ class Meter:
         self.validates = False
         self._every_n_steps = every_n_steps
         self._phases_every = every_n_steps * -(-APART // every_n_steps)
-        self._resets = resets
         self._optimizer_hook = register_optimizer_step_post_hook(lambda *_: self.enter("forward")) if manual else None
-        self._nvml = NvmlMeter(index) if nvml else None
+        self._nvml: NvmlMeter | None = NvmlMeter(index)
         self._margin = margin
         self._drifted = ""  # remark on a step without phases, kept until the next step adds its phases
         self._floor = Floor()
-        self._highest_predicted = Peaks(0, 0)
         self.phase = ""  #: the phase being measured; empty outside of one
         self._peaks: dict[str, int] = {}
         self._reserved = 0
@@ -155,10 +150,9 @@ class Meter:
         if not self.step:
             self._before = read_stats(self.index)
         self._peaks, self._reserved = {}, 0
-        if self._resets:
-            reset_peaks(self.index)
-            if self.step < FIRST or self.step % self._phases_every == 0 or self._drifted:
-                self.phase = PHASES[0]
+        reset_peaks(self.index)
+        if self.step < FIRST or self.step % self._phases_every == 0 or self._drifted:
+            self.phase = PHASES[0]
 
     def enter(self, phase: str) -> None:
         """End the current phase and begin another; do nothing in steps whose phases are not measured."""
@@ -176,9 +170,7 @@ class Meter:
             self._end_phase(stats)
             allocated, reserved = max(phases.values()), self._reserved
             predicted_phases = {name: predicted.phases[name] for name in phases if name in predicted.phases}
-        if not self._resets:
-            self._highest_predicted = predicted = _higher(self._highest_predicted, predicted)
-        process, card = self._nvml.read() if self._nvml is not None and self.logs(step) else (None, None)
+        process, card = self._read_nvml() if self.logs(step) else (None, None)
         measured = Measurement(
             step=step,
             predicted_allocated=predicted.allocated,
@@ -203,7 +195,7 @@ class Meter:
         text = ""
         if self._margin is not None and last.allocated > last.predicted_allocated:
             text = drift(last, self._margin)
-        if text and self._resets and not last.phases:  # the next step tells in which phase
+        if text and not last.phases:  # the next step tells in which phase
             self._drifted, text = text, ""
         elif text := text or self._drifted:
             self._drifted, self._margin = "", None
@@ -212,8 +204,7 @@ class Meter:
     def begin_validation(self) -> None:
         """Begin a validation."""
         self.validates = True
-        if self._resets:
-            reset_peaks(self.index)
+        reset_peaks(self.index)
 
     def end_validation(self) -> Peaks:
         """End a validation and return its peaks."""
@@ -229,6 +220,17 @@ class Meter:
         if self._optimizer_hook is not None:
             self._optimizer_hook.remove()
             self._optimizer_hook = None
+
+    def _read_nvml(self) -> tuple[int | None, int | None]:
+        """Return the bytes of this process and of the GPU, until NVML does not list the process."""
+        if self._nvml is None:
+            return None, None
+        process, used = self._nvml.read()
+        if process is None:
+            self._nvml.close()
+            self._nvml = None
+            return None, None
+        return process, used
 
     def _end_phase(self, stats: AllocatorStats) -> None:
         self._peaks[self.phase] = max(stats.peak_allocated, self._peaks.get(self.phase, 0))
@@ -303,7 +305,3 @@ class Floor:
             f"{len(self._lows) * self.WINDOW}): something keeps tensors from step to step, such as a list of losses "
             "that were not detached"
         )
-
-
-def _higher(a: Peaks, b: Peaks) -> Peaks:
-    return Peaks(max(a.allocated, b.allocated), max(a.reserved, b.reserved))

@@ -9,15 +9,15 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_memplan.checks import Method, check_count, check_margin, check_method
-from lightning_memplan.data.samples import SAMPLE_SIZE, Which
 from lightning_memplan.devices.catalogue import gpus
 from lightning_memplan.errors import DoesNotFitError
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.planning.job import (
-    Sampling,
+    WhichSamples,
     default_device,
     named_device,
     nccl_allowance,
+    sampling_of,
     training_job,
 )
 from lightning_memplan.planning.limits import Limits
@@ -26,7 +26,7 @@ from lightning_memplan.planning.predict import predict
 from lightning_memplan.planning.predictor import OneEstimate
 from lightning_memplan.planning.session import PlanningSession, check_effective_batch_size, plan_each
 from lightning_memplan.settings import MARGIN
-from lightning_memplan.step.runner import MakeOptimizer
+from lightning_memplan.step.setup import MakeOptimizer
 from lightning_memplan.types import Advice, Device, Length, Lengths, Plan
 
 
@@ -43,8 +43,7 @@ def estimate(
     accumulate_grad_batches: int = 1,
     devices: int = 1,
     strategy: Any = None,
-    sample: Which = "first",
-    sample_size: int = SAMPLE_SIZE,
+    samples: WhichSamples = "auto",
     max_batch_size: int | None = None,
 ) -> Estimate:
     """What training ``module`` takes, at any batch size, without running it on a GPU.
@@ -74,10 +73,8 @@ def estimate(
         strategy: how they do: ``"ddp"`` where nothing is said, ``"fsdp"``, ``"fsdp2"`` for a module that calls
             ``fully_shard`` in ``configure_model``, or one of Lightning's strategies
             (``FSDPStrategy(auto_wrap_policy={Block})``).
-        sample: which samples of a loader's dataset batches are made of: ``"first"``, its first five, or ``"largest"``,
-            copies of the largest of ``sample_size`` that are spread over it (where samples differ in size: texts,
-            graphs, boxes).
-        sample_size: how many samples ``"largest"`` looks at.
+        samples: Samples of a loader's dataset that batches are made of: the first five (``"auto"``, ``"first"``), or
+            copies of the largest of 64 that are spread over it (``"largest"``), where samples differ in size.
         max_batch_size: the largest batch size that will be asked for, where that is known: no larger batch is probed,
             and what a probe of that one sees holds for it.
 
@@ -101,7 +98,7 @@ def estimate(
         accumulate_grad_batches=accumulate_grad_batches,
         devices=devices,
         strategy=strategy,
-        sampling=Sampling(sample, sample_size),
+        sampling=sampling_of(samples),
         assume_default=False,
     )
     return predict(job, method, max_batch_size)
@@ -124,8 +121,7 @@ def plan(
     accumulate_grad_batches: int = 1,
     devices: int = 1,
     strategy: Any = None,
-    sample: Which = "first",
-    sample_size: int = SAMPLE_SIZE,
+    samples: WhichSamples = "auto",
     effective_batch_size: int | None = None,
 ) -> Plan:
     """The largest batch size with which ``module`` trains on ``device``.
@@ -167,7 +163,7 @@ def plan(
         accumulate_grad_batches=accumulate_grad_batches,
         devices=devices,
         strategy=strategy,
-        sampling=Sampling(sample, sample_size),
+        sampling=sampling_of(samples),
     )
     check_effective_batch_size(job, limits)
     return PlanningSession(job, limits, method).plan()
@@ -181,8 +177,7 @@ def check(
     device: Device | str | None = None,
     margin: float = MARGIN,
     method: Method = "auto",
-    sample: Which = "first",
-    sample_size: int = SAMPLE_SIZE,
+    samples: WhichSamples = "auto",
     **settings: Any,
 ) -> Plan:
     """Return the plan of one given batch size: does it fit?
@@ -202,7 +197,7 @@ def check(
     """
     check_method(method)
     check_count("batch_size", batch_size)
-    job = training_job(module, batch, device=device, sampling=Sampling(sample, sample_size), **settings)
+    job = training_job(module, batch, device=device, sampling=sampling_of(samples), **settings)
     return PlanningSession(job, Limits(margin), method).check(batch_size)
 
 
@@ -220,8 +215,7 @@ def advise(
     accumulate_grad_batches: int = 1,
     devices: int = 1,
     strategy: Any = None,
-    sample: Which = "first",
-    sample_size: int = SAMPLE_SIZE,
+    samples: WhichSamples = "auto",
 ) -> tuple[Advice, ...]:
     """What would take less memory, the most saving change first.
 
@@ -258,7 +252,7 @@ def advise(
         accumulate_grad_batches=accumulate_grad_batches,
         devices=devices,
         strategy=strategy,
-        sampling=Sampling(sample, sample_size),
+        sampling=sampling_of(samples),
     )
     return PlanningSession(job, limits, "trace").advice(batch_size)
 
@@ -273,8 +267,7 @@ def cards_for(
     max_batch_size: int | None = None,
     multiple_of: int = 1,
     method: Method = "auto",
-    sample: Which = "first",
-    sample_size: int = SAMPLE_SIZE,
+    samples: WhichSamples = "auto",
     **settings: Any,
 ) -> tuple[tuple[Device, int], ...]:
     """Each card of the catalogue with the largest batch size that fits on it (0: none does), the smallest card first.
@@ -291,7 +284,7 @@ def cards_for(
     """
     check_method(method)
     limits = Limits(margin, min_batch_size, max_batch_size, multiple_of)
-    job = training_job(module, batch, sampling=Sampling(sample, sample_size), assume_default=False, **settings)
+    job = training_job(module, batch, sampling=sampling_of(samples), assume_default=False, **settings)
     return plan_each(job, gpus() if cards is None else cards, limits, method)
 
 

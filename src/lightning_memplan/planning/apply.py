@@ -16,10 +16,39 @@ from lightning_memplan.data.loaders import (
     resized_loaders,
     unit_of,
 )
-from lightning_memplan.errors import ApplyError
+from lightning_memplan.errors import ApplyError, located
+from lightning_memplan.lightning.compat import over_ranks
 from lightning_memplan.lightning.data_source import Phase, change_loaders, kept_loaders, loaders_are_made, train_loaders
+from lightning_memplan.planning.proposal import IsFatal, RankResult, always, see_failures
 
 DEFAULT_NAME = "batch_size"
+_STAGES = ("train", "val", "test", "predict")
+
+
+def names_by_stage(batch_arg_name: object) -> dict[str, str]:
+    """Return the names of the batch size by stage; a single name is training's.
+
+    >>> names_by_stage("batch_size"), names_by_stage({"val": "val_batch_size"})
+    ({'train': 'batch_size'}, {'train': 'batch_size', 'val': 'val_batch_size'})
+
+    Raises:
+        ValueError: a stage is unknown, a name is no text, or validation or tests have training's name.
+    """
+    names = {"train": batch_arg_name} if isinstance(batch_arg_name, str) else batch_arg_name
+    if not isinstance(names, Mapping) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(
+            f"batch_arg_name is a name such as 'batch_size', or names by stage such as {{'val': 'val_batch_size'}}, "
+            f"not {batch_arg_name!r}"
+        )
+    if unknown := [stage for stage in names if stage not in _STAGES]:
+        raise ValueError(f"batch_arg_name has names for {', '.join(map(repr, _STAGES))}, not for {unknown[0]!r}")
+    if "predict" in names:
+        raise ValueError("batch_arg_name['predict'] cannot be planned yet: leave it out")
+    found = {"train": DEFAULT_NAME, **names}
+    for stage, name in found.items():
+        if stage != "train" and name == found["train"]:
+            raise ValueError(f"{name!r} is training's batch size: leave batch_arg_name[{stage!r}] out, or name its own")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,20 +228,34 @@ def find_place(trainer: Any, source: Any, holders: tuple[Holder, ...], phase: Ph
 
 @contextmanager
 def write_together(
-    sizes: Sequence[tuple[Place, int]], trainer: Any, accumulate_grad_batches: int | None = None
+    sizes: Sequence[tuple[Place, int]],
+    trainer: Any,
+    accumulate_grad_batches: int | None = None,
+    is_fatal: IsFatal = always,
 ) -> Iterator[None]:
-    """Write batch sizes and accumulation, all of them or none: what fails inside the block undoes all.
+    """Write batch sizes and accumulation on all ranks, all of them or none: what fails inside the block undoes all.
 
-    Accumulation is set where a batch size is, and where it is given.
+    Accumulation is set where a batch size is, and where it is given. Every rank votes: where one cannot write, all undo
+    what they have written.
 
     Raises:
         ApplyError: a holder or a loader cannot be set, or an epoch has too few batches of that size.
+        PlanningFailedError: a rank has failed, for no reason that ``is_fatal``.
     """
     with ExitStack() as undo:
-        for place, size in sizes:
-            place.write(size, undo)
-        if sizes and accumulate_grad_batches is not None:
-            undo.callback(setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches)
-            trainer.accumulate_grad_batches = accumulate_grad_batches
+        failure = None
+        try:
+            for place, size in sizes:
+                place.write(size, undo)
+            if sizes and accumulate_grad_batches is not None:
+                undo.callback(setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches)
+                trainer.accumulate_grad_batches = accumulate_grad_batches
+        except Exception as error:  # noqa: BLE001 - the other ranks wait for this rank's vote, whatever happened
+            failure = error
+        vote = RankResult() if failure is None else RankResult(reason=located(failure), fatal=is_fatal(failure))
+        try:
+            see_failures(over_ranks(vote), failure)
+        finally:
+            del failure  # break the reference cycle failure → traceback → this frame
         yield
         undo.pop_all()

@@ -6,13 +6,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
-from lightning_memplan.errors import MemplanError, TraceError
-from lightning_memplan.lightning.compat import agree_on_smallest
+from lightning_memplan.errors import TraceError, located
+from lightning_memplan.lightning.compat import over_ranks
 from lightning_memplan.planning.job import DataSource, TrainingJob
 from lightning_memplan.planning.limits import Limits
 from lightning_memplan.planning.plan import make_plan
 from lightning_memplan.planning.predict import predict_test, predict_validation
 from lightning_memplan.planning.predictor import OneEstimate
+from lightning_memplan.planning.proposal import IsFatal, RankResult, always, see_failures
 from lightning_memplan.planning.session import PlanningSession
 from lightning_memplan.types import Device, Plan
 
@@ -49,27 +50,32 @@ def plan_test(job: TrainingJob, device: Device, limits: Limits) -> Plan:
     return make_plan(OneEstimate(predict_test(job), f"{job.name} in a test"), device, limits)
 
 
-def agreed_plan(make: Callable[[], Plan], what: str, otherwise: int | None = None) -> tuple[Plan | None, int]:
+def agreed_plan(
+    make: Callable[[], Plan], what: str, otherwise: int | None = None, is_fatal: IsFatal = always
+) -> tuple[Plan | None, int]:
     """Return the plan that ``make`` makes, and the smallest batch size of all ranks' plans.
 
     Where the step cannot be traced the size is ``otherwise``, with a warning. A rank whose ``make`` raises tells the
     others first: none waits for it.
 
     Raises:
+        PlanningFailedError: a rank has failed, for no reason that ``is_fatal``.
         MemplanError: another rank has no batch size.
     """
-    plan, size = None, 0
+    plan, failure, result = None, None, RankResult()
     try:
         plan = make()
-        size = plan.batch_size
-    except TraceError as error:
-        if otherwise is None:
-            raise
-        size = otherwise
-        remark = f"{what} gets training's batch size, since it cannot be traced: {error}"
-        warnings.warn(f"MemoryPlanner: {remark}", stacklevel=2)
+        result = RankResult(batch_size=plan.batch_size)
+    except Exception as error:  # noqa: BLE001 - the other ranks wait for this rank's result, whatever happened
+        if isinstance(error, TraceError) and otherwise is not None:
+            result = RankResult(batch_size=otherwise)
+            remark = f"{what} gets training's batch size, since it cannot be traced: {error}"
+            warnings.warn(f"MemoryPlanner: {remark}", stacklevel=2)
+        else:
+            failure, result = error, RankResult(reason=f"{what}: {located(error)}", fatal=is_fatal(error))
+    results = over_ranks(result)
+    try:
+        see_failures(results, failure)
     finally:
-        size = agree_on_smallest(size)
-    if not size:
-        raise MemplanError(f"there is no batch size of {what} for all ranks: another rank says why")
-    return plan, size
+        del failure  # break the reference cycle failure → traceback → this frame
+    return plan, min(each.batch_size for each in results)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 
-from lightning_memplan.checks import check_count
+from lightning_memplan.checks import check_choice, check_count
 from lightning_memplan.data.loaders import dataset_size, unit_of
 from lightning_memplan.data.samples import SAMPLE_SIZE, Samples, Which, check_sample, read_samples
 from lightning_memplan.devices.catalogue import gpu
@@ -24,7 +24,7 @@ from lightning_memplan.lightning.compat import (
 from lightning_memplan.lightning.data_source import Phase, loader_source
 from lightning_memplan.lightning.trainer import cuda_index, parallel_named, trainer_settings
 from lightning_memplan.settings import StepSettings, parse_precision
-from lightning_memplan.step.runner import MakeOptimizer
+from lightning_memplan.step.setup import MakeOptimizer, TrainingSetup
 from lightning_memplan.step.strategies.fsdp import named_ignored
 from lightning_memplan.trace.detached import prepared
 from lightning_memplan.types import Device
@@ -43,6 +43,22 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_sample(self.which, self.count)
+
+
+WhichSamples = Literal["auto", "first", "largest"]
+
+
+def sampling_of(samples: WhichSamples) -> Sampling:
+    """Return the sampling that an argument asks for.
+
+    >>> sampling_of("auto").which
+    'first'
+
+    Raises:
+        ValueError: it is unknown.
+    """
+    check_choice("samples", samples, get_args(WhichSamples))
+    return Sampling("first" if samples == "auto" else samples)
 
 
 @dataclass(frozen=True)
@@ -120,6 +136,11 @@ class TrainingJob:
     def nccl(self) -> int:
         """Bytes of the GPU that are left to NCCL, beside the allocator, where several ranks train together."""
         return nccl_allowance(self.settings, self.device)
+
+    @property
+    def setup(self) -> TrainingSetup:
+        """What the steps of the job need beside a batch and a device."""
+        return TrainingSetup(self.module, self.settings, self.trainer, self.datamodule, self.optimizer, self.stage)
 
     def accumulating(self, microbatches: int) -> TrainingJob:
         """Return the same job with another number of batches in each optimizer step."""

@@ -47,6 +47,19 @@ class Limits:
         return min((size for size in (self.max_batch_size, self.samples) if size is not None), default=None)
 
     @property
+    def smallest(self) -> int:
+        """Smallest batch size that is allowed.
+
+        >>> Limits(min_batch_size=5, multiple_of=4).smallest, Limits(effective_batch_size=30, multiple_of=2).smallest
+        (8, 2)
+        """
+        step, share = self.multiple_of, self.share
+        least = -(-self.min_batch_size // step) * step
+        if share is None:
+            return least
+        return next((size for size in range(least, share + 1, step) if share % size == 0), least)
+
+    @property
     def share(self) -> int | None:
         """Samples that each rank contributes to one optimizer step, where an effective batch size is asked for."""
         return None if self.effective_batch_size is None else self.effective_batch_size // self.ranks

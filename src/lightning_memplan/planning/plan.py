@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_memplan.devices.catalogue import gpus
-from lightning_memplan.errors import DoesNotFitError
+from lightning_memplan.errors import DoesNotFitError, UnmetDemandError
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.fitting import largest_on_device
 from lightning_memplan.memory.search import SearchResult, SizeLimits
@@ -71,7 +71,7 @@ def _search(predictor: Predictor, device: Device, limits: Limits) -> tuple[Searc
     """Return what was found, and the smallest batch size that was asked for."""
     share, samples = limits.share, limits.samples
     if share is not None and samples is not None and samples < share:
-        raise ValueError(
+        raise UnmetDemandError(
             f"effective_batch_size={limits.effective_batch_size} is {share} samples a step on each device, and the "
             f"dataset has {samples} for each: no step of the optimizer would see that many"
         )
@@ -82,9 +82,13 @@ def _search(predictor: Predictor, device: Device, limits: Limits) -> tuple[Searc
         return limits.failed is None or batch_size < limits.failed or batch_size == min(asked)
 
     sizes = SizeLimits(limits.min_batch_size, limits.max_batch_size, samples, limits.multiple_of)
-    found = largest_on_device(
-        predictor.estimate_at, limits.budget_of(device), device.capacity, sizes, share=share, allowed=allowed
-    )
+    budget, capacity = limits.budget_of(device), device.capacity
+    try:
+        found = largest_on_device(predictor.estimate_at, budget, capacity, sizes, share=share, allowed=allowed)
+    except ValueError as error:
+        if limits.effective_batch_size is not None or limits.min_batch_size > 1:
+            raise UnmetDemandError(str(error)) from error
+        raise
     return found, min(asked)
 
 

@@ -75,16 +75,7 @@ def _probed(job: TrainingJob, largest: int | None) -> Estimate:
         )
     samples = job.source.samples
     traces, formula = probe_steps(
-        job.module,
-        samples.for_the_card,
-        job.settings,
-        job.device.index,
-        capacity=job.device.capacity,
-        largest=largest,
-        stage=job.stage,
-        trainer=job.trainer,
-        datamodule=job.datamodule,
-        optimizer=job.optimizer,
+        job.setup, samples.for_the_card, job.device.index, capacity=job.device.capacity, largest=largest
     )
     program, more = scale_with_loops(traces)
     notes = traces[0].notes + more + samples.notes

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 
-from lightning_memplan.errors import DoesNotFitError, MemplanError, explain
+from lightning_memplan.errors import DoesNotFitError, MemplanError, PlanningFailedError, explain, located
 from lightning_memplan.lightning.compat import over_ranks
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.search import MEMORY, LimitedBy, lacking
@@ -19,7 +22,7 @@ from lightning_memplan.probe.probe import TrialPeaks
 from lightning_memplan.types import Plan
 from lightning_memplan.units import format_bytes
 
-#: How often a plan shrinks at most, when real steps of its batch size run out of memory
+#: How often a plan shrinks by the bytes that were missing in real steps; then it is halved
 SHRINKS = 3
 
 
@@ -109,8 +112,19 @@ class Proposal:
         return replace(self, plan=replace(self.plan, notes=(*self.plan.notes, text)))
 
 
+#: Decide whether an error of planning stops training
+IsFatal = Callable[[Exception], bool]
+
+
+def always(error: Exception) -> bool:
+    """Return True: every error of planning stops training."""
+    return True
+
+
 class RankResult(NamedTuple):
     """One rank's result, for the other ranks: the batch size for its GPU, or the ``reason`` why it has none.
+
+    Training stops for a reason that is ``fatal``; it goes on with the user's own batch size for any other.
 
     >>> RankResult("RTX 3090", 96).reason
     ''
@@ -120,29 +134,46 @@ class RankResult(NamedTuple):
     batch_size: int = 0
     limited_by: LimitedBy | Literal["checkpoint"] = MEMORY
     reason: str = ""
+    fatal: bool = False
 
 
-def agreed(results: Sequence[RankResult]) -> int:
+def deciding_rank(results: Sequence[RankResult]) -> int:
     """Return the rank that decides for all: the first of those with the smallest batch size.
 
-    >>> agreed([RankResult("RTX 3090", 96), RankResult("RTX 4080", 61), RankResult("RTX 4080", 61)])
+    >>> deciding_rank([RankResult("RTX 3090", 96), RankResult("RTX 4080", 61), RankResult("RTX 4080", 61)])
     1
-
-    Raises:
-        MemplanError: a rank has no batch size; says which and why.
     """
-    failed = [f"rank {rank}: {result.reason}" for rank, result in enumerate(results) if result.reason]
-    if failed:
-        raise MemplanError(f"there is no batch size for all {len(results)} ranks; {'; '.join(failed)}")
     return min(range(len(results)), key=lambda rank: results[rank].batch_size)
 
 
-def on_all_ranks(make: Callable[[], Proposal]) -> Proposal:
+def see_failures(results: Sequence[RankResult], failure: Exception | None = None) -> None:
+    """Raise where a rank has failed: ``failure``, this rank's own error, or one that names the ranks that failed.
+
+    All ranks raise alike: a ``PlanningFailedError`` where no reason is fatal.
+    """
+    failed = [(rank, result) for rank, result in enumerate(results) if result.reason]
+    if not failed:
+        return
+    try:
+        reasons = "; ".join(
+            f"rank {rank}: {result.reason}" if len(results) > 1 else result.reason for rank, result in failed
+        )
+        if not any(result.fatal for _, result in failed):
+            raise PlanningFailedError(reasons) from failure
+        if failure is not None:
+            raise failure
+        raise MemplanError(f"there is no batch size for all {len(results)} ranks; {reasons}")
+    finally:
+        del failure  # break the reference cycle failure → traceback → this frame
+
+
+def on_all_ranks(make: Callable[[], Proposal], is_fatal: IsFatal = always) -> Proposal:
     """Return the proposal that ``make`` makes, at the smallest batch size of all ranks.
 
     Where ``make`` raises on one rank, this raises on all: no rank waits for the result of one that is gone.
 
     Raises:
+        PlanningFailedError: a rank has failed, for no reason that ``is_fatal``.
         MemplanError: another rank has no batch size; says which and why.
     """
     failure = None
@@ -150,14 +181,13 @@ def on_all_ranks(make: Callable[[], Proposal]) -> Proposal:
         found = make()
         result = RankResult(found.plan.device.name, found.plan.batch_size, found.plan.limited_by)
     except Exception as error:  # noqa: BLE001 - the other ranks wait for this rank's result, whatever happened
-        failure, result = error, RankResult(reason=f"{type(error).__name__}: {error}")
+        failure, result = error, RankResult(reason=located(error), fatal=is_fatal(error))
     results = over_ranks(result)
-    if failure is not None:
-        try:
-            raise failure
-        finally:
-            del failure  # break the reference cycle failure → traceback → this frame
-    rank = agreed(results)
+    try:
+        see_failures(results, failure)
+    finally:
+        del failure  # break the reference cycle failure → traceback → this frame
+    rank = deciding_rank(results)
     decides = results[rank]
     if decides.batch_size == found.plan.batch_size:
         return found
@@ -166,17 +196,17 @@ def on_all_ranks(make: Callable[[], Proposal]) -> Proposal:
     return replace(proposal, plan=replace(proposal.plan, limited_by=decides.limited_by)).noted(note)
 
 
-def confirmed(proposal: Proposal, *, strict: bool) -> Proposal:
+def confirmed(proposal: Proposal, *, strict: bool, is_fatal: IsFatal = always) -> Proposal:
     """Return the proposal at its batch size, or at a smaller one, at which real steps ran on the GPUs of all ranks.
 
     A replica that fails other than for want of memory is noted; where this is ``strict``, the user's error is raised.
 
     Raises:
-        DoesNotFitError: real steps ran out of memory at each size that was tried.
+        DoesNotFitError: real steps of the smallest batch size ran out of memory.
     """
-    for attempt in range(SHRINKS + 1):
+    for attempt in count():
         size = proposal.plan.batch_size
-        proposal = on_all_ranks(partial(_tried, proposal, attempt, strict))
+        proposal = on_all_ranks(partial(_tried, proposal, attempt, strict), is_fatal)
         if proposal.plan.batch_size == size:
             break
         proposal = proposal.noted(
@@ -205,18 +235,28 @@ def _tried(proposal: Proposal, attempt: int, strict: bool) -> Proposal:
 
 
 def _shrunk(proposal: Proposal, peaks: TrialPeaks, attempt: int) -> Proposal:
-    plan, limits = proposal.plan, proposal.session.limits
-    budget = plan.predicted_peak - lacking(plan.predicted_peak, peaks.reserved, peaks.missing, attempt)
-    most = min(plan.batch_size - 1, plan.batch_size * budget // plan.predicted_peak)
-    try:
-        if attempt == SHRINKS or most < 1:
-            raise ValueError("there is no smaller batch size to try")
-        smaller = proposal.session.plan(replace(limits, max_batch_size=most, budget=budget))
-    except (ValueError, DoesNotFitError) as error:
-        needed = peaks.reserved + peaks.missing
-        message = (
-            f"real steps of batch size {plan.batch_size} ran out of memory on {plan.device.name}: they were predicted "
-            f"to reserve {format_bytes(plan.predicted_peak)}, and asked for {format_bytes(needed)} at least"
-        )
-        raise DoesNotFitError(message, needed=needed, available=peaks.reserved) from error
-    return replace(proposal, plan=replace(smaller, limited_by="memory", notes=plan.notes))
+    """Return a smaller proposal: by the bytes that were missing at first, then halved down to the smallest allowed."""
+    plan, session = proposal.plan, proposal.session
+    if attempt < SHRINKS:
+        budget = plan.predicted_peak - lacking(plan.predicted_peak, peaks.reserved, peaks.missing, attempt)
+        most = min(plan.batch_size - 1, plan.batch_size * budget // plan.predicted_peak)
+    else:
+        budget, most = plan.predicted_peak, plan.batch_size // 2
+    for limits in _smaller(session.limits, plan.batch_size, most, budget):
+        with suppress(ValueError, DoesNotFitError):
+            smaller = session.plan(limits)
+            return replace(proposal, plan=replace(smaller, limited_by="memory", notes=plan.notes))
+    needed = peaks.reserved + peaks.missing
+    message = (
+        f"real steps of batch size {plan.batch_size} ran out of memory on {plan.device.name}: they were predicted "
+        f"to reserve {format_bytes(plan.predicted_peak)}, and asked for {format_bytes(needed)} at least"
+    )
+    raise DoesNotFitError(message, needed=needed, available=peaks.reserved, tried=True)
+
+
+def _smaller(limits: Limits, batch_size: int, most: int, budget: int) -> Iterator[Limits]:
+    """Return limits for smaller sizes: at most ``most`` within a budget, then the smallest allowed."""
+    if most >= 1:
+        yield replace(limits, max_batch_size=most, budget=budget)
+    if (smallest := limits.smallest) < batch_size:
+        yield replace(limits.exactly(smallest), budget=sys.maxsize)

@@ -22,7 +22,7 @@ from lightning_memplan.planning.proposal import Proposal
 from lightning_memplan.planning.retrace import retrace_at
 from lightning_memplan.probe.probe import TrialPeaks, try_step
 from lightning_memplan.settings import STEPS
-from lightning_memplan.step.runner import PARTS
+from lightning_memplan.step.setup import MAX_MICROBATCHES
 from lightning_memplan.types import Advice, Device, Plan
 
 
@@ -113,7 +113,7 @@ class PlanningSession:
         whole = self.limits.effective_batch_size
         if whole is None:
             return self.job.settings.accumulate_grad_batches
-        return 1 if batch_size * self.limits.ranks == whole else PARTS
+        return 1 if batch_size * self.limits.ranks == whole else MAX_MICROBATCHES
 
     def advise(
         self, estimate: Estimate, batch_size: int, budget: int, capacity: int | None = None
@@ -167,15 +167,11 @@ class PlanningSession:
         recorded = 0 if program is None else program.recorded()
         job = self.job.accumulating(plan.accumulate_grad_batches)
         return try_step(
-            job.module,
+            job.setup,
             job.source.samples.large(plan.batch_size),
-            job.settings,
             self.index,
-            beside=self.extra_bytes,
+            extra_bytes=self.extra_bytes,
             steps=recorded if recorded > STEPS else 2,
-            trainer=job.trainer,
-            datamodule=job.datamodule,
-            stage=job.stage,
         )
 
     @property

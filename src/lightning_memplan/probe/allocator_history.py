@@ -1,124 +1,154 @@
-"""Read the events of a real GPU from ``torch.cuda.memory``'s history."""
+"""Read the events of a real GPU from the history of PyTorch's allocator."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
 from lightning_memplan.memory.events import EMPTY, FREE, Category, Event, Phase
+from lightning_memplan.step.context import EventContext
 
-_MOST_EVENTS = 10**7
+_MAX_ENTRIES = 10**7
 
 
-# -------------------------------------------------------------------------------------------------------- recording
-@dataclass
-class Place:
-    """Where a step is. ``run`` counts the batch sizes: 0 is before the first one's steps, -1 between two."""
+MARK_BYTES = 331  # a prime: no tensor of a step is likely to have it at the address of the very next mark
 
-    phase: Phase = "setup"
-    category: Category = "other"
-    path: str = ""
-    step: int = 0
-    run: int = 0
-    stream: int = 0  # the allocator's history knows it
+
+class GpuContext(EventContext):
+    """Where a step on a real GPU is. Nothing records it."""
 
     def empty_cache(self) -> None:
         torch.cuda.empty_cache()
 
-    def label(self, tensor: Any, category: Category) -> None:
-        """The allocator's history tells no tensor from another."""
 
+class Mark(NamedTuple):
+    """A block of ``MARK_BYTES`` in the allocator's history, and where the step is from there on.
 
-class _Mark(Place):
-    """Where a step is, marked in the allocator's history: by a block of ``_MARK`` bytes that is taken and given back.
-
-    ``labels`` has the address of each such block, and where the step is from there on.
+    ``run`` is 0 before the first batch size's steps, -1 between those of two, and else the batch size's number.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.__dict__.update(labels=[], device=device)
-        super().__init__()
+    address: int
+    run: int
+    phase: Phase
+    step: int
+    category: Category
+    path: str
+    emptied: bool = False  #: the cache was emptied here
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__[name] = value
-        address = torch.cuda.caching_allocator_alloc(_MARK, self.device, 0)
-        torch.cuda.caching_allocator_delete(address)
-        self.labels.append((address, (self.run, self.phase, self.step, self.category, self.path)))
+
+class MarkingContext(GpuContext):
+    """Where a step is, marked in the allocator's history by a block that is allocated and freed at each move."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.run = 0
+        self.marks: list[Mark] = []
+        self._device = device
+        self._mark()
+
+    def update(
+        self,
+        *,
+        phase: Phase | None = None,
+        category: Category | None = None,
+        path: str | None = None,
+        step: int | None = None,
+        stream: int | None = None,
+    ) -> None:
+        super().update(phase=phase, category=category, path=path, step=step, stream=stream)
+        self._mark()
+
+    def begin_run(self, number: int) -> None:
+        """Count what follows to the run of that number; to none with -1."""
+        self.run = number
+        self._mark()
 
     def empty_cache(self) -> None:
         super().empty_cache()
-        self.path = _EMPTIED
-        self.path = ""
+        self._mark(emptied=True)
 
-    device: torch.device
-    labels: list[_Label]
-
-
-_Label = tuple[int, tuple[int, Phase, int, Category, str]]
+    def _mark(self, *, emptied: bool = False) -> None:
+        address = torch.cuda.caching_allocator_alloc(MARK_BYTES, self._device, 0)
+        torch.cuda.caching_allocator_delete(address)
+        self.marks.append(Mark(address, self.run, self.phase, self.step, self.category, self.path, emptied))
 
 
-_EMPTIED = "(the cache was emptied)"  # the path of a mark that says so
+@dataclass(frozen=True)
+class RecordedRuns:
+    """The events of several runs, and those of the setup before, which all runs have in common."""
+
+    setup: list[Event] = field(default_factory=list)
+    runs: dict[int, list[Event]] = field(default_factory=dict)
+
+    def events(self, run: int) -> list[Event]:
+        """Return the events of a run from its setup on."""
+        return self.setup + self.runs.get(run, [])
 
 
-_MARK = 331  # bytes: a prime, which no tensor of the step is likely to have at the place of the very next mark
+class AllocatorHistory:
+    """The history of the allocator since recording began, with the context that marks it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.context = MarkingContext(device)
+
+    def read(self) -> RecordedRuns:
+        history = torch.cuda.memory._snapshot(self._device)["device_traces"][self._device.index]
+        return runs_of(history, self.context.marks)
+
+    def events(self, run: int) -> list[Event]:
+        """Return the events so far of a run."""
+        return self.read().events(run)
 
 
 @contextmanager
-def recording(device: torch.device) -> Iterator[tuple[_Mark, Callable[[], _Recorded]]]:
-    """The allocator's history from here on: what marks the places in it, and what gives its events."""
+def recording(device: torch.device) -> Iterator[AllocatorHistory]:
+    """Record the allocator's history."""
     record = torch.cuda.memory._record_memory_history
-    record("all", context=None, max_entries=_MOST_EVENTS)
+    record("all", context=None, max_entries=_MAX_ENTRIES)
     try:
-        mark = _Mark(device)
-        yield mark, lambda: _events(torch.cuda.memory._snapshot(device)["device_traces"][device.index], mark.labels)
+        yield AllocatorHistory(device)
     finally:
         record(None)
 
 
 def records_already() -> bool:
+    """Tell whether somebody has the allocator record its history."""
     return torch.cuda.is_initialized() and bool(torch._C._cuda_isHistoryEnabled())
 
 
-_Recorded = Callable[[int], list[Event]]
+def runs_of(history: Sequence[Mapping[str, Any]], marks: Sequence[Mark]) -> RecordedRuns:
+    """Turn the allocator's history into events.
 
-
-def recorded_by(events: Callable[[], _Recorded], number: int) -> list[Event]:
-    return events()(number)
-
-
-def _events(history: Sequence[Mapping[str, Any]], labels: Sequence[_Label]) -> _Recorded:
-    """The allocator's history as events: gives those of a run, which begin with the setup that all have in common.
-
-    An entry's label is that of the last mark before it, whichever thread it is of. A block is free when that is asked
-    for: when a stream is done with it (``free_completed``) is a matter of time, which is another one at another batch
-    size. What was there before is no one's here.
+    An entry belongs where the last mark before it says, whichever thread it comes from. A block counts as free when
+    its free is requested: when a stream is done with it (``free_completed``) depends on time, and differs from one
+    batch size to another. Frees of blocks from before the recording are left out.
     """
-    events: dict[int, list[Event]] = {0: []}
+    found = RecordedRuns()
     blocks: dict[int, tuple[int, int]] = {}  # address -> run and block
-    streams: dict[int, int] = {0: 0}  # in the order in which they are met: a copy may make its own
-    marks = iter(labels)
-    mark, label = next(marks)
-    run, phase, step, category, path = label
+    streams: dict[int, int] = {0: 0}  # in the order of their first blocks: each replica may make its own
+    following = iter(marks)
+    mark: Mark = next(following)
+    upcoming: Mark | None = mark
+    events = found.setup
     count = 0
     for entry in history:
-        address = entry["addr"]
-        if entry["action"] == "alloc" and (address, entry["size"]) == (mark, _MARK):
-            run, phase, step, category, path = label
-            mark, label = next(marks, (-1, label))
-            if path == _EMPTIED:
-                events.setdefault(run, []).append(Event(-1, EMPTY, phase, step))
-        elif entry["action"] == "alloc":
+        address, action = entry["addr"], entry["action"]
+        if action == "alloc" and upcoming is not None and (address, entry["size"]) == (upcoming.address, MARK_BYTES):
+            mark, upcoming = upcoming, next(following, None)
+            events = found.setup if mark.run == 0 else found.runs.setdefault(mark.run, [])
+            if mark.emptied:
+                events.append(Event(-1, EMPTY, mark.phase, mark.step))
+        elif action == "alloc":
             stream = streams.setdefault(entry["stream"], len(streams))
-            blocks[address] = run, count
-            event = Event(count, entry["size"], phase, step, category, path, stream=stream)
-            events.setdefault(run, []).append(event)
+            blocks[address] = mark.run, count
+            events.append(Event(count, entry["size"], mark.phase, mark.step, mark.category, mark.path, stream=stream))
             count += 1
-        elif entry["action"] == "free_requested" and address in blocks:
-            made, block = blocks.pop(address)
-            if made in (0, run):
-                events.setdefault(run, []).append(Event(block, FREE, phase, step))
-    return lambda run: events[0] + events.get(run, [])
+        elif action == "free_requested" and address in blocks:
+            run, block = blocks.pop(address)
+            if run in (0, mark.run):
+                events.append(Event(block, FREE, mark.phase, mark.step))
+    return found

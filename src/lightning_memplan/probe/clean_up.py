@@ -19,8 +19,8 @@ from lightning_memplan.step.compiled_regions import forget_compiled
 
 @contextmanager
 def as_found(device: torch.device) -> Iterator[None]:
-    """Whatever happens inside, random states are restored, and the card is left with what was on it, no cache more."""
-    handled = sys.exc_info()[1]  # while this one is, all that follows happens
+    """Restore random states, and leave the GPU with the memory that was held before and no cache, whatever happens."""
+    handled = sys.exc_info()[1]  # an error that is being handled now is no error of what runs inside
     with torch.cuda.device(device), _only_new_garbage():
         forget_compiled()
         give_back(device)
@@ -28,23 +28,23 @@ def as_found(device: torch.device) -> Iterator[None]:
             with isolated_random_state(), cuda_random_state(device):
                 yield
         except BaseException as error:
-            _let_go(takewhile(lambda one: one is not handled, exception_chain(error)))
+            release_frames(takewhile(lambda one: one is not handled, exception_chain(error)))
             raise
         finally:
             forget_compiled()
             give_back(device)
 
 
-def _let_go(errors: Iterable[BaseException]) -> None:
-    """Errors keep their lines, and no longer the tensors in the calls that they ended.
+def release_frames(errors: Iterable[BaseException]) -> None:
+    """Drop the local variables of calls that errors have ended, tensors among them. The errors keep their tracebacks.
 
-    Who catches one may hold it long: a notebook does (``sys.last_exc``), and on Ctrl+C so does the SystemExit that
-    Lightning makes of it.
+    An error may be held for long: by a notebook (``sys.last_exc``), or on Ctrl+C by the SystemExit that Lightning
+    raises from it.
     """
     ended = []
     for error in errors:
         for frame, _ in traceback.walk_tb(error.__traceback__):
-            with suppress(RuntimeError):  # it runs yet
+            with suppress(RuntimeError):  # it is still running
                 frame.clear()
                 ended.append(frame)
     for frame in ended:
@@ -55,13 +55,13 @@ def _let_go(errors: Iterable[BaseException]) -> None:
                         del cell.cell_contents
 
 
-_IN_ITS_FRAME_ONLY = 4  #: the frame, the list of what it refers to, a name, and the argument of getrefcount
+#: References to a function that only its frame holds: the frame, the list of referents, a name, getrefcount's argument
+_IN_ITS_FRAME_ONLY = 4
 
 
 @contextmanager
 def _only_new_garbage() -> Iterator[None]:
-    """Garbage is collected where it is asked for, and only what was made inside: all that a process holds takes half a
-    second to go through."""
+    """Collect garbage only on request, and only what was made inside: a whole process takes half a second."""
     collects, freeze = gc.isenabled(), not gc.get_freeze_count()
     gc.disable()
     if freeze:
@@ -76,15 +76,16 @@ def _only_new_garbage() -> Iterator[None]:
 
 
 def give_back(device: torch.device) -> None:
-    """Give what no one holds of the card's memory back to it."""
+    """Give memory that nothing holds back to the GPU."""
     gc.collect()
     torch.cuda.synchronize(device)
-    torch._C._cuda_clearCublasWorkspaces()  # each run takes its own, as a process does that has just begun
+    torch._C._cuda_clearCublasWorkspaces()  # each run takes its own, as a new process does
     torch.cuda.empty_cache()
 
 
 @contextmanager
 def cuda_random_state(device: torch.device) -> Iterator[None]:
+    """Restore the GPU's random state afterwards."""
     state = torch.cuda.get_rng_state(device)
     try:
         yield

@@ -11,12 +11,12 @@ from lightning_memplan.units import parse_bytes
 
 
 def ran_out_of_memory(error: BaseException | None, *, refused: bool = False) -> bool:
-    """Whether an error says that the device's memory is full, in any of the ways in which libraries say it.
+    """Tell whether an error, or one in its chain, means that the device's memory is full.
 
-    An error that another one was raised from, or while handling, counts as well. ``refused`` says that the allocator
-    has refused memory since the step began (``num_ooms`` of ``torch.cuda.memory_stats``): then errors count that have
-    other causes too. cuDNN's callers pass over algorithms that get no workspace, and in the end find none; a library
-    that cannot allocate its handle says that it is not initialized.
+    With ``refused``, the allocator has refused memory since the step began (``num_ooms`` of
+    ``torch.cuda.memory_stats``). Then errors count that can have other causes: cuDNN's callers pass over algorithms
+    that get no workspace, and in the end find none; a library that cannot allocate its handle reports that it is not
+    initialized.
 
     >>> ran_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     True
@@ -36,7 +36,7 @@ def ran_out_of_memory(error: BaseException | None, *, refused: bool = False) -> 
 
 
 def exception_chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and those from which it was raised or while they were handled."""
+    """Yield an error, the error from which or while handling which it was raised, and so on."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -44,31 +44,38 @@ def exception_chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+#: Messages that have no other cause
 _OUT_OF_MEMORY = (
-    "out of memory",  # cudaErrorMemoryAllocation, whoever met it: CUDA, NCCL, Triton
+    "out of memory",  # cudaErrorMemoryAllocation, as CUDA, NCCL and Triton print it
     "_ALLOC_FAILED",  # CUBLAS_STATUS_, CUDNN_STATUS_, CUSOLVER_STATUS_, CUFFT_
-    "DEVICE_ALLOCATION_FAILED",  # CUDNN_STATUS_INTERNAL_ERROR_, from cuDNN 9 on
+    "DEVICE_ALLOCATION_FAILED",  # CUDNN_STATUS_INTERNAL_ERROR_, since cuDNN 9
 )
 
 
+#: Messages that can have other causes, and count where the allocator has refused memory
 _PERHAPS_OUT_OF_MEMORY = (
     "unable to find an engine to execute this computation",  # aten/src/ATen/native/cudnn/Conv_v8.cpp: GET or FIND
     "Unable to find a valid cuDNN algorithm to run convolution",  # Conv_v7.cpp
-    "CUDNN_STATUS_NOT_SUPPORTED",
+    "CUDNN_STATUS_NOT_SUPPORTED",  # aten/src/ATen/cudnn/Exceptions.h prints cudnnStatus_t
     "CUDNN_STATUS_INTERNAL_ERROR",
     "CUDNN_STATUS_NOT_INITIALIZED",
-    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # aten/src/ATen/cuda/CUDABlas.cpp and Exceptions.h print cublasStatus_t
     "CUBLAS_STATUS_INTERNAL_ERROR",
-    "unhandled cuda error",  # NCCL
+    "unhandled cuda error",  # ncclUnhandledCudaError of NCCL's ncclGetErrorString
 )
 
 
 def refusals(device: torch.device) -> int:
+    """Return how often the allocator has refused memory so far."""
     return int(torch.cuda.memory_stats(device).get("num_ooms", 0))
 
 
 def missing_bytes(error: BaseException | None) -> int:
-    """What a failed request lacked of the card's free bytes, by the allocator's message (CUDACachingAllocator.cpp)."""
+    """Return how many bytes more than were free a request asked for, by its message (CUDACachingAllocator.cpp).
+
+    >>> missing_bytes(RuntimeError("Tried to allocate 3.00 MiB. GPU 0 has 8 GiB, of which 1.00 MiB is free."))
+    2097152
+    """
     for one in exception_chain(error):
         found = re.search(r"Tried to allocate (\S+ \w+?)\. .*?of which (\S+ \w+) is free", str(one), re.DOTALL)
         if found is not None:

@@ -48,13 +48,16 @@ def step_metrics(measurement: Measurement, formula_bytes: int) -> dict[str, floa
     >>> step_metrics(Measurement(1, 2**30, 2**31, 2**30, 2**31), formula_bytes=2**29)["memplan/formula_gib"]
     0.5
     """
-    metrics = {
+    predicted = {
         "memplan/predicted_reserved_gib": measurement.predicted_reserved / GiB,
-        "memplan/actual_reserved_gib": measurement.reserved / GiB,
         "memplan/predicted_allocated_gib": measurement.predicted_allocated / GiB,
-        "memplan/actual_allocated_gib": measurement.allocated / GiB,
         "memplan/error_percent": measurement.error_percent,
         "memplan/formula_gib": formula_bytes / GiB,
+    }
+    metrics = {
+        **(predicted if measurement.predicted_allocated else {}),
+        "memplan/actual_reserved_gib": measurement.reserved / GiB,
+        "memplan/actual_allocated_gib": measurement.allocated / GiB,
         "memplan/floor_gib": measurement.floor / GiB,
         "memplan/retries": measurement.retries,
         "memplan/device_allocations": measurement.device_allocations,

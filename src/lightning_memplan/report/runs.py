@@ -55,7 +55,8 @@ def measurement_summary(
         phases["validation"] = _Peak(0, max(peaks.allocated for peaks in validations))
     reserved = _Peak(max(m.predicted_reserved for m in measurements), max(m.reserved for m in measurements))
     allocated = _Peak(max(m.predicted_allocated for m in measurements), max(m.allocated for m in measurements))
-    lines = [f"memory over {steps}", *_peak_lines(reserved, allocated, phases), *_error_lines(measurements)]
+    without = "" if any(m.predicted_allocated for m in measurements) else ", without predictions"
+    lines = [f"memory over {steps}{without}", *_peak_lines(reserved, allocated, phases), *_error_lines(measurements)]
     if len(ranks) > 1:
         first = max(range(len(ranks)), key=lambda rank: ranks[rank].reserved)
         lines.append(f"  of {len(ranks)} ranks, rank {first} reserved most: {format_bytes(ranks[first].reserved)}")
@@ -66,6 +67,9 @@ def measurement_summary(
 
 def _error_lines(measurements: Sequence[Measurement]) -> list[str]:
     """Return the errors of the steps: the median, the worst, and how far the actual peak was above its prediction."""
+    measurements = [m for m in measurements if m.predicted_allocated]
+    if not measurements:
+        return []
     worst = max(measurements, key=lambda m: abs(m.error_percent))
     errors = f"median {median(m.error_percent for m in measurements):+.1f} %, worst {worst.error_percent:+.1f} %"
     lines = [f"  error of allocated, step by step: {errors} in step {worst.step}"]

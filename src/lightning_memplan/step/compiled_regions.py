@@ -11,21 +11,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-#: Batch sizes of traces: what is saved depends on sizes, and of a few samples it would be other tensors than of many
+#: Batch sizes of traces: which tensors a graph saves depends on their sizes, and differs for a few samples
 COMPILED_SIZES = (16, 24, 40)
 
 
 class Part(NamedTuple):
-    """Something that is compiled: as the attribute ``name`` of ``owner``, or under that name in what a method calls."""
+    """A compiled function: the attribute ``name`` of ``owner``, or the global of that name that a method calls."""
 
     owner: nn.Module
     name: str
     compiled: Any
-    method: str = ""  #: the method of ``owner`` that calls it by its name, where it is no attribute
+    method: str = ""  #: the method of ``owner`` that calls it, if it is a global
 
     @property
     def function(self) -> Callable[..., Any]:
-        """What is written."""
+        """The function as it is written."""
         function: Any = self.compiled._torchdynamo_orig_callable
         if self.method or self.name in self.owner.__dict__:
             return function  # type: ignore[no-any-return]
@@ -38,7 +38,7 @@ class Part(NamedTuple):
 
 
 def _modules(value: Any) -> Iterator[nn.Module]:
-    """Those that a function is a method of, or closes over."""
+    """Find the module that a function is a method of, and those in its closure."""
     if isinstance(value, nn.Module):
         yield value
     elif isinstance(value, MethodType):
@@ -50,8 +50,8 @@ def _modules(value: Any) -> Iterator[nn.Module]:
 
 
 def compiled_parts(module: nn.Module) -> list[Part]:
-    """What of a module is compiled: itself and its submodules, their methods, functions that are their attributes, and
-    functions that are called by their names in methods."""
+    """Find what is compiled of a module: itself, its submodules, their methods, functions that are their attributes,
+    and global functions that their methods call."""
     if "torch._dynamo" not in sys.modules:
         return []
     found = []
@@ -91,15 +91,15 @@ TRIED = "the first step may take more than a probe shows, since torch.compile tr
 
 
 def within_graphs(module: nn.Module) -> set[nn.Module]:
-    """The modules that run inside what is compiled, where a hook would be compiled too, or break a graph."""
+    """Find the modules that run inside compiled functions, where a hook would be compiled too, or break a graph."""
     return {inner for part in compiled_parts(module) for one in part.modules for inner in one.modules()}
 
 
 def forget_compiled() -> None:
-    """Nothing is compiled any more, and no size was ever seen: what is compiled next is for its own batch size.
+    """Reset torch.compile, so that it compiles for the next batch size alone.
 
-    torch.compile makes kernels for any size of what comes in a second size, and code that was compiled of a copy is
-    what the module itself then runs, since both have the same code objects.
+    It compiles for any size once it has seen a second one. And the module itself would run what was compiled for a
+    replica, since both have the same code objects.
     """
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None and dynamo.utils.counters["frames"]:
@@ -108,7 +108,7 @@ def forget_compiled() -> None:
 
 @contextmanager
 def as_written() -> Iterator[None]:
-    """Nothing is compiled: a compiled function runs as it is written."""
+    """Run compiled functions as they are written."""
     if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
         yield
         return

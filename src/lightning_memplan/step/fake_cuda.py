@@ -1,4 +1,4 @@
-"""Answer what a traced step asks of ``torch.cuda`` as an idle GPU would, with or without one here."""
+"""Answer what a traced step asks of ``torch.cuda`` as an idle GPU would, whether this machine has one or not."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any
 import torch
 
 from lightning_memplan.memory.events import Stream
-from lightning_memplan.step.context import EventContext, in_place_of
+from lightning_memplan.step.context import EventContext
+from lightning_memplan.step.patch import patched
 
-DEVICE = torch.device("cpu", 0)  #: where traced tensors lie: the stand-in for the GPU
+DEVICE = torch.device("cpu", 0)  #: stands for the GPU: traced tensors lie on it
 
 
 class FakeDeviceModule:
-    """What FSDP asks of ``torch.cuda``; streams are numbered in the order in which they are made."""
+    """Stand for ``torch.cuda``. Streams are numbered in the order in which they are made, after ``streams`` others."""
 
-    def __init__(self, device: torch.device, mark: EventContext, made: int = Stream.DEFAULT) -> None:
-        self._device, self._mark, self._made = device, mark, made
+    def __init__(self, device: torch.device, context: EventContext, streams: int = Stream.DEFAULT) -> None:
+        self._device, self._context, self._streams = device, context, streams
 
     def is_available(self) -> bool:
         return True
@@ -28,35 +29,32 @@ class FakeDeviceModule:
         return self._device
 
     def current_stream(self) -> _Stream:
-        return _Stream(self._mark.stream)
+        return _Stream(self._context.stream)
 
     def default_stream(self) -> _Stream:
         return _Stream(Stream.DEFAULT)
 
     def Stream(self, *_: Any, **__: Any) -> _Stream:  # noqa: N802 - torch's name
-        self._made += 1
-        return _Stream(self._made)
+        self._streams += 1
+        return _Stream(self._streams)
 
     def Event(self, *_: Any, **__: Any) -> _Event:  # noqa: N802 - torch's name
         return _Event()
 
-    @contextmanager
-    def stream(self, stream: _Stream) -> Iterator[None]:
-        before, self._mark.stream = self._mark.stream, stream.number
-        try:
-            yield
-        finally:
-            self._mark.stream = before
+    def stream(self, stream: _Stream) -> AbstractContextManager[None]:
+        return self._context.on_stream(stream.number)
 
 
 class _Stream:
+    """A stream without work: nothing on it has to be waited for."""
+
     def __init__(self, number: int) -> None:
         self.number = number
 
-    def nothing(self, *_: Any) -> None:
-        """No work is under way that could be waited for."""
+    def wait(self, *_: Any) -> None:
+        """Return at once."""
 
-    wait_stream = wait_event = synchronize = nothing
+    wait_stream = wait_event = synchronize = wait
 
     def query(self) -> bool:
         return True
@@ -66,11 +64,13 @@ class _Stream:
 
 
 class _Event:
+    """An event that has happened."""
+
     def record(self, *_: Any) -> _Event:
         return self
 
     def synchronize(self) -> None:
-        """No work is under way that could be waited for."""
+        """Return at once."""
 
     wait = record
 
@@ -94,20 +94,20 @@ _ZERO = """
 
 
 @contextmanager
-def fake_cuda(mark: EventContext, capability: tuple[int, int]) -> Iterator[None]:
-    """``torch.cuda`` as an idle card; what is allocated on a stream is marked with the stream's number."""
-    card = FakeDeviceModule(DEVICE, mark, made=Stream.STEP)
+def fake_cuda(context: EventContext, capability: tuple[int, int]) -> Iterator[None]:
+    """Let ``torch.cuda`` be an idle GPU. What is allocated on a stream is recorded with the stream's number."""
+    device = FakeDeviceModule(DEVICE, context, streams=Stream.STEP)
 
     def on(stream: Any) -> AbstractContextManager[None]:
-        return nullcontext() if stream is None else card.stream(stream)
+        return nullcontext() if stream is None else device.stream(stream)
 
     cuda: dict[str, Any] = {
         **dict.fromkeys(_NOTHING, _always(None)),
         **dict.fromkeys(_ZERO, _always(0)),
-        "Event": _made_by(card.Event),
-        "Stream": _made_by(card.Stream),
-        "current_stream": lambda *_, **__: card.current_stream(),
-        "default_stream": lambda *_, **__: card.default_stream(),
+        "Event": _made_by(device.Event),
+        "Stream": _made_by(device.Stream),
+        "current_stream": lambda *_, **__: device.current_stream(),
+        "default_stream": lambda *_, **__: device.default_stream(),
         "get_device_capability": _always(capability),
         "mem_get_info": _always((2**40, 2**40)),
         "memory_stats": lambda *_, **__: defaultdict(int),
@@ -118,13 +118,13 @@ def fake_cuda(mark: EventContext, capability: tuple[int, int]) -> Iterator[None]
     with ExitStack() as stack:
         for owner, answers in ((torch.cuda, cuda), (torch.cuda.memory, cuda), (torch.cuda.nvtx, nvtx)):
             for name in answers.keys() & vars(owner).keys():
-                stack.enter_context(in_place_of(owner, name, answers[name]))
-        stack.enter_context(in_place_of(torch.Tensor, "record_stream", _always(None)))
+                stack.enter_context(patched(owner, name, answers[name]))
+        stack.enter_context(patched(torch.Tensor, "record_stream", _always(None)))
         yield
 
 
 def _made_by(make: Callable[..., Any]) -> type:
-    """A class, which others may ask of things whether they are of it."""
+    """Return a class of that constructor, since ``isinstance`` may be asked of it."""
     return type("Made", (), {"__new__": lambda cls, *args, **kwargs: make(*args, **kwargs)})
 
 

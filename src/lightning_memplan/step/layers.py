@@ -1,4 +1,4 @@
-"""Walk a module's layers for the formula: parameters, output shapes, bytes of each feature map."""
+"""Record a module's layers for the formula: parameters, output shapes, bytes of each feature map."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Filters:
 
 
 def filters_of(module: nn.Module) -> tuple[Filters, ...] | None:
-    """A layer's parameters as filters, from what the module says of itself; ``None`` for a kind that is not known.
+    """Describe a layer's parameters as filters, from its attributes; return None for an unknown kind of layer.
 
     A transposed, grouped or one-dimensional convolution, a Linear, a norm, an embedding, attention and the recurrent
     layers are all filters: a Linear has a kernel of 1, a norm one weight and one bias a channel, a gate of an LSTM one
@@ -99,7 +99,7 @@ def filters_of(module: nn.Module) -> tuple[Filters, ...] | None:
 
 
 def _attention_filters(module: nn.MultiheadAttention) -> tuple[Filters, ...]:
-    """Queries, keys, values and the output are four Linears; ``add_bias_kv`` appends one learnt key and one value."""
+    """Count queries, keys, values and the output as four Linears, and the key and value that ``add_bias_kv`` learns."""
     width, bias = module.embed_dim, int(module.in_proj_bias is not None)
     projections = [Filters(1, inputs, bias, width) for inputs in (width, module.kdim, module.vdim)]
     output = Filters(1, width, int(module.out_proj.bias is not None), width)
@@ -108,7 +108,7 @@ def _attention_filters(module: nn.MultiheadAttention) -> tuple[Filters, ...]:
 
 
 def _recurrent_filters(module: nn.RNNBase) -> tuple[Filters, ...]:
-    """Each unit of each gate sees the layer's input and the state before, with a bias for either."""
+    """Count a filter for each unit of each gate: it reads the input and the last state, with a bias for each."""
     gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
     directions = 2 if module.bidirectional else 1
     state = module.proj_size or module.hidden_size
@@ -123,10 +123,10 @@ def _recurrent_filters(module: nn.RNNBase) -> tuple[Filters, ...]:
 
 
 def _sample_shape(tensor: Tensor | None, batch_size: int) -> tuple[int, ...]:
-    """The shape without the batch, which is the first dimension of that size (the second, where time comes first).
+    """Return the shape without the batch: the first dimension of that size, or the second where time comes first.
 
-    A first dimension that is a multiple of it has folded something into the batch, such as windows of an image: one
-    sample's part of it stays.
+    A first dimension that is a multiple of the batch size has something folded into it, such as windows of an image:
+    one sample's share of it stays.
     """
     if tensor is None:
         return ()
@@ -141,7 +141,7 @@ def _sample_shape(tensor: Tensor | None, batch_size: int) -> tuple[int, ...]:
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 def record_layers(module: nn.Module, run: Callable[[], object], batch_size: int) -> tuple[Layer, ...]:
-    """Run a network once and write down its layers: a row for each call of each, in the order in which they finish.
+    """Run a network once and record its layers: a row for each call, in the order in which calls finish.
 
     A layer is a module that calls no other module: ``nn.Conv3d``, but also ``nn.MultiheadAttention`` and any module
     that works on its children's parameters by functions. Parameters that none of these holds follow as rows of their
@@ -152,7 +152,7 @@ def record_layers(module: nn.Module, run: Callable[[], object], batch_size: int)
       the memory of the layer's input (``nn.Identity``, a ReLU in place, ``nn.Flatten``) is no further feature map: 0.
     - A parameter counts once, in the first row that has it, however often it is called or tied; a frozen one has no
       gradient.
-    - What runs again in the backward pass, as under activation checkpointing, is not written down twice.
+    - A layer that runs again in the backward pass, as under activation checkpointing, is not recorded twice.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8 * 30 * 30, 10))
     >>> net = net.to("meta")
@@ -167,7 +167,7 @@ def record_layers(module: nn.Module, run: Callable[[], object], batch_size: int)
     Args:
         module: The network. Its hooks are as before when this returns or raises.
         run: Runs it on a batch of ``batch_size`` samples, backward or not.
-        batch_size: How many samples ``run`` takes: what is recorded is divided by it.
+        batch_size: Samples that ``run`` takes. Sizes are divided by it.
 
     Raises:
         ValueError: ``batch_size`` is less than 1, or a lazy module has no shapes yet.
@@ -187,16 +187,16 @@ def record_layers(module: nn.Module, run: Callable[[], object], batch_size: int)
 @dataclass(slots=True)
 class _Call:
     module: nn.Module
-    has_calls: bool = False  #: whether another module's call ended inside it
+    has_calls: bool = False  #: another module's call has ended inside it
 
 
 class _Recorder:
-    """Hooks on every module; a call that ends without a call inside it was a layer's."""
+    """Hook every module. A call that ends without another inside it was a layer's."""
 
     def __init__(self, module: nn.Module, batch_size: int) -> None:
         self.rows: list[Layer] = []
         self._batch_size = batch_size
-        # a parametrization (such as a weight norm) is a part of the layer whose weight it makes
+        # a parametrization (such as a weight norm) belongs to the layer whose weight it computes
         hidden = {
             id(inner)
             for owner in module.modules()
@@ -205,9 +205,9 @@ class _Recorder:
         }
         self._layers = [(child, path) for path, child in module.named_modules() if id(child) not in hidden]
         self._paths = {id(child): path for child, path in self._layers}  # a torchmetrics' metric's hash is its state's
-        # as they are before a call, in which others may stand for them (torch.func.functional_call)
+        # before any call: in one, other tensors may stand for them (torch.func.functional_call)
         self._parameters = {id(child): tuple(child.parameters()) for child, _ in self._layers}
-        self._calling: list[_Call] = []  # those that have begun and not ended
+        self._calling: list[_Call] = []  # begun and not ended
         self._counted: set[nn.Parameter] = set()
         self._handles: list[RemovableHandle] = []
 
@@ -225,7 +225,7 @@ class _Recorder:
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         while (call := self._calling.pop()).module is not module:
-            pass  # a call that an exception ended, which the network caught
+            pass  # an exception ended this call, and the network caught it
         if self._calling:
             self._calling[-1].has_calls = True
         if call.has_calls or _in_backward():
@@ -238,9 +238,9 @@ class _Recorder:
         self._add(module, self._parameters[id(module)], shape, feature_bytes)
 
     def add_uncalled(self) -> None:
-        """Rows for the parameters that no recorded call has."""
+        """Add rows for the parameters that no recorded call has."""
         for module, path in self._layers:
-            # what is left of a layer that was not called; of a parent, only its own
+            # a layer that was not called has a row for all that is left of it; a parent has rows for its own
             is_layer = all(id(child) not in self._paths for child in module.children())
             own = [p for p in module.parameters(recurse=is_layer) if p not in self._counted]
             if own and is_layer:
@@ -269,7 +269,7 @@ class _Recorder:
 
 
 def _count(module: nn.Module, new: Sequence[nn.Parameter]) -> tuple[int, int]:
-    """A layer's parameters by both methods; by its tensors where it is no known kind or holds other ones."""
+    """Count a layer's parameters by both methods, or by its tensors if its kind is unknown or it holds others."""
     numel = sum(p.numel() for p in new)
     filters = None if parametrize.is_parametrized(module) else filters_of(module)
     if filters is not None:
@@ -280,13 +280,13 @@ def _count(module: nn.Module, new: Sequence[nn.Parameter]) -> tuple[int, int]:
 
 
 def _parameter_bytes(parameters: Sequence[nn.Parameter]) -> tuple[int, int]:
-    """Bytes of parameters, and of the gradients of those that are not frozen."""
+    """Return the bytes of parameters, and of the gradients of those that are not frozen."""
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in parameters]
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
 def _in_backward() -> bool:
-    # as torch.utils.module_tracker.ModuleTracker.is_bw tells it
+    # Source: torch/utils/module_tracker.py, ModuleTracker.is_bw
     return torch._C._current_graph_task_id() != -1
 
 
@@ -297,7 +297,7 @@ def _check_initialised(module: nn.Module) -> None:
 
 
 def make_formula(module: nn.Module, layers: Sequence[Layer], input_bytes: int, optimizer_bytes: int = 0) -> Formula:
-    """The formula of a network whose layers were recorded with :func:`record_layers`.
+    """Return the formula of a network whose layers were recorded with :func:`record_layers`.
 
     >>> net = nn.Linear(4, 2)
     >>> batch = torch.ones(3, 4)
@@ -307,12 +307,12 @@ def make_formula(module: nn.Module, layers: Sequence[Layer], input_bytes: int, o
 
     Args:
         module: The network, for its parameters and their gradients.
-        layers: What was recorded of it.
+        layers: Its recorded layers.
         input_bytes: Bytes of one sample of its input.
         optimizer_bytes: Bytes of the optimizer's state, which the formula reports apart.
 
     Raises:
-        ValueError: a number of bytes is none, or the layers are another network's.
+        ValueError: a size in bytes is negative, or the layers are another network's.
     """
     _check_initialised(module)
     parameter_bytes, gradient_bytes = _parameter_bytes(list(module.parameters()))

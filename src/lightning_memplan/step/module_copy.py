@@ -1,4 +1,4 @@
-"""Copy a module so that it can train a few steps, and give it a Trainer to look at."""
+"""Replicate a module so that it can train a few steps, with a stand-in for its Trainer."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from lightning_memplan.lightning.loggers import silent_logger
 
 
 class StandInTrainer:
-    """What a copied module sees as its trainer: the real one's settings to read, none of its effects.
+    """Stand for a replica's Trainer: the real one's attributes can be read, and nothing that is set reaches it.
 
-    ``real`` may be None: then only what every step can ask for is there.
+    Without a ``real`` one it has the attributes that any step may read.
     """
 
     def __init__(self, real: Any = None) -> None:
         loggers = [silent_logger() for _ in getattr(real, "loggers", ())]
         self.__dict__["_real"] = real
         self.__dict__["_own"] = {
-            "estimated_stepping_batches": 1000,  # asking the real one would build the user's loaders
+            "estimated_stepping_batches": 1000,  # the real one would build the user's loaders
             "num_training_batches": 1000,
             "logger": loggers[0] if loggers else None,
             "loggers": loggers,
@@ -65,7 +65,7 @@ class StandInTrainer:
 
 
 class StandInStrategy:
-    """What a copied step asks of other ranks, which say nothing; what else it reads is the real strategy's.
+    """Stand for a replica's strategy: collectives of the step reach fake ranks. The rest is the real one's.
 
     Source: lightning_fabric/utilities/distributed.py (2.6), ``_all_gather_ddp_if_available`` and ``_sync_ddp``.
     """
@@ -99,13 +99,19 @@ class StandInStrategy:
         return obj
 
     def barrier(self, name: str | None = None) -> None:
-        """No rank is waited for."""
+        """Return at once: there is no other rank."""
 
 
-def replica_of(module: nn.Module, memo: dict[int, Any], *, trainer: Any, device: torch.device) -> nn.Module:
-    """A deep copy for ``device``; ``memo`` names what stands in for which of the module's objects.
+def replicate(module: nn.Module, memo: dict[int, Any], *, trainer: Any, device: torch.device) -> nn.Module:
+    """Return a deep copy of the module, to be trained on ``device``.
 
-    Datasets and loaders are shared, since they are only read.
+    ``memo`` maps the id of an object of the module to its replacement. Datasets and loaders are shared, since they are
+    only read.
+
+    >>> net = nn.Linear(2, 1)
+    >>> replica = replicate(net, {}, trainer=None, device=torch.device("cpu"))
+    >>> replica.weight is net.weight, bool((replica.weight == net.weight).all())
+    (False, True)
 
     Raises:
         TraceError: a part of the module cannot be copied.
@@ -119,48 +125,62 @@ def replica_of(module: nn.Module, memo: dict[int, Any], *, trainer: Any, device:
             )
     stand_in = StandInTrainer(trainer)
     for child in module.modules():
-        for value in child.__dict__.values():
-            if isinstance(value, (Dataset, DataLoader)) or is_datamodule(value):
-                memo[id(value)] = value  # data is read, never written: no copy
-        for leaf in tree_leaves([value for value in child.__dict__.values() if isinstance(value, _HOLDERS)]):
-            if isinstance(leaf, torch.Tensor) and not leaf.is_leaf and id(leaf) not in memo:
-                memo[id(leaf)] = leaf.detach().clone()  # what a step left there, or a weight made of others
-        for own in (child.__dict__, child.__dict__.get("_compiler_ctx") or {}):
-            if "dynamo_ctx" in own:
-                memo[id(own["dynamo_ctx"])] = own["dynamo_ctx"]  # how something is compiled
-        real = child.__dict__.get("_trainer")
-        if real is not None:
-            memo[id(real)] = stand_in
+        _replace_in(child, memo, stand_in)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            twin = copy.deepcopy(module, memo)
+            replica = copy.deepcopy(module, memo)
     except Exception as error:
         raise TraceError(
             f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}): "
             "what cannot be copied should be made in setup() or training_step(), not kept on the module",
             reason="not_copyable",
         ) from error
-    _compile_anew(module, twin)
-    for child in twin.modules():
-        for holder in (child.__dict__, *(child.__dict__[name] for name in _HOOKS if name in child.__dict__)):
-            for key, value in holder.items():
-                if type(value) is FunctionType:
-                    holder[key] = _rebound(value, memo)
-        if is_lightning_module(child):
-            child.__dict__["_trainer"] = stand_in
-            _quiet(child)
-        if "_device" in child.__dict__:
-            child.__dict__["_device"] = device
-        if getattr(child, "validate_args", None) is True and _is_metric(child):
-            child.__dict__["validate_args"] = False  # torchmetrics: checks of values, which fake tensors do not have
-    return twin
+    _compile_anew(module, replica)
+    for child in replica.modules():
+        _finish(child, memo, stand_in, device)
+    return replica
 
 
-def _compile_anew(module: nn.Module, twin: nn.Module) -> None:
-    """What of the module is compiled, compiled of its copy: ``Module.compile``, and Lightning's ``torch.compile`` of a
-    LightningModule (pytorch_lightning 2.6, utilities/compile.py, ``from_compiled``)."""
-    for real, child in zip(module.modules(), twin.modules(), strict=True):
+def _replace_in(child: nn.Module, memo: dict[int, Any], stand_in: StandInTrainer) -> None:
+    """Add to ``memo`` the objects of a submodule that are shared, or that deepcopy would refuse."""
+    for value in child.__dict__.values():
+        if isinstance(value, (Dataset, DataLoader)) or is_datamodule(value):
+            memo[id(value)] = value
+    for leaf in tree_leaves([value for value in child.__dict__.values() if isinstance(value, _HOLDERS)]):
+        if isinstance(leaf, torch.Tensor) and not leaf.is_leaf and id(leaf) not in memo:
+            memo[id(leaf)] = leaf.detach().clone()  # a step left it there, or a weight is computed from others
+    for own in (child.__dict__, child.__dict__.get("_compiler_ctx") or {}):
+        if "dynamo_ctx" in own:
+            memo[id(own["dynamo_ctx"])] = own["dynamo_ctx"]  # settings of torch.compile
+    real = child.__dict__.get("_trainer")
+    if real is not None:
+        memo[id(real)] = stand_in
+
+
+def _finish(child: nn.Module, memo: dict[int, Any], stand_in: StandInTrainer, device: torch.device) -> None:
+    """Turn a copied submodule's references to the user's objects into references to the replica's."""
+    own = child.__dict__
+    for holder in (own, *(own[name] for name in _HOOKS if name in own)):
+        for key, value in holder.items():
+            if type(value) is FunctionType:
+                holder[key] = _rebound(value, memo)
+    if is_lightning_module(child):
+        own["_trainer"] = stand_in
+        _log_nothing(child)
+    if "_device" in own:
+        own["_device"] = device
+    if getattr(child, "validate_args", None) is True and _is_metric(child):
+        own["validate_args"] = False  # torchmetrics would check values, which fake tensors do not have
+
+
+def _compile_anew(module: nn.Module, replica: nn.Module) -> None:
+    """Compile in the replica what is compiled in the module.
+
+    That is ``Module.compile``, and Lightning's ``torch.compile`` of a LightningModule (pytorch_lightning 2.6,
+    utilities/compile.py, ``from_compiled``).
+    """
+    for real, child in zip(module.modules(), replica.modules(), strict=True):
         call: Any = getattr(real, "_compiled_call_impl", None)
         if call is not None:
             own = child._call_impl
@@ -180,9 +200,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
-    """A function that closes over what was copied (a hook that names ``self``), closing over the copies instead."""
+    """Return a function whose closure (a hook that names ``self``) has the copies of what was copied."""
     cells = function.__closure__ or ()
-    memo.setdefault(id(function), function)  # one that closes over itself
+    memo.setdefault(id(function), function)  # it may close over itself
     changed = tuple(_copied_cell(cell, memo) for cell in cells)
     if all(a is b for a, b in zip(cells, changed, strict=True)):
         return function
@@ -198,12 +218,12 @@ def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
     return own
 
 
-#: What torch.compile notes on the function that it makes of another (torch/_dynamo/eval_frame.py, 2.11 to 2.14)
+#: Attributes that torch.compile gives a compiled function (torch/_dynamo/eval_frame.py, 2.11 to 2.14)
 _OF_COMPILED = ("_torchdynamo_orig_callable", "_torchdynamo_inline")
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """What stands for a function's value in a copy: a method of a copied object, a function that closes over such."""
+    """Return the replica's value: a method of a copied object, a function that closes over one, or the same."""
     if id(value) in memo:
         return memo[id(value)]
     if isinstance(value, MethodType) and id(value.__self__) in memo:
@@ -214,7 +234,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 def _copied_cell(cell: CellType, memo: dict[int, Any]) -> CellType:
     try:
         value = cell.cell_contents
-    except ValueError:  # nothing in it yet
+    except ValueError:  # it is empty as yet
         return cell
     copied = _copied(value, memo)
     return cell if copied is value else CellType(copied)
@@ -225,7 +245,7 @@ def _is_metric(module: nn.Module) -> bool:
 
 
 def metric_states(module: nn.Module) -> Iterator[torch.Tensor]:
-    """The tensors that torchmetrics' metrics keep in plain attributes, which ``Module.to`` moves as well."""
+    """Find the tensors that torchmetrics keep in plain attributes, which ``Module.to`` moves as well."""
     for metric in filter(_is_metric, module.modules()):
         for name in metric._defaults:  # type: ignore[union-attr]
             state = getattr(metric, name)
@@ -234,11 +254,11 @@ def metric_states(module: nn.Module) -> Iterator[torch.Tensor]:
                     yield tensor
 
 
-def _quiet(module: Any) -> None:
-    """A copied LightningModule logs nothing."""
+def _log_nothing(module: Any) -> None:
+    """Replace the methods of a copied LightningModule that log or print."""
 
-    def nothing(self: Any, *args: Any, **kwargs: Any) -> None:
+    def ignored(self: Any, *args: Any, **kwargs: Any) -> None:
         return None
 
     for name in ("log", "log_dict", "print"):
-        module.__dict__[name] = MethodType(nothing, module)
+        module.__dict__[name] = MethodType(ignored, module)

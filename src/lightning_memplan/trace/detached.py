@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,9 +16,9 @@ from lightning_memplan.lightning.compat import is_overridden, isolated_random_st
 from lightning_memplan.memory.events import Category
 from lightning_memplan.settings import StepSettings
 from lightning_memplan.step.fake_cuda import DEVICE
-from lightning_memplan.step.module_copy import metric_states, replica_of
-from lightning_memplan.step.runner import TRUE_DTYPE
-from lightning_memplan.step.strategies.fsdp import noted_units
+from lightning_memplan.step.module_copy import metric_states, replicate
+from lightning_memplan.step.precision import TRUE_DTYPE
+from lightning_memplan.step.strategies.choose import choose_strategy
 from lightning_memplan.trace.fake_tensors import fake_copy, fake_mode
 from lightning_memplan.trace.isolation import no_warnings
 from lightning_memplan.trace.known_values import remember
@@ -59,7 +58,7 @@ def detached_copy(
                 remember(fake, buffer)
     for state in metric_states(module):
         memo[id(state)] = fake_copy(state, mode, DEVICE)
-    return replica_of(module, memo, trainer=trainer, device=DEVICE)
+    return replicate(module, memo, trainer=trainer, device=DEVICE)
 
 
 def prepared(module: nn.Module, settings: StepSettings, *, trainer: Any = None, stage: str | None = None) -> nn.Module:
@@ -71,11 +70,10 @@ def prepared(module: nn.Module, settings: StepSettings, *, trainer: Any = None, 
     Raises:
         TraceError: a hook fails; says by which error, and at which line.
     """
-    parallel = settings.parallel
+    strategy = choose_strategy(settings.parallel)
     calls_setup = stage is not None and is_overridden("setup", module)
-    configures = is_overridden("configure_model", module)
-    # ModelParallelStrategy needs a mesh for it, which is there when the step runs
-    configures = configures and (parallel is None or parallel.kind != "model_parallel")
+    # a strategy that calls configure_model itself needs a mesh for it, which is there when the step runs
+    configures = is_overridden("configure_model", module) and not strategy.calls_configure_model
     if not calls_setup and not configures:
         return module
     mode, dtype = fake_mode(), TRUE_DTYPE.get(settings.precision)
@@ -85,8 +83,7 @@ def prepared(module: nn.Module, settings: StepSettings, *, trainer: Any = None, 
             if calls_setup:
                 copied.setup(stage)
             if configures:
-                shards = parallel is not None and parallel.shards
-                with Recorder(mode, Rules()), DEVICE, noted_units() if shards else nullcontext():
+                with Recorder(mode, Rules()), DEVICE, strategy.note_units():
                     copied.configure_model()
     except TraceError:
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from lightning_memplan.cuda.kernel_sizes import kernel_bytes
-from lightning_memplan.cuda.rule_set import Rules
+from lightning_memplan.cuda.rule_set import Decomposition, Rules
 from lightning_memplan.cuda.sparse import is_sparse, parts
-from lightning_memplan.memory.events import EMPTY, FREE, Category, Event, Phase, Stream
+from lightning_memplan.memory.events import EMPTY, FREE, Category, Event
+from lightning_memplan.step.context import EventContext
 from lightning_memplan.step.fake_cuda import DEVICE
 from lightning_memplan.trace.autograd import EngineSequence, GradientAccumulation, in_backward, is_engine
 from lightning_memplan.trace.constructors import Constructors
 from lightning_memplan.trace.fake_tensors import FakeFactory, are_plain, is_fake_mode_active
+from lightning_memplan.trace.kernel_events import KernelEvents
 from lightning_memplan.trace.known_values import CHECKS, COUNTS, READS, KnownValues, attach, mark_true, run_on_host
 from lightning_memplan.trace.storages import ResizedStorages, key_of
 
@@ -49,21 +49,15 @@ _DIRECT = frozenset(
 )
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(EventContext, TorchDispatchMode):
     """Record every block that operators allocate and free on ``DEVICE``, while it is entered.
 
-    Whoever runs the step sets ``phase``, ``step``, ``path``, ``category`` and ``stream``, which each event is stamped
-    with. A block is there as long as a storage that stands for it.
+    Each event is stamped with where the step is. A block is there as long as a storage that stands for it.
     """
 
     def __init__(self, mode: FakeTensorMode, rules: Rules, gradients: GradientAccumulation | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
-        self.phase: Phase = "setup"
-        self.category: Category = "other"
-        self.step = 0
-        self.path = ""
-        self.stream: int = Stream.DEFAULT
         self.values = KnownValues()
         self._mode = mode
         self._fakes = FakeFactory(mode)
@@ -71,23 +65,25 @@ class Recorder(TorchDispatchMode):
         self._constructors = Constructors(self.values)
         self._storages = ResizedStorages(self.resize)
         self._sequence = EngineSequence(self._constructors)
-        self._temporaries = rules.temporaries
-        self._workspaces = rules.workspaces
-        self._widths = rules.widths
-        self._order = rules.order
-        self._kernels = rules.kernels
-        self._sparse = rules.sparse
-        self._longest = rules.longest
-        self._shapes = rules.shapes
+        self._rules = rules
+        self._kernels = KernelEvents(rules, self._see, self._allocate, self._free)
         self._has_sparse = False  # tensors on ``DEVICE``
         self._unseen = False  # tensors that are made are in no block
         self._stays = True  # workspaces that stay are recorded
         self._running: set[Any] = set()  # operators whose decomposition runs
-        self._made: set[tuple[str, bool]] = set()  # workspaces that stay, for each of two threads
         self._blocks: dict[int, int | None] = {}  # a live storage's key -> its block, None while it has no bytes
         self._owners: dict[int, int] = {}  # a block -> the number of storages that stand for it
         self._deaths: dict[int, weakref.ref[Any]] = {}
         self._next = 0
+
+    @property
+    def lengths_taken(self) -> int:
+        """How many results were as long as values say, and were made at their longest."""
+        return self.values.lengths_taken
+
+    @lengths_taken.setter
+    def lengths_taken(self, count: int) -> None:
+        self.values.lengths_taken = count
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -136,20 +132,22 @@ class Recorder(TorchDispatchMode):
             out = self.values.read(func, args)
             if out is not NotImplemented:
                 return out
-        if func in self._kernels and func not in self._running:
-            out = self._tell(self._kernels[func], func, args, kwargs)
+        rules = self._rules
+        if func in rules.decompositions and func not in self._running:
+            out = self._decompose(rules.decompositions[func], func, args, kwargs)
             if out is not NotImplemented:
-                self._beside(func, args, kwargs, out)
+                self._record(func, args, kwargs, out)
                 return out
-        if func in self._longest and func not in self._running:
-            longest = self._tell(self._longest[func], func, args, kwargs)
+        if func in rules.upper_bounds and func not in self._running:
+            longest = self._decompose(rules.upper_bounds[func], func, args, kwargs)
             if longest is not NotImplemented:
                 self.values.lengths_taken += 1
                 return longest
-        if self._has_sparse and func in self._sparse and func not in self._running and any(map(is_sparse, args)):
+        sparse = rules.sparse_decompositions.get(func) if self._has_sparse and func not in self._running else None
+        if sparse is not None and any(map(is_sparse, args)):
             if func is _CLONE and by_engine:
                 return args[0]  # a parameter's gradient: taken as it is (accumulate_grad.h), a subclass's is copied
-            out = self._tell(self._sparse[func], func, args, kwargs)
+            out = self._decompose(sparse, func, args, kwargs)
             if out is not NotImplemented:
                 self.values.lengths_taken += func is _COALESCE
                 return out
@@ -162,7 +160,7 @@ class Recorder(TorchDispatchMode):
             mark_true(out, func, args)
         elif self.phase == "backward":
             self._gradients.mark_zeros(func, out)
-        self._beside(func, args, kwargs, out)
+        self._record(func, args, kwargs, out)
         return out
 
     def _compute(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
@@ -174,7 +172,7 @@ class Recorder(TorchDispatchMode):
             if self.phase == "forward":
                 self._gradients.mark_written(args[0])
             return args[0] if func._schema.returns else None
-        if (made := self._made_like(func, args, kwargs)) is not None:
+        if (made := self._output_metas(func, args, kwargs)) is not None:
             return made
         if (func.is_view or func in _DIRECT) and are_plain(args):
             with in_kernel_invocation_manager(self._mode):
@@ -221,12 +219,12 @@ class Recorder(TorchDispatchMode):
     @contextmanager
     def pool(self, stream: int, *, workspaces: bool) -> Iterator[None]:
         """Put blocks that are made meanwhile in a pool of their own, as if on another stream."""
-        before, kept = self.stream, self._workspaces
-        self.stream, self._workspaces = stream, kept if workspaces else {}
+        before, kept = self.stream, self._kernels.workspaces
+        self.stream, self._kernels.workspaces = stream, kept if workspaces else {}
         try:
             yield
         finally:
-            self.stream, self._workspaces = before, kept
+            self.stream, self._kernels.workspaces = before, kept
 
     def reveal(self, tensor: torch.Tensor) -> None:
         """Record a tensor that was made unseen."""
@@ -308,76 +306,38 @@ class Recorder(TorchDispatchMode):
 
     # -- CUDA's rules
 
-    def _beside(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
-        rule = self._temporaries.get(func)
-        sizes = () if rule is None or self._unseen else rule(args, kwargs, out)
-        if not any(type(size) is slice for size in sizes):
-            self._see_all(out, func)
-        if sizes:
-            self._pass(sizes, func, out)
-        workspace = self._workspaces.get(func)
-        if workspace is not None and self._stays:
-            self._stay(workspace, func)
+    def _record(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Record what an operator allocates."""
+        if self._unseen:
+            self._kernels.see_outputs(func, out)
+        else:
+            self._kernels.record(func, args, kwargs, out)
+        if self._stays:
+            self._kernels.keep_workspace(func, in_backward())
 
-    def _see_all(self, out: Any, func: Any) -> None:
-        if type(out) is torch.Tensor or isinstance(out, torch.Tensor):
-            self._see(out, func)
-        elif out is not None:
-            widths = self._widths.get(func, {})
-            leaves = out if isinstance(out, (tuple, list)) else tree_leaves(out)
-            for k in self._order.get(func) or range(len(leaves)):
-                leaf = leaves[k]
-                if isinstance(leaf, torch.Tensor):
-                    self._see(leaf, func, widths.get(k))
-                elif isinstance(leaf, (list, tuple)):
-                    for inner in leaf:
-                        if isinstance(inner, torch.Tensor):
-                            self._see(inner, func)
-
-    def _made_like(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        shape = self._shapes.get(func)
-        if shape is None:
+    def _output_metas(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return what an operator gives by the rule of its outputs; None where the fake kernel must say."""
+        rule = self._rules.output_metas.get(func)
+        if rule is None:
             return None
         first = args[0][0] if isinstance(args[0], list) else args[0]
         if getattr(first, "device", None) != DEVICE:
             return None
-        outputs = shape(*args, **kwargs)
-        if outputs is None:
+        metas = rule(*args, **kwargs)
+        if metas is None:
             return None
-        made = [None if output is None else self._fakes.like(*output) for output in outputs]
+        made = [None if meta is None else self._fakes.like(meta.like, meta.dtype) for meta in metas]
         several = len(func._schema.returns) > 1 or str(func._schema.returns[0].type) == "List[Tensor]"
         return made if several else made[0]
 
-    def _tell(self, kernel: Callable[..., Any], func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _decompose(self, rule: Decomposition, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return what an operator gives by other operators, which are recorded in its place."""
         self._running.add(func)
         try:
             with self:
-                return kernel(*args, **kwargs)
+                return rule(*args, **kwargs)
         finally:
             self._running.discard(func)
-
-    def _pass(self, sizes: Sequence[Any], func: Any, out: Any) -> None:
-        """Allocate all of these, then free them, the last first; a list among them is a scope of its own."""
-        blocks = []
-        for size in sizes:
-            if isinstance(size, slice):
-                self._see_all(out if isinstance(out, torch.Tensor) else out[size], func)
-                continue
-            if isinstance(size, list):
-                self._pass(size, func, out)
-                continue
-            rule = size if isinstance(size, tuple) else ()
-            size = kernel_bytes(size) if isinstance(size, tuple) else size
-            blocks.append(self._allocate(size, "temporaries", func, rule))
-        for block in reversed(blocks):
-            self._free(block, func)
-
-    def _stay(self, workspace: tuple[str, int], func: Any) -> None:
-        name, size = workspace
-        made = (name, in_backward())  # autograd's thread has handles of its own
-        if made not in self._made:
-            self._made.add(made)
-            self._allocate(size, "workspaces", func)
 
 
 _IN_PLACE: dict[Any, bool] = {}

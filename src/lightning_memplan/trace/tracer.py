@@ -15,30 +15,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_memplan.cuda.decompositions import KERNELS
 from lightning_memplan.cuda.dispatch import foreach_by_default
-from lightning_memplan.cuda.indexing import longest
-from lightning_memplan.cuda.rule_set import Rules
-from lightning_memplan.cuda.rules import ORDER, WIDTHS, temporaries, workspaces
-from lightning_memplan.cuda.shapes import SHAPES
-from lightning_memplan.cuda.sparse import SPARSE
+from lightning_memplan.cuda.rule_set import Gpu
+from lightning_memplan.cuda.rules import rules_for
 from lightning_memplan.data.batches import sample_bytes
 from lightning_memplan.errors import TraceError, explain
 from lightning_memplan.lightning.compat import isolated_random_state, random_states
-from lightning_memplan.memory.events import Event, Trace, labelled
+from lightning_memplan.memory.events import Trace, labelled
 from lightning_memplan.memory.formula import Formula
 from lightning_memplan.memory.program import extended
 from lightning_memplan.settings import STEPS, Parallel, StepSettings
+from lightning_memplan.step.backend import StepBackend
 from lightning_memplan.step.compiled_regions import compiled_parts
 from lightning_memplan.step.context import module_paths
 from lightning_memplan.step.fake_cuda import DEVICE, fake_cuda
 from lightning_memplan.step.layers import make_formula, record_layers
-from lightning_memplan.step.runner import TRUE_DTYPE, MakeOptimizer, StepRunner, accumulated
-from lightning_memplan.step.strategies.deepspeed import rests_on
-from lightning_memplan.step.strategies.fsdp import waiting
-from lightning_memplan.step.strategies.wrap import ranks_of, unparallelized, wrapped
+from lightning_memplan.step.precision import TRUE_DTYPE, FakeGradScaler
+from lightning_memplan.step.runner import StepRunner
+from lightning_memplan.step.setup import MakeOptimizer, TrainingSetup, traced_microbatches
+from lightning_memplan.step.strategies.choose import choose_strategy
 from lightning_memplan.trace.compiled import CompiledReport, Graphs, as_graphs
 from lightning_memplan.trace.detached import detached_copy, setup_order
 from lightning_memplan.trace.isolation import as_on_gpu, explained, no_collection
@@ -101,19 +97,14 @@ class FormulaResult:
 
 @dataclass(frozen=True)
 class _Step:
-    """A step to be traced: its module, and what the module is trained with."""
+    """A step to be traced: what is trained, and the graphs of its compiled parts."""
 
-    module: nn.Module
-    settings: StepSettings
-    trainer: Any = None
-    datamodule: Any = None
-    optimizer: MakeOptimizer | None = None
+    setup: TrainingSetup
     graphs: Graphs = field(default_factory=Graphs)
 
     def begin(self, numbers: Mapping[int, torch.Tensor] | None = None) -> _Run:
         """Copy the module for one recording, in which ``numbers`` stand for those of the batch."""
-        with_what = self.settings, self.trainer, self.datamodule, self.optimizer
-        run = _Run(self.module, self.graphs.mode, *with_what, self.graphs)
+        run = _Run(self.setup, self.graphs)
         run.recorder.values.numbers = numbers or {}
         return run
 
@@ -145,7 +136,9 @@ def trace_steps(
     Raises:
         TraceError: the step needs what a fake tensor cannot give; names the line of the user's code.
     """
-    return _trace(_Step(module, settings, trainer, datamodule, optimizer, graphs or Graphs()), batches, steps)[0]
+    return _trace(
+        _Step(TrainingSetup(module, settings, trainer, datamodule, optimizer), graphs or Graphs()), batches, steps
+    )[0]
 
 
 def trace_counted(
@@ -163,7 +156,7 @@ def trace_counted(
     Where a strategy wraps the module the formula is that of the whole module, from a pass of its own; and so it is
     where something is compiled, whose layers run more than once to make its graphs.
     """
-    step = _Step(module, settings, trainer, datamodule, optimizer, graphs or Graphs())
+    step = _Step(TrainingSetup(module, settings, trainer, datamodule, optimizer), graphs or Graphs())
     counted = settings.parallel is None and not compiled_parts(module)
     result, formula = _trace(step, batches, counted=counted)
     formula = formula or _formula_of(replace(step, graphs=Graphs()), batches[0]).formula
@@ -173,22 +166,22 @@ def trace_counted(
 def _trace(
     step: _Step, batches: Sequence[Batch], steps: int | None = None, *, counted: bool = False
 ) -> tuple[TraceResult, Formula | None]:
-    settings, largest = step.settings, max(batches, key=itemgetter(0))[1]
+    settings, largest = step.setup.settings, max(batches, key=itemgetter(0))[1]
 
     def begin(batch: Any) -> _Run:
         return step.begin(largest_numbers(batch, largest))
 
     with as_on_gpu(settings.capability), no_collection():
-        if steps is None and compiled_parts(step.module):  # graphs are warmed up and recorded step by step
+        if steps is None and compiled_parts(step.setup.module):  # graphs are warmed up and recorded step by step
             steps = STEPS
         (size, batch), *others = batches
         run = begin(batch)
         traces = [run.record(size, batch, steps, counted=counted)]
         for size, batch in others:
-            few = begin(batch).record(size, batch, run.kinds)
-            traces.append(extended(traces[0], few) or begin(batch).record(size, batch, run.steps))
-    parts = accumulated(settings)
-    whole = tuple(replace(trace, microbatches=parts, period=run.period) for trace in traces)
+            few = begin(batch).record(size, batch, run.runner.kinds)
+            traces.append(extended(traces[0], few) or begin(batch).record(size, batch, run.runner.steps))
+    microbatches = traced_microbatches(settings)
+    whole = tuple(replace(trace, microbatches=microbatches, period=run.runner.period) for trace in traces)
     return TraceResult(whole, run.compiled.fused), run.formula
 
 
@@ -209,7 +202,7 @@ def trace_validation(
     Raises:
         TraceError: a step needs what a fake tensor cannot give; names the line of the user's code.
     """
-    step = _Step(module, replace(settings, accumulate_grad_batches=1), trainer, datamodule)
+    step = _Step(TrainingSetup(module, replace(settings, accumulate_grad_batches=1), trainer, datamodule))
     largest, traces, fused = max(batches, key=itemgetter(0))[1], [], False
     with as_on_gpu(settings.capability), no_collection():
         for size, batch in batches:
@@ -235,7 +228,8 @@ def trace_test(
     if settings.parallel is not None and settings.parallel.shards:
         raise TraceError("what each rank holds of sharded parameters in a test is not modelled")
     # no strategy wraps a module that is not trained
-    step = _Step(module, replace(settings, accumulate_grad_batches=1, parallel=None), trainer, datamodule)
+    settings = replace(settings, accumulate_grad_batches=1, parallel=None)
+    step = _Step(TrainingSetup(module, settings, trainer, datamodule))
     traces, fused = [], False
     with as_on_gpu(settings.capability), no_collection():
         for size, batch in batches:
@@ -246,9 +240,10 @@ def trace_test(
 
         def once() -> None:
             with explained(run.recorder), fake_cuda(run.recorder, settings.capability), run.recorder:
-                run.evaluate(batch, "test")
+                run.runner.evaluate(batch, "test")
 
-        formula = make_formula(run.twin, record_layers(run.twin, once, size), sample_bytes(batch, size))
+        replica = run.runner.replica
+        formula = make_formula(replica, record_layers(replica, once, size), sample_bytes(batch, size))
     formula = replace(formula, gradient_bytes=0)
     return CountedResult(traces=tuple(traces), fused=fused, formula=formula)
 
@@ -269,28 +264,28 @@ def run_formula(
     Raises:
         TraceError: no layer has run before the step failed.
     """
-    return _formula_of(_Step(module, settings, trainer, datamodule, optimizer), sample)
+    return _formula_of(_Step(TrainingSetup(module, settings, trainer, datamodule, optimizer)), sample)
 
 
 def _formula_of(step: _Step, sample: Batch) -> FormulaResult:
     size, batch = sample
-    settings, stateless = step.settings, ""
+    settings, stateless = step.setup.settings, ""
     with as_on_gpu(settings.capability), ExitStack() as stack:
         if settings.parallel is not None:  # a single rank, which asks no other, and whose mesh has no more
-            meshed = settings.parallel.kind == "model_parallel"
+            meshed = choose_strategy(settings.parallel).calls_configure_model
             settings = replace(settings, parallel=Parallel("model_parallel" if meshed else "ddp", ranks=1))
-        run = replace(step, settings=settings).begin(largest_numbers(batch, batch))
+        run = replace(step, setup=replace(step.setup, settings=settings)).begin(largest_numbers(batch, batch))
         stack.enter_context(run.alone())
         failed: list[Exception] = []
 
         def forward() -> None:
             try:
                 with fake_cuda(run.recorder, settings.capability), run.recorder:
-                    run.forward(batch)
+                    run.runner.forward(batch)
             except Exception as error:  # noqa: BLE001 - whatever the user's step raises
                 failed.append(error)
 
-        layers = record_layers(run.twin, forward, size)
+        layers = record_layers(run.runner.replica, forward, size)
         if failed and not any(layer.feature_bytes for layer in layers):
             raise TraceError.of(failed[0]) from failed[0]
         try:
@@ -298,70 +293,48 @@ def _formula_of(step: _Step, sample: Batch) -> FormulaResult:
         except Exception as error:  # noqa: BLE001
             state, stateless = 0, explain(error)
         run.recorder.stop()
-        formula = make_formula(run.twin, layers, sample_bytes(batch, size), state)
+        formula = make_formula(run.runner.replica, layers, sample_bytes(batch, size), state)
         return FormulaResult(formula, explain(failed[0]) if failed else "", stateless)
 
 
-class _Run(StepRunner):
-    """One recording on fake tensors, at one batch size.
+class _Run:
+    """Record one run on fake tensors, at one batch size.
 
-    ``step`` of its events counts batches: with gradient accumulation several make an optimizer's step.
+    ``step`` of its events counts microbatches: with gradient accumulation several make an optimizer step.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        mode: FakeTensorMode,
-        settings: StepSettings,
-        trainer: Any,
-        datamodule: Any,
-        optimizer: MakeOptimizer | None,
-        graphs: Graphs | None = None,
-    ) -> None:
-        rules = Rules(
-            temporaries(settings.capability),
-            workspaces(settings.capability),
-            widths=WIDTHS,
-            order=ORDER,
-            kernels=KERNELS,
-            sparse=SPARSE,
-            longest=longest(),
-            shapes=SHAPES,
-        )
-        self.recorder = Recorder(mode, rules)
-        self.graphs = graphs or Graphs()
+    def __init__(self, setup: TrainingSetup, graphs: Graphs) -> None:
+        settings, mode = setup.settings, graphs.mode
+        self.recorder = recorder = Recorder(mode, rules_for(Gpu(settings.capability)))
+        self.graphs = graphs
         self.formula: Formula | None = None
         self.compiled = CompiledReport()
         shards = settings.parallel is not None and settings.parallel.shards
-        twin = detached_copy(
-            module,
+        replica = detached_copy(
+            setup.module,
             mode,
             dtype=TRUE_DTYPE.get(settings.precision),
-            trainer=trainer,
-            device=torch.device("cpu") if shards else DEVICE,  # a wrapper that shards moves what it shards
+            trainer=setup.trainer,
+            device=torch.device("cpu") if shards else DEVICE,  # a wrapper that shards moves its parameters itself
         )
-        self.recorder.values.knows_buffers = any(map(has_values, twin.buffers()))
-        super().__init__(twin, self.recorder, DEVICE, settings, datamodule=datamodule, optimizer=optimizer)
-
-    def seen(self) -> Sequence[Event]:
-        return self.recorder.events
+        recorder.values.knows_buffers = any(map(has_values, replica.buffers()))
+        self.backend = StepBackend(
+            recorder,
+            DEVICE,
+            FakeGradScaler(recorder, DEVICE),
+            events=lambda: recorder.events,
+            prepare_optimizer=foreach_by_default,
+        )
+        self.runner = StepRunner(replica, setup, self.backend)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Where a forward pass can run by itself: the twin's layers are there."""
-        parallel = self.settings.parallel
-        with ranks_of(parallel, DEVICE, self.recorder):
-            if parallel is not None and parallel.kind == "model_parallel":
-                with self.recorder:
-                    wrapped(self.twin, parallel, DEVICE, self.recorder, self.settings.precision)
-                    unparallelized(self.twin)
+        """Let a forward pass run by itself, on layers that are there."""
+        runner = self.runner
+        with runner.strategy.environment(self.backend):
+            with self.recorder:
+                runner.strategy.make_layers(runner.replica, self.backend, runner.settings.precision)
             yield
-
-    def configure(self) -> list[torch.optim.Optimizer]:
-        optimizers = super().configure()
-        for optimizer in optimizers:
-            foreach_by_default(optimizer)
-        return optimizers
 
     def record(
         self,
@@ -373,55 +346,59 @@ class _Run(StepRunner):
         tested: bool = False,
         counted: bool = False,
     ) -> Trace:
-        """Whole steps, as a trace; ``counted``, the formula is there afterwards as well."""
-        recorder, twin, states = self.recorder, self.twin, random_states()
-        compiled = as_graphs(twin, recorder, self.graphs, self.settings.capability)
+        """Return whole steps as a trace. With ``counted``, set ``formula`` as well."""
+        recorder, runner, states = self.recorder, self.runner, random_states()
+        capability = runner.settings.capability
+        compiled = as_graphs(runner.replica, recorder, self.graphs, capability)
         # a step that draws what it does draws the same at each batch size
-        around = isolated_random_state(), explained(recorder), fake_cuda(recorder, self.settings.capability)
+        around = isolated_random_state(), explained(recorder), fake_cuda(recorder, capability)
         with ExitStack() as stack:
-            for context in (*around, recorder, module_paths(twin, recorder)):
+            for context in (*around, recorder, module_paths(runner.replica, recorder)):
                 stack.enter_context(context)
             self.compiled = stack.enter_context(compiled)
-            for tensor, category, path in setup_order(twin):
-                recorder.category, recorder.path = category, path
+            for tensor, kind, path in setup_order(runner.replica):
+                recorder.update(category=kind, path=path)
                 recorder.adopt(tensor)
             if tested:
-                self.evaluate(batch, "test")
+                runner.evaluate(batch, "test")
             elif counted:
-                self.formula = self.run_counted(batch, size, steps)
+                self.formula = runner.run_counted(batch, size, steps)
             else:
-                self.run_steps(batch, steps)
+                runner.run_steps(batch, steps)
             if validated is not None:
-                self.evaluate(validated)
+                runner.evaluate(validated)
             recorder.stop()
             drawn = random_states() != states
-        notes: tuple[str, ...] = tuple(sorted(self.compiled.notes))
-        notes += self.left_out
+        notes = (*sorted(self.compiled.notes), *runner.left_out)
         if drawn:
             notes += ("the step draws numbers (random, NumPy): planned for what it did with those of the trace",)
-        values = recorder.values
+        notes += self._notes_on_values(tested=tested)
+        return Trace(size, labelled(recorder.events), notes + runner.strategy.notes(recorder.events))
+
+    def _notes_on_values(self, *, tested: bool) -> tuple[str, ...]:
+        """Say which values the step read that fake tensors do not have."""
+        values, notes = self.recorder.values, []
         if values.values_read:
-            automatic = self.lightning and twin.automatic_optimization
-            if automatic and not tested and not any(event.phase == "backward" for event in recorder.events):
+            automatic = not self.runner.step.steps_optimizers_itself
+            if automatic and not tested and not any(event.phase == "backward" for event in self.recorder.events):
                 message = "the step returns no loss, since it read values of tensors, which a trace has not"
                 raise TraceError(message, reason="no_loss")
-            often = f"{values.values_read} times in {self.steps} steps"
-            notes += (f"the step reads values of tensors ({often}): taken as 0",)
+            often = f"{values.values_read} times in {self.runner.steps} steps"
+            notes.append(f"the step reads values of tensors ({often}): taken as 0")
         if values.numbers_taken:
-            notes += ("the step reads whole numbers of the batch (lengths): taken as the largest of its samples",)
+            notes.append("the step reads whole numbers of the batch (lengths): taken as the largest of its samples")
         if values.lengths_taken:
             what = "a mask, nonzero, unique, coalesce"
-            notes += (f"the step selects by values ({what}): planned as if all were selected",)
-        if self.settings.parallel is not None:
-            notes += waiting(self.settings.parallel, recorder.events) + rests_on(self.settings.parallel)
-        return Trace(size, labelled(recorder.events), notes)
+            notes.append(f"the step selects by values ({what}): planned as if all were selected")
+        return tuple(notes)
 
     def optimizer_bytes(self) -> int:
-        """Bytes of the optimizers' state after a first step."""
+        """Return the bytes of the optimizers' state after a first step."""
+        step = self.runner.step
         with self.recorder:
-            for parameter in self.twin.parameters():
+            for parameter in self.runner.replica.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-            self.optimizers = self.optimizers or self.configure()
-            for optimizer in self.optimizers:
+            step.optimizers = step.optimizers or step.configure()
+            for optimizer in step.optimizers:
                 optimizer.step()
-        return self.state_bytes()
+        return self.runner.state_bytes()

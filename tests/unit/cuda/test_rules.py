@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_memplan.cuda import autocast, decompositions, dispatch, recurrent, rules
+from lightning_memplan.cuda import autocast, dispatch, recurrent
 from lightning_memplan.cuda.dispatch import foreach_by_default
+from lightning_memplan.cuda.matmul import cublas_workspace
+from lightning_memplan.cuda.rule_set import OUTPUTS, Call, Gpu, KernelCall, Registry, Scratch, installed
+from lightning_memplan.cuda.rules import rules_for
 from tests.paths import ROOT
 
+aten = torch.ops.aten
 HEADER = Path(torch.__file__).parent / "include/ATen/autocast_mode.h"
 
 #: Cases in which the trace is known to be off, and by how much of the peak: every other is within 0.5 %.
@@ -51,9 +55,75 @@ def test_autocasts_lists_are_torchs_own(macro, ours):
     assert _macro(macro) - set(ours) == set()
 
 
-def test_every_operator_of_a_rule_is_one_of_torchs():
-    for table in (rules.temporaries(), rules.WIDTHS, rules.ORDER, decompositions.KERNELS):
-        assert all(isinstance(op, torch._ops.OpOverload) for op in table)
+RULES = rules_for(Gpu())
+KINDS = ("allocations", "workspaces", "output_metas", "decompositions", "sparse_decompositions", "upper_bounds")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_operator_of_a_rule_is_one_of_torchs(kind):
+    table = getattr(RULES, kind)
+    assert table
+    assert all(isinstance(op, torch._ops.OpOverload) for op in table)
+
+
+def test_a_rule_stands_for_the_default_overload_of_a_packet_and_for_overloads():
+    describes: Registry = Registry("describes")
+
+    @describes(aten.mm, aten.pow.Tensor_Scalar)
+    def product():
+        pass
+
+    assert describes.rules == {aten.mm.default: product, aten.pow.Tensor_Scalar: product}
+
+
+def test_a_second_rule_for_an_operator_is_refused():
+    describes: Registry = Registry("describes")
+
+    @describes(aten.mm)
+    def first():
+        pass
+
+    with pytest.raises(ValueError, match=r"aten.mm.default has a rule of kind 'describes' already, .*first: change"):
+
+        @describes(aten.bmm, aten.mm.default)
+        def second():
+            pass
+
+    assert describes.rules[aten.mm.default] is first
+
+
+def test_an_operator_that_this_torch_does_not_have_is_left_out():
+    assert installed("mm no_such_operator mm.no_such_overload pow.Tensor_Scalar") == [
+        aten.mm.default,
+        aten.pow.Tensor_Scalar,
+    ]
+
+
+def test_a_rule_is_of_the_gpu_that_it_is_asked_for():
+    def partial_sums(gpu):
+        grad = torch.empty(2048, 1000, device="meta")
+        call = Call((grad, [0]), {}, torch.empty(1000, device="meta"))
+        return list(RULES.allocations[aten.sum.dim_IntList](call, gpu))
+
+    outputs, buffer, counters = partial_sums(Gpu(multiprocessors=132, threads=2048))
+    assert outputs == OUTPUTS
+    assert isinstance(buffer, Scratch)
+    # part, bytes of an accumulator and of a value, values a thread reads at once; the GPU; one dimension is reduced,
+    # whose size and stride come before those of the other
+    assert buffer.size == KernelCall("reduction", (0, 4, 4, 4, 132, 2048, 1, 2048, 1000, 1000, 1))
+    assert counters.size == KernelCall("reduction", (1, 4, 4, 4, 132, 2048, 1, 2048, 1000, 1000, 1))
+    assert partial_sums(Gpu())[1].size.arguments[4:6] == (82, 1536)
+
+
+def test_workspaces_that_stay_are_of_the_gpu(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    h200 = rules_for(Gpu((9, 0), multiprocessors=132, threads=2048)).workspaces
+    kept = {workspace.name: workspace.size for workspace in h200.values()}
+    assert kept["cudnn dropout"] == 132 * 2048 * 24  # 24 bytes a thread
+    assert kept.get("cublas", 2**25) == 2**25  # torch 2.15 takes it anew for each call
+    assert cublas_workspace((8, 6)) == (2 * 4096 + 8 * 16) * 2**10  # :4096:2:16:8, in KiB
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    assert cublas_workspace((9, 0)) == 16 * 8 * 2**10
 
 
 @pytest.mark.parametrize(

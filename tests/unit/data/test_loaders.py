@@ -225,7 +225,9 @@ def fit(module, arguments, *callbacks, **settings):
 
 
 def planner_of(**kwargs):
-    return mp.MemoryPlanner(**{"device": CARD, "method": "formula", "max_batch_size": 7, **kwargs})
+    return mp.MemoryPlanner(
+        **{"apply": True, "on_error": "raise", "device": CARD, "method": "formula", "max_batch_size": 7, **kwargs}
+    )
 
 
 @functools.cache
@@ -439,7 +441,8 @@ if __name__ == "__main__":
     for strategy in sys.argv[2:]:
         passed = (Net(), Own.train_dataloader(None))
         for module, loaders in (passed, (Own(), None)) if strategy == "ddp" else (passed,):
-            planner = mp.MemoryPlanner(device=mp.Device("a card", total=2**30), method="formula", max_batch_size=7)
+            planner = mp.MemoryPlanner(device=mp.Device("a card", total=2**30), method="formula", max_batch_size=7,
+                                       apply=True)
             trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, logger=False,
                                  callbacks=planner, enable_checkpointing=False, enable_progress_bar=False,
                                  enable_model_summary=False)
@@ -514,7 +517,7 @@ class Both(pl.LightningDataModule):
 def test_validation_has_a_batch_size_of_its_own():
     module, data = Wide(), Both()
     card = mp.Device("a small card", total=80 * 2**20)  # 16 MiB of weights, their gradients, a batch
-    planner = mp.MemoryPlanner(device=card, val_batch_arg_name="val_size", max_batch_size=2000, margin=0)
+    planner = mp.MemoryPlanner(device=card, batch_arg_name={"val": "val_size"}, max_batch_size=2000, margin=0)
     fit(module, {"datamodule": data}, planner, limit_train_batches=2, limit_val_batches=1, num_sanity_val_steps=0)
     assert planner.plan.limited_by == planner.val_plan.limited_by == "memory"
     # a sample takes 4 KiB a layer in training, twice over in its backward pass, and two of them at once in validation
@@ -529,7 +532,7 @@ def test_validation_that_cannot_be_traced_gets_the_size_of_training():
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
             return batch.sum() * int(batch.long().sum().item())
 
-    data, planner = Both(), planner_of(method="trace", val_batch_arg_name="val_size")
+    data, planner = Both(), planner_of(method="trace", batch_arg_name={"val": "val_size"})
     with pytest.warns(
         UserWarning, match="validation gets training's batch size, since it cannot be traced: the step nee"
     ):
@@ -544,7 +547,7 @@ def test_validation_that_takes_more_turns_for_more_samples_keeps_its_size(caplog
                 self.validated.append(len(window))
                 self.layers(window)
 
-    module, data, planner = Slides(), Both(), planner_of(method="trace", val_batch_arg_name="val_size")
+    module, data, planner = Slides(), Both(), planner_of(method="trace", batch_arg_name={"val": "val_size"})
     fit(module, {"datamodule": data}, planner, limit_train_batches=1, limit_val_batches=1, num_sanity_val_steps=0)
     assert (planner.val_plan.batch_size, data.val_size) == (3, 3)
     assert module.validated == [2, 1, 2, 1]  # of two loaders
@@ -557,7 +560,7 @@ def test_validation_without_a_hook_of_its_own_is_left():
 
     data = Bare()
     with pytest.warns(UserWarning, match="You defined a `validation_step` but have no `val_dataloader`"):
-        fit(Wide(), {"datamodule": data}, planner_of(val_batch_arg_name="val_size"), limit_train_batches=1)
+        fit(Wide(), {"datamodule": data}, planner_of(batch_arg_name={"val": "val_size"}), limit_train_batches=1)
     assert data.val_size == 3
 
 
@@ -583,7 +586,7 @@ class Evaluated(Wide):
 def test_a_test_has_a_batch_size_of_its_own():
     module, data = Evaluated(), Three()
     card = mp.Device("a small card", total=80 * 2**20)
-    planner = mp.MemoryPlanner(device=card, val_batch_arg_name="val_size", test_batch_arg_name="test_size", margin=0)
+    planner = mp.MemoryPlanner(device=card, batch_arg_name={"val": "val_size", "test": "test_size"}, margin=0)
     trainer = fit(module, {"datamodule": data}, planner, limit_train_batches=1, limit_val_batches=1)
     assert data.test_size == 3
     sizes = data.batch_size, data.val_size
@@ -599,7 +602,7 @@ def test_a_test_has_a_batch_size_of_its_own():
 def test_a_test_alone_on_a_loader_that_was_passed():
     module, loader = Evaluated(), DataLoader(list(torch.ones(30, 1024)), batch_size=3)
     module.test_size = 3
-    planner = planner_of(test_batch_arg_name="test_size")
+    planner = planner_of(batch_arg_name={"test": "test_size"})
     trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=planner, enable_progress_bar=False)
     trainer.test(module, loader, verbose=False)
     assert (module.validated, loader.batch_size, planner.plan) == ([7, 7, 7, 7, 2], 3, None)
@@ -611,7 +614,7 @@ def test_a_test_that_cannot_be_planned():
             return batch.sum() * int(batch.long().sum().item())
 
     def trainer():
-        return pl.Trainer(accelerator="cpu", logger=False, callbacks=planner_of(test_batch_arg_name="test_size"))
+        return pl.Trainer(accelerator="cpu", logger=False, callbacks=planner_of(batch_arg_name={"test": "test_size"}))
 
     data = Three()
     with pytest.raises(mp.TraceError, match="a test of Reads cannot be traced: the step needs the value of a tensor"):
@@ -623,11 +626,11 @@ def test_a_test_that_cannot_be_planned():
 
 def test_a_name_of_validations_size_that_is_none():
     with pytest.raises(mp.ApplyError, match="Wide or Both has no attribute or hyperparameter 'eval_size' to set"):
-        fit(Wide(), {"datamodule": Both()}, planner_of(val_batch_arg_name="eval_size"))
+        fit(Wide(), {"datamodule": Both()}, planner_of(batch_arg_name={"val": "eval_size"}))
     with pytest.raises(
         ValueError, match="'batch_size' is training's batch size: leave val_batch_arg_name out, or name"
     ):
-        mp.MemoryPlanner(val_batch_arg_name="batch_size")
+        mp.MemoryPlanner(batch_arg_name={"val": "batch_size"})
 
 
 VALIDATED = """
@@ -663,7 +666,7 @@ class Data(pl.LightningDataModule):
     def val_dataloader(self):
         return DataLoader(TensorDataset(torch.zeros(1, 3, 64, 64).expand(9999, -1, -1, -1)), self.val_size)
 
-planner, data = mp.MemoryPlanner(val_batch_arg_name="val_size", test_batch_arg_name="test_size"), Data()
+planner, data = mp.MemoryPlanner(batch_arg_name={"val": "val_size", "test": "test_size"}), Data()
 trainer = pl.Trainer(accelerator="gpu", devices=1, limit_train_batches=2, limit_val_batches=2, num_sanity_val_steps=1,
                      max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
                      enable_model_summary=False, callbacks=planner)

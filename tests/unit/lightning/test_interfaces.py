@@ -541,7 +541,7 @@ class Data(pl.LightningDataModule):
         return DataLoader(torch.zeros(1, 256).expand(100000, 256), batch_size=self.batch_size)
 
 # two cards: 256 and 128 MiB; the second rank's is the smaller one
-planner = mp.MemoryPlanner(device=mp.Device("card", total=[2**28, 2**27][RANK]), method="trace")
+planner = mp.MemoryPlanner(device=mp.Device("card", total=[2**28, 2**27][RANK]), method="trace", apply=True)
 trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_steps=1, logger=False, callbacks=planner,
                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 data, module = Data(), Net()

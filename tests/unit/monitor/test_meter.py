@@ -332,7 +332,7 @@ class WithValidation(Data):
     def val_dataloader(self):
         return DataLoader(self.dataset, batch_size=8)
 
-planner = mp.MemoryPlanner(max_batch_size=64, nvml=True)
+planner = mp.MemoryPlanner(max_batch_size=64)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     pl.Trainer(accelerator="gpu", devices=1, max_steps=120, callbacks=[DeviceStatsMonitor(), planner],

@@ -181,11 +181,12 @@ def probed(monkeypatch):
     """A GPU that can be probed, on which a step does what the test says."""
 
     def does(what):
-        def probe_steps(module, sample, settings, index, *, capacity, largest, stage=None, **common):
+        def probe_steps(setup, sample, index, *, capacity, largest):
             assert capacity == GPU.capacity
             if isinstance(what, Exception):
                 raise what
-            result = tracer.trace_counted(module, sample(), settings, **common)
+            common = {"trainer": setup.trainer, "datamodule": setup.datamodule, "optimizer": setup.optimizer}
+            result = tracer.trace_counted(setup.module, sample(), setup.settings, **common)
             return result.traces, result.formula
 
         monkeypatch.setattr(predict, "can_probe", lambda: True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lightning_memplan as mp
+from lightning_memplan.errors import PlanningFailedError
 from lightning_memplan.planning import proposal
 from lightning_memplan.planning.limits import Limits
 from lightning_memplan.planning.plan import make_plan
@@ -71,12 +72,21 @@ def test_what_does_not_run_shrinks_until_it_does():
     )
 
 
-def test_three_times_at_most():
+def test_after_three_shrinks_the_size_is_halved_until_it_runs():
+    # 77 // 2 = 38, 38 // 2 = 19, 19 // 2 = 9
     tried, sizes = runs(10)
-    with pytest.raises(mp.DoesNotFitError, match=r"real steps of batch size 77 ran out of memory on a card") as caught:
+    found = confirmed(draft(tried), strict=False).plan
+    assert sizes == [100, 96, 89, 77, 38, 19, 9]
+    assert (found.batch_size, found.limited_by) == (9, "memory")
+
+
+def test_a_smallest_size_that_does_not_run_raises():
+    tried, sizes = runs(0)
+    with pytest.raises(mp.DoesNotFitError, match=r"real steps of batch size 1 ran out of memory on a card") as caught:
         confirmed(draft(tried), strict=False)
-    assert sizes == [100, 96, 89, 77]
+    assert sizes == [100, 96, 89, 77, 38, 19, 9, 4, 2, 1]
     assert caught.value.needed == caught.value.available + 2**10
+    assert caught.value.tried
 
 
 def test_a_single_sample_does_not_shrink():
@@ -123,7 +133,7 @@ def test_where_another_rank_shrinks_this_one_tries_again(monkeypatch):
 
 def test_where_one_rank_cannot_plan_all_raise(monkeypatch):
     ranks(monkeypatch, 0)
-    with pytest.raises(mp.MemplanError, match="there is no batch size for all 2 ranks; rank 1: ValueError: theirs"):
+    with pytest.raises(PlanningFailedError, match=r"^rank 1: ValueError: theirs$"):
         on_all_ranks(draft)
 
     def fails():

@@ -11,9 +11,10 @@ import torch
 from lightning_memplan.memory.alignment import aligned, doubled
 from lightning_memplan.memory.events import Event, Trace
 from lightning_memplan.memory.program import scale
-from lightning_memplan.probe.allocator_history import _events
+from lightning_memplan.probe.allocator_history import Mark, runs_of
+from lightning_memplan.probe.grad_scaler import UnskippedGradScaler
 from lightning_memplan.probe.out_of_memory import ran_out_of_memory
-from lightning_memplan.probe.probe import _Scaler, can_probe
+from lightning_memplan.probe.probe import can_probe
 from tests.paths import PROGRAMS
 
 
@@ -119,7 +120,7 @@ def test_a_prime_number_of_samples_tells_what_grows():
 
 
 def test_an_optimizer_steps_whatever_its_gradients_are():
-    scaler, parameter = _Scaler("cpu", init_scale=1.0), torch.nn.Parameter(torch.zeros(3))
+    scaler, parameter = UnskippedGradScaler("cpu", init_scale=1.0), torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.Adam([parameter])
     scaler.scale((parameter * torch.inf).sum()).backward()
     scaler.step(optimizer)
@@ -138,7 +139,7 @@ LABELS = [
 ]
 
 
-MARKS = [(1000 + number, label) for number, label in enumerate(LABELS)]  # each at an address of its own
+MARKS = [Mark(1000 + number, *label) for number, label in enumerate(LABELS)]  # each at an address of its own
 
 
 def entry(action, address, size=0, stream=0):
@@ -155,7 +156,8 @@ FREED = ("free_requested", "free_completed")
 
 def recorded(*history):
     """The events of ``history``, whose numbers are marks."""
-    return _events([e for one in history for e in ([one] if isinstance(one, dict) else mark(one))], MARKS)
+    entries = [e for one in history for e in ([one] if isinstance(one, dict) else mark(one))]
+    return runs_of(entries, MARKS).events
 
 
 def short(events):

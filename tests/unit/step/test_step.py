@@ -26,7 +26,7 @@ from lightning_memplan.monitor.meter import Forecast
 from lightning_memplan.settings import STEPS, StepSettings
 from lightning_memplan.step.fake_cuda import DEVICE
 from lightning_memplan.step.module_copy import StandInTrainer
-from lightning_memplan.step.runner import accumulated
+from lightning_memplan.step.setup import traced_microbatches
 from lightning_memplan.trace.detached import detached_copy, prepared
 from lightning_memplan.trace.tracer import FormulaResult, run_formula, trace_steps
 from lightning_memplan.types import Peaks
@@ -97,7 +97,7 @@ def test_accumulated_batches_make_one_step():
 @pytest.mark.parametrize(("batches", "parts"), [(1, 1), (2, 2), (3, 3), (4, 3), (100, 3)])
 def test_of_many_accumulated_batches_the_middle_ones_are_alike(batches, parts):
     settings = StepSettings(accumulate_grad_batches=batches)
-    assert accumulated(settings) == parts
+    assert traced_microbatches(settings) == parts
     replayed = tuple(Peaks(place, place) for place in range(STEPS * parts))
     forecast = Forecast(replayed, microbatches=parts, accumulate=batches)
     places = [forecast.at(k).allocated for k in range(6 * batches)]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
-from lightning_memplan.cuda.indexing import LONGEST
-from lightning_memplan.cuda.rule_set import Rules
-from lightning_memplan.cuda.shapes import SHAPES
+from lightning_memplan.cuda.rule_set import OUTPUTS, Gpu, Output, Rules, Scope, Scratch, scratch
+from lightning_memplan.cuda.rules import rules_for
 from lightning_memplan.memory.events import EMPTY, FREE, Event, labelled
 from lightning_memplan.step.context import module_paths
 from lightning_memplan.step.fake_cuda import DEVICE
@@ -82,6 +80,7 @@ def test_what_is_asked_of_kernels_directly_is_what_they_give(recorder, look):
 
 
 _LAST = torch.channels_last
+_RULES = rules_for(Gpu())
 
 
 @pytest.mark.parametrize(
@@ -118,7 +117,7 @@ _LAST = torch.channels_last
 )
 def test_what_is_told_of_outputs_is_what_they_are(recorder, look):
     expected = look(torch.zeros(2, 3, 4, 5))
-    with recorder(shapes=SHAPES):
+    with recorder(output_metas=_RULES.output_metas):
         found = look(torch.zeros(2, 3, 4, 5, device=DEVICE))
     assert (found.device, found.shape, found.dtype) == (DEVICE, expected.shape, expected.dtype)
     assert found.stride() == expected.stride()
@@ -136,12 +135,12 @@ def test_what_is_told_of_outputs_is_what_they_are(recorder, look):
     ],
 )
 def test_what_is_told_of_outputs_hides_no_error(recorder, look, message):
-    with recorder(shapes=SHAPES), pytest.raises((RuntimeError, IndexError), match=message):
+    with recorder(output_metas=_RULES.output_metas), pytest.raises((RuntimeError, IndexError), match=message):
         look(torch.zeros(3, 3, device=DEVICE))
 
 
 def test_a_copy_of_what_was_moved_to_the_host_stays_there(recorder):
-    with recorder(shapes=SHAPES) as mode:
+    with recorder(output_metas=_RULES.output_metas) as mode:
         moved = torch.zeros(100, device=DEVICE).to("cpu")
         assert [moved.clone().device, torch.zeros_like(moved).device, (moved + moved).device] == 3 * [moved.device]
         assert moved.device != DEVICE
@@ -216,8 +215,13 @@ def test_no_layer_is_left_out_by_chance(recorder):
 
 
 def test_temporaries_are_freed_when_the_kernel_returns_and_scopes_before(recorder):
-    rules: dict[Any, Any] = {aten.neg.default: lambda args, kwargs, out: (512, [1024, ("above", 0, 1, 2048)], 4096)}
-    with recorder(temporaries=rules) as mode:
+    def rule(call, gpu):
+        yield OUTPUTS
+        yield Scratch(512)
+        yield Scope([Scratch(1024), scratch("above", 0, 1, 2048)])
+        yield Scratch(4096)
+
+    with recorder(allocations={aten.neg.default: rule}) as mode:
         x = torch.zeros(1, device=DEVICE)
         y = x.neg()
         mode.stop()
@@ -240,7 +244,7 @@ def test_a_kernel_told_by_other_operators(recorder):
     def double(x):
         return aten.neg.default(aten.exp.default(x))
 
-    with recorder(kernels={aten.neg.default: double}) as mode:
+    with recorder(decompositions={aten.neg.default: double}) as mode:
         x = torch.zeros(100, device=DEVICE)
         y = x.neg()
         mode.stop()
@@ -323,7 +327,7 @@ def test_what_the_users_code_puts_on_cuda_is_on_the_traced_device(recorder, put)
 
 
 def test_a_result_as_long_as_values_say_is_taken_at_its_longest(recorder):
-    with recorder(longest=LONGEST) as mode:
+    with recorder(upper_bounds=_RULES.upper_bounds) as mode:
         x = torch.zeros(4, 3, device=DEVICE)
         mask = x > 0
         assert mask.nonzero().shape == (12, 2)  # 2 · 12 numbers of 8 bytes
@@ -346,9 +350,13 @@ def test_what_is_freed_before_the_cache_is_emptied_stays_before():
     assert [(e.block, e.size) for e in labelled(events)] == [(0, 8), (1, 8), (0, FREE), (1, FREE), (-1, EMPTY)]
 
 
-def test_outputs_are_allocated_where_a_slice_stands_for_them(recorder):
-    rules: dict[Any, Any] = {aten.topk.default: lambda args, kwargs, out: ([512, slice(0, 1)], slice(1, 2), 1024)}
-    with recorder(temporaries=rules) as mode:
+def test_outputs_are_allocated_where_a_rule_has_them(recorder):
+    def rule(call, gpu):
+        yield Scope([Scratch(512), Output(0)])
+        yield Output(1)
+        yield Scratch(1024)
+
+    with recorder(allocations={aten.topk.default: rule}) as mode:
         values, places = torch.zeros(8, device=DEVICE).topk(4)
         mode.stop()
         del values, places

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+_NAME = "memplan"  # of the backend: torch knows a backend "fake", which answers in other ways
 
-# --------------------------------------------------------------------------------------------- ranks that say nothing
+
 @contextmanager
 def fake_ranks(count: int, rank: int = 0, backend: str = "nccl") -> Iterator[None]:
-    """Whatever is asked of ``torch.distributed`` inside is answered as by one rank of ``count``, and reaches no one.
+    """Make this process one rank of ``count`` for ``torch.distributed``; its collectives reach no other process.
 
-    The group that is there, if any, is put back afterwards. Nothing of the user's code can make other ranks wait.
-    ``backend`` names what would move the tensors.
+    The default group that there was, if any, is restored afterwards. Nothing in the user's code can make other ranks
+    wait. ``backend`` names what would move the tensors.
     """
     world = torch.distributed.distributed_c10d._world
-    before, group = world.default_pg, FakeProcessGroup(rank, count)  # type: ignore[call-arg]
-    group.backend = backend
+    before, group = world.default_pg, fake_group(rank, count, backend)
     world.default_pg = group
     world.pg_map[group] = (backend, None)  # type: ignore[assignment]
     world.pg_group_ranks[group] = {rank: rank for rank in range(count)}
@@ -31,24 +31,31 @@ def fake_ranks(count: int, rank: int = 0, backend: str = "nccl") -> Iterator[Non
         del world.pg_map[group], world.pg_group_ranks[group]
 
 
-class FakeProcessGroup(torch.distributed.ProcessGroup):
-    """A group in which all ranks have what this one has: tensors are gathered from copies of its own.
+def fake_group(rank: int, size: int, backend: str) -> FakeProcessGroup:
+    """Return a group of ``size`` ranks, of which this process is ``rank``."""
+    group = FakeProcessGroup(rank, size)  # type: ignore[call-arg]
+    group.backend = backend
+    return group
 
-    Gathering and scattering go through a copy of all of it on the card with gloo. Source: ``_allgather_base`` and
+
+class FakeProcessGroup(torch.distributed.ProcessGroup):
+    """A group in which every rank has the tensors of this one: what is gathered are copies of its own.
+
+    With gloo, gathering and scattering go through a copy of the whole on the GPU. Source: ``_allgather_base`` and
     ``reduce_scatter_tensor_coalesced`` in torch/csrc/distributed/c10d/ProcessGroupGloo.cpp (2.14).
     """
 
     backend = "nccl"
-    group_name: Any = "silent"
+    group_name: Any = _NAME
 
     def _copy(self, whole: Any) -> None:
-        """A copy that is gone when the collective is done."""
+        """Allocate gloo's copy, which is freed when the collective is done."""
         if self.backend == "gloo":
             tensors = tree_leaves(whole)
             torch.empty(sum(tensor.numel() for tensor in tensors), dtype=tensors[0].dtype, device=tensors[0].device)
 
     def getBackendName(self) -> str:  # noqa: N802 - torch's name
-        return "silent"  # DistributedDataParallel would ask NCCL itself
+        return _NAME  # for "nccl", DistributedDataParallel would ask NCCL itself
 
     def allreduce(self, tensors: Any, *_: Any) -> Any:
         return _done(tensors)
@@ -71,10 +78,10 @@ class FakeProcessGroup(torch.distributed.ProcessGroup):
         return _done(outputs)
 
     def reduce_scatter(self, outputs: Any, inputs: Any, *_: Any) -> Any:
-        own = [parts[self.rank()] for parts in inputs]
+        own = [shards[self.rank()] for shards in inputs]
         return self.alltoall(outputs[: len(own)], own)
 
-    scatter = reduce_scatter  # type: ignore[assignment] # which has inputs on one rank only
+    scatter = reduce_scatter  # type: ignore[assignment] # its inputs are on one rank only
 
     def _allgather_base(self, output: Any, own: Any, *_: Any) -> Any:
         self._copy(output)
@@ -88,7 +95,7 @@ class FakeProcessGroup(torch.distributed.ProcessGroup):
         _fill(output, whole)
         return _done([output])
 
-    # their names from 2.14 on
+    # names since torch 2.14
     all_gather_single = _allgather_base  # type: ignore[assignment]
     reduce_scatter_single = _reduce_scatter_base  # type: ignore[assignment]
 
@@ -99,15 +106,15 @@ class FakeProcessGroup(torch.distributed.ProcessGroup):
 
 
 def _fill(output: torch.Tensor, own: torch.Tensor) -> None:
-    """Give ``output`` values that a step can do with (indices, say), as often as there is room; autograd sees none."""
+    """Repeat ``own`` in ``output``, as values that a step can use (indices, say), unseen by autograd."""
     count = min(output.numel(), own.numel())
     if not count or not (output.is_contiguous() and own.is_contiguous()):
         return
     with torch.no_grad(), torch.autograd.grad_mode._unsafe_preserve_version_counter(output):
         whole = output.view(-1)
         for begin in range(0, output.numel(), count):
-            part = whole[begin : begin + count]
-            part.copy_(own.detach().view(-1)[: part.numel()])
+            place = whole[begin : begin + count]
+            place.copy_(own.detach().view(-1)[: place.numel()])
 
 
 def _done(tensors: Any) -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import lightning_memplan as mp
+from lightning_memplan.settings import StepSettings
 from lightning_memplan.step.strategies.deepspeed import _config
 from tests.paths import PROGRAMS, ROOT
 
@@ -149,13 +150,13 @@ def test_two_ranks_are_predicted(nullgpu, tmp_path):
 )
 def test_what_is_not_modelled_is_said(given, named):
     with pytest.raises(mp.TraceError) as error:
-        _config(given, "bf16-mixed", None, 1)
+        _config(given, StepSettings("bf16-mixed"))
     assert str(error.value) == f"the memory of DeepSpeedStrategy with {named} is not modelled: plan without it"
 
 
 def test_a_configuration_is_completed_as_lightning_does():
     zero = {"zero_optimization": {"stage": 2}, "train_batch_size": 64}
-    assert _config(zero, "16-mixed", 0.5, 3) == {
+    assert _config(zero, StepSettings("16-mixed", gradient_clip_val=0.5, accumulate_grad_batches=3)) == {
         "zero_optimization": {"stage": 2},
         "gradient_accumulation_steps": 3,
         "train_micro_batch_size_per_gpu": 1,
@@ -163,7 +164,7 @@ def test_a_configuration_is_completed_as_lightning_does():
         "fp16": {"enabled": True},
     }
     with pytest.raises(mp.TraceError, match="DeepSpeed does not train in precision '64-true'"):
-        _config(zero, "64-true", None, 1)
+        _config(zero, StepSettings("64-true"))
 
 
 @engine

@@ -16,9 +16,20 @@ from torch import nn
 import lightning_memplan as mp
 from lightning_memplan.lightning.trainer import parallel_of
 from lightning_memplan.memory.events import EMPTY, Event, Stream
-from lightning_memplan.planning.proposal import RankResult, agreed
+from lightning_memplan.planning.proposal import RankResult, deciding_rank, see_failures
 from lightning_memplan.settings import Parallel, StepSettings
+from lightning_memplan.step.backend import StepBackend
+from lightning_memplan.step.context import EventContext
+from lightning_memplan.step.fake_cuda import DEVICE
+from lightning_memplan.step.precision import FakeGradScaler
+from lightning_memplan.step.strategies.base import SingleDeviceStrategy, UnmodelledStrategy
+from lightning_memplan.step.strategies.choose import choose_strategy
+from lightning_memplan.step.strategies.ddp import DDPStrategy
+from lightning_memplan.step.strategies.deepspeed import DeepSpeedStrategy
+from lightning_memplan.step.strategies.fsdp import FSDPStrategy
+from lightning_memplan.step.strategies.model_parallel import ModelParallelStrategy
 from lightning_memplan.step.strategies.process_group import fake_ranks
+from lightning_memplan.step.strategies.sharding import ShardingStrategy
 from lightning_memplan.trace.tracer import trace_steps
 from tests.paths import PROGRAMS
 
@@ -124,9 +135,9 @@ def test_lightning_empties_the_cache_before_the_first_step():
 
 def test_the_smallest_decides_and_all_fail_with_the_reason():
     words = [RankResult("A100", 512), RankResult("RTX 3090", 96, "dataset")]
-    assert agreed(words) == 1
+    assert deciding_rank(words) == 1
     with pytest.raises(mp.MemplanError, match=r"for all 3 ranks; rank 2: DoesNotFitError: it needs more"):
-        agreed([*words, RankResult(reason="DoesNotFitError: it needs more")])
+        see_failures([*words, RankResult(reason="DoesNotFitError: it needs more", fatal=True)])
 
 
 KINDS = {
@@ -175,3 +186,53 @@ def test_two_ranks_are_predicted(nullgpu, tmp_path, kind):
     assert 0.9 * small["total"] <= max(m[3] for m in small["measured"]) <= small["total"]
     (log,) = (tmp_path / "logs").glob("events*")  # the first rank's
     assert log.read_bytes().count(b"custom_scalars__config__") == 1
+
+
+# ---------------------------------------------------------------------------------------------------- which strategy
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy"),
+    [
+        ("ddp", DDPStrategy),
+        ("fsdp", FSDPStrategy),
+        ("model_parallel", ModelParallelStrategy),
+        ("deepspeed", DeepSpeedStrategy),
+        ("other", UnmodelledStrategy),
+    ],
+)
+def test_each_kind_has_a_strategy(kind, strategy):
+    parallel = Parallel(kind, ranks=2)
+    found = choose_strategy(parallel)
+    assert type(found) is strategy
+    assert found.parallel is parallel
+    assert isinstance(found, ShardingStrategy) == parallel.shards
+    assert found.calls_configure_model == (kind == "model_parallel")
+
+
+def test_one_device_has_a_strategy_that_wraps_nothing():
+    strategy, context = choose_strategy(None), EventContext()
+    replica = nn.Linear(2, 1)
+    backend = StepBackend(context, DEVICE, FakeGradScaler(context, DEVICE))
+    assert type(strategy) is SingleDeviceStrategy
+    with strategy.environment(backend):
+        assert not dist.is_initialized()
+        assert strategy.setup(replica, backend, StepSettings(), list) == []
+    assert strategy.wrapper is None
+    assert strategy.run_step(replica, lambda batch: batch + 1, 1, context) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "input_dtype", "loss", "scales"),
+    [  # a loss of 6 of one of three microbatches counts as 2; DeepSpeed's engine divides and scales it by itself
+        ("ddp", "16-mixed", None, 2, True),
+        ("fsdp", "bf16-mixed", None, 2, False),
+        ("ddp", "bf16-true", torch.bfloat16, 2, False),
+        ("deepspeed", "16-mixed", torch.float16, 6, False),
+    ],
+)
+def test_what_a_strategy_does_to_batch_and_loss(kind, precision, input_dtype, loss, scales):
+    strategy = choose_strategy(Parallel(kind, ranks=2))
+    assert strategy.input_dtype(precision) == input_dtype
+    assert strategy.normalize(torch.tensor(6.0), 3) == loss
+    assert strategy.scales_loss(precision) == scales

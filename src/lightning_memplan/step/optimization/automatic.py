@@ -1,0 +1,105 @@
+"""Train a LightningModule with automatic optimization: Lightning's order, with the module's own hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lightning_memplan.errors import explain
+from lightning_memplan.lightning.compat import configured_optimizers, is_overridden
+from lightning_memplan.lightning.trainer import finetuning, unfreeze
+from lightning_memplan.step.optimization.plain import PlainStep
+from lightning_memplan.step.patch import patched
+
+
+class AutomaticStep(PlainStep):
+    """Call what the module overrides: training_step, its hooks, backward, clipping, optimizer_step."""
+
+    def make_optimizers(self) -> list[torch.optim.Optimizer]:
+        replica = self.replica
+        replica._trainer.model = self.model
+        callbacks = finetuning(replica)
+        for callback in callbacks:
+            callback.freeze_before_training(replica)
+        optimizers, schedulers = configured_optimizers(replica)
+        unfreeze(callbacks, replica, optimizers)
+        replica._trainer.optimizers = optimizers
+        replica.__dict__["optimizers"] = lambda use_pl_optimizer=True: _one_or_all(optimizers)
+        replica.__dict__["lr_schedulers"] = lambda: _one_or_all(schedulers) or None
+        return optimizers
+
+    def begin(self) -> tuple[str, ...]:
+        self.replica._trainer.global_step = 0
+        self.replica._trainer.model = self.model  # DeepSpeed wraps it after the optimizers were made
+        notes = self._begin_with("on_fit_start")
+        self.context.empty_cache()  # Lightning does, once all states are restored: checkpoint_connector.py, resume_end
+        return notes + self._begin_with("on_train_start") + self._begin_with("on_train_epoch_start")
+
+    def _begin_with(self, name: str) -> tuple[str, ...]:
+        """Call a hook before the first step. Where it fails on a replica, say so and go on without it."""
+        self.context.update(category="other", path="")
+        try:
+            self.hook(name)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - it is the user's code, which may do anything there
+            return (f"{name} was left out: {explain(error, 'a copy', 'it')}",)
+        return ()
+
+    def hook(self, name: str, *args: Any) -> None:
+        if is_overridden(name, self.replica):
+            getattr(self.replica, name)(*args)
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        step = self.replica.training_step
+        return step(batch, *[index] * min(1, count_indices(step)))
+
+    def zero_grad(self, optimizer: torch.optim.Optimizer, index: int) -> None:
+        self.replica.optimizer_zero_grad(0, index, optimizer)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        if self.strategy.engine is None and is_overridden("backward", self.replica):
+            self.replica.backward(loss)
+        else:
+            super().backward(loss)
+
+    def clip(self, optimizer: torch.optim.Optimizer) -> None:
+        if is_overridden("configure_gradient_clipping", self.replica):
+            value, algorithm = self.settings.gradient_clip_val, self.settings.gradient_clip_algorithm
+            self.replica.configure_gradient_clipping(optimizer, value, algorithm)
+        else:
+            super().clip(optimizer)
+
+    def step_optimizer(self, optimizer: Any, index: int, closure: Callable[[], Any]) -> None:
+        if is_overridden("optimizer_step", self.replica):
+            own_step = optimizer.step
+
+            def step(given: Callable[[], Any] | None = None, **_: Any) -> Any:
+                return self.clipped_step(optimizer, own_step, given or closure)
+
+            with patched(optimizer, "step", step):  # the module's own calls it, or not
+                self.replica.optimizer_step(0, index, optimizer, closure)
+        else:
+            super().step_optimizer(optimizer, index, closure)
+        self.replica._trainer.global_step += 1
+
+
+def count_indices(step: Any) -> int:
+    """Return how many indices a step takes after its batch: of the batch, and of the loader among several.
+
+    >>> class Net:
+    ...     def training_step(self, batch): ...
+    ...     def validation_step(self, batch, batch_idx, dataloader_idx=0): ...
+    >>> count_indices(Net().training_step), count_indices(Net().validation_step)
+    (0, 2)
+    """
+    code = getattr(step, "__code__", None)
+    if code is None or code.co_flags & 0x0C:  # *args or **kwargs
+        return 1
+    return min(2, int(code.co_argcount) - 2)
+
+
+def _one_or_all(things: list[Any]) -> Any:
+    return things[0] if len(things) == 1 else things
