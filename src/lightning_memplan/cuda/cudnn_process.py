@@ -225,7 +225,7 @@ def _descriptors(*descriptors: c_void_p) -> Any:
 def _described(capability: int) -> dict[str, object]:
     """Describe a GPU as cuDNN does (``CUDNN_ATTR_DEVICEPROP_JSON_REPRESENTATION``): an RTX 3090 of another capability.
 
-    No other figure that was tried changes a workspace (tests/test_cudnn.py).
+    No other figure that was tried changes a workspace (tests/unit/cuda/test_cudnn.py).
     """
     return {
         "deviceVer": 10 * capability,

@@ -9,7 +9,7 @@ run slow before it makes it fail.
 
 An installed cuDNN says which algorithm is the usual one (`cuda.cudnn`). The rules for the rest come from 393
 convolutions of 21 networks at three batch sizes in seven combinations of type and layout, on an H200 with cuDNN 9.19
-(``python -m tests.accuracy.convolutions``; tests/accuracy/rows): copies of the operands, to the byte, wherever a kernel
+(``python -m benchmarks.accuracy.convolutions``): copies of the operands, to the byte, wherever a kernel
 needs another layout, and partial sums of the filter's gradient.
 """
 

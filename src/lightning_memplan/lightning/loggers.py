@@ -1,6 +1,6 @@
 """Write hyperparameters and text through a Trainer's loggers.
 
-Private interfaces of Lightning were checked in 2.6.6; tests/test_lightning.py fails where one of them moves.
+Private interfaces of Lightning were checked in 2.6.6; tests in tests/unit/lightning fail where one of them moves.
 """
 
 from __future__ import annotations

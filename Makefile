@@ -1,0 +1,38 @@
+# Every target works in a fresh clone: it makes the virtual environment .venv and installs what it needs there.
+PYTHON ?= python3
+bin := .venv/bin
+pip := $(bin)/pip
+nullgpu := tests/nullgpu/nullgpu $(bin)/python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint docs bench
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 12
+
+demo: $(pip)  ## plan a 3D CNN on a real MRI scan for an RTX 3090
+	$(pip) install -q -e '.[examples]'
+	$(bin)/python examples/brain_mri.py --gpu "RTX 3090"
+
+test: $(pip)  ## pass the tests; TESTS="tests/unit/memory -x" runs some of them
+	$(pip) install -q -e '.[test]'
+	$(bin)/python -m pytest -n auto --dist loadfile $(TESTS)
+
+lint: $(pip)  ## check style, types and layers
+	$(pip) install -q -e '.[lint]'
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+	$(bin)/lint-imports
+
+docs: $(pip)  ## draw the figures again, and print what docs/walkthrough.md shows
+	$(pip) install -q -e '.[examples]'
+	$(nullgpu) docs/figures.py
+	$(nullgpu) docs/walkthrough.py docs/images
+
+bench: $(pip)  ## list the suites of accuracy and speed; SUITE="accuracy.nullgpu --only own.mlp" runs one
+	$(pip) install -q -e '.[test]'
+	$(bin)/python -m benchmarks$(if $(SUITE),.$(SUITE))
+
+$(pip):
+	$(PYTHON) -m venv .venv

@@ -1,0 +1,1 @@
+"""How exact the predictions are (``benchmarks.accuracy``), and how long planning takes (``benchmarks.speed``)."""

@@ -1,0 +1,1 @@
+"""How near the predictions come, measured: ``python -m benchmarks.accuracy.nullgpu``."""

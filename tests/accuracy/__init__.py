@@ -1,1 +1,0 @@
-"""How near the predictions come, measured: ``python -m tests.accuracy.nullgpu``."""
