@@ -250,9 +250,9 @@ def test_another_backend_is_planned_as_it_is_written():
 def test_a_plan_leaves_room_for_the_upper_end_and_names_the_lower(compiled):
     card = mp.Device("a card", total=2**30)
     found = mp.plan(Net(torch.compile(Chain())), BATCH, device=card, method="trace", max_batch_size=60_000)
-    assert found.predicted_peak == compiled.peak(found.batch_size, found.budget) <= found.budget
+    assert found.peak_reserved == compiled.peak(found.batch_size, found.budget) <= found.budget
     low = compiled.reserved_range(found.batch_size, found.budget).low
-    assert found.reserved_range.low == low < found.predicted_peak
+    assert found.reserved_range.low == low < found.peak_reserved
     assert f"at least {format_bytes(low):>15}" in mp.plan_table(found)
 
 

@@ -22,8 +22,8 @@ PLAN = Plan(
     margin=0.0625,
     limited_by="dataset",
     method="trace",
-    predicted_peak=4 * GiB,
-    predicted_allocated=3 * GiB,
+    peak_reserved=4 * GiB,
+    peak_allocated=3 * GiB,
     formula_peak=5 * GiB,
 )
 STEPS = [

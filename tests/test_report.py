@@ -39,8 +39,8 @@ def make_plan(**changes: Any) -> Plan:
         "margin": 0.02,
         "limited_by": "memory",
         "method": "trace",
-        "predicted_peak": 21 * GiB,
-        "predicted_allocated": 20 * GiB,
+        "peak_reserved": 21 * GiB,
+        "peak_allocated": 20 * GiB,
         "formula_peak": 30 * GiB,
         "phase": "backward",
         "breakdown": BREAKDOWN,
@@ -148,7 +148,7 @@ def test_no_plan_is_wider_than_80_columns(name: str, sizes: list[int], peak: int
     plan = make_plan(
         device=Device(name, total=2**40),
         breakdown=dict(zip(BREAKDOWN, sizes, strict=True)),
-        predicted_peak=peak,
+        peak_reserved=peak,
         batch_size=batch_size,
         notes=(note,),
     )

@@ -22,8 +22,8 @@ PLAN = Plan(
     margin=0.5,
     limited_by="memory",
     method="trace",
-    predicted_peak=2**32,
-    predicted_allocated=2**31,
+    peak_reserved=2**32,
+    peak_allocated=2**31,
     formula_peak=2**31,
 )
 VALUES = [

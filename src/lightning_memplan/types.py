@@ -86,7 +86,7 @@ class Plan:
     device, times ``accumulate_grad_batches``, times the number of devices.
 
     >>> plan = Plan(batch_size=8, device=Device("GPU", total=2**34), budget=2**33, margin=0.5, limited_by="memory",
-    ...             method="trace", predicted_peak=2**32, predicted_allocated=2**31, formula_peak=2**31)
+    ...             method="trace", peak_reserved=2**32, peak_allocated=2**31, formula_peak=2**31)
     >>> plan.accumulate_grad_batches
     1
     """
@@ -97,8 +97,8 @@ class Plan:
     margin: float
     limited_by: Literal["memory", "max_batch_size", "dataset", "effective_batch_size", "step", "checkpoint"]
     method: Literal["trace", "formula", "probe"]
-    predicted_peak: int  #: peak bytes reserved by the allocator, which must fit
-    predicted_allocated: int  #: peak bytes allocated
+    peak_reserved: int  #: peak bytes reserved by the allocator, which must fit
+    peak_allocated: int  #: peak bytes allocated
     formula_peak: int  #: peak bytes by the formula
     phase: str = ""  #: phase of the step in which the allocated bytes peak
     breakdown: Mapping[str, int] = field(default_factory=dict)  #: bytes by category at that peak
@@ -202,14 +202,14 @@ Outcome = Literal["done", "out of memory", "stopped"]
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunRecord:
     """One training run in the history: its predicted and measured peaks.
 
     ``predicted`` and ``measured`` map ``"first"`` (the first step) and ``"steady"`` (all later ones), as far as they
     ran, to peaks ``(allocated, reserved)`` in bytes. ``phases`` maps each measured phase to its peak allocated
     ``(predicted, measured)``. ``outcome`` is ``"out of memory"`` if a training step ran out of memory.
 
-    >>> Run("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {"first": (100, 200)}, {"first": (90, 200)}).outcome
+    >>> RunRecord("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {"first": (100, 200)}, {"first": (90, 200)}).outcome
     'done'
     """
 

@@ -26,6 +26,6 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         show({"model": job.name, "fits": True, **plan_fields(found)}, as_json=True)
         return
-    needed, budget = format_bytes(found.predicted_peak), format_bytes(found.budget)
+    needed, budget = format_bytes(found.peak_reserved), format_bytes(found.budget)
     where = f"{device.name} at batch size {args.batch_size}"
     show(f"{job.name} fits on {where}: {needed} of a budget of {budget}", as_json=False)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from lightning_memplan.cli.arguments import add_history_file
 from lightning_memplan.cli.output import UsageError, show
-from lightning_memplan.monitor.history import history
+from lightning_memplan.monitor.history import load_history
 from lightning_memplan.report.runs import history_table
-from lightning_memplan.types import Run
+from lightning_memplan.types import RunRecord
 
 HELP = "earlier runs on a GPU: predicted and actual peak"
 
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
         show(history_table(runs) if runs else NO_RUNS, as_json=False)
 
 
-def read_runs(file: str | None) -> list[Run]:
+def read_runs(file: str | None) -> list[RunRecord]:
     """Return the runs on record, the oldest first, in ``file`` or in MemoryPlanner's own history.
 
     Raises:
@@ -40,4 +40,4 @@ def read_runs(file: str | None) -> list[Run]:
             f"there is no file {file!r}: without --file it is where MemoryPlanner keeps the history, "
             "$MEMPLAN_HISTORY or its default"
         )
-    return history(file)
+    return load_history(file)

@@ -14,7 +14,7 @@ from lightning_memplan.monitor.csv_log import read_log
 from lightning_memplan.monitor.history import Lesson, latest, lesson
 from lightning_memplan.report.runs import lessons_table, logged_report, run_report
 from lightning_memplan.settings import MARGIN
-from lightning_memplan.types import Run
+from lightning_memplan.types import RunRecord
 
 HELP = "a run, predicted against actual, and what earlier runs teach the next plan"
 
@@ -76,7 +76,7 @@ def _report_log(args: argparse.Namespace, place: str) -> None:
 class _Group:
     """Runs of one structure on one GPU: the last run, the number of runs, and what they teach the next plan."""
 
-    last: Run
+    last: RunRecord
     count: int
     lesson: Lesson
 
@@ -87,9 +87,9 @@ class _Group:
         return {**names, "runs": self.count, **asdict(self.lesson)}
 
 
-def _groups(runs: Sequence[Run], named: Sequence[Run]) -> Iterator[_Group]:
+def _groups(runs: Sequence[RunRecord], named: Sequence[RunRecord]) -> Iterator[_Group]:
     """Group the runs that are like one of those named; the group of the first of these comes first."""
-    groups: dict[tuple[str, str], list[Run]] = {(run.device, run.structure): [] for run in named}
+    groups: dict[tuple[str, str], list[RunRecord]] = {(run.device, run.structure): [] for run in named}
     for run in runs:
         groups.get((run.device, run.structure), []).append(run)
     for alike in groups.values():

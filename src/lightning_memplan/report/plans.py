@@ -47,7 +47,7 @@ def plan_table(plan: Plan, rows: Iterable[tuple[str, str]] = ()) -> str:
 
     >>> card = Device("NVIDIA GeForce RTX 3090", total=25446711296, context=480 * 2**20)
     >>> plan = Plan(batch_size=24, device=card, budget=23 * 2**30, margin=0.02, limited_by="memory", method="trace",
-    ...             predicted_peak=22 * 2**30, predicted_allocated=20 * 2**30, formula_peak=30 * 2**30,
+    ...             peak_reserved=22 * 2**30, peak_allocated=20 * 2**30, formula_peak=30 * 2**30,
     ...             phase="backward", breakdown={"activations": 15 * 2**30, "gradients": 5 * 2**30},
     ...             methods={"trace": 22 * 2**30, "formula": 30 * 2**30})
     >>> print(plan_table(plan))
@@ -67,12 +67,12 @@ def plan_table(plan: Plan, rows: Iterable[tuple[str, str]] = ()) -> str:
     if plan.nccl:
         lines.append(format_row("  NCCL", format_bytes(plan.nccl), "left to it beside the allocator: an allowance"))
     lines += _batch_size_rows(plan)
-    bar = draw_bar(plan.predicted_peak, total, fill=".")
-    reserved = f"{percent(plan.predicted_peak, total)} of the {where}  [{bar}]"
-    lines += [format_row("peak reserved", format_bytes(plan.predicted_peak), reserved), *_reserved_rows(plan)]
+    bar = draw_bar(plan.peak_reserved, total, fill=".")
+    reserved = f"{percent(plan.peak_reserved, total)} of the {where}  [{bar}]"
+    lines += [format_row("peak reserved", format_bytes(plan.peak_reserved), reserved), *_reserved_rows(plan)]
     phase = f", in the {plan.phase} phase" if plan.phase else ""
-    allocated = f"{percent(plan.predicted_allocated, total)} of the {where}{phase}"
-    lines.append(format_row("peak allocated", format_bytes(plan.predicted_allocated), allocated))
+    allocated = f"{percent(plan.peak_allocated, total)} of the {where}{phase}"
+    lines.append(format_row("peak allocated", format_bytes(plan.peak_allocated), allocated))
     lines += breakdown_rows(plan.breakdown)
     for method, peak in (plan.methods or {"formula": plan.formula_peak}).items():
         lines.append(format_row(method, format_bytes(peak), _METHODS[method]))
@@ -102,10 +102,10 @@ def _batch_size_rows(plan: Plan) -> list[str]:
 def _reserved_rows(plan: Plan) -> list[str]:
     """Return the range of the reserved peak where only a range is known, and what real steps reserved."""
     lines, bounds = [], plan.reserved_range
-    if bounds is not None and bounds.high > plan.predicted_peak:
+    if bounds is not None and bounds.high > plan.peak_reserved:
         text = f"expected of its workspaces, {format_bytes(bounds.high)} at most"
         lines.append(format_row("  with cuDNN", format_bytes(bounds.expected), text))
-    if bounds is not None and bounds.low < plan.predicted_peak:
+    if bounds is not None and bounds.low < plan.peak_reserved:
         text = "reserved in any case; planned for the most that there may be"
         lines.append(format_row("  at least", format_bytes(bounds.low), text))
     if plan.confirmed is not None:
@@ -120,16 +120,16 @@ def validation_text(batch_size: int, training: Plan, both: Plan | None) -> str:
     >>> from dataclasses import replace
     >>> card = Device("my card", total=2**35)
     >>> plan = Plan(batch_size=8, device=card, budget=2**34, margin=0.5, limited_by="memory", method="trace",
-    ...             predicted_peak=2**32, predicted_allocated=2**31, formula_peak=2**31)
-    >>> both = replace(plan, batch_size=4, predicted_allocated=3 * 2**31, predicted_peak=2**33)
+    ...             peak_reserved=2**32, peak_allocated=2**31, formula_peak=2**31)
+    >>> both = replace(plan, batch_size=4, peak_allocated=3 * 2**31, peak_reserved=2**33)
     >>> validation_text(4, plan, both)
     "MemoryPlanner: validation's batch size is 4; peak of both, in validation: 6.00 GiB allocated, 8.00 GiB reserved"
     """
     text = f"MemoryPlanner: validation's batch size is {batch_size}"
     if both is None or both.batch_size != batch_size:
         return text
-    which = "validation" if both.predicted_allocated > training.predicted_allocated else "training"
-    allocated, reserved = format_bytes(both.predicted_allocated), format_bytes(both.predicted_peak)
+    which = "validation" if both.peak_allocated > training.peak_allocated else "training"
+    allocated, reserved = format_bytes(both.peak_allocated), format_bytes(both.peak_reserved)
     return f"{text}; peak of both, in {which}: {allocated} allocated, {reserved} reserved"
 
 
@@ -137,7 +137,7 @@ def plan_fields(plan: Plan) -> dict[str, object]:
     """Return a plan as plain values, for JSON; sizes in bytes.
 
     >>> plan = Plan(batch_size=8, device=Device("card", total=2**34), budget=2**33, margin=0.5, limited_by="memory",
-    ...             method="trace", predicted_peak=2**32, predicted_allocated=2**31, formula_peak=2**31)
+    ...             method="trace", peak_reserved=2**32, peak_allocated=2**31, formula_peak=2**31)
     >>> found = plan_fields(plan)
     >>> found["batch_size"], found["peak_reserved"], found["device"]["total"]
     (8, 4294967296, 17179869184)
@@ -151,8 +151,8 @@ def plan_fields(plan: Plan) -> dict[str, object]:
         "margin": plan.margin,
         "budget": plan.budget,
         "nccl": plan.nccl,
-        "peak_reserved": plan.predicted_peak,
-        "peak_allocated": plan.predicted_allocated,
+        "peak_reserved": plan.peak_reserved,
+        "peak_allocated": plan.peak_allocated,
         "formula": plan.formula_peak,
         "phase": plan.phase,
         "breakdown": dict(plan.breakdown),

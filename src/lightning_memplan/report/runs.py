@@ -8,7 +8,7 @@ from statistics import median
 
 from lightning_memplan.report.plans import LIMITS
 from lightning_memplan.report.text import WIDTH, draw_bar, format_row, percent, shorten_end, shorten_middle, table, wrap
-from lightning_memplan.types import Measurement, Peaks, Run
+from lightning_memplan.types import Measurement, Peaks, RunRecord
 from lightning_memplan.units import GiB, format_bytes
 
 _PHASES = ("batch", "forward", "backward", "optimizer")  #: in a step's order
@@ -145,16 +145,16 @@ def _retried(times: int) -> str:
 
 
 # --- history
-def history_table(runs: Sequence[Run]) -> str:
+def history_table(runs: Sequence[RunRecord]) -> str:
     """Return earlier runs by module and GPU, a line each: the predicted and the actual reserved peak, and the error.
 
-    >>> print(history_table([Run("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {"steady": (2**30, 2**31)},
+    >>> print(history_table([RunRecord("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {"steady": (2**30, 2**31)},
     ...                          {"steady": (2**30, 2**31)}, time="2026-11-20T08:00:00+00:00")]))
     Net on T4
       when (UTC)        precision  batch  predicted    actual   error
       2026-11-20 08:00                 8   2.00 GiB  2.00 GiB  +0.0 %
     """
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[RunRecord]] = {}
     for run in runs:
         groups.setdefault(f"{shorten_end(run.model, 30)} on {run.device}", []).append(run)
     head = ("when (UTC)", "precision", "batch", "predicted", "actual", "error")
@@ -167,7 +167,7 @@ def history_table(runs: Sequence[Run]) -> str:
     return "\n\n".join(parts)
 
 
-def _history_row(run: Run) -> tuple[str, ...]:
+def _history_row(run: RunRecord) -> tuple[str, ...]:
     predicted, actual = _highest_reserved(run.predicted), _highest_reserved(run.measured)
     error = f"{100 * (predicted - actual) / actual:+.1f} %" if actual else ""
     if run.outcome == "out of memory":
@@ -184,14 +184,14 @@ def _history_row(run: Run) -> tuple[str, ...]:
     )
 
 
-def _when(run: Run) -> str:
+def _when(run: RunRecord) -> str:
     return run.time[:16].replace("T", " ")
 
 
-def run_report(run: Run, lesson: str = "") -> str:
+def run_report(run: RunRecord, lesson: str = "") -> str:
     """Return one run of the history: how it was planned, how it ended, its peaks, and the lesson of runs like it.
 
-    >>> print(run_report(Run("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {"steady": (2**30, 2**31)},
+    >>> print(run_report(RunRecord("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {"steady": (2**30, 2**31)},
     ...                      {"steady": (2**30, 2**31)}, steps=20, phases={"backward": (2**30, 2**30)},
     ...                      margin=0.05, time="2026-11-20T08:00:00+00:00")))
     Net on T4, 2026-11-20 08:00 UTC: done, 20 steps
@@ -232,10 +232,10 @@ def _highest_reserved(peaks: Mapping[str, tuple[int, int]]) -> int:
     return max((reserved for _, reserved in peaks.values()), default=0)
 
 
-def lessons_table(rows: Iterable[tuple[Run, int, str]]) -> str:
+def lessons_table(rows: Iterable[tuple[RunRecord, int, str]]) -> str:
     """Return what earlier runs teach; a row is one of the runs, how many there are, and the lesson's text.
 
-    >>> run = Run("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {}, {}, settings={"precision": "16-mixed"})
+    >>> run = RunRecord("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {}, {}, settings={"precision": "16-mixed"})
     >>> print(lessons_table([(run, 3, "3 runs of this module took at most +0.0 %: margin 1.0 %")]))
     Net in 16-mixed on T4, 3 runs
       3 runs of this module took at most +0.0 %: margin 1.0 %
