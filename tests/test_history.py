@@ -485,8 +485,7 @@ def test_the_commands(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["report", "nothing"], "'nothing' is no folder of a CSVLogger, and no module or card on record is called so"),
-        (["report", "--plot", "a.png"], "--plot draws each step, which the history does not keep: name the folder of"),
+        (["report", "nothing"], "no module or card on record is called 'nothing': memplan history lists the runs"),
         (["history", "--file", "none.jsonl"], "there is no file 'none.jsonl': without --file it is where"),
     ],
 )

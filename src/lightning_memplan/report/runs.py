@@ -1,4 +1,4 @@
-"""Measured runs, logged runs and the history as text."""
+"""Measured runs and the history as text."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from lightning_memplan.report.plans import LIMITS
-from lightning_memplan.report.text import WIDTH, draw_bar, format_row, percent, shorten_end, shorten_middle, table, wrap
+from lightning_memplan.report.text import WIDTH, draw_bar, format_row, percent, shorten_end, table, wrap
 from lightning_memplan.types import Measurement, Peaks, RunRecord
-from lightning_memplan.units import GiB, format_bytes
+from lightning_memplan.units import format_bytes
 
 _PHASES = ("batch", "forward", "backward", "optimizer")  #: in a step's order
 
@@ -76,33 +75,6 @@ def _error_lines(measurements: Sequence[Measurement]) -> list[str]:
         text = f"{len(over)} of them allocated more than was predicted, at most {more:.1f} % more, in step {most.step}"
         lines += wrap(text, "  ")
     return lines
-
-
-def logged_report(
-    folder: str, plan: Mapping[str, str], measurements: Sequence[Measurement], validations: Sequence[Peaks] = ()
-) -> str:
-    """Return a run from its log: the plan, as it was logged among the hyperparameters, and the measured steps.
-
-    >>> plan = {"device": "T4", "batch_size": "8", "method": "trace", "margin": "0.05", "limited_by": "dataset",
-    ...         "device_gib": "16.0"}
-    >>> print(logged_report("logs/version_0", plan, [Measurement(0, 2**31, 2**32, 2**31, 2**32)]))
-    logs/version_0
-      batch size 8 on T4, limited by the dataset; planned by trace, margin 5.0 %
-    memory over 1 measured step
-                       predicted       actual      error
-      peak reserved     4.00 GiB     4.00 GiB     +0.0 %
-      peak allocated    2.00 GiB     2.00 GiB     +0.0 %
-      error of allocated, step by step: median +0.0 %, worst +0.0 % in step 0
-      card             16.00 GiB    25 % of it reserved  [#####...............]
-    """
-    lines = [shorten_middle(folder, WIDTH)]
-    if plan:
-        size = f"batch size {plan['batch_size']} on {plan['device']}, {LIMITS[plan['limited_by']]}"
-        lines += wrap(f"{size}; {_planned(plan['method'], float(plan['margin']))}", "  ")
-    lines.append(measurement_summary(measurements, validations=validations))
-    if plan and measurements:
-        lines.append(_card_line(max(m.reserved for m in measurements), round(float(plan["device_gib"]) * GiB)))
-    return "\n".join(lines)
 
 
 def _card_line(reserved: int, total: int) -> str:
