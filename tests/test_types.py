@@ -28,7 +28,7 @@ PLAN = Plan(
 )
 VALUES = [
     Trace(2, (Event(0, 4096),)),
-    Layer("conv", "Conv3d", 840, 840, 3360, 3360, (30, 191, 227, 191), 993_742_440),
+    Layer("conv", "Conv3d", 840, 3360, 3360, (30, 191, 227, 191), 993_742_440),
     Device("card", total=2**34),
     PLAN,
 ]

@@ -18,8 +18,20 @@ if TYPE_CHECKING:
     from lightning_memplan.monitor.history import load_history
     from lightning_memplan.planning.api import advise, cards_for, estimate, plan, plan_lengths
     from lightning_memplan.report.figures import plot_batch_sizes, plot_layers, plot_measurements, plot_timeline
-    from lightning_memplan.report.plans import layers_table, plan_table
-    from lightning_memplan.types import Advice, Device, Layer, Length, Lengths, Measurement, Peaks, Plan, RunRecord
+    from lightning_memplan.report.formula import layers_table
+    from lightning_memplan.report.plans import plan_table
+    from lightning_memplan.types import (
+        Advice,
+        Device,
+        Layer,
+        Length,
+        Lengths,
+        Measurement,
+        Peaks,
+        Plan,
+        RunRecord,
+        as_dict,
+    )
 
 __all__ = [
     "Advice",
@@ -38,6 +50,7 @@ __all__ = [
     "RunRecord",
     "TraceError",
     "advise",
+    "as_dict",
     "cards_for",
     "cpu_device",
     "detect_devices",
@@ -65,8 +78,9 @@ _MODULES = {
     "monitor.history": "load_history",
     "planning.api": "advise cards_for estimate plan plan_lengths",
     "report.figures": "plot_batch_sizes plot_layers plot_measurements plot_timeline",
-    "report.plans": "layers_table plan_table",
-    "types": "Advice Device Layer Length Lengths Measurement Peaks Plan RunRecord",
+    "report.formula": "layers_table",
+    "report.plans": "plan_table",
+    "types": "Advice Device Layer Length Lengths Measurement Peaks Plan RunRecord as_dict",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 

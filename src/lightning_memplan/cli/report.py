@@ -12,7 +12,7 @@ from lightning_memplan.cli.output import UsageError, show
 from lightning_memplan.monitor.history import Lesson, latest, lesson
 from lightning_memplan.report.runs import lessons_table, run_report
 from lightning_memplan.settings import MARGIN
-from lightning_memplan.types import RunRecord
+from lightning_memplan.types import RunRecord, as_dict
 
 HELP = "a run, predicted against actual, and what earlier runs teach the next plan"
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     last = latest(named)
     first, *others = _groups(runs, [last, *named])
     if args.json:
-        show({"run": asdict(last), "lessons": [group.fields() for group in (first, *others)]}, as_json=True)
+        show({"run": as_dict(last), "lessons": [group.fields() for group in (first, *others)]}, as_json=True)
         return
     show(run_report(last, first.lesson.text), as_json=False)
     if others:

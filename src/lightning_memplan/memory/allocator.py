@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from lightning_memplan.memory.allocator_settings import INTERVALS, MIB, AllocatorSettings
-from lightning_memplan.memory.events import EMPTY
+from lightning_memplan.memory.events import EMPTY, Stream
 from lightning_memplan.memory.heap import ADDRESS, BITS, ROUND, SMALL, Heap, Move, Pool
+
+_KEPT = frozenset(stream for stream in Stream if stream.keeps_segments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ def replay(
     -2 releases everything idle (``torch.cuda.empty_cache``), whatever the block.
 
     Below, 3 MiB and 5 MiB share a segment of 20 MiB, and 40 MiB have one of their own. A GPU of 50 MiB has no room for
-    both, so the allocator releases the first, which is idle by then.
+    both, so the allocator releases the first, which is idle by then. Of ``Stream.TRIALS`` idle segments stay.
 
     >>> program = [(1, 3 * 2**20, 0), (2, 5 * 2**20, 0), (1, -1, 0), (2, -1, 0), (3, 40 * 2**20, 0)]
     >>> ample = replay(program)
@@ -149,7 +151,7 @@ def replay(
             small = size <= SMALL
             pool = pools[small].get(stream)
             if pool is None:
-                pool = pools[small][stream] = heap.new_pool(small)
+                pool = pools[small][stream] = heap.new_pool(small, kept=stream in _KEPT)
             keys = pool.keys
             if collects:
                 heap.searches += not small

@@ -49,6 +49,11 @@ class Stream(IntEnum):
     COMPILED = 2**15  #: blocks of a graph that ``torch.compile`` compiles
     TRIALS = 2**16  #: blocks that fill the GPU's L2 cache before a compiled kernel is tried out
 
+    @property
+    def keeps_segments(self) -> bool:
+        """True where idle segments stay on a full GPU: a kernel that is compiled later is tried out as well."""
+        return self is Stream.TRIALS
+
 
 class Event(NamedTuple):
     """One block of GPU memory, allocated or freed.

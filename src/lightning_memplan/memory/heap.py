@@ -126,7 +126,7 @@ class Heap:
         self.fraction = _UNLIMITED if fraction is None else fraction
         self.max_split = _UNLIMITED if settings.max_split_size is None else settings.max_split_size
         self.collects = fraction is not None and settings.garbage_collection_threshold > 0.0
-        self.pools: list[Pool] = []
+        self.pools: list[Pool] = []  # those that release idle segments
         self.sizes: dict[int, int] = {}  # of free blocks
         self.starts: dict[int, int] = {}  # of free blocks, by their end
         self.segment_sizes: dict[int, int] = {}
@@ -139,7 +139,7 @@ class Heap:
         self.searches = 0  # of large pools for a free block: garbage collection's clock
         self.since: dict[int, int] = {}  # that clock when a block was freed
 
-    def new_pool(self, small: bool) -> Pool:
+    def new_pool(self, small: bool, kept: bool) -> Pool:
         finely = small or self.settings.expandable_segments
         pool = Pool(
             small=small,
@@ -147,7 +147,8 @@ class Heap:
             least_rest=ROUND if finely else SMALL + ROUND,
             split_under=_UNLIMITED if finely else self.max_split,
         )
-        self.pools.append(pool)
+        if not kept:
+            self.pools.append(pool)
         return pool
 
     def add(self, pool: Pool, address: int, size: int) -> None:

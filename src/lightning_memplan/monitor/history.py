@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_memplan.devices.detect import driver_version
 from lightning_memplan.settings import StepSettings
-from lightning_memplan.types import Device, Outcome, Plan, RunRecord
+from lightning_memplan.types import Device, Outcome, Plan, RunRecord, as_dict
 from lightning_memplan.units import MiB
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def append(run: RunRecord, path: Path) -> None:
     Raises:
         OSError: The file cannot be written.
     """
-    line = json.dumps({"schema": SCHEMA, **asdict(run)}, separators=(",", ":"), default=str).encode() + b"\n"
+    line = json.dumps({"schema": SCHEMA, **as_dict(run)}, separators=(",", ":")).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
