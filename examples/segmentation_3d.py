@@ -112,10 +112,10 @@ def main() -> None:
     assert both is not None
     steps = max(step.allocated for step in planner.measurements)
     whole = max(steps, *(peaks.allocated for peaks in planner.validations))
-    larger = "validation" if both.predicted_allocated > training.predicted_allocated else "training"
+    larger = "validation" if both.peak_allocated > training.peak_allocated else "training"
     print(f"batches of {training.batch_size} crops, and of {both.batch_size} whole volumes in validation")
-    print(f"training: predicted {training.predicted_allocated / GiB:.3f} GiB allocated, measured {steps / GiB:.3f} GiB")
-    print(f"both: predicted {both.predicted_allocated / GiB:.3f} GiB, measured {whole / GiB:.3f} GiB, in {larger}")
+    print(f"training: predicted {training.peak_allocated / GiB:.3f} GiB allocated, measured {steps / GiB:.3f} GiB")
+    print(f"both: predicted {both.peak_allocated / GiB:.3f} GiB, measured {whole / GiB:.3f} GiB, in {larger}")
 
 
 if __name__ == "__main__":

@@ -80,13 +80,13 @@ def judge(row: Row, method: Any, margin: float, memory: int) -> str:
     left = plan.reserved_range.expected + beside  # room for cuDNN's workspaces, of which the null GPU takes none
     used = max(measured[1], left) / device.capacity
     for what, predicted, actual in zip(
-        ("allocated", "reserved"), (plan.predicted_allocated, plan.predicted_peak), measured, strict=True
+        ("allocated", "reserved"), (plan.peak_allocated, plan.peak_reserved), measured, strict=True
     ):
         chosen += f", {what} {actual / 2**20:.0f} MiB ({100 * ((predicted + beside) / actual - 1):+.2f} %)"
     chosen += f", {100 * used:.0f} % of the card" + " with room for workspaces" * (left > 1.01 * measured[1])
     if plan.limited_by != "memory":
         return f"limited: {chosen}, limited by {plan.limited_by}"
-    if plan.reserved_range.low < plan.predicted_peak and measured[1] < 0.9 * device.capacity:
+    if plan.reserved_range.low < plan.peak_reserved and measured[1] < 0.9 * device.capacity:
         return f"ranged: {chosen}, and room for the upper end of its range"
     if not margin:
         more = max(plan.batch_size + 1, -(-105 * plan.batch_size // 100))

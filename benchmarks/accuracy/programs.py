@@ -205,7 +205,8 @@ def predicted(estimate: Any, size: int) -> dict[str, Any]:
 
 
 def of_formula(formula: Any) -> dict[str, Any]:
-    layers = [dataclasses.astuple(layer) for layer in formula.layers]
+    of_layer = "path type parameters parameters parameter_bytes gradient_bytes shape feature_bytes".split()
+    layers = [tuple(getattr(layer, name) for name in of_layer) for layer in formula.layers]
     names = ("parameter_bytes", "gradient_bytes", "input_bytes", "feature_bytes", "optimizer_bytes")
     return {"layers": [len(layers), _digest(repr(layers))], **{name: getattr(formula, name) for name in names}}
 

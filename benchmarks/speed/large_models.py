@@ -85,7 +85,7 @@ def planned(billions: int) -> dict[str, Any]:
         "parameters": parameters(*shape),
         "cards": cards,
         "batch_size": plan.batch_size,
-        "reserved": plan.predicted_peak,
+        "reserved": plan.peak_reserved,
         "breakdown": dict(plan.breakdown),
         "nccl": plan.nccl,
         "method": plan.method,

@@ -15,11 +15,23 @@ if TYPE_CHECKING:
     from lightning_memplan.devices.detect import cpu_device, detect_devices
     from lightning_memplan.errors import ApplyError, DoesNotFitError, MemplanError, TraceError
     from lightning_memplan.memory.estimate import Estimate
-    from lightning_memplan.monitor.history import history
+    from lightning_memplan.monitor.history import load_history
     from lightning_memplan.planning.api import advise, cards_for, estimate, plan, plan_lengths
     from lightning_memplan.report.figures import plot_batch_sizes, plot_layers, plot_measurements, plot_timeline
-    from lightning_memplan.report.plans import layers_table, plan_table
-    from lightning_memplan.types import Advice, Device, Layer, Length, Lengths, Measurement, Peaks, Plan, Run
+    from lightning_memplan.report.formula import layers_table
+    from lightning_memplan.report.plans import plan_table
+    from lightning_memplan.types import (
+        Advice,
+        Device,
+        Layer,
+        Length,
+        Lengths,
+        Measurement,
+        Peaks,
+        Plan,
+        RunRecord,
+        as_dict,
+    )
 
 __all__ = [
     "Advice",
@@ -35,17 +47,18 @@ __all__ = [
     "MemplanError",
     "Peaks",
     "Plan",
-    "Run",
+    "RunRecord",
     "TraceError",
     "advise",
+    "as_dict",
     "cards_for",
     "cpu_device",
     "detect_devices",
     "estimate",
     "gpu",
     "gpus",
-    "history",
     "layers_table",
+    "load_history",
     "plan",
     "plan_lengths",
     "plan_table",
@@ -62,11 +75,12 @@ _MODULES = {
     "devices.detect": "cpu_device detect_devices",
     "errors": "ApplyError DoesNotFitError MemplanError TraceError",
     "memory.estimate": "Estimate",
-    "monitor.history": "history",
+    "monitor.history": "load_history",
     "planning.api": "advise cards_for estimate plan plan_lengths",
     "report.figures": "plot_batch_sizes plot_layers plot_measurements plot_timeline",
-    "report.plans": "layers_table plan_table",
-    "types": "Advice Device Layer Length Lengths Measurement Peaks Plan Run",
+    "report.formula": "layers_table",
+    "report.plans": "plan_table",
+    "types": "Advice Device Layer Length Lengths Measurement Peaks Plan RunRecord as_dict",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 

@@ -3,26 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """``count`` equal filters of a layer: ``inputs`` weights for each place of the ``kernel``, and ``biases`` each.
+
+    A Conv3d with a kernel of 3 x 3 x 3 from 1 channel to 30, by both of the textbook's methods:
+
+    >>> filters = Filters(kernel=27, inputs=1, biases=1, count=30)
+    >>> filters.per_filter, filters.apart
+    (840, 840)
+    """
+
+    kernel: int
+    inputs: int
+    biases: int
+    count: int
+
+    @property
+    def per_filter(self) -> int:
+        """Count one filter first: (kernel · inputs + biases) · count."""
+        return (self.kernel * self.inputs + self.biases) * self.count
+
+    @property
+    def apart(self) -> int:
+        """Count weights and biases apart: kernel · inputs · count + all biases."""
+        weights = self.kernel * self.inputs * self.count
+        total_biases = self.biases * self.count
+        return weights + total_biases
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One row of the formula: a leaf module, or one call of it.
 
-    >>> Layer("conv", "Conv3d", 840, 840, 3360, 3360, (30, 191, 227, 191), 993742440).feature_bytes / 10**6
-    993.74244
+    ``filters`` are the textbook's count of its parameters, in which each filter reads all input channels and has a
+    bias. Where that is not what the tensors hold, ``differs`` says why.
+
+    >>> conv = Layer("conv", "Conv3d", 840, 3360, 3360, (30, 191, 227, 191), 993742440, (Filters(27, 1, 1, 30),))
+    >>> conv.parameters == sum(each.per_filter for each in conv.filters), conv.feature_bytes / 10**6
+    (True, 993.74244)
     """
 
     path: str
     type: str
-    parameters: int  #: per filter: (kernel · in + bias) · out
-    parameters_apart: int  #: weights and biases counted separately: kernel · in · out + biases
+    parameters: int  #: numbers in its tensors, each tensor counted in the first row that has it
     parameter_bytes: int
     gradient_bytes: int
     shape: tuple[int, ...]  #: of the output, without the batch
     feature_bytes: int  #: bytes of the output for one sample
+    filters: tuple[Filters, ...] = ()  #: empty for a layer that is not made of filters
+    differs: str = ""  #: why ``filters`` have another count than ``parameters``
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +120,7 @@ class Plan:
     device, times ``accumulate_grad_batches``, times the number of devices.
 
     >>> plan = Plan(batch_size=8, device=Device("GPU", total=2**34), budget=2**33, margin=0.5, limited_by="memory",
-    ...             method="trace", predicted_peak=2**32, predicted_allocated=2**31, formula_peak=2**31)
+    ...             method="trace", peak_reserved=2**32, peak_allocated=2**31, formula_peak=2**31)
     >>> plan.accumulate_grad_batches
     1
     """
@@ -97,8 +131,8 @@ class Plan:
     margin: float
     limited_by: Literal["memory", "max_batch_size", "dataset", "effective_batch_size", "step", "checkpoint"]
     method: Literal["trace", "formula", "probe"]
-    predicted_peak: int  #: peak bytes reserved by the allocator, which must fit
-    predicted_allocated: int  #: peak bytes allocated
+    peak_reserved: int  #: peak bytes reserved by the allocator, which must fit
+    peak_allocated: int  #: peak bytes allocated
     formula_peak: int  #: peak bytes by the formula
     phase: str = ""  #: phase of the step in which the allocated bytes peak
     breakdown: Mapping[str, int] = field(default_factory=dict)  #: bytes by category at that peak
@@ -109,6 +143,26 @@ class Plan:
     confirmed: int | None = None  #: peak bytes reserved in real steps of that batch size, if they were run
     reserved_range: Range | None = None  #: peak bytes reserved, by the workspaces of cuDNN's convolutions
     nccl: int = 0  #: bytes left to NCCL beside the allocator, an allowance that is part of ``device.context``
+
+
+@dataclass(frozen=True, slots=True)
+class EstimateRow:
+    """The estimate at one batch size; sizes in bytes.
+
+    >>> import lightning_memplan as mp, torch
+    >>> row = mp.estimate(torch.nn.Linear(100, 100), torch.zeros(4, 100)).row(batch_size=8)
+    >>> sum(row.breakdown.values()) == row.peak_allocated <= row.peak_reserved, row.phase
+    (True, 'backward')
+    """
+
+    batch_size: int
+    peak_reserved: int
+    peak_allocated: int
+    formula_peak: int
+    phase: str  #: phase of the step in which the allocated bytes peak
+    breakdown: Mapping[str, int]  #: bytes by category at that peak
+    phases: Mapping[str, int]  #: peak bytes allocated in each phase
+    reserved_range: Range  #: peak bytes reserved, by the workspaces of cuDNN's convolutions
 
 
 class Length(NamedTuple):
@@ -202,14 +256,14 @@ Outcome = Literal["done", "out of memory", "stopped"]
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunRecord:
     """One training run in the history: its predicted and measured peaks.
 
     ``predicted`` and ``measured`` map ``"first"`` (the first step) and ``"steady"`` (all later ones), as far as they
     ran, to peaks ``(allocated, reserved)`` in bytes. ``phases`` maps each measured phase to its peak allocated
     ``(predicted, measured)``. ``outcome`` is ``"out of memory"`` if a training step ran out of memory.
 
-    >>> Run("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {"first": (100, 200)}, {"first": (90, 200)}).outcome
+    >>> RunRecord("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {"first": (100, 200)}, {"first": (90, 200)}).outcome
     'done'
     """
 
@@ -254,3 +308,61 @@ class Advice:
     peak_allocated: int
     largest_batch_size: int | None = None  #: largest batch size that then fits, if a device was named
     nccl: int = 0  #: bytes that the change leaves to NCCL on each GPU, an allowance
+
+
+# --- JSON
+#: The result types, and the properties of each that are part of its data
+_RESULTS: Mapping[type, tuple[str, ...]] = {
+    Advice: (),
+    Device: ("capacity",),
+    EstimateRow: (),
+    Filters: ("per_filter", "apart"),
+    Layer: (),
+    Length: ("tokens",),
+    Lengths: ("token_budget",),
+    Measurement: ("error_percent",),
+    Peaks: ("phase",),
+    Plan: (),
+    Range: (),
+    RunRecord: (),
+}
+
+
+def as_dict(result: object) -> dict[str, Any]:
+    """Return a result as plain data for ``json.dumps``: every field by its name, and sizes in bytes as ``int``.
+
+    Results within it are dictionaries too, and tuples are lists.
+
+    >>> as_dict(Range(low=20, expected=22, high=25))
+    {'low': 20, 'expected': 22, 'high': 25}
+    >>> found = as_dict(Device("GPU", total=2**34, context=2**30, capability=(8, 6)))
+    >>> found["total"], found["capacity"], found["capability"]
+    (17179869184, 16106127360, [8, 6])
+
+    Raises:
+        TypeError: it is no result, such as a Plan or a Measurement.
+    """
+    names = _names(type(result))
+    if not names:
+        raise TypeError(f"{result!r:.80} is no result: give a {', '.join(kind.__name__ for kind in _RESULTS)}")
+    return {name: _plain(getattr(result, name)) for name in names}
+
+
+def _names(kind: type) -> tuple[str, ...]:
+    """Return the names in a result's data; nothing if ``kind`` is no type of result."""
+    if kind not in _RESULTS:
+        return ()
+    own: tuple[str, ...] = getattr(kind, "_fields", ()) or tuple(each.name for each in fields(kind))
+    return own + _RESULTS[kind]
+
+
+def _plain(value: object) -> object:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if type(value) in _RESULTS:
+        return as_dict(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(each) for each in value]
+    return str(value)  # a setting that the user made

@@ -1200,7 +1200,7 @@ def test_the_plan_is_among_the_hyperparameters(tmp_path):
     assert written["folder"] == "images"
     assert (written["memplan/batch_size"], written["memplan/limited_by"]) == ("7", "max_batch_size")
     assert written["memplan/device"] == "a card"
-    assert float(written["memplan/predicted_reserved_gib"]) == planner.plan.predicted_peak / GiB
+    assert float(written["memplan/predicted_reserved_gib"]) == planner.plan.peak_reserved / GiB
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI calls what a newer jsonargparse deprecates

@@ -107,7 +107,7 @@ def fit(module: Net, steps: int = 3, **planner: Any) -> dict[str, Any]:
         "batch_size": module.batch_size,
         "parts": trainer.accumulate_grad_batches,
         "limited_by": plan.limited_by,
-        "predicted": plan.predicted_peak,
+        "predicted": plan.peak_reserved,
         "confirmed": plan.confirmed,
         "notes": plan.notes,
         "copies": Net.copies,

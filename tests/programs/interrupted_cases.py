@@ -221,7 +221,7 @@ HOOKS = [name.strip() for name in HOOKS.replace("\n", "|").split("|") if name.st
 
 #: where planning itself is stopped: as a function is called for the n-th time, in the module that calls it
 INSIDE: dict[str, tuple[str, str, int]] = {
-    "the history is read": ("callback", "history", 1),
+    "the history is read": ("monitor.history", "load_history", 1),
     "kernels are registered": ("cuda.rules", "torch.library.Library.impl", 40),
     "the host's kernel is registered": ("trace.isolation", "torch.library.Library.impl", 1),
     "an operator is recorded": ("trace.recorder", "Recorder._see", 60),

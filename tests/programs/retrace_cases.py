@@ -89,7 +89,7 @@ def main():
             shown[f"{step.__name__} {method}"] = {
                 "batch_size": module.batch_size,
                 "limited_by": plan.limited_by,
-                "used": plan.predicted_peak / plan.budget,
+                "used": plan.peak_reserved / plan.budget,
                 "predicted": [m.predicted_reserved for m in planner.measurements],
                 "measured": [m.reserved for m in planner.measurements],
             }

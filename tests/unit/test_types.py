@@ -22,13 +22,13 @@ PLAN = Plan(
     margin=0.5,
     limited_by="memory",
     method="trace",
-    predicted_peak=2**32,
-    predicted_allocated=2**31,
+    peak_reserved=2**32,
+    peak_allocated=2**31,
     formula_peak=2**31,
 )
 VALUES = [
     Trace(2, (Event(0, 4096),)),
-    Layer("conv", "Conv3d", 840, 840, 3360, 3360, (30, 191, 227, 191), 993_742_440),
+    Layer("conv", "Conv3d", 840, 3360, 3360, (30, 191, 227, 191), 993_742_440),
     Device("card", total=2**34),
     PLAN,
 ]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 
 from lightning_memplan.cli.arguments import add_job
 from lightning_memplan.cli.output import progress, show
 from lightning_memplan.report.plans import advice_table
+from lightning_memplan.types import as_dict
 
 HELP = "what would take less memory, by a trace of each change"
 
@@ -23,5 +23,5 @@ def run(args: argparse.Namespace) -> None:
     job, device = make_job(args), device_of(args)
     with progress(f"tracing changes to {job.name}"):
         found = job.advise(device, args.batch_size, args.margin)
-    fields = {"model": job.name, "advice": [asdict(item) for item in found]}
+    fields = {"model": job.name, "advice": [as_dict(item) for item in found]}
     show(fields if args.json else advice_table(found), as_json=args.json)

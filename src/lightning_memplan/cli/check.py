@@ -6,7 +6,7 @@ import argparse
 
 from lightning_memplan.cli.arguments import add_job
 from lightning_memplan.cli.output import progress, show
-from lightning_memplan.report.plans import plan_fields
+from lightning_memplan.types import as_dict
 from lightning_memplan.units import format_bytes
 
 HELP = "whether a batch size fits: exit status 0, or 1 where it does not"
@@ -24,8 +24,8 @@ def run(args: argparse.Namespace) -> None:
     with progress(f"checking {job.name}"):
         found = job.check(device, args.batch_size, args.margin)
     if args.json:
-        show({"model": job.name, "fits": True, **plan_fields(found)}, as_json=True)
+        show({"model": job.name, "fits": True, **as_dict(found)}, as_json=True)
         return
-    needed, budget = format_bytes(found.predicted_peak), format_bytes(found.budget)
+    needed, budget = format_bytes(found.peak_reserved), format_bytes(found.budget)
     where = f"{device.name} at batch size {args.batch_size}"
     show(f"{job.name} fits on {where}: {needed} of a budget of {budget}", as_json=False)

@@ -6,7 +6,8 @@ import argparse
 
 from lightning_memplan.cli.output import show
 from lightning_memplan.devices.detect import detect_devices
-from lightning_memplan.report.plans import device_fields, devices_table
+from lightning_memplan.report.plans import devices_table
+from lightning_memplan.types import as_dict
 
 HELP = "the GPUs of this machine"
 
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     found = detect_devices()
     if args.json:
-        show([device_fields(device) for device in found], as_json=True)
+        show([as_dict(device) for device in found], as_json=True)
     elif found:
         show(devices_table(found), as_json=False)
     else:

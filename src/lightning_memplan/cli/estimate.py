@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 
 from lightning_memplan.cli.arguments import add_job, complete_files
 from lightning_memplan.cli.output import progress, show, writing
-from lightning_memplan.report.plans import EstimateRow, estimate_table
+from lightning_memplan.report.plans import estimate_table
+from lightning_memplan.types import as_dict
 
 HELP = "what training takes at given batch sizes"
 
@@ -35,9 +35,9 @@ def run(args: argparse.Namespace) -> None:
 
         with writing(args.plot):
             plot_timeline(found, last, device=device).savefig(args.plot)
-    rows = [EstimateRow.of(found, size) for size in args.batch_size]
+    rows = [found.row(size) for size in args.batch_size]
     if args.json:
-        fields = {"model": job.name, "method": found.method, "estimates": [asdict(row) for row in rows]}
+        fields = {"model": job.name, "method": found.method, "estimates": [as_dict(row) for row in rows]}
         show(fields | {"notes": list(found.notes)}, as_json=True)
     else:
         show(estimate_table(job.name, rows, found.notes), as_json=False)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from lightning_memplan.cli.arguments import add_job, add_limits, limits_of
 from lightning_memplan.cli.output import UsageError, progress, show
 from lightning_memplan.devices.catalogue import gpus
-from lightning_memplan.report.plans import cards_table, device_fields, devices_table
-from lightning_memplan.types import Device
+from lightning_memplan.report.plans import cards_table, devices_table
+from lightning_memplan.types import Device, as_dict
 
 HELP = "the cards that can be named; with --for, the largest batch size of each"
 
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
     if args.target:
         _run_for_job(args, devices)
     else:
-        show([device_fields(device) for device in devices] if args.json else devices_table(devices), as_json=args.json)
+        show([as_dict(device) for device in devices] if args.json else devices_table(devices), as_json=args.json)
 
 
 def _run_for_job(args: argparse.Namespace, devices: Sequence[Device]) -> None:
@@ -34,7 +34,7 @@ def _run_for_job(args: argparse.Namespace, devices: Sequence[Device]) -> None:
     job = make_job(args)
     with progress(f"planning {job.name}"):
         found = job.plan_each(devices, limits_of(args))
-    rows = [device_fields(device) | {"batch_size": size} for device, size in found]
+    rows = [as_dict(device) | {"batch_size": size} for device, size in found]
     show(rows if args.json else cards_table(found), as_json=args.json)
 
 

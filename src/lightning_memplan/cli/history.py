@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 
 from lightning_memplan.cli.arguments import add_history_file
 from lightning_memplan.cli.output import UsageError, show
-from lightning_memplan.monitor.history import history
+from lightning_memplan.monitor.history import load_history
 from lightning_memplan.report.runs import history_table
-from lightning_memplan.types import Run
+from lightning_memplan.types import RunRecord, as_dict
 
 HELP = "earlier runs on a GPU: predicted and actual peak"
 
@@ -24,12 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     runs = read_runs(args.file)
     if args.json:
-        show([asdict(each) for each in runs], as_json=True)
+        show([as_dict(each) for each in runs], as_json=True)
     else:
         show(history_table(runs) if runs else NO_RUNS, as_json=False)
 
 
-def read_runs(file: str | None) -> list[Run]:
+def read_runs(file: str | None) -> list[RunRecord]:
     """Return the runs on record, the oldest first, in ``file`` or in MemoryPlanner's own history.
 
     Raises:
@@ -40,4 +39,4 @@ def read_runs(file: str | None) -> list[Run]:
             f"there is no file {file!r}: without --file it is where MemoryPlanner keeps the history, "
             "$MEMPLAN_HISTORY or its default"
         )
-    return history(file)
+    return load_history(file)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from lightning_memplan.cli.arguments import add_job, add_limits, limits_of
 from lightning_memplan.cli.output import progress, show
-from lightning_memplan.report.plans import advice_table, plan_fields, plan_table
+from lightning_memplan.report.plans import advice_table, plan_table
+from lightning_memplan.types import as_dict
 
 HELP = "the largest batch size that fits"
 
@@ -30,8 +31,8 @@ def run(args: argparse.Namespace) -> None:
         with progress(f"tracing changes to {job.name}"):
             advice = job.advise(device, found.batch_size, args.margin)
     if args.json:
-        more = {} if advice is None else {"advice": [asdict(item) for item in advice]}
-        show({"model": job.name, "fits": True, **plan_fields(found), **more}, as_json=True)
+        more = {} if advice is None else {"advice": [as_dict(item) for item in advice]}
+        show({"model": job.name, "fits": True, **as_dict(found), **more}, as_json=True)
         return
     show(plan_table(found), as_json=False)
     if advice is not None:

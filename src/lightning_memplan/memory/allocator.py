@@ -6,9 +6,8 @@ request rounded up to 2 MiB. Blocks are split where enough is left over, and a f
 neighbours. When the GPU is full, idle segments are released before a request fails. So only a replay under the GPU's
 capacity tells if a program fits: the bytes that it reserves with ample memory are an upper bound.
 
-Source: c10/cuda/CUDACachingAllocator.cpp and c10/core/AllocatorConfig.h, torch 2.13 to 2.15. Pools of CUDA graphs are
-replayed as streams that keep their segments. Not replayed: blocks that several streams use (``record_stream``), and
-``backend:cudaMallocAsync``.
+Source: c10/cuda/CUDACachingAllocator.cpp and c10/core/AllocatorConfig.h, torch 2.13 to 2.15. Not replayed: blocks
+that several streams use (``record_stream``), pools of CUDA graphs, and ``backend:cudaMallocAsync``.
 """
 
 from __future__ import annotations
@@ -69,8 +68,7 @@ def replay(
     -2 releases everything idle (``torch.cuda.empty_cache``), whatever the block.
 
     Below, 3 MiB and 5 MiB share a segment of 20 MiB, and 40 MiB have one of their own. A GPU of 50 MiB has no room for
-    both, so the allocator releases the first, which is idle by then. An idle segment in the pool of a CUDA graph
-    (``Stream.GRAPHS``) stays: the graph runs in it again.
+    both, so the allocator releases the first, which is idle by then. Of ``Stream.TRIALS`` idle segments stay.
 
     >>> program = [(1, 3 * 2**20, 0), (2, 5 * 2**20, 0), (1, -1, 0), (2, -1, 0), (3, 40 * 2**20, 0)]
     >>> ample = replay(program)
@@ -79,8 +77,6 @@ def replay(
     >>> tight = replay(program, capacity=50 * 2**20)
     >>> tight.peak_reserved // 2**20, tight.retries, tight.out_of_memory
     (40, 1, None)
-    >>> replay([(block, size, Stream.GRAPHS) for block, size, _ in program], capacity=50 * 2**20).out_of_memory
-    4
 
     More capacity can, rarely, make a program fail that fitted: releasing segments earlier left fewer split blocks.
 

@@ -14,7 +14,7 @@ from lightning_memplan.memory.allocator_settings import AllocatorSettings
 from lightning_memplan.memory.program import Program
 from lightning_memplan.memory.replayer import Replayer
 from lightning_memplan.memory.snapshot import Snapshot, make_snapshot, write_snapshot
-from lightning_memplan.types import Layer, Peaks, Range
+from lightning_memplan.types import EstimateRow, Layer, Peaks, Range
 
 if TYPE_CHECKING:
     from lightning_memplan.memory.formula import Formula
@@ -233,6 +233,25 @@ class Estimate:
             sums[event.category] = sums.get(event.category, 0) + size
         sums["rounding"] = self.peak_allocated(batch_size) - sum(sums.values())
         return _largest_first(sums)
+
+    def row(self, batch_size: int, capacity: int | None = None) -> EstimateRow:
+        """Return the estimate at one batch size: peaks, their range, the formula and the breakdown.
+
+        >>> import torch, lightning_memplan as mp
+        >>> est = mp.estimate(torch.nn.Linear(1000, 1000), torch.zeros(4, 1000))
+        >>> mp.as_dict(est.row(batch_size=64))["peak_reserved"] == est.peak(batch_size=64)
+        True
+        """
+        return EstimateRow(
+            batch_size=batch_size,
+            peak_reserved=self.peak(batch_size, capacity),
+            peak_allocated=self.peak_allocated(batch_size),
+            formula_peak=self.formula.memory(batch_size),
+            phase=self.phase(batch_size),
+            breakdown=self.breakdown(batch_size),
+            phases=self.phases(batch_size),
+            reserved_range=self.reserved_range(batch_size, capacity),
+        )
 
     def snapshot(self, batch_size: int, capacity: int | None = None) -> Snapshot:
         """Return what ``torch.cuda.memory._snapshot()`` would after the recorded steps (see ``save_snapshot``).

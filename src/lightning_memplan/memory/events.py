@@ -38,8 +38,8 @@ class Stream(IntEnum):
 
     A strategy numbers its streams from ``STRATEGY`` on, and the user's step those that it makes after ``STEP``.
 
-    >>> Stream.STEP < Stream.LOOPS, [stream.name for stream in Stream if stream.keeps_segments]
-    (True, ['GRAPHS', 'GRAPH_TRIALS'])
+    >>> Stream.STRATEGY < Stream.STEP < Stream.LOOPS < Stream.COMPILED < Stream.TRIALS
+    True
     """
 
     DEFAULT = 0
@@ -47,17 +47,12 @@ class Stream(IntEnum):
     STEP = 2**10  #: the user's step numbers its own from the next one on
     LOOPS = 2**14  #: blocks of a loop over samples, merged into one for each place
     COMPILED = 2**15  #: blocks of a graph that ``torch.compile`` compiles
-    GRAPHS = 2**16  #: the pool of CUDA graphs
-    GRAPH_TRIALS = 2**16 + 1  #: blocks on which kernels of CUDA graphs are tried out
+    TRIALS = 2**16  #: blocks that fill the GPU's L2 cache before a compiled kernel is tried out
 
     @property
     def keeps_segments(self) -> bool:
-        """True for pools of CUDA graphs: the graphs run in them again, so idle segments stay on a full GPU.
-
-        Source: c10/cuda/CUDACachingAllocator.cpp, ``release_cached_blocks``: of private pools, it releases only those
-        in ``graph_pools_freeable``.
-        """
-        return self >= Stream.GRAPHS
+        """True where idle segments stay on a full GPU: a kernel that is compiled later is tried out as well."""
+        return self is Stream.TRIALS
 
 
 class Event(NamedTuple):

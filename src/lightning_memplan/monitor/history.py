@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_memplan.devices.detect import driver_version
 from lightning_memplan.settings import StepSettings
-from lightning_memplan.types import Device, Outcome, Plan, Run
+from lightning_memplan.types import Device, Outcome, Plan, RunRecord, as_dict
 from lightning_memplan.units import MiB
 
 if TYPE_CHECKING:
@@ -58,10 +58,10 @@ def history_path(place: bool | str | os.PathLike[str] = True) -> Path | None:
     return Path(base).expanduser() / "lightning-memplan" / "history.jsonl"
 
 
-def history(path: str | os.PathLike[str] | None = None) -> list[Run]:
+def load_history(path: str | os.PathLike[str] | None = None) -> list[RunRecord]:
     """Return the recorded runs, oldest first; read the default file if ``path`` is None.
 
-    >>> history("no such file")
+    >>> load_history("no such file")
     []
 
     A damaged line is skipped with a warning and left in the file. A line of a later version is skipped.
@@ -87,7 +87,7 @@ def history(path: str | os.PathLike[str] | None = None) -> list[Run]:
     return runs
 
 
-def append(run: Run, path: Path) -> None:
+def append(run: RunRecord, path: Path) -> None:
     """Append one run as one line that every reader sees whole or not at all, even while other processes append.
 
     The line is one ``write`` to a file opened for appending. On a local disk the kernel keeps such writes apart; on a
@@ -97,7 +97,7 @@ def append(run: Run, path: Path) -> None:
     Raises:
         OSError: The file cannot be written.
     """
-    line = json.dumps({"schema": SCHEMA, **asdict(run)}, separators=(",", ":"), default=str).encode() + b"\n"
+    line = json.dumps({"schema": SCHEMA, **as_dict(run)}, separators=(",", ":")).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -109,11 +109,11 @@ def append(run: Run, path: Path) -> None:
         os.close(file)
 
 
-def latest(runs: Sequence[Run]) -> Run:
+def latest(runs: Sequence[RunRecord]) -> RunRecord:
     """Return the last recorded run; of its ranks, the one that reserved the most.
 
-    >>> first, other = (Run("a1", "Net", "T4", 9, 9, "trace", 8, {}, {"first": (1, size)}, ranks=2) for size in (3, 2))
-    >>> latest([first, other]).measured["first"]
+    >>> peaks = [{"first": (1, 3)}, {"first": (1, 2)}]
+    >>> latest([RunRecord("a1", "Net", "T4", 9, 9, "trace", 8, {}, each, ranks=2) for each in peaks]).measured["first"]
     (1, 3)
     """
     last = runs[-1]
@@ -147,14 +147,16 @@ def learn(
     if margin is not None or path is None:
         return Lesson(prior if margin is None else margin)
     try:
-        runs = history(path)
+        runs = load_history(path)
     except OSError as error:
         warnings.warn(f"MemoryPlanner: the history of earlier runs cannot be read: {error}", stacklevel=2)
         runs = []
     return lesson(runs, structure, device.name, method=method, capacity=device.capacity, prior=prior)
 
 
-def lesson(runs: Sequence[Run], structure: str, device: str, *, method: str, capacity: int, prior: float) -> Lesson:
+def lesson(
+    runs: Sequence[RunRecord], structure: str, device: str, *, method: str, capacity: int, prior: float
+) -> Lesson:
     """Return the margin that earlier runs justify for the next run of ``structure``, on a GPU named ``device``.
 
     The residual of a run is the largest ratio of a measured peak to its prediction. The margin leaves room for the 95 %
@@ -191,10 +193,10 @@ def lesson(runs: Sequence[Run], structure: str, device: str, *, method: str, cap
     return Lesson(margin, f"{', '.join(said)}: margin {100 * margin:.1f} %", failed)
 
 
-def residual(run: Run) -> float | None:
+def residual(run: RunRecord) -> float | None:
     """Return the largest ratio of a measured peak to its prediction (1.02 is 2 % more), None if nothing was measured.
 
-    >>> residual(Run("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {"steady": (100, 200)}, {"steady": (90, 204)}))
+    >>> residual(RunRecord("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {"steady": (100, 200)}, {"steady": (90, 204)}))
     1.02
     """
     ratios = [
@@ -211,12 +213,12 @@ def _margin_for(ratio: float) -> float:
     return max(0.0, 1 - 1 / ratio) if ratio > 0 else 0.0
 
 
-_FIELDS = {field.name: field for field in fields(Run)}
+_FIELDS = {field.name: field for field in fields(RunRecord)}
 
 _REQUIRED = ("structure", "model", "device", "total", "capacity", "method", "batch_size", "predicted", "measured")
 
 
-def _from_line(line: bytes) -> Run | None:
+def _from_line(line: bytes) -> RunRecord | None:
     """Return the run of one line, None if a later version wrote it.
 
     Raises:
@@ -233,7 +235,7 @@ def _from_line(line: bytes) -> Run | None:
     for name in ("predicted", "measured"):
         values[name] = _pairs(values[name])
     values["phases"] = _pairs(values.get("phases", {}))
-    return Run(**values)
+    return RunRecord(**values)
 
 
 def _pairs(found: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
@@ -294,7 +296,7 @@ def remember(path: Path | None, meter: Meter, plan: Plan, setup: RunSetup, outco
         )
 
 
-def run_record(meter: Meter, plan: Plan, setup: RunSetup, outcome: Outcome) -> Run:
+def run_record(meter: Meter, plan: Plan, setup: RunSetup, outcome: Outcome) -> RunRecord:
     """Return a run as the history keeps it.
 
     Its peaks leave out the bytes that were allocated before planning, as the plan leaves them out of the capacity.
@@ -325,7 +327,7 @@ def run_record(meter: Meter, plan: Plan, setup: RunSetup, outcome: Outcome) -> R
     }
     if outcome == "out of memory":
         predicted["failed"] = highest([(meter.predicted.allocated, meter.predicted.reserved)])
-    return Run(
+    return RunRecord(
         structure=setup.structure,
         model=setup.model,
         device=plan.device.name,

@@ -331,6 +331,6 @@ def plan_lengths(
         except DoesNotFitError as error:
             return Length(length, 0, error.needed, "memory")
         limited_by: Literal["memory", "max_batch_size"] = "memory" if plan.limited_by == "memory" else "max_batch_size"
-        return Length(length, plan.batch_size, plan.predicted_peak, limited_by)
+        return Length(length, plan.batch_size, plan.peak_reserved, limited_by)
 
     return Lengths(tuple(map(row, sorted(set(asked)))), card, limits.budget_of(card))

@@ -10,7 +10,7 @@ from lightning_memplan.memory.search import SearchResult, SizeLimits
 from lightning_memplan.planning.limits import Limits
 from lightning_memplan.planning.predictor import OneEstimate, Predictor
 from lightning_memplan.planning.retrace import accepted_size
-from lightning_memplan.report.plans import EstimateRow, advice_lines, does_not_fit_message
+from lightning_memplan.report.plans import advice_lines, does_not_fit_message
 from lightning_memplan.types import Device, Plan
 
 
@@ -48,8 +48,8 @@ def make_plan(
         margin=limits.margin,
         limited_by=limited_by,
         method=found.method,
-        predicted_peak=found.peak(size, device.capacity),
-        predicted_allocated=found.peak_allocated(size),
+        peak_reserved=found.peak(size, device.capacity),
+        peak_allocated=found.peak_allocated(size),
         formula_peak=found.formula.memory(size),
         methods=found.methods(size, device.capacity),
         phase=found.phase(size),
@@ -94,7 +94,7 @@ def _search(predictor: Predictor, device: Device, limits: Limits) -> tuple[Searc
 
 def _does_not_fit(predictor: Predictor, device: Device, limits: Limits, batch_size: int, nccl: int) -> DoesNotFitError:
     budget, found = limits.budget_of(device), predictor.estimate_at(batch_size)
-    row = EstimateRow.of(found, batch_size)
+    row = found.row(batch_size)
     message = does_not_fit_message(
         row,
         budget,

@@ -74,8 +74,8 @@ class Proposal:
             accumulate_grad_batches=plan.accumulate_grad_batches
             if whole is None
             else whole // (batch_size * self.session.limits.ranks),
-            predicted_peak=estimate.peak(batch_size, plan.device.capacity),
-            predicted_allocated=estimate.peak_allocated(batch_size),
+            peak_reserved=estimate.peak(batch_size, plan.device.capacity),
+            peak_allocated=estimate.peak_allocated(batch_size),
             formula_peak=estimate.formula.memory(batch_size),
             methods=estimate.methods(batch_size, plan.device.capacity),
             phase=estimate.phase(batch_size),
@@ -238,10 +238,10 @@ def _shrunk(proposal: Proposal, peaks: TrialPeaks, attempt: int) -> Proposal:
     """Return a smaller proposal: by the bytes that were missing at first, then halved down to the smallest allowed."""
     plan, session = proposal.plan, proposal.session
     if attempt < SHRINKS:
-        budget = plan.predicted_peak - lacking(plan.predicted_peak, peaks.reserved, peaks.missing, attempt)
-        most = min(plan.batch_size - 1, plan.batch_size * budget // plan.predicted_peak)
+        budget = plan.peak_reserved - lacking(plan.peak_reserved, peaks.reserved, peaks.missing, attempt)
+        most = min(plan.batch_size - 1, plan.batch_size * budget // plan.peak_reserved)
     else:
-        budget, most = plan.predicted_peak, plan.batch_size // 2
+        budget, most = plan.peak_reserved, plan.batch_size // 2
     for limits in _smaller(session.limits, plan.batch_size, most, budget):
         with suppress(ValueError, DoesNotFitError):
             smaller = session.plan(limits)
@@ -249,7 +249,7 @@ def _shrunk(proposal: Proposal, peaks: TrialPeaks, attempt: int) -> Proposal:
     needed = peaks.reserved + peaks.missing
     message = (
         f"real steps of batch size {plan.batch_size} ran out of memory on {plan.device.name}: they were predicted "
-        f"to reserve {format_bytes(plan.predicted_peak)}, and asked for {format_bytes(needed)} at least"
+        f"to reserve {format_bytes(plan.peak_reserved)}, and asked for {format_bytes(needed)} at least"
     )
     raise DoesNotFitError(message, needed=needed, available=peaks.reserved, tried=True)
 

@@ -110,10 +110,10 @@ def plot_batch_sizes(estimate: Estimate, plan: Plan) -> Figure:
         top = round(1.25 * plan.device.total)
     if plan.budget <= top:
         _draw_limits(axes, plan.device, plan.budget)
-    axes.plot([chosen], [gib(plan.predicted_peak)], "ko", markersize=8)
+    axes.plot([chosen], [gib(plan.peak_reserved)], "ko", markersize=8)
     axes.annotate(
-        f"batch size {chosen}\n{format_bytes(plan.predicted_peak)} reserved",
-        (chosen, gib(plan.predicted_peak)),
+        f"batch size {chosen}\n{format_bytes(plan.peak_reserved)} reserved",
+        (chosen, gib(plan.peak_reserved)),
         (10, -80),
         textcoords="offset points",
         arrowprops={"arrowstyle": "->", "color": "0.3", "shrinkB": 5},

@@ -13,7 +13,7 @@ def plan_hparams(plan: Plan) -> dict[str, int | float | str]:
 
     >>> from lightning_memplan.types import Device
     >>> plan = Plan(batch_size=8, device=Device("card", total=2**34), budget=2**33, margin=0.5, limited_by="memory",
-    ...             method="trace", predicted_peak=2**32, predicted_allocated=2**31, formula_peak=2**31,
+    ...             method="trace", peak_reserved=2**32, peak_allocated=2**31, formula_peak=2**31,
     ...             breakdown={"activations": 2**30})
     >>> found = plan_hparams(plan)
     >>> found["memplan/batch_size"], found["memplan/predicted_reserved_gib"], found["memplan/activations_gib"]
@@ -30,8 +30,8 @@ def plan_hparams(plan: Plan) -> dict[str, int | float | str]:
         "memplan/limited_by": plan.limited_by,
         "memplan/method": plan.method,
         "memplan/phase": plan.phase,
-        "memplan/predicted_reserved_gib": gib(plan.predicted_peak),
-        "memplan/predicted_allocated_gib": gib(plan.predicted_allocated),
+        "memplan/predicted_reserved_gib": gib(plan.peak_reserved),
+        "memplan/predicted_allocated_gib": gib(plan.peak_allocated),
         "memplan/formula_gib": gib(plan.formula_peak),
         **({} if plan.confirmed is None else {"memplan/confirmed_gib": gib(plan.confirmed)}),
         **{f"memplan/{method}_gib": gib(peak) for method, peak in plan.methods.items()},

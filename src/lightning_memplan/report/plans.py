@@ -1,10 +1,8 @@
-"""Plans, estimates, devices, advice and the formula as text, and as plain values for JSON."""
+"""Plans, estimates, devices and advice as text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 from lightning_memplan.report.text import (
     WIDTH,
@@ -14,15 +12,11 @@ from lightning_memplan.report.text import (
     largest_parts,
     percent,
     shorten_end,
-    shorten_middle,
     table,
     wrap,
 )
-from lightning_memplan.types import Advice, Device, Layer, Plan
+from lightning_memplan.types import Advice, Device, EstimateRow, Plan
 from lightning_memplan.units import format_bytes
-
-if TYPE_CHECKING:
-    from lightning_memplan.memory.estimate import Estimate
 
 #: What kept the batch size from being larger, by ``Plan.limited_by``
 LIMITS = {
@@ -47,7 +41,7 @@ def plan_table(plan: Plan, rows: Iterable[tuple[str, str]] = ()) -> str:
 
     >>> card = Device("NVIDIA GeForce RTX 3090", total=25446711296, context=480 * 2**20)
     >>> plan = Plan(batch_size=24, device=card, budget=23 * 2**30, margin=0.02, limited_by="memory", method="trace",
-    ...             predicted_peak=22 * 2**30, predicted_allocated=20 * 2**30, formula_peak=30 * 2**30,
+    ...             peak_reserved=22 * 2**30, peak_allocated=20 * 2**30, formula_peak=30 * 2**30,
     ...             phase="backward", breakdown={"activations": 15 * 2**30, "gradients": 5 * 2**30},
     ...             methods={"trace": 22 * 2**30, "formula": 30 * 2**30})
     >>> print(plan_table(plan))
@@ -67,12 +61,12 @@ def plan_table(plan: Plan, rows: Iterable[tuple[str, str]] = ()) -> str:
     if plan.nccl:
         lines.append(format_row("  NCCL", format_bytes(plan.nccl), "left to it beside the allocator: an allowance"))
     lines += _batch_size_rows(plan)
-    bar = draw_bar(plan.predicted_peak, total, fill=".")
-    reserved = f"{percent(plan.predicted_peak, total)} of the {where}  [{bar}]"
-    lines += [format_row("peak reserved", format_bytes(plan.predicted_peak), reserved), *_reserved_rows(plan)]
+    bar = draw_bar(plan.peak_reserved, total, fill=".")
+    reserved = f"{percent(plan.peak_reserved, total)} of the {where}  [{bar}]"
+    lines += [format_row("peak reserved", format_bytes(plan.peak_reserved), reserved), *_reserved_rows(plan)]
     phase = f", in the {plan.phase} phase" if plan.phase else ""
-    allocated = f"{percent(plan.predicted_allocated, total)} of the {where}{phase}"
-    lines.append(format_row("peak allocated", format_bytes(plan.predicted_allocated), allocated))
+    allocated = f"{percent(plan.peak_allocated, total)} of the {where}{phase}"
+    lines.append(format_row("peak allocated", format_bytes(plan.peak_allocated), allocated))
     lines += breakdown_rows(plan.breakdown)
     for method, peak in (plan.methods or {"formula": plan.formula_peak}).items():
         lines.append(format_row(method, format_bytes(peak), _METHODS[method]))
@@ -102,10 +96,10 @@ def _batch_size_rows(plan: Plan) -> list[str]:
 def _reserved_rows(plan: Plan) -> list[str]:
     """Return the range of the reserved peak where only a range is known, and what real steps reserved."""
     lines, bounds = [], plan.reserved_range
-    if bounds is not None and bounds.high > plan.predicted_peak:
+    if bounds is not None and bounds.high > plan.peak_reserved:
         text = f"expected of its workspaces, {format_bytes(bounds.high)} at most"
         lines.append(format_row("  with cuDNN", format_bytes(bounds.expected), text))
-    if bounds is not None and bounds.low < plan.predicted_peak:
+    if bounds is not None and bounds.low < plan.peak_reserved:
         text = "reserved in any case; planned for the most that there may be"
         lines.append(format_row("  at least", format_bytes(bounds.low), text))
     if plan.confirmed is not None:
@@ -120,44 +114,17 @@ def validation_text(batch_size: int, training: Plan, both: Plan | None) -> str:
     >>> from dataclasses import replace
     >>> card = Device("my card", total=2**35)
     >>> plan = Plan(batch_size=8, device=card, budget=2**34, margin=0.5, limited_by="memory", method="trace",
-    ...             predicted_peak=2**32, predicted_allocated=2**31, formula_peak=2**31)
-    >>> both = replace(plan, batch_size=4, predicted_allocated=3 * 2**31, predicted_peak=2**33)
+    ...             peak_reserved=2**32, peak_allocated=2**31, formula_peak=2**31)
+    >>> both = replace(plan, batch_size=4, peak_allocated=3 * 2**31, peak_reserved=2**33)
     >>> validation_text(4, plan, both)
     "MemoryPlanner: validation's batch size is 4; peak of both, in validation: 6.00 GiB allocated, 8.00 GiB reserved"
     """
     text = f"MemoryPlanner: validation's batch size is {batch_size}"
     if both is None or both.batch_size != batch_size:
         return text
-    which = "validation" if both.predicted_allocated > training.predicted_allocated else "training"
-    allocated, reserved = format_bytes(both.predicted_allocated), format_bytes(both.predicted_peak)
+    which = "validation" if both.peak_allocated > training.peak_allocated else "training"
+    allocated, reserved = format_bytes(both.peak_allocated), format_bytes(both.peak_reserved)
     return f"{text}; peak of both, in {which}: {allocated} allocated, {reserved} reserved"
-
-
-def plan_fields(plan: Plan) -> dict[str, object]:
-    """Return a plan as plain values, for JSON; sizes in bytes.
-
-    >>> plan = Plan(batch_size=8, device=Device("card", total=2**34), budget=2**33, margin=0.5, limited_by="memory",
-    ...             method="trace", predicted_peak=2**32, predicted_allocated=2**31, formula_peak=2**31)
-    >>> found = plan_fields(plan)
-    >>> found["batch_size"], found["peak_reserved"], found["device"]["total"]
-    (8, 4294967296, 17179869184)
-    """
-    return {
-        "batch_size": plan.batch_size,
-        "accumulate_grad_batches": plan.accumulate_grad_batches,
-        "limited_by": plan.limited_by,
-        "method": plan.method,
-        "device": device_fields(plan.device),
-        "margin": plan.margin,
-        "budget": plan.budget,
-        "nccl": plan.nccl,
-        "peak_reserved": plan.predicted_peak,
-        "peak_allocated": plan.predicted_allocated,
-        "formula": plan.formula_peak,
-        "phase": plan.phase,
-        "breakdown": dict(plan.breakdown),
-        "notes": list(plan.notes),
-    }
 
 
 def does_not_fit_message(
@@ -173,7 +140,9 @@ def does_not_fit_message(
 
     ``suggestions`` are the changes, the best first; ``card`` is the smallest GPU of the catalogue with enough memory.
 
-    >>> row = EstimateRow(1, 18 * 2**30, 18 * 2**30, 0, "backward", {"activations": 2**34, "gradients": 2**31})
+    >>> from lightning_memplan.types import Range
+    >>> parts = {"activations": 2**34, "gradients": 2**31}
+    >>> row = EstimateRow(1, 18 * 2**30, 2**34, 0, "backward", parts, {}, Range(0, 0, 0))
     >>> print(does_not_fit_message(row, 14 * 2**30, Device("NVIDIA T4", total=15 * 2**30), model="UNet3d",
     ...                            suggestions=["precision='16-mixed' instead of '32-true'"]))
     UNet3d does not fit on NVIDIA T4 at batch size 1: it lacks 4.00 GiB.
@@ -202,24 +171,6 @@ def does_not_fit_message(
 
 
 # --- devices and estimates
-def device_fields(device: Device) -> dict[str, object]:
-    """Return a device as plain values, for JSON; sizes in bytes.
-
-    >>> device_fields(Device("card", total=2**34, context=2**30, capability=(8, 6)))["capability"]
-    '8.6'
-    """
-    return {
-        "name": device.name,
-        "kind": device.kind,
-        "index": device.index,
-        "uuid": device.uuid,
-        "total": device.total,
-        "free": device.total if device.free is None else device.free,
-        "capacity": device.capacity,
-        "capability": _capability(device) or None,
-    }
-
-
 def devices_table(devices: Sequence[Device]) -> str:
     """Return devices, a line each, with the bytes that training can have of each.
 
@@ -253,40 +204,11 @@ def _card_or_machine(device: Device) -> str:
 
 
 # --- estimates
-@dataclass(frozen=True, slots=True)
-class EstimateRow:
-    """The estimate at one batch size; sizes in bytes.
-
-    >>> import lightning_memplan as mp, torch
-    >>> row = EstimateRow.of(mp.estimate(torch.nn.Linear(100, 100), torch.zeros(4, 100)), batch_size=8)
-    >>> sum(row.breakdown.values()) == row.peak_allocated <= row.peak_reserved, row.phase
-    (True, 'backward')
-    """
-
-    batch_size: int
-    peak_reserved: int
-    peak_allocated: int
-    formula: int
-    phase: str
-    breakdown: Mapping[str, int]
-
-    @classmethod
-    def of(cls, estimate: Estimate, batch_size: int) -> EstimateRow:
-        """Return the row of an estimate at a batch size."""
-        return cls(
-            batch_size,
-            estimate.peak(batch_size),
-            estimate.peak_allocated(batch_size),
-            estimate.formula.memory(batch_size),
-            estimate.phase(batch_size),
-            dict(estimate.breakdown(batch_size)),
-        )
-
-
 def estimate_table(model: str, rows: Sequence[EstimateRow], notes: Sequence[str] = ()) -> str:
     """Return what training takes at several batch sizes, and where it goes at the last.
 
-    >>> row = EstimateRow(8, 2**31, 2**30, 2**30, "backward", {"activations": 2**30})
+    >>> from lightning_memplan.types import Range
+    >>> row = EstimateRow(8, 2**31, 2**30, 2**30, "backward", {"activations": 2**30}, {}, Range(2**31, 2**31, 2**31))
     >>> print(estimate_table("Net", [row]))
     Net
       batch size  peak reserved  peak allocated   formula
@@ -297,7 +219,8 @@ def estimate_table(model: str, rows: Sequence[EstimateRow], notes: Sequence[str]
     """
     head = ("batch size", "peak reserved", "peak allocated", "formula")
     sizes = [
-        (str(row.batch_size), *map(format_bytes, (row.peak_reserved, row.peak_allocated, row.formula))) for row in rows
+        (str(row.batch_size), *map(format_bytes, (row.peak_reserved, row.peak_allocated, row.formula_peak)))
+        for row in rows
     ]
     last = rows[-1]
     lines = [shorten_end(model, WIDTH), *(f"  {line}" for line in table([head, *sizes]).splitlines())]
@@ -342,98 +265,3 @@ def advice_lines(advice: Sequence[Advice], available: int, count: int = 3) -> li
         then = "which fits" if lacks <= 0 else f"which still lacks {format_bytes(lacks)}"
         lines.append(f"{item.change}: {format_bytes(item.peak_reserved)}, {then}")
     return lines
-
-
-# --- the formula
-def layers_table(
-    layers: Sequence[Layer],
-    *,
-    input_bytes: int,
-    batch_size: int = 1,
-    optimizer_bytes: int = 0,
-    top: int | None = None,
-) -> str:
-    """Return the formula layer by layer, with its totals, and written out with its numbers.
-
-    ``shape`` and ``output`` are one sample's. With ``top``, only so many layers are shown, the largest at this batch
-    size, in the network's order; the rest is one line.
-
-    >>> conv = Layer("conv", "Conv3d", 840, 840, 3360, 3360, (30, 191, 227, 191), 993742440)
-    >>> print(layers_table([conv], input_bytes=34119604, batch_size=2))
-    layer          type    parameters  shape               output
-    conv           Conv3d         840  30x191x227x191  947.71 MiB
-    input                                               32.54 MiB
-    sum of layers                 840                  947.71 MiB
-    <BLANKLINE>
-    memory(bs) = params + grads + bs x (I1 + 2 x sum Ii)
-               = 3.28 KiB + 3.28 KiB + bs x (32.54 MiB + 2 x 947.71 MiB)
-    memory(2)  = 3.77 GiB
-
-    Raises:
-        ValueError: ``batch_size`` or ``top`` is less than 1.
-    """
-    if batch_size < 1:
-        raise ValueError(f"a batch size is at least 1, and {batch_size} is not")
-    if top is not None and top < 1:
-        raise ValueError(f"top is a number of layers to show, at least 1, and {top} is not")
-    shown = _largest_layers(layers, batch_size, len(layers) if top is None else top)
-    hidden = [row for i, row in enumerate(layers) if i not in shown]
-    parameters, features = sum(row.parameters for row in layers), sum(row.feature_bytes for row in layers)
-    cells = [("layer", "type", "parameters", "shape", "output")]
-    for row in (layers[i] for i in shown):
-        shape, output = "x".join(map(str, row.shape)), format_bytes(row.feature_bytes)
-        cells.append((row.path or "(itself)", row.type, f"{row.parameters:,}", shape, output))
-    if hidden:
-        rest, output = sum(row.parameters for row in hidden), format_bytes(sum(row.feature_bytes for row in hidden))
-        cells.append((f"{len(hidden)} smaller ones", "", f"{rest:,}", "", output))
-    cells.append(("input", "", "", "", format_bytes(input_bytes)))
-    cells.append(("sum of layers", "", f"{parameters:,}", "", format_bytes(features)))
-    weights = sum(row.parameter_bytes for row in layers), sum(row.gradient_bytes for row in layers)
-    formula = _formula_lines(weights, input_bytes, features, batch_size, optimizer_bytes)
-    return "\n".join([*_columns(cells), "", *formula])
-
-
-def _largest_layers(layers: Sequence[Layer], batch_size: int, count: int) -> list[int]:
-    """Return the places of the ``count`` layers that take the most memory, in the network's order."""
-
-    def size(place: int) -> int:
-        row = layers[place]
-        return row.parameter_bytes + row.gradient_bytes + 2 * batch_size * row.feature_bytes
-
-    return sorted(sorted(range(len(layers)), key=size, reverse=True)[:count])
-
-
-def _formula_lines(
-    weights: tuple[int, int], input_bytes: int, features: int, batch_size: int, optimizer_bytes: int
-) -> list[str]:
-    """Write out the formula, with the bytes of parameters and gradients, of inputs and of features, and its value.
-
-    >>> _formula_lines((1024, 1024), 512, 2**20, batch_size=1, optimizer_bytes=0)[2]
-    'memory(1)  = 2.00 MiB'
-    """
-    parameters, gradients = weights
-    total = parameters + gradients + batch_size * (input_bytes + 2 * features)
-    label = f"memory({batch_size})"
-    left = max(len(label), len("memory(bs)"))
-    numbers = f"{format_bytes(parameters)} + {format_bytes(gradients)}"
-    sample = f"{format_bytes(input_bytes)} + 2 x {format_bytes(features)}"
-    lines = [
-        f"{'memory(bs)':<{left}} = params + grads + bs x (I1 + 2 x sum Ii)",
-        f"{'':<{left}} = {numbers} + bs x ({sample})",
-        f"{label:<{left}} = {format_bytes(total)}",
-    ]
-    if optimizer_bytes:
-        lines.append(f"{'':<{left}}   and {format_bytes(optimizer_bytes)} of optimizer state, apart")
-    return lines
-
-
-def _columns(cells: Sequence[tuple[str, str, str, str, str]]) -> list[str]:
-    """Align the layers' table in columns as wide as they need; the path gets the width that is left."""
-    kind, parameters, shape, output = (max(len(row[i]) for row in cells) for i in range(1, 5))
-    kind, shape = min(kind, 20), min(shape, 20)
-    path = min(max(len(row[0]) for row in cells), WIDTH - (kind + parameters + shape + output + 8))
-    return [
-        f"{shorten_middle(row[0], path):<{path}}  {shorten_end(row[1], kind):<{kind}}  {row[2]:>{parameters}}"
-        f"  {shorten_end(row[3], shape):<{shape}}  {row[4]:>{output}}"
-        for row in cells
-    ]

@@ -1,4 +1,4 @@
-"""Measured runs, logged runs and the history as text."""
+"""Measured runs and the history as text."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from lightning_memplan.report.plans import LIMITS
-from lightning_memplan.report.text import WIDTH, draw_bar, format_row, percent, shorten_end, shorten_middle, table, wrap
-from lightning_memplan.types import Measurement, Peaks, Run
-from lightning_memplan.units import GiB, format_bytes
+from lightning_memplan.report.text import WIDTH, draw_bar, format_row, percent, shorten_end, table, wrap
+from lightning_memplan.types import Measurement, Peaks, RunRecord
+from lightning_memplan.units import format_bytes
 
 _PHASES = ("batch", "forward", "backward", "optimizer")  #: in a step's order
 
@@ -82,33 +81,6 @@ def _error_lines(measurements: Sequence[Measurement]) -> list[str]:
     return lines
 
 
-def logged_report(
-    folder: str, plan: Mapping[str, str], measurements: Sequence[Measurement], validations: Sequence[Peaks] = ()
-) -> str:
-    """Return a run from its log: the plan, as it was logged among the hyperparameters, and the measured steps.
-
-    >>> plan = {"device": "T4", "batch_size": "8", "method": "trace", "margin": "0.05", "limited_by": "dataset",
-    ...         "device_gib": "16.0"}
-    >>> print(logged_report("logs/version_0", plan, [Measurement(0, 2**31, 2**32, 2**31, 2**32)]))
-    logs/version_0
-      batch size 8 on T4, limited by the dataset; planned by trace, margin 5.0 %
-    memory over 1 measured step
-                       predicted       actual      error
-      peak reserved     4.00 GiB     4.00 GiB     +0.0 %
-      peak allocated    2.00 GiB     2.00 GiB     +0.0 %
-      error of allocated, step by step: median +0.0 %, worst +0.0 % in step 0
-      card             16.00 GiB    25 % of it reserved  [#####...............]
-    """
-    lines = [shorten_middle(folder, WIDTH)]
-    if plan:
-        size = f"batch size {plan['batch_size']} on {plan['device']}, {LIMITS[plan['limited_by']]}"
-        lines += wrap(f"{size}; {_planned(plan['method'], float(plan['margin']))}", "  ")
-    lines.append(measurement_summary(measurements, validations=validations))
-    if plan and measurements:
-        lines.append(_card_line(max(m.reserved for m in measurements), round(float(plan["device_gib"]) * GiB)))
-    return "\n".join(lines)
-
-
 def _card_line(reserved: int, total: int) -> str:
     """Return how much of the GPU was reserved at most."""
     bar = draw_bar(reserved, total, fill=".")
@@ -149,16 +121,16 @@ def _retried(times: int) -> str:
 
 
 # --- history
-def history_table(runs: Sequence[Run]) -> str:
+def history_table(runs: Sequence[RunRecord]) -> str:
     """Return earlier runs by module and GPU, a line each: the predicted and the actual reserved peak, and the error.
 
-    >>> print(history_table([Run("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {"steady": (2**30, 2**31)},
+    >>> print(history_table([RunRecord("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {"steady": (2**30, 2**31)},
     ...                          {"steady": (2**30, 2**31)}, time="2026-11-20T08:00:00+00:00")]))
     Net on T4
       when (UTC)        precision  batch  predicted    actual   error
       2026-11-20 08:00                 8   2.00 GiB  2.00 GiB  +0.0 %
     """
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[RunRecord]] = {}
     for run in runs:
         groups.setdefault(f"{shorten_end(run.model, 30)} on {run.device}", []).append(run)
     head = ("when (UTC)", "precision", "batch", "predicted", "actual", "error")
@@ -171,7 +143,7 @@ def history_table(runs: Sequence[Run]) -> str:
     return "\n\n".join(parts)
 
 
-def _history_row(run: Run) -> tuple[str, ...]:
+def _history_row(run: RunRecord) -> tuple[str, ...]:
     predicted, actual = _highest_reserved(run.predicted), _highest_reserved(run.measured)
     error = f"{100 * (predicted - actual) / actual:+.1f} %" if actual else ""
     if run.outcome == "out of memory":
@@ -188,14 +160,14 @@ def _history_row(run: Run) -> tuple[str, ...]:
     )
 
 
-def _when(run: Run) -> str:
+def _when(run: RunRecord) -> str:
     return run.time[:16].replace("T", " ")
 
 
-def run_report(run: Run, lesson: str = "") -> str:
+def run_report(run: RunRecord, lesson: str = "") -> str:
     """Return one run of the history: how it was planned, how it ended, its peaks, and the lesson of runs like it.
 
-    >>> print(run_report(Run("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {"steady": (2**30, 2**31)},
+    >>> print(run_report(RunRecord("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {"steady": (2**30, 2**31)},
     ...                      {"steady": (2**30, 2**31)}, steps=20, phases={"backward": (2**30, 2**30)},
     ...                      margin=0.05, time="2026-11-20T08:00:00+00:00")))
     Net on T4, 2026-11-20 08:00 UTC: done, 20 steps
@@ -236,10 +208,10 @@ def _highest_reserved(peaks: Mapping[str, tuple[int, int]]) -> int:
     return max((reserved for _, reserved in peaks.values()), default=0)
 
 
-def lessons_table(rows: Iterable[tuple[Run, int, str]]) -> str:
+def lessons_table(rows: Iterable[tuple[RunRecord, int, str]]) -> str:
     """Return what earlier runs teach; a row is one of the runs, how many there are, and the lesson's text.
 
-    >>> run = Run("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {}, {}, settings={"precision": "16-mixed"})
+    >>> run = RunRecord("a1", "Net", "T4", 2**34, 2**34, "trace", 8, {}, {}, settings={"precision": "16-mixed"})
     >>> print(lessons_table([(run, 3, "3 runs of this module took at most +0.0 %: margin 1.0 %")]))
     Net in 16-mixed on T4, 3 runs
       3 runs of this module took at most +0.0 %: margin 1.0 %

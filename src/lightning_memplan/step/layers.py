@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,39 +16,10 @@ from torch.utils.hooks import RemovableHandle
 from lightning_memplan.checks import check_batch_size
 from lightning_memplan.data.batches import bytes_of, storage_key, tensors_of
 from lightning_memplan.memory.formula import Formula
-from lightning_memplan.types import Layer
+from lightning_memplan.types import Filters, Layer
 
 
 # --- parameters of one layer ------------------------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
-class Filters:
-    """``count`` equal filters of a layer: ``inputs`` weights for every place of the ``kernel``, and ``biases`` each.
-
-    The first layer of the note, 3 x 3 x 3 from 1 channel to 30, by both of its methods:
-
-    >>> layer = Filters(kernel=27, inputs=1, biases=1, count=30)
-    >>> layer.per_filter, layer.apart
-    (840, 840)
-    """
-
-    kernel: int
-    inputs: int
-    biases: int
-    count: int
-
-    @property
-    def per_filter(self) -> int:
-        """Method A, one filter first: (kernel * inputs + biases) * count."""
-        return (self.kernel * self.inputs + self.biases) * self.count
-
-    @property
-    def apart(self) -> int:
-        """Method B, weights and biases apart: kernel * inputs * count + all biases."""
-        weights = self.kernel * self.inputs * self.count
-        total_biases = self.biases * self.count
-        return weights + total_biases
-
-
 def filters_of(module: nn.Module) -> tuple[Filters, ...] | None:
     """Describe a layer's parameters as filters, from its attributes; return None for an unknown kind of layer.
 
@@ -208,7 +179,7 @@ class _Recorder:
         # before any call: in one, other tensors may stand for them (torch.func.functional_call)
         self._parameters = {id(child): tuple(child.parameters()) for child, _ in self._layers}
         self._calling: list[_Call] = []  # begun and not ended
-        self._counted: set[nn.Parameter] = set()
+        self._counted: dict[nn.Parameter, str] = {}  # and the path of the row that has it
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
@@ -244,39 +215,59 @@ class _Recorder:
             is_layer = all(id(child) not in self._paths for child in module.children())
             own = [p for p in module.parameters(recurse=is_layer) if p not in self._counted]
             if own and is_layer:
-                self._add(module, own, (), 0)
+                self._add(module, list(module.parameters()), (), 0)
             elif own:
                 for name, parameter in module.named_parameters(prefix=path, recurse=False):
                     if parameter not in self._counted:
-                        self._counted.add(parameter)
-                        n = parameter.numel()
-                        self.rows.append(
-                            Layer(name, "Parameter", n, n, *_parameter_bytes([parameter]), tuple(parameter.shape), 0)
-                        )
+                        self._counted[parameter] = name
+                        sizes = _parameter_bytes([parameter])
+                        self.rows.append(Layer(name, "Parameter", parameter.numel(), *sizes, tuple(parameter.shape), 0))
 
     def _add(
         self, module: nn.Module, parameters: Sequence[nn.Parameter], shape: tuple[int, ...], feature_bytes: int
     ) -> None:
         new = [p for p in parameters if p not in self._counted]
-        self._counted.update(new)
-        per_filter, apart = _count(module, new)
-        kind = type(module).__name__
+        path, kind, count = self._paths[id(module)], type(module).__name__, sum(p.numel() for p in new)
+        filters, differs = textbook_filters(module), ""
+        if filters and sum(each.per_filter for each in filters) != count:
+            counted_in = dict.fromkeys(self._counted[p] for p in parameters if p in self._counted)
+            differs = "; ".join(_differences(module, parameters, path, counted_in))
+        self._counted.update(dict.fromkeys(new, path))
         if parametrize.is_parametrized(module):
             kind = kind.removeprefix("Parametrized")
-        self.rows.append(
-            Layer(self._paths[id(module)], kind, per_filter, apart, *_parameter_bytes(new), shape, feature_bytes)
-        )
+        self.rows.append(Layer(path, kind, count, *_parameter_bytes(new), shape, feature_bytes, filters, differs))
 
 
-def _count(module: nn.Module, new: Sequence[nn.Parameter]) -> tuple[int, int]:
-    """Count a layer's parameters by both methods, or by its tensors if its kind is unknown or it holds others."""
-    numel = sum(p.numel() for p in new)
-    filters = None if parametrize.is_parametrized(module) else filters_of(module)
-    if filters is not None:
-        per_filter, apart = sum(f.per_filter for f in filters), sum(f.apart for f in filters)
-        if per_filter == apart == numel:
-            return per_filter, apart
-    return numel, numel
+def textbook_filters(module: nn.Module) -> tuple[Filters, ...]:
+    """Return a layer's filters as the textbook counts them: each reads all input channels, and has a bias.
+
+    A parametrized layer has none: it holds other tensors, and to read its bias would compute it.
+
+    >>> textbook_filters(nn.Conv2d(16, 32, 3, groups=4, bias=False))
+    (Filters(kernel=9, inputs=16, biases=1, count=32),)
+    >>> textbook_filters(nn.Flatten())
+    ()
+    """
+    found = () if parametrize.is_parametrized(module) else filters_of(module) or ()
+    if isinstance(module, nn.modules.conv._ConvNd):
+        found = (replace(found[0], inputs=module.in_channels),)
+    return (replace(found[0], biases=max(1, found[0].biases)),) if len(found) == 1 else found
+
+
+def _differences(
+    module: nn.Module, parameters: Sequence[nn.Parameter], path: str, counted_in: Iterable[str]
+) -> Iterator[str]:
+    """Say why a row counts other numbers than its layer's filters; other rows have ``counted_in`` some of them."""
+    filters = filters_of(module) or ()
+    if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
+        reads = module.in_channels // module.groups
+        yield f"groups={module.groups}, so that a filter reads {reads} of {module.in_channels} channels"
+    if len(filters) == 1 and not filters[0].biases:
+        yield "no bias"
+    if sum(p.numel() for p in parameters) != sum(each.per_filter for each in filters):
+        yield "it holds other tensors than its kind does"
+    for other in counted_in:
+        yield "counted at its first call" if other == path else f"tied, and counted in {other or '(itself)'}"
 
 
 def _parameter_bytes(parameters: Sequence[nn.Parameter]) -> tuple[int, int]:
@@ -299,6 +290,7 @@ def _check_initialised(module: nn.Module) -> None:
 def make_formula(module: nn.Module, layers: Sequence[Layer], input_bytes: int, optimizer_bytes: int = 0) -> Formula:
     """Return the formula of a network whose layers were recorded with :func:`record_layers`.
 
+    >>> from lightning_memplan.data.batches import sample_bytes
     >>> net = nn.Linear(4, 2)
     >>> batch = torch.ones(3, 4)
     >>> formula = make_formula(net, record_layers(net, lambda: net(batch), 3), input_bytes=sample_bytes(batch, 3))

@@ -6,29 +6,22 @@ are blocks. By the upper bound a library's kernel copies its largest operand as 
 (channels last, rows filled up). In the first step kernels are tried out in several ways, and before each the GPU's L2
 cache is filled by a block of its size.
 
-CUDA graphs (``mode="reduce-overhead"``, ``"max-autotune"``) are warmed up, recorded and replayed in a pool of their
-own, whose segments nothing else uses: the upper bound is the sum of both peaks. Their pool has copies of tensors from
-outside, kept from then on: of a forward pass's inputs beside weights, and of the gradients that come to a backward
-pass. cuBLAS's workspaces are released before a recording: the lower bound has none of theirs. Kernels are tried out in
-that pool as well, with a clone of the tensor that they write over, and the pool keeps it: the upper bound has the
-clones apart from the rest.
+CUDA graphs (``mode="reduce-overhead"``, ``"max-autotune"``) run in pools of their own, of which a trace knows nothing:
+their graphs are traced as if they ran without, and a note says so.
 
-Source: torch/_functorch/partitioners.py and torch/_inductor (compile_fx.py, runtime/benchmarking.py,
-runtime/triton_heuristics.py: ``maybe_clone_args``, ``copy_args_to_cpu_if_needed``, cudagraph_trees.py:
-``_allocate_and_copy_recording_inputs``, ``clear_cublas_manager``), 2.11 to 2.14.
+Source: torch/_functorch/partitioners.py and torch/_inductor (compile_fx.py, runtime/benchmarking.py), 2.11 to 2.14.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from operator import getitem
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx, nn
@@ -39,22 +32,21 @@ from lightning_memplan.memory.events import Stream
 from lightning_memplan.step.compiled_regions import Part, compiled_parts
 from lightning_memplan.trace.fake_tensors import fake_mode
 from lightning_memplan.trace.fusion import (
-    is_backward,
-    is_convolution,
     is_of_library,
     is_view,
     kept_nodes,
     laid_out_anew,
-    written_over,
 )
 from lightning_memplan.trace.recorder import Recorder
-from lightning_memplan.trace.storages import key_of
 
 FUSED = "how much of its graphs torch.compile fuses is known by a range, and planned for by its upper end"
 BROKEN = "what is compiled does not make one graph, and is planned as it is written"
 WRITTEN = "what torch.compile compiles is planned as it is written where it is called by another function"
 OTHER = "what another backend than inductor compiles is planned as it is written"
-CUDA_GRAPHS = "CUDA graphs of torch.compile share no segment with the rest: planned for the peaks of both"
+CUDA_GRAPHS = (
+    "CUDA graphs of torch.compile keep memory in pools that a trace does not know: planned as compiled without them; "
+    "a probe on the GPU (method='probe') measures them"
+)
 
 #: Compute capability -> MiB of the L2 cache, the largest of the GPUs that have it (NVIDIA's architecture papers)
 _L2 = {(7, 0): 6, (7, 5): 6, (8, 0): 40, (8, 6): 6, (8, 9): 96, (9, 0): 60, (10, 0): 126, (12, 0): 128}
@@ -76,37 +68,19 @@ class Graphs:
     made: dict[Any, _Made] = field(default_factory=dict)  #: by call: region, modes, shapes
     recorder: Recorder = field(init=False)
     making: bool = False  #: a graph is being made, and calls become part of it
-    static: set[int] = field(default_factory=set)  #: storages of parameters and buffers
     cache: int = 0  #: bytes of the GPU's L2 cache
-    #: inputs of CUDA graphs, which are copied to their pool
-    copied: WeakKeyDictionary[Recorder, dict[fx.GraphModule, list[torch.Tensor]]] = field(
-        default_factory=WeakKeyDictionary
-    )
 
-    def interpreted(self, pooled: bool, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Return a function that runs a graph; as a CUDA graph, if ``pooled``."""
+    def interpreted(self, graph: fx.GraphModule, inputs: object) -> Callable[..., Any]:
+        """Return a function that runs a graph."""
 
         def run(args: list[Any]) -> Any:
-            if self.lower_bound and not pooled:
-                return _Interpreter(graph, self, pooled).boxed_run(args)
-            with self.recorder.pool(Stream.GRAPHS if pooled else Stream.COMPILED, workspaces=not self.lower_bound):
-                copied = self.copied.setdefault(self.recorder, {})
-                if pooled and not self.lower_bound and not self.making and graph not in copied:
-                    copied[graph] = [torch.empty_like(tensor) for tensor in self._outside(graph, args)]
-                return _Interpreter(graph, self, pooled).boxed_run(args)
+            if self.lower_bound:
+                return _Interpreter(graph, self).boxed_run(args)
+            with self.recorder.pool(Stream.COMPILED, workspaces=True):
+                return _Interpreter(graph, self).boxed_run(args)
 
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
-
-    def _outside(self, graph: fx.GraphModule, args: Sequence[Any]) -> list[torch.Tensor]:
-        """Return inputs from outside: all but weights of a forward pass, the gradients of a backward pass."""
-        names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
-        backward = is_backward(graph.graph)
-        given = zip(names, args, strict=True)
-        tensors = [
-            arg for name, arg in given if isinstance(arg, torch.Tensor) and name.startswith("tangents") >= backward
-        ]
-        return [tensor for tensor in tensors if key_of(tensor.untyped_storage()) not in self.static]
 
 
 @dataclass
@@ -124,10 +98,10 @@ class CompiledReport:
 class _Region(nn.Module):
     """A compiled callable, whose graphs are made at its first call, and anew for a call of other shapes or modes."""
 
-    def __init__(self, part: Part, place: int, pooled: bool, graphs: Graphs, report: CompiledReport) -> None:
+    def __init__(self, part: Part, place: int, graphs: Graphs, report: CompiledReport) -> None:
         super().__init__()
         self.inner, self.function = nn.ModuleList(part.modules), part.function
-        self.place, self.pooled, self.graphs, self.report = place, pooled, graphs, report
+        self.place, self.graphs, self.report = place, graphs, report
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -155,7 +129,7 @@ class _Region(nn.Module):
         def call(parameters: Any, buffers: Any, args: Any, kwargs: Any) -> Any:
             return torch.func.functional_call(self, (parameters, buffers), args, kwargs)
 
-        compiler: Any = partial(self.graphs.interpreted, self.pooled)
+        compiler: Any = self.graphs.interpreted
         made = aot_function(
             call,
             fw_compiler=compiler,
@@ -185,9 +159,9 @@ def _example(value: Any) -> Any:
 class _Interpreter(fx.Interpreter):
     """Run a graph, and record the results that ``kept_nodes`` says are blocks."""
 
-    def __init__(self, graph: fx.GraphModule, graphs: Graphs, pooled: bool) -> None:
+    def __init__(self, graph: fx.GraphModule, graphs: Graphs) -> None:
         super().__init__(graph)
-        self._recorder, self._lower_bound, self._pooled = graphs.recorder, graphs.lower_bound, pooled
+        self._recorder, self._lower_bound = graphs.recorder, graphs.lower_bound
         self._cache = 0 if graphs.making else graphs.cache
         self._kept = kept_nodes(graph.graph, lower_bound=self._lower_bound)
 
@@ -203,24 +177,9 @@ class _Interpreter(fx.Interpreter):
         out = super().run_node(n)
         del copied
         if self._cache and self._recorder.step == 1 and not is_view(n):
-            with self._recorder.pool(Stream.GRAPH_TRIALS, workspaces=True):  # as if it found no room in what is cached
-                clones = [torch.empty_like(block) for block in self._cloned(n, out)]
+            with self._recorder.pool(Stream.TRIALS, workspaces=True):  # as if it found no room in what is cached
                 self._recorder.take_and_give_back(self._cache)
-                del clones
         return out
-
-    def _cloned(self, n: fx.Node, out: Any) -> list[torch.Tensor]:
-        """Return the tensor that a kernel of a CUDA graph writes its result over, and of which trials take a clone.
-
-        To a convolution's result its bias is added. In a backward pass no clone takes more than was allocated at most
-        before.
-        """
-        if not self._pooled or is_backward(n.graph):
-            return []
-        if is_of_library(n):
-            return [out] if is_convolution(n) and n.args[2] is not None else []
-        block = written_over(n, self._kept)
-        return [self.env[block]] if block in self.env else []
 
     def _run_lower_bound(self, n: fx.Node) -> Any:
         """Return a result that takes the place of tensors that are read for the last time, if the graph gives it.
@@ -245,7 +204,6 @@ def as_graphs(
 ) -> Iterator[CompiledReport]:
     """Record the compiled parts of ``module`` as graphs; the report is complete when the step has run."""
     graphs.recorder, graphs.cache = recorder, _L2.get(capability, max(_L2.values())) * 2**20
-    graphs.static = {key_of(t.untyped_storage()) for t in (*module.parameters(), *module.buffers())}
     report = CompiledReport()
     for place, part in enumerate(compiled_parts(module)):
         config = getattr(part.compiled, "get_compiler_config", lambda: None)()
@@ -253,9 +211,8 @@ def as_graphs(
         if config is None:
             report.notes.add(OTHER)
         else:
-            pooled = bool(config.get("triton.cudagraphs"))
-            function = _Region(part, place, pooled, graphs, report).run
-            if pooled:
+            function = _Region(part, place, graphs, report).run
+            if config.get("triton.cudagraphs"):
                 report.notes.add(CUDA_GRAPHS)
         _put(part, function)
     with _noted_calls(graphs, report):

@@ -36,23 +36,6 @@ def kept_nodes(graph: fx.Graph, *, lower_bound: bool) -> set[fx.Node]:
     return kept
 
 
-def written_over(node: fx.Node, kept: set[fx.Node]) -> fx.Node | None:
-    """Return the node whose block a fused kernel may write its result over: the last of as many bytes that it reads."""
-    fused, left, blocks = {node}, [node], []
-    while left:
-        for operand in left.pop().all_input_nodes:
-            if operand.op != "call_function" or operand in fused:
-                continue
-            if operand in kept or is_of_library(operand):
-                blocks.append(operand)
-            else:
-                fused.add(operand)
-                left.append(operand)
-    size = _bytes_of(node)
-    alike = (block for block in blocks if size == _bytes_of(block) and fused.issuperset(readers_of(block)))
-    return next(alike, None)
-
-
 def laid_out_anew(node: fx.Node) -> list[fx.Node]:
     """Return the operand of a library's kernel that may be copied into another layout: the largest, if there is one.
 
@@ -117,8 +100,3 @@ def _is_pointwise(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     return torch.Tag.pointwise in node.target.tags or node.target is torch.ops.prims.convert_element_type.default
-
-
-def _bytes_of(node: fx.Node) -> int:
-    value = node.meta.get("val")
-    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else -1

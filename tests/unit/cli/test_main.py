@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -19,6 +20,7 @@ import lightning_memplan as mp
 from lightning_memplan.cli.job import make_job
 from lightning_memplan.cli.main import main, parse
 from lightning_memplan.cli.output import UsageError, progress
+from lightning_memplan.types import EstimateRow
 from tests.paths import ROOT
 
 JOB = """
@@ -160,18 +162,8 @@ def test_devices_lists_what_is_here(run, monkeypatch):
     monkeypatch.setattr("lightning_memplan.cli.devices.detect_devices", lambda: (card,))
     assert run("devices")[1].splitlines()[1].split() == ["a", "card", "7.00", "GiB", "8.6"]
     found = json.loads(run("devices", "--json")[1])
-    assert found == [
-        {
-            "name": "a card",
-            "kind": "cuda",
-            "index": 0,
-            "uuid": None,
-            "total": 2**34,
-            "free": 2**33,
-            "capacity": 2**33 - 2**30,
-            "capability": "8.6",
-        }
-    ]
+    assert found == [mp.as_dict(card)]
+    assert (found[0]["free"], found[0]["capacity"], found[0]["capability"]) == (2**33, 2**33 - 2**30, [8, 6])
 
 
 # ------------------------------------------------------------------------------------------------- a job
@@ -192,20 +184,9 @@ def test_plan_prints_every_field_as_json(run):
     status, text, _ = run("plan", "JOB:Net", *arguments, "--precision", "16-mixed", "--multiple-of", "8")
     found = json.loads(text)
     assert status == 0
-    assert set(found) == {
-        *(
-            "model",
-            "fits",
-            "batch_size",
-            "accumulate_grad_batches",
-            "limited_by",
-            "method",
-            "device",
-            "margin",
-            "budget",
-        ),
-        *("nccl", "peak_reserved", "peak_allocated", "formula", "phase", "breakdown", "notes"),
-    }
+    assert set(found) == {"model", "fits", *(field.name for field in dataclasses.fields(mp.Plan))}
+    assert found["methods"] == {"trace": found["peak_reserved"], "formula": found["formula_peak"]}
+    assert found["reserved_range"] == dict.fromkeys(("low", "expected", "high"), found["peak_reserved"])
     assert (found["model"], found["batch_size"], found["limited_by"], found["method"]) == (
         "Net",
         48,
@@ -230,6 +211,7 @@ def test_plan_accumulates_to_an_effective_batch_size(run):
     )
     found = json.loads(run("plan", "JOB:Net", *arguments, "--json")[1])
     assert (found["batch_size"], found["accumulate_grad_batches"]) == (96, 4)  # 96 is the largest part of 384 up to 100
+    assert found["effective_batch_size"] == 384
 
 
 def test_a_plain_module_takes_an_optimizer(run):
@@ -327,6 +309,7 @@ def test_estimate_prints_batch_sizes_and_writes_figures(run, tmp_path):
     found = json.loads(run("estimate", "JOB:Net", "--data", "JOB:Data", "--json", "--method", "formula")[1])
     assert (found["model"], found["method"]) == ("Net", "formula")
     assert [row["batch_size"] for row in found["estimates"]] == [1, 8, 64]
+    assert all(set(row) == {field.name for field in dataclasses.fields(EstimateRow)} for row in found["estimates"])
 
 
 def test_advise_prints_what_each_change_saves(run):

@@ -214,7 +214,7 @@ def test_a_plan_leaves_room_for_what_is_expected():
     assert estimate.fits(plan.batch_size, GiB, workspaces="expected")
     assert not estimate.fits(plan.batch_size + 1, GiB, workspaces="expected")
     assert estimate.fits(plan.batch_size + 1, GiB)  # which runs, by slower algorithms
-    assert plan.reserved_range.low == plan.predicted_peak < plan.reserved_range.expected <= GiB
+    assert plan.reserved_range.low == plan.peak_reserved < plan.reserved_range.expected <= GiB
     line = next(line for line in mp.plan_table(plan).splitlines() if "cuDNN" in line)
     assert len(line) <= 80
 

@@ -551,7 +551,7 @@ from lightning_memplan.planning.plan import largest_batch_size
 own = largest_batch_size(planner.estimate, planner.plan.device, Limits())
 open(os.path.join(sys.argv[1], f"{RANK}.json"), "w").write(json.dumps({
     "own": own, "agreed": planner.plan.batch_size, "set": data.batch_size, "seen": module.seen,
-    "peak": planner.plan.predicted_peak, "total": planner.plan.device.total}))
+    "peak": planner.plan.peak_reserved, "total": planner.plan.device.total}))
 """
 
 

@@ -143,11 +143,11 @@ def test_all_streams_differ() -> None:
 
 
 @pytest.mark.parametrize("stream", Stream)
-def test_pools_of_cuda_graphs_alone_keep_idle_segments_on_a_full_gpu(stream: Stream) -> None:
+def test_trials_of_kernels_alone_keep_idle_segments_on_a_full_gpu(stream: Stream) -> None:
     # 3 + 5 MiB in a segment of 20, idle when 40 MiB are requested: 20 + 40 > 50, unless the 20 are given back
     program = [(1, 3 * MiB, stream), (2, 5 * MiB, stream), (1, -1, stream), (2, -1, stream), (3, 40 * MiB, stream)]
     result = replay(program, capacity=50 * MiB)
-    kept = stream in (Stream.GRAPHS, Stream.GRAPH_TRIALS)
+    kept = stream is Stream.TRIALS
     assert (result.out_of_memory, result.reserved) == ((4, 20 * MiB) if kept else (None, 40 * MiB))
 
 

@@ -12,7 +12,6 @@ import pytest
 
 from lightning_memplan.memory.allocator import replay
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
-from lightning_memplan.memory.events import EMPTY, FREE, Stream
 
 MiB = 2**20
 CARD = 2000 * MiB
@@ -239,37 +238,3 @@ def test_equals_recorded_training_steps(
             program.append((blocks.pop(address), -1, stream))
     assert len(program) > 500
     assert not differences(counted, program, capacity=memory, settings=AllocatorSettings.from_text(text))
-
-
-def test_the_pool_of_a_cuda_graph_keeps_its_segments(nullgpu: Callable[..., Any]) -> None:
-    """64 MiB that are idle in a graph's pool, on a card of 100 MiB: 60 more do not fit, until the graph is gone."""
-    done = nullgpu([sys.executable, "-c", RUN_GRAPH], NULLGPU_MEMORY=100 * MiB, NULLGPU_CONTEXT=0)
-    kept, fitted, later = json.loads(done.stdout.splitlines()[-1])
-    program = [(1, 64 * MiB, Stream.GRAPHS), (1, FREE, Stream.GRAPHS), (0, EMPTY, 0), (2, 60 * MiB, 0)]
-    found = replay(program, capacity=100 * MiB)
-    assert (found.reserved, found.out_of_memory) == (kept, 3)
-    assert (kept, fitted, later) == (64 * MiB, False, True)
-
-
-RUN_GRAPH = """
-import json
-import torch
-
-def fits():
-    try:
-        return bool(torch.empty(60 * 2**20, dtype=torch.uint8, device="cuda").numel())
-    except torch.OutOfMemoryError:
-        return False
-
-graph = torch.cuda.CUDAGraph()
-torch.cuda.init()
-with torch.cuda.stream(torch.cuda.Stream()):
-    graph.capture_begin()
-    torch.empty(64 * 2**20, dtype=torch.uint8, device="cuda")
-    graph.capture_end()
-torch.cuda.empty_cache()
-kept = torch.cuda.memory_stats()["reserved_bytes.large_pool.current"]
-fitted = fits()
-del graph
-print(json.dumps([kept, fitted, fits()]))
-"""

@@ -21,7 +21,7 @@ from lightning_memplan.types import Layer
 
 MiB = 2**20
 POINTS = (2, 3, 5)
-ROWS = (Layer("conv", "Conv2d", 10, 10, 40, 40, (4, 4), 45),)
+ROWS = (Layer("conv", "Conv2d", 10, 40, 40, (4, 4), 45),)
 FORMULA = Formula(ROWS, parameter_bytes=1000, gradient_bytes=900, input_bytes=10, feature_bytes=45)
 
 

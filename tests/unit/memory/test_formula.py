@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_memplan.data.batches import sample_bytes, tensors_of
 from lightning_memplan.memory.formula import Formula
 from lightning_memplan.step.layers import filters_of, make_formula, record_layers
-from lightning_memplan.types import Layer
+from lightning_memplan.types import Filters, Layer
 
 
 def meta(module: nn.Module) -> nn.Module:
@@ -60,7 +60,8 @@ def test_the_notes_feature_map_is_993_74_megabytes() -> None:
     assert row.shape == (30, 191, 227, 191)
     assert row.feature_bytes == 191 * 227 * 191 * 30 * 4
     assert round(row.feature_bytes / 10**6, 2) == 993.74
-    assert (row.parameters, row.parameters_apart, row.parameter_bytes, row.gradient_bytes) == (840, 840, 3360, 3360)
+    assert (row.parameters, row.parameter_bytes, row.gradient_bytes) == (840, 3360, 3360)
+    assert row.filters == (Filters(kernel=27, inputs=1, biases=1, count=30),)
 
 
 def test_the_notes_parameters_and_gradients_are_13_21_megabytes_each() -> None:
@@ -218,7 +219,7 @@ def test_the_parameters_of_any_convolution_are_counted(
     )
     sizes = [9] * dimensions
     (row,) = record(layer, torch.empty(batch, groups * inputs, *sizes, dtype=dtype, device="meta"))
-    assert row.parameters == row.parameters_apart == numel(layer)
+    assert row.parameters == numel(layer)
     assert both_methods(layer) == (numel(layer), numel(layer))
     assert row.parameter_bytes == row.gradient_bytes == numel(layer) * dtype.itemsize
     # a valid convolution gives (9 - kernel) // stride + 1 places, a transposed one (9 - 1) * stride + kernel
@@ -278,7 +279,7 @@ def test_a_module_of_unknown_kind_counts_by_its_tensors() -> None:
     layer = Scale()
     assert filters_of(layer) is None
     (row,) = record(layer, torch.ones(2, 5))
-    assert row == Layer("", "Scale", 6, 6, 24, 24, (5,), 20)
+    assert row == Layer("", "Scale", 6, 24, 24, (5,), 20)
 
 
 def test_a_layer_that_holds_more_than_its_kind_counts_by_its_tensors() -> None:
@@ -288,7 +289,8 @@ def test_a_layer_that_holds_more_than_its_kind_counts_by_its_tensors() -> None:
             self.scale = nn.Parameter(torch.ones(3))
 
     (row,) = record(Scaled(), torch.ones(2, 4))
-    assert row.parameters == row.parameters_apart == (4 + 1) * 3 + 3
+    assert row.parameters == (4 + 1) * 3 + 3
+    assert (row.filters[0].per_filter, row.differs) == ((4 + 1) * 3, "it holds other tensors than its kind does")
 
 
 def test_a_parametrized_layer_is_one_row() -> None:
@@ -478,7 +480,7 @@ def test_tied_parameters_count_once() -> None:
     network = Tied()
     layers = record(network, torch.zeros(2, 3, dtype=torch.int64))
     # the embedding's 50 * 8; of the Linear, only its 50 biases are new
-    assert [row.parameters for row in layers] == [row.parameters_apart for row in layers] == [400, 50]
+    assert [row.parameters for row in layers] == [400, 50]
     assert make_formula(network, layers, 24).parameter_bytes == 4 * 450
 
 
@@ -507,10 +509,10 @@ def test_a_parents_own_parameters_are_rows_of_their_own() -> None:
     network = Vit()
     layers = record(network, torch.ones(2, 4, 8))
     assert layers == (
-        Layer("body", "Linear", 72, 72, 288, 288, (4, 8), 4 * 8 * 4),
-        Layer("cls_token", "Parameter", 8, 8, 32, 32, (1, 1, 8), 0),
-        Layer("scale", "Parameter", 3, 3, 12, 0, (3,), 0),
-        Layer("unused", "Linear", 45, 45, 180, 180, (), 0),
+        Layer("body", "Linear", 72, 288, 288, (4, 8), 4 * 8 * 4, (Filters(1, 8, 1, 8),)),
+        Layer("cls_token", "Parameter", 8, 32, 32, (1, 1, 8), 0),
+        Layer("scale", "Parameter", 3, 12, 0, (3,), 0),
+        Layer("unused", "Linear", 45, 180, 180, (), 0, (Filters(1, 8, 1, 5),)),
     )
     assert make_formula(network, layers, 4).parameter_bytes == 4 * numel(network)
 
@@ -521,7 +523,8 @@ def test_attention_is_one_layer_with_its_output_projection() -> None:
     x = torch.ones(2, 5, 8)
     layers = record_layers(network, lambda: attention(x, x, x), 2)
     # out 5 * 8 and the weights 5 * 5
-    assert layers == (Layer("attention", "MultiheadAttention", 288, 288, 1152, 1152, (5, 8), 4 * (40 + 25)),)
+    filters = (Filters(1, 8, 1, 8),) * 4
+    assert layers == (Layer("attention", "MultiheadAttention", 288, 1152, 1152, (5, 8), 4 * (40 + 25), filters),)
 
 
 def test_a_transformer_block_is_its_layers() -> None:

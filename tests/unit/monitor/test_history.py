@@ -35,13 +35,13 @@ from lightning_memplan.monitor.history import (
 from lightning_memplan.monitor.meter import Forecast
 from lightning_memplan.report.runs import history_table, lessons_table, run_report
 from lightning_memplan.settings import Parallel, StepSettings
-from lightning_memplan.types import Measurement, Peaks, Plan, Run
+from lightning_memplan.types import Measurement, Peaks, Plan, RunRecord
 from tests.paths import ROOT
 
 GiB = 2**30
 
 
-def run(ratio: float = 1.0, **changes: Any) -> Run:
+def run(ratio: float = 1.0, **changes: Any) -> RunRecord:
     """A run whose reserved peak was ``ratio`` of the 10 GiB that were predicted."""
     values: dict[str, Any] = {
         "structure": "a1",
@@ -58,14 +58,14 @@ def run(ratio: float = 1.0, **changes: Any) -> Run:
     }
     if ratio < 1:
         values["measured"] = {kind: (int(a * ratio), int(r * ratio)) for kind, (a, r) in values["predicted"].items()}
-    return Run(**{**values, **changes})
+    return RunRecord(**{**values, **changes})
 
 
-def out_of_memory(**changes: Any) -> Run:
+def out_of_memory(**changes: Any) -> RunRecord:
     return run(**{"outcome": "out of memory", "measured": {}, "predicted": {"failed": (9 * GiB, 14 * GiB)}, **changes})
 
 
-def taught(runs: list[Run], prior: float = 0.05, **changes: Any) -> Any:
+def taught(runs: list[RunRecord], prior: float = 0.05, **changes: Any) -> Any:
     values = {"structure": "a1", "device": "T4", "method": "trace", "capacity": 15 * GiB, **changes}
     return lesson(runs, values.pop("structure"), values.pop("device"), prior=prior, **values)
 
@@ -78,17 +78,17 @@ def test_what_is_appended_is_read(tmp_path):
     runs = [run(), out_of_memory(settings={"precision": "16-mixed", "capability": [8, 6]}), run(1.02, rank=1, ranks=2)]
     for each in runs:
         append(each, path)
-    assert mp.history(path) == runs
+    assert mp.load_history(path) == runs
     assert [json.loads(line)["schema"] for line in path.read_text().splitlines()] == [1, 1, 1]
 
 
 def test_the_history_is_where_the_environment_or_the_argument_says(monkeypatch, tmp_path):
     assert os.environ["MEMPLAN_HISTORY"] == "off"  # so that no test writes into the user's home
     assert history_path() is None
-    assert mp.history() == []
+    assert mp.load_history() == []
     monkeypatch.setenv("MEMPLAN_HISTORY", str(tmp_path / "a.jsonl"))
     append(run(), history_path())
-    assert mp.history() == [run()]
+    assert mp.load_history() == [run()]
     assert history_path(tmp_path / "b.jsonl") == tmp_path / "b.jsonl"
     assert history_path(False) is None
     monkeypatch.delenv("MEMPLAN_HISTORY")
@@ -121,7 +121,7 @@ def test_a_damaged_line_is_skipped_and_kept(tmp_path, line):
         file.write(line + b"\n")
     append(run(1.5), path)
     with pytest.warns(UserWarning, match=rf"line 2 of {path} is damaged and skipped"):
-        assert mp.history(path) == [run(), run(1.5)]
+        assert mp.load_history(path) == [run(), run(1.5)]
     assert path.read_bytes().split(b"\n")[1] == line
 
 
@@ -133,13 +133,13 @@ def test_a_line_that_was_cut_costs_only_itself(tmp_path):
         file.write(json.dumps(GOOD).encode()[:300])
     append(run(1.5), path)
     with pytest.warns(UserWarning, match="line 2 of .* is damaged"):
-        assert mp.history(path) == [run(), run(1.5)]
+        assert mp.load_history(path) == [run(), run(1.5)]
 
 
 def test_a_later_version_s_line_is_skipped_without_a_word(tmp_path):
     path = tmp_path / "runs.jsonl"
     path.write_text(json.dumps({"schema": 2, "other": 1}) + "\n" + json.dumps({**GOOD, "added": 1}) + "\n")
-    assert mp.history(path) == [run()]
+    assert mp.load_history(path) == [run()]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -152,11 +152,11 @@ WRITER = """
 import dataclasses, sys
 from pathlib import Path
 from lightning_memplan.monitor.history import append
-from lightning_memplan.types import Run
+from lightning_memplan.types import RunRecord
 print("ready", flush=True)
 sys.stdin.readline()
 for k in range(int(sys.argv[3])):
-    append(Run("a1", "Net" * 200, "T4", 1, 1, "trace", k + 1, {}, {}, rank=int(sys.argv[2])), Path(sys.argv[1]))
+    append(RunRecord("a1", "Net" * 200, "T4", 1, 1, "trace", k + 1, {}, {}, rank=int(sys.argv[2])), Path(sys.argv[1]))
     print(k, flush=True)
 """
 
@@ -187,7 +187,7 @@ def test_a_thousand_appends_of_eight_processes_of_which_one_is_killed(tmp_path):
     for rank, writer in enumerate(writers):
         writer.communicate(timeout=60)
         assert writer.returncode == (-signal.SIGKILL if rank == 3 else 0)
-    runs = mp.history(path)  # no warning: every line is whole, since the kernel writes it at once
+    runs = mp.load_history(path)  # no warning: every line is whole, since the kernel writes it at once
     for rank in set(range(8)) - {3}:
         assert [run.batch_size for run in runs if run.rank == rank] == list(range(1, count + 1))
     mine = [run.batch_size for run in runs if run.rank == 3]
@@ -203,7 +203,7 @@ def test_a_lock_that_is_held_for_long_is_not_waited_for(tmp_path, monkeypatch):
     with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         append(run(1.5), path)
-    assert mp.history(path) == [run(), run(1.5)]
+    assert mp.load_history(path) == [run(), run(1.5)]
 
 
 def test_a_writer_waits_for_the_lock(tmp_path):
@@ -214,10 +214,10 @@ def test_a_writer_waits_for_the_lock(tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX)
         writer = pool.submit(append, run(1.5), path)
         time.sleep(0.2)
-        assert mp.history(path) == [run()]  # nothing is written while another holds it
+        assert mp.load_history(path) == [run()]  # nothing is written while another holds it
         fcntl.flock(file, fcntl.LOCK_UN)
         writer.result(timeout=10)
-    assert mp.history(path) == [run(), run(1.5)]
+    assert mp.load_history(path) == [run(), run(1.5)]
 
 
 # ---------------------------------------------------------------------------------------------------------- the margin
@@ -349,8 +349,8 @@ def planned(**changes: Any) -> Plan:
         "margin": 0.05,
         "limited_by": "memory",
         "method": "trace",
-        "predicted_peak": 40,
-        "predicted_allocated": 30,
+        "peak_reserved": 40,
+        "peak_allocated": 30,
         "formula_peak": 30,
     }
     return Plan(**{**values, **changes})
@@ -395,7 +395,7 @@ def test_what_is_remembered(tmp_path, steps, outcome, kept):
     path = tmp_path / "runs.jsonl"
     remember(path, Measured(steps), planned(), SETUP, outcome)
     remember(None, Measured(steps), planned(), SETUP, outcome)
-    assert [each.outcome for each in mp.history(path)] == [outcome] * kept
+    assert [each.outcome for each in mp.load_history(path)] == [outcome] * kept
 
 
 def test_a_run_that_cannot_be_remembered_is_said(tmp_path):
@@ -486,8 +486,7 @@ def test_history_and_report_print_the_runs_of_a_file(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["report", "nothing"], "'nothing' is no folder of a CSVLogger, and no module or card on record is called so"),
-        (["report", "--plot", "a.png"], "--plot draws each step, which the history does not keep: name the folder of"),
+        (["report", "nothing"], "no module or card on record is called 'nothing': memplan history lists the runs"),
         (["history", "--file", "none.jsonl"], "there is no file 'none.jsonl': without --file it is where"),
     ],
 )
@@ -526,7 +525,7 @@ def fit(*others):
     print("RESULT", planner.plan.batch_size, planner.plan.margin)
 
 fit()
-(run,) = mp.history()
+(run,) = mp.load_history()
 for _ in range(2):
     append(run, history_path())
 fit()
@@ -555,7 +554,7 @@ def test_runs_are_kept_and_the_next_ones_learn_of_them(nullgpu, tmp_path):
     # of it something took 1 GiB more than was planned: the next leaves more free
     assert after[1] > LEAST
     assert after[0] < hungry[0] > first[0]
-    runs = mp.history(path)
+    runs = mp.load_history(path)
     assert [run.outcome for run in runs] == ["done"] * 4 + ["out of memory", "done"]
     assert len({run.structure for run in runs}) == 1
     assert runs[0].measured.keys() == {"first", "steady"}

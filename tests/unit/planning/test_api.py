@@ -199,7 +199,7 @@ def test_auto_probes_a_card_of_this_machine_and_traces_too(probed):
     probed("a step")
     plan = mp.plan(Module(), torch.zeros(4, 1024), device=GPU)
     assert plan.method == "probe"
-    peak = plan.predicted_peak
+    peak = plan.peak_reserved
     assert plan.methods == {"probe": peak, "trace": peak, "formula": plan.formula_peak}
     assert plan.notes == ()
     rows = [line.split()[0] for line in mp.plan_table(plan).splitlines()]
@@ -259,8 +259,8 @@ def test_a_plan_fits_and_the_next_size_does_not(estimate):
     assert estimate.fits(plan.batch_size, plan.budget)
     assert not estimate.fits(plan.batch_size + 1, plan.budget)
     assert plan.limited_by == "memory"
-    assert plan.predicted_peak <= CARD.capacity
-    assert plan.predicted_allocated == estimate.peak_allocated(plan.batch_size) == sum(plan.breakdown.values())
+    assert plan.peak_reserved <= CARD.capacity
+    assert plan.peak_allocated == estimate.peak_allocated(plan.batch_size) == sum(plan.breakdown.values())
     assert plan.formula_peak == estimate.formula.memory(plan.batch_size)
     assert plan.phase == estimate.phase(plan.batch_size)
 
@@ -281,11 +281,11 @@ def test_an_effective_batch_size_is_accumulated(estimate):
     assert (plan.batch_size * plan.accumulate_grad_batches, plan.limited_by) == (2**14, "memory")
     assert accumulated.fits(plan.batch_size, plan.budget)
     assert not accumulated.fits(2 * plan.batch_size, plan.budget)  # the next larger divisor
-    assert plan.predicted_allocated == accumulated.peak_allocated(plan.batch_size)
+    assert plan.peak_allocated == accumulated.peak_allocated(plan.batch_size)
     whole = mp.plan(Module(), torch.zeros(4, 1024), device=CARD, effective_batch_size=free)  # fits at once
     assert (whole.batch_size, whole.accumulate_grad_batches) == (free, 1)
     assert whole.limited_by == "effective_batch_size"
-    assert whole.predicted_peak == estimate.peak(free, CARD.capacity)
+    assert whole.peak_reserved == estimate.peak(free, CARD.capacity)
 
 
 def test_an_effective_batch_size_with_a_trainer():
@@ -343,7 +343,7 @@ def test_a_plan_by_the_formula_is_its_arithmetic():
     # params = grads = 4 · (1024 · 1024 + 1024 + 1024 · 10 + 10); I1 = 4096; Ii = 4096 (linear), 4096 (ReLU), 40
     fixed, sample = 2 * 4 * (1024 * 1024 + 1024 + 10240 + 10), 4096 + 2 * (4096 + 4096 + 40)
     assert plan.batch_size == (plan.budget - fixed) // sample
-    assert plan.predicted_peak == plan.formula_peak == fixed + plan.batch_size * sample
+    assert plan.peak_reserved == plan.formula_peak == fixed + plan.batch_size * sample
     assert plan.method == "formula"
 
 

@@ -48,7 +48,7 @@ def runs(most):
     def tried(plan):
         sizes.append(plan.batch_size)
         ran = plan.batch_size <= most
-        return TrialPeaks(plan.predicted_allocated, plan.predicted_peak, missing=0 if ran else 2**10)
+        return TrialPeaks(plan.peak_allocated, plan.peak_reserved, missing=0 if ran else 2**10)
 
     sizes = []
     return tried, sizes
@@ -57,7 +57,7 @@ def runs(most):
 def test_what_runs_is_confirmed():
     tried, sizes = runs(100)
     found = confirmed(draft(tried), strict=False).plan
-    assert (found.batch_size, found.confirmed, found.notes, sizes) == (100, found.predicted_peak, (), [100])
+    assert (found.batch_size, found.confirmed, found.notes, sizes) == (100, found.peak_reserved, (), [100])
 
 
 def test_what_does_not_run_shrinks_until_it_does():
@@ -65,7 +65,7 @@ def test_what_does_not_run_shrinks_until_it_does():
     tried, sizes = runs(90)
     found = confirmed(draft(tried), strict=False).plan
     assert sizes == [100, 96, 89] == [100, 100 * 31 // 32, 96 * 15 // 16 - 1]
-    assert (found.batch_size, found.limited_by, found.confirmed) == (89, "memory", found.predicted_peak)
+    assert (found.batch_size, found.limited_by, found.confirmed) == (89, "memory", found.peak_reserved)
     assert found.notes == (
         "shrunk from 100 to 96: real steps of 100 ran out of memory",
         "shrunk from 96 to 89: real steps of 96 ran out of memory",
@@ -120,7 +120,7 @@ def test_the_smallest_of_all_ranks_is_confirmed_by_all(monkeypatch):
     tried, sizes = runs(100)
     found = confirmed(on_all_ranks(lambda: draft(tried)), strict=False).plan
     assert (found.batch_size, sizes) == (60, [60])
-    assert found.predicted_peak == draft().estimate.peak(60)
+    assert found.peak_reserved == draft().estimate.peak(60)
 
 
 def test_where_another_rank_shrinks_this_one_tries_again(monkeypatch):
@@ -128,7 +128,7 @@ def test_where_another_rank_shrinks_this_one_tries_again(monkeypatch):
     tried, sizes = runs(100)
     found = confirmed(draft(tried), strict=False).plan
     assert (found.batch_size, sizes) == (50, [100, 50])
-    assert found.confirmed == found.predicted_peak == draft().estimate.peak(50)
+    assert found.confirmed == found.peak_reserved == draft().estimate.peak(50)
 
 
 def test_where_one_rank_cannot_plan_all_raise(monkeypatch):
@@ -146,7 +146,7 @@ def test_where_one_rank_cannot_plan_all_raise(monkeypatch):
 
 def test_what_is_kept_must_fit():
     kept = draft().kept(500).plan
-    assert (kept.batch_size, kept.limited_by, kept.predicted_peak) == (500, "checkpoint", draft().estimate.peak(500))
+    assert (kept.batch_size, kept.limited_by, kept.peak_reserved) == (500, "checkpoint", draft().estimate.peak(500))
     with pytest.raises(mp.DoesNotFitError, match="the checkpoint's batch size 999999 cannot be kept; resume='plan'"):
         draft().kept(999_999)
 

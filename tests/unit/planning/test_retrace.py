@@ -91,7 +91,7 @@ def test_a_step_that_does_something_else_at_a_size_is_known_there(step):
 def test_a_size_that_takes_more_than_expected_is_not_planned():
     found = planned(twice_if_many)
     assert (found.batch_size > 500, found.limited_by) == (True, "memory")
-    assert found.predicted_peak <= found.budget
+    assert found.peak_reserved <= found.budget
     assert "samples were expected to fit, and a trace of so many takes more memory than" in found.notes[-1]
 
 

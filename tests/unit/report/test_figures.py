@@ -63,11 +63,11 @@ def test_a_step_that_does_not_fit(estimate):
 
 def test_the_batch_size_figure_has_the_estimates_values(estimate, plan, tmp_path):
     figure = mp.plot_batch_sizes(estimate, plan)
-    assert f"batch size {plan.batch_size}\n{plan.predicted_peak / 2**20:.2f} MiB reserved" in texts(figure)
+    assert f"batch size {plan.batch_size}\n{plan.peak_reserved / 2**20:.2f} MiB reserved" in texts(figure)
     reserved, allocated, formula = figure.axes[0].get_lines()[:3]
     at = list(reserved.get_xdata()).index(plan.batch_size)
     assert reserved.get_ydata()[at] == estimate.peak(plan.batch_size) / GiB
-    assert allocated.get_ydata()[at] == plan.predicted_allocated / GiB
+    assert allocated.get_ydata()[at] == plan.peak_allocated / GiB
     assert formula.get_ydata()[at] == plan.formula_peak / GiB
     figure.savefig(tmp_path / "batch_sizes.png")
 

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_memplan.report.formula import layers_table
 from lightning_memplan.report.metrics import plan_hparams, step_metrics
-from lightning_memplan.report.plans import EstimateRow, does_not_fit_message, layers_table, plan_table
+from lightning_memplan.report.plans import does_not_fit_message, plan_table
 from lightning_memplan.report.runs import measurement_summary
-from lightning_memplan.types import Device, Layer, Measurement, Peaks, Plan
+from lightning_memplan.types import Device, EstimateRow, Layer, Measurement, Peaks, Plan, Range
 
 GiB = 2**30
 
@@ -39,8 +40,8 @@ def make_plan(**changes: Any) -> Plan:
         "margin": 0.02,
         "limited_by": "memory",
         "method": "trace",
-        "predicted_peak": 21 * GiB,
-        "predicted_allocated": 20 * GiB,
+        "peak_reserved": 21 * GiB,
+        "peak_allocated": 20 * GiB,
         "formula_peak": 30 * GiB,
         "phase": "backward",
         "breakdown": BREAKDOWN,
@@ -139,7 +140,7 @@ def test_a_table_without_breakdown_phase_or_card() -> None:
 
 def needs(peak: int, phase: str = "", breakdown: dict[str, int] | None = None) -> EstimateRow:
     """One sample's estimate."""
-    return EstimateRow(1, peak, peak, 0, phase, breakdown or {})
+    return EstimateRow(1, peak, peak, 0, phase, breakdown or {}, {}, Range(peak, peak, peak))
 
 
 @given(
@@ -153,7 +154,7 @@ def test_no_plan_is_wider_than_80_columns(name: str, sizes: list[int], peak: int
     plan = make_plan(
         device=Device(name, total=2**40),
         breakdown=dict(zip(BREAKDOWN, sizes, strict=True)),
-        predicted_peak=peak,
+        peak_reserved=peak,
         batch_size=batch_size,
         notes=(note,),
     )
@@ -228,10 +229,10 @@ def test_what_does_not_fit_may_say_no_more_than_the_bytes() -> None:
 # --- the formula
 
 LAYERS = (
-    Layer("features.conv1", "Conv3d", 840, 840, 3360, 3360, (30, 191, 227, 191), 993_742_440),
-    Layer("features.relu1", "ReLU", 0, 0, 0, 0, (30, 191, 227, 191), 0),
-    Layer("features.pool1", "MaxPool3d", 0, 0, 0, 0, (30, 95, 113, 95), 122_379_000),
-    Layer("head", "Linear", 241, 241, 964, 964, (1,), 4),
+    Layer("features.conv1", "Conv3d", 840, 3360, 3360, (30, 191, 227, 191), 993_742_440),
+    Layer("features.relu1", "ReLU", 0, 0, 0, (30, 191, 227, 191), 0),
+    Layer("features.pool1", "MaxPool3d", 0, 0, 0, (30, 95, 113, 95), 122_379_000),
+    Layer("head", "Linear", 241, 964, 964, (1,), 4),
 )
 
 
@@ -269,16 +270,14 @@ def test_the_largest_layers_are_shown_in_the_networks_order() -> None:
 
 
 def test_a_long_path_is_shortened_in_the_middle() -> None:
-    row = Layer(
-        "encoder.stages.3.blocks.11.attn.out", "MultiheadAttention", 10, 10, 40, 40, (30, 191, 227, 191), 605_184
-    )
+    row = Layer("encoder.stages.3.blocks.11.attn.out", "MultiheadAttention", 10, 40, 40, (30, 191, 227, 191), 605_184)
     line = check_width(layers_table([row], input_bytes=1))[1]
     assert line == "encod....11.attn.out  MultiheadAttention          10  30x191x227x191  591.00 KiB"
     assert len(line) == 80
 
 
 def test_a_network_that_is_one_layer_has_no_path() -> None:
-    assert check_width(layers_table([Layer("", "Linear", 1, 1, 4, 4, (), 0)], input_bytes=1))[1].startswith("(itself) ")
+    assert check_width(layers_table([Layer("", "Linear", 1, 4, 4, (), 0)], input_bytes=1))[1].startswith("(itself) ")
 
 
 def test_no_layers_are_a_table_too() -> None:
@@ -304,7 +303,7 @@ names = st.text("abc.0_", max_size=90)
 def test_no_layer_is_wider_than_80_columns(
     rows: list[tuple[str, str, int, list[int]]], batch_size: int, size: int
 ) -> None:
-    layers = [Layer(path, kind, n, n, 4 * n, 4 * n, tuple(shape), size) for path, kind, n, shape in rows]
+    layers = [Layer(path, kind, n, 4 * n, 4 * n, tuple(shape), size) for path, kind, n, shape in rows]
     check_width(layers_table(layers, input_bytes=size, batch_size=batch_size, top=5))
 
 
