@@ -117,7 +117,8 @@ def repeats(batches: Sequence[tuple[int, Any]]) -> bool:
     (_, (first, shape)), *others = ((size, tree_flatten(batch)) for size, batch in batches)
     for leaves in zip(first, *(leaves for _, (leaves, _) in others), strict=False):
         if not all(isinstance(leaf, torch.Tensor) and type(leaf) is torch.Tensor for leaf in leaves):
-            if any(isinstance(leaf, torch.Tensor) for leaf in leaves) or any(leaf != leaves[0] for leaf in leaves[1:]):
+            tensors = any(isinstance(leaf, torch.Tensor) for leaf in leaves)
+            if tensors or not all(_are_equal(leaf, leaves[0]) for leaf in leaves[1:]):
                 return False
             continue
         fixed = len({tuple(leaf.shape) for leaf in leaves}) == 1
@@ -127,6 +128,24 @@ def repeats(batches: Sequence[tuple[int, Any]]) -> bool:
         if not plain or not ((fixed and not any(sizes)) or (rest and all(sizes))):
             return False
     return all(one == shape for _, (_, one) in others)
+
+
+def _are_equal(one: object, other: object) -> bool:
+    """Compare two leaves of any kind; leaves that cannot be compared are different.
+
+    >>> import numpy as np
+    >>> _are_equal(np.array([1, 2]), np.array([1, 2])), _are_equal(np.zeros(2), np.zeros(3)), _are_equal("a", None)
+    (True, False, False)
+    """
+    if one is other:
+        return True
+    if getattr(one, "shape", None) != getattr(other, "shape", None):
+        return False
+    try:
+        same: Any = one == other
+        return bool(same.all() if hasattr(same, "all") else same)
+    except Exception:  # noqa: BLE001 - a comparison of the user's own
+        return False
 
 
 # ------------------------------------------------------------------------------------------------------------- a batch

@@ -1,0 +1,41 @@
+"""Batches of any leaves: what can be tiled from a few samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_memplan.data.batches import repeats
+
+SIZES = (2, 3, 5)
+
+
+class Unequal:
+    """A leaf whose comparison raises."""
+
+    def __eq__(self, other: object) -> bool:
+        raise TypeError("not comparable")
+
+    __hash__ = object.__hash__
+
+
+KEPT = Unequal()
+
+
+@pytest.mark.parametrize(
+    ("leaf", "expected"),
+    [
+        (lambda n: np.array([1000, 1]), True),  # the same array at each size
+        (lambda n: np.zeros(n), False),  # an array that grows is no tensor that can be tiled
+        (lambda n: "a name", True),
+        (lambda n: None, True),
+        (lambda n: KEPT, True),  # one object
+        (lambda n: Unequal(), False),
+        (lambda n: float(n), False),
+    ],
+)
+def test_a_leaf_that_is_no_tensor_is_kept_where_it_is_alike_at_each_size(leaf: Any, expected: bool) -> None:
+    assert repeats([(n, {"x": torch.zeros(n, 3), "other": leaf(n)}) for n in SIZES]) is expected
