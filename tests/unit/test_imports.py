@@ -75,12 +75,9 @@ def test_importing_the_package_imports_nothing_heavy():
         ("history --file runs.jsonl", "Net on T4"),
         ("report --file runs.jsonl", "Net on T4"),
         ("report --file runs.jsonl --json", '"model": "Net"'),
-        ("completion bash", "_shtab_memplan"),
     ],
 )
 def test_commands_without_a_job_import_nothing_heavy(words, said, tmp_path, monkeypatch):
-    if "completion" in words:
-        pytest.importorskip("shtab")
     monkeypatch.chdir(tmp_path)
     peaks = {"steady": (2**30, 2**31)}
     record = {"structure": "a1", "model": "Net", "device": "T4", "total": 2**34, "capacity": 2**34, "method": "trace"}

@@ -19,16 +19,16 @@ def add_job(parser: argparse.ArgumentParser, option: str | None = None) -> None:
     job = parser.add_argument_group("the job")
     text = "what makes the module: package.module:Name or script.py:name"
     if option is None:
-        complete_files(job.add_argument("target", nargs="?", metavar="TARGET", help=text))
+        job.add_argument("target", nargs="?", metavar="TARGET", help=text)
     else:
-        complete_files(job.add_argument(option, dest="target", help=text))
+        job.add_argument(option, dest="target", help=text)
     job.add_argument("--arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of it")
-    complete_files(job.add_argument("--data", metavar="TARGET", help="what makes its datamodule, loader or batch"))
+    job.add_argument("--data", metavar="TARGET", help="what makes its datamodule, loader or batch")
     job.add_argument("--data-arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of it")
     job.add_argument("--input", metavar="SHAPE", help="in place of --data, one sample: 3x224x224, 512:int64")
     job.add_argument("--labels", nargs="?", const="", metavar="SHAPE", help="with --input, whole-numbered labels")
     job.add_argument("--samples", choices=("first", "largest"), help="which samples make the batch (default: first)")
-    complete_files(job.add_argument("--config", metavar="YAML", help="a LightningCLI's: module, data and Trainer"))
+    job.add_argument("--config", metavar="YAML", help="a LightningCLI's: module, data and Trainer")
     _add_training(parser)
     _add_device(parser)
 
@@ -73,9 +73,4 @@ def limits_of(args: argparse.Namespace) -> Limits:
 
 def add_history_file(parser: argparse.ArgumentParser) -> None:
     """Add the option that names another history than MemoryPlanner's own."""
-    complete_files(parser.add_argument("--file", metavar="FILE", help="(default: where MemoryPlanner keeps it)"))
-
-
-def complete_files(action: argparse.Action) -> None:
-    """Let a shell complete the argument with the names of files, as ``shtab.FILE`` does."""
-    action.complete = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}  # type: ignore[attr-defined]
+    parser.add_argument("--file", metavar="FILE", help="(default: where MemoryPlanner keeps it)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lightning_memplan.cli.arguments import add_job, complete_files
+from lightning_memplan.cli.arguments import add_job
 from lightning_memplan.cli.output import progress, show, writing
 from lightning_memplan.report.plans import estimate_table
 from lightning_memplan.types import as_dict
@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_job(parser)
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 64], metavar="N", help="(default: 1 8 64)")
     snapshot = "write the last size's for pytorch.org/memory_viz"
-    complete_files(parser.add_argument("--snapshot", metavar="FILE", help=snapshot))
-    complete_files(parser.add_argument("--plot", metavar="FILE.png", help="draw a step at the last size"))
+    parser.add_argument("--snapshot", metavar="FILE", help=snapshot)
+    parser.add_argument("--plot", metavar="FILE.png", help="draw a step at the last size")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import NoReturn, Protocol
 
-from lightning_memplan.cli import advise, check, completion, devices, estimate, gpus, history, plan, report
+from lightning_memplan.cli import advise, check, devices, estimate, gpus, history, plan, report
 from lightning_memplan.cli.output import describe, show
 from lightning_memplan.cuda.cudnn import check_named
 from lightning_memplan.errors import DoesNotFitError, MemplanError
@@ -45,7 +45,6 @@ _COMMANDS: Mapping[str, Command] = {
     "devices": devices,
     "history": history,
     "report": report,
-    "completion": completion,
 }
 
 
@@ -96,7 +95,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():
         added = commands.add_parser(name, help=command.HELP, description=command.HELP)
-        added.set_defaults(run=command.run, parser=parser)
+        added.set_defaults(run=command.run)
         added.add_argument("--json", action="store_true", help="print JSON; sizes are bytes")
         added.add_argument("--debug", action="store_true", help="show warnings, and the whole traceback of an error")
         command.add_arguments(added)

@@ -15,8 +15,6 @@ class Formula:
     >>> formula = Formula(layers=(), parameter_bytes=1000, gradient_bytes=1000, input_bytes=10, feature_bytes=45)
     >>> formula.memory(8)  # 1000 + 1000 + 8 * (10 + 2 * 45)
     2800
-    >>> formula.largest_batch_size(2899), formula.largest_batch_size(2900), formula.largest_batch_size(500)
-    (8, 9, 0)
     """
 
     layers: tuple[Layer, ...]
@@ -24,7 +22,7 @@ class Formula:
     gradient_bytes: int
     input_bytes: int  #: I1: one sample of the network's input
     feature_bytes: int  #: sum of Ii: every layer's output for one sample
-    optimizer_bytes: int = 0  #: the optimizer's state, which the formula omits unless asked
+    optimizer_bytes: int = 0  #: the optimizer's state, which the formula omits
 
     def __post_init__(self) -> None:
         for name in ("parameter_bytes", "gradient_bytes", "input_bytes", "feature_bytes", "optimizer_bytes"):
@@ -41,39 +39,14 @@ class Formula:
         """
         return self.input_bytes + 2 * self.feature_bytes
 
-    def fixed_bytes(self, *, include_optimizer: bool = False) -> int:
-        """Return bytes that do not grow with the batch size: parameters, gradients, and the optimizer's state if asked.
-
-        >>> Formula((), 1000, 1000, 10, 45, optimizer_bytes=2000).fixed_bytes(include_optimizer=True)
-        4000
-        """
-        return self.parameter_bytes + self.gradient_bytes + (self.optimizer_bytes if include_optimizer else 0)
-
-    def memory(self, batch_size: int, *, include_optimizer: bool = False) -> int:
+    def memory(self, batch_size: int) -> int:
         """Return the bytes at a batch size.
 
-        >>> Formula((), 1000, 1000, 10, 45, optimizer_bytes=2000).memory(1, include_optimizer=True)
-        4100
+        >>> Formula((), 1000, 1000, 10, 45, optimizer_bytes=2000).memory(1)
+        2100
 
         Raises:
             ValueError: ``batch_size`` is not an int of at least 1.
         """
         check_batch_size(batch_size)
-        return self.fixed_bytes(include_optimizer=include_optimizer) + batch_size * self.sample_bytes
-
-    def largest_batch_size(self, budget: int, *, include_optimizer: bool = False) -> int:
-        """Return the largest batch size whose memory is at most ``budget`` bytes: (budget - fixed) // sample_bytes.
-
-        Return 0 if not even one sample fits.
-
-        >>> Formula((), 1000, 1000, 10, 45).largest_batch_size(4000)
-        20
-
-        Raises:
-            ValueError: ``budget`` is not a number of bytes, or no byte depends on the batch size, so none is largest.
-        """
-        if not isinstance(budget, int) or isinstance(budget, bool) or budget < 0:
-            raise ValueError(f"a budget is a number of bytes (an int, at least 0), not {budget!r}")
-        if self.sample_bytes == 0:
-            raise ValueError("no input and no layer's output takes memory, so that no batch size is the largest")
-        return max(0, (budget - self.fixed_bytes(include_optimizer=include_optimizer)) // self.sample_bytes)
+        return self.parameter_bytes + self.gradient_bytes + batch_size * self.sample_bytes

@@ -111,37 +111,6 @@ def test_help_fits_80_columns(words, capsys, monkeypatch):
     assert max(map(len, printed.splitlines())) <= 80
 
 
-COMPLETED = """
-source memplan.bash
-COMP_WORDS=(memplan "$@")
-COMP_CWORD=$#
-_shtab_memplan
-printf '%s\\n' "${COMPREPLY[@]}"
-"""
-
-
-def test_a_shell_completes_its_words(run, tmp_path):
-    pytest.importorskip("shtab")
-    status, text, _ = run("completion", "bash")
-    assert status == 0
-    (tmp_path / "memplan.bash").write_text(text)
-
-    def completed(*words):
-        command = ["bash", "-c", COMPLETED, "bash", *words]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
-
-    assert completed("pl") == ["plan"]
-    assert completed("plan", "net.py:Net", "--pre") == ["--precision"]
-    assert completed("plan", "net.py:Net", "--method", "") == ["auto", "trace", "formula", "probe"]
-    assert completed("plan", "net.py:Net", "--config", "mem") == ["memplan.bash"]
-
-
-def test_completion_without_shtab_says_what_to_install(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "shtab", None)
-    text = "memplan: error: completion needs shtab: pip install 'lightning-memplan[completion]'\n"
-    assert run("completion", "bash") == (2, "", text)
-
-
 def test_gpus_lists_the_catalogue(run):
     status, text, _ = run("gpus", "a100")
     assert (status, [line.split("  ")[0] for line in text.splitlines()]) == (0, ["card", "A100 40GB", "A100 80GB"])

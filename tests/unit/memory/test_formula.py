@@ -665,29 +665,3 @@ def test_layers_of_another_network_are_refused() -> None:
 def test_the_optimizer_is_apart() -> None:
     formula = Formula((), 100, 100, 10, 20, optimizer_bytes=200)
     assert formula.memory(2) == 200 + 2 * 50
-    assert formula.memory(2, include_optimizer=True) == 400 + 2 * 50
-    assert (formula.largest_batch_size(500), formula.largest_batch_size(500, include_optimizer=True)) == (6, 2)
-
-
-def test_where_nothing_grows_no_batch_size_is_the_largest() -> None:
-    with pytest.raises(ValueError, match="no batch size is the largest"):
-        Formula((), 100, 100, 0, 0).largest_batch_size(1000)
-
-
-@pytest.mark.parametrize("budget", [-1, 1.5, True])
-def test_a_budget_that_is_no_number_of_bytes_is_rejected(budget: Any) -> None:
-    with pytest.raises(ValueError, match="a budget is a number of bytes"):
-        Formula((), 100, 100, 1, 1).largest_batch_size(budget)
-
-
-sizes = st.integers(0, 2**50)
-
-
-@given(fixed=sizes, gradients=sizes, image=sizes, features=st.integers(1, 2**50), budget=st.integers(0, 2**60))
-def test_the_largest_batch_size_fits_and_one_more_does_not(
-    fixed: int, gradients: int, image: int, features: int, budget: int
-) -> None:
-    formula = Formula((), fixed, gradients, image, features)
-    largest = formula.largest_batch_size(budget)
-    assert largest == 0 or formula.memory(largest) <= budget
-    assert formula.memory(largest + 1) > budget
