@@ -517,7 +517,9 @@ class Both(pl.LightningDataModule):
 def test_validation_has_a_batch_size_of_its_own():
     module, data = Wide(), Both()
     card = mp.Device("a small card", total=80 * 2**20)  # 16 MiB of weights, their gradients, a batch
-    planner = mp.MemoryPlanner(device=card, batch_arg_name={"val": "val_size"}, max_batch_size=2000, margin=0)
+    planner = mp.MemoryPlanner(
+        device=card, batch_arg_name={"val": "val_size"}, max_batch_size=2000, margin=0, apply=True
+    )
     fit(module, {"datamodule": data}, planner, limit_train_batches=2, limit_val_batches=1, num_sanity_val_steps=0)
     assert planner.plan.limited_by == planner.val_plan.limited_by == "memory"
     # a sample takes 4 KiB a layer in training, twice over in its backward pass, and two of them at once in validation
@@ -586,7 +588,9 @@ class Evaluated(Wide):
 def test_a_test_has_a_batch_size_of_its_own():
     module, data = Evaluated(), Three()
     card = mp.Device("a small card", total=80 * 2**20)
-    planner = mp.MemoryPlanner(device=card, batch_arg_name={"val": "val_size", "test": "test_size"}, margin=0)
+    planner = mp.MemoryPlanner(
+        device=card, batch_arg_name={"val": "val_size", "test": "test_size"}, margin=0, apply=True
+    )
     trainer = fit(module, {"datamodule": data}, planner, limit_train_batches=1, limit_val_batches=1)
     assert data.test_size == 3
     sizes = data.batch_size, data.val_size
@@ -628,7 +632,7 @@ def test_a_name_of_validations_size_that_is_none():
     with pytest.raises(mp.ApplyError, match="Wide or Both has no attribute or hyperparameter 'eval_size' to set"):
         fit(Wide(), {"datamodule": Both()}, planner_of(batch_arg_name={"val": "eval_size"}))
     with pytest.raises(
-        ValueError, match="'batch_size' is training's batch size: leave val_batch_arg_name out, or name"
+        ValueError, match="'batch_size' is training's batch size: leave batch_arg_name\['val'\] out, or name"
     ):
         mp.MemoryPlanner(batch_arg_name={"val": "batch_size"})
 
