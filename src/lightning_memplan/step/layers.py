@@ -299,6 +299,7 @@ def _check_initialised(module: nn.Module) -> None:
 def make_formula(module: nn.Module, layers: Sequence[Layer], input_bytes: int, optimizer_bytes: int = 0) -> Formula:
     """Return the formula of a network whose layers were recorded with :func:`record_layers`.
 
+    >>> from lightning_memplan.data.batches import sample_bytes
     >>> net = nn.Linear(4, 2)
     >>> batch = torch.ones(3, 4)
     >>> formula = make_formula(net, record_layers(net, lambda: net(batch), 3), input_bytes=sample_bytes(batch, 3))
