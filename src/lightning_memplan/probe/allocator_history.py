@@ -19,7 +19,7 @@ MARK_BYTES = 331  # a prime: no tensor of a step is likely to have it at the add
 
 
 class GpuContext(EventContext):
-    """Where a step on a real GPU is. Nothing records it."""
+    """The place of a step on a real GPU that nothing records."""
 
     def empty_cache(self) -> None:
         torch.cuda.empty_cache()
@@ -41,7 +41,7 @@ class Mark(NamedTuple):
 
 
 class MarkingContext(GpuContext):
-    """Where a step is, marked in the allocator's history by a block that is allocated and freed at each move."""
+    """The place of a step. Each move marks the allocator's history with a block that is allocated and freed."""
 
     def __init__(self, device: torch.device) -> None:
         self.run = 0

@@ -29,7 +29,7 @@ from lightning_memplan.step.strategies.choose import choose_strategy
 
 @dataclass(frozen=True)
 class ProbeRun:
-    """What is run, and on which GPU."""
+    """A training setup on one GPU: makes replicas of the module, runs their steps and records them."""
 
     setup: TrainingSetup
     device: torch.device
@@ -121,7 +121,7 @@ class ProbeRun:
 def _shared_until_moved(module: nn.Module) -> dict[int, Any]:
     """Map the parameters and buffers that a replica can share with the module until it is moved to the GPU.
 
-    Those are the ones on the host. Nothing changes them before, and the host does not hold the weights twice.
+    They lie on the host. Nothing changes them before, and the host does not hold the weights twice.
     """
     memo: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):

@@ -18,7 +18,7 @@ def _as_it_is(optimizer: torch.optim.Optimizer) -> None:
 
 @dataclass(frozen=True)
 class StepBackend:
-    """Where steps run and what records them. A backend has
+    """The place where steps run and are recorded. A backend has
 
     - ``context``, which is told where the step is;
     - ``device``, on which the replica trains: a GPU, or the fake device that stands for one;

@@ -12,7 +12,7 @@ from lightning_memplan.memory.events import Category, Phase, Stream
 
 
 class EventContext:
-    """Where a step is. A recorder stamps its events with this.
+    """The place of a step. A recorder stamps its events with this.
 
     Steps move on with ``update``, never by assignment: a recorder may have to note the move.
 

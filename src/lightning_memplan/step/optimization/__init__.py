@@ -1,1 +1,1 @@
-"""What happens between a batch and the optimizer step: by Lightning, by hand, or without hooks."""
+"""Train on a batch: with automatic optimization, with manual optimization, or a module without hooks."""

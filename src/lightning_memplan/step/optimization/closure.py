@@ -1,4 +1,4 @@
-"""Hold the result of a closure: the loss with its graph, and what training_step returned beside it."""
+"""Hold the result of a closure: the loss with its graph, and the other outputs of training_step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class ClosureResult:
-    """What a closure computed. It is held until the optimizer has stepped.
+    """The result of a closure. It is held until the optimizer has stepped.
 
     Source: pytorch_lightning 2.6, loops/optimization/automatic.py (``ClosureResult``).
     """
@@ -21,7 +21,7 @@ class ClosureResult:
     extra: Mapping[str, Any]
 
     def outputs(self) -> dict[str, Any]:
-        """Return what ``on_train_batch_end`` gets."""
+        """Return the outputs that ``on_train_batch_end`` gets."""
         return {"loss": self.loss, **self.extra}
 
 

@@ -1,1 +1,1 @@
-"""What a Trainer's strategy wraps around a module, and its memory."""
+"""Wrap a replica as a Trainer's strategy does, in one process that stands for one of several ranks."""

@@ -25,7 +25,7 @@ Configure = Callable[[], list[torch.optim.Optimizer]]  #: makes the optimizers o
 
 
 class Strategy:
-    """What surrounds a replica on one device: nothing. Other strategies override what they do otherwise.
+    """Train a replica on one device, with nothing around it. Other strategies override some of this.
 
     A strategy is made for one replica: it holds the ``wrapper`` that it puts around it.
     """
