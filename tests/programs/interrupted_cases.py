@@ -222,18 +222,19 @@ HOOKS = [name.strip() for name in HOOKS.replace("\n", "|").split("|") if name.st
 #: where planning itself is stopped: as a function is called for the n-th time, in the module that calls it
 INSIDE: dict[str, tuple[str, str, int]] = {
     "the history is read": ("monitor.history", "load_history", 1),
-    "kernels are registered": ("cuda.rules", "torch.library.Library.impl", 40),
+    "kernels are registered": ("cuda.dispatch", "torch.library.Library.impl", 40),
     "the host's kernel is registered": ("trace.isolation", "torch.library.Library.impl", 1),
     "an operator is recorded": ("trace.recorder", "Recorder._see", 60),
     "an operator of a second recording": ("trace.recorder", "Recorder._see", 200),
     "traces are scaled": ("planning.predict", "scale", 1),
-    "the layers are counted": ("step.runner", "record_layers", 1),
+    "the layers are counted": ("step.optimization.plain", "record_layers", 1),
     "a batch size is looked for": ("memory.fitting", "largest_fitting", 1),
     "validation is traced": ("planning.predict", "trace_validation", 1),
     "all ranks agree": ("planning.proposal", "over_ranks", 1),
     "loaders are changed": ("planning.apply", "change_loaders", 1),
     "the plan is printed": ("callback", "say", 1),
 }
+LEARNED: dict[str, Any] = {"margin": "learned", "history": True}  # so that a history is read
 SETTERS = ["batch_size is set", "val_size is set"]
 #: on a card: which of its runs the step is in
 ON_CARD = [f"training_step {step} in the {where}" for step in (0, 1) for where in ("trace", "probe", "confirm")]
@@ -306,7 +307,7 @@ def of_the_process() -> dict[str, Any]:
         "torch": (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_default_device()),
         "group": (world.default_pg, len(world.pg_map), len(world.pg_group_ranks)),
         "warnings": list(warnings.filters),
-        "garbage": (gc.isenabled(), gc.get_freeze_count()),
+        "garbage": (gc.isenabled(), gc.get_freeze_count() > 0),  # frozen objects may die, and no more are frozen
         "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
         "folder": os.getcwd(),
         "environment": dict(os.environ),
@@ -389,7 +390,9 @@ def stopped(point: str, strike: Callable[[], None], folder: Path, planner: Any, 
     Watched.folder = folder
     try:
         planned(
-            Watched(max_batch_size=8, batch_arg_name={"val": "val_size"}, apply=True, on_error="raise", **planner),
+            Watched(
+                max_batch_size=8, batch_arg_name={"val": "val_size"}, apply=True, on_error="raise", **LEARNED, **planner
+            ),
             point,
             strike,
             **settings,
@@ -409,7 +412,7 @@ def killed(point: str, number: int, folder: Path, planner: Any, **settings: Any)
         os.dup2(quiet, 2)
         try:
             callback = mp.MemoryPlanner(
-                max_batch_size=8, batch_arg_name={"val": "val_size"}, apply=True, on_error="raise", **planner
+                max_batch_size=8, batch_arg_name={"val": "val_size"}, apply=True, on_error="raise", **LEARNED, **planner
             )
             planned(callback, point, lambda: os.kill(os.getpid(), number), **settings)
         except SystemExit as error:  # Lightning's, on Ctrl+C
