@@ -515,14 +515,20 @@ def test_loaders_of_two_sizes_keep_their_ratio():
     ]
 
 
-@pytest.mark.parametrize("how", [{"sample": "all"}, {"sample_size": 0}, {"sample_size": 2.0}, {"sample_size": True}])
-def test_unknown_ways_to_sample_are_rejected(how):
+def test_unknown_ways_to_sample_are_rejected():
+    message = r"^samples is 'auto' or 'first' or 'largest', not 'all'$"
+    with pytest.raises(ValueError, match=message):
+        mp.MemoryPlanner(samples="all")
+    with pytest.raises(ValueError, match=message):
+        mp.estimate(torch.nn.Linear(4, 4), rows, samples="all")
+
+
+@pytest.mark.parametrize("count", [0, 2.0, True])
+def test_a_number_of_samples_that_is_none_is_rejected(count):
     with pytest.raises(
-        ValueError, match=r"^sample is one of 'first', 'largest', not 'all'$|^sample_size is the number "
+        ValueError, match=r"^sample_size is the number of samples to look at, an int of at least 1, not "
     ):
-        mp.MemoryPlanner(**how)
-    with pytest.raises(ValueError, match=r"^sample(_size)? is "):
-        mp.estimate(torch.nn.Linear(4, 4), rows, **how)
+        read_samples(rows, "largest", count)
 
 
 def test_a_network_of_graphs_is_traced():
