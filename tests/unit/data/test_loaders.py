@@ -632,7 +632,7 @@ def test_a_name_of_validations_size_that_is_none():
     with pytest.raises(mp.ApplyError, match="Wide or Both has no attribute or hyperparameter 'eval_size' to set"):
         fit(Wide(), {"datamodule": Both()}, planner_of(batch_arg_name={"val": "eval_size"}))
     with pytest.raises(
-        ValueError, match="'batch_size' is training's batch size: leave batch_arg_name\['val'\] out, or name"
+        ValueError, match=r"'batch_size' is training's batch size: leave batch_arg_name\['val'\] out, or name"
     ):
         mp.MemoryPlanner(batch_arg_name={"val": "batch_size"})
 
