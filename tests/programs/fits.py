@@ -242,7 +242,7 @@ def twice_with_one_callback(folder: Path) -> Result:
 
 
 def does_not_fit(folder: Path) -> Result:
-    planner = mp.MemoryPlanner()
+    planner = mp.MemoryPlanner(on_error="raise")
     held = torch.empty(20 * 2**30, dtype=torch.uint8, device="cuda")  # noqa: F841 - someone else's, in this process
     big = nn.Sequential(nn.Linear(1, 64 * 2**20), nn.Linear(64 * 2**20, 4))
     try:

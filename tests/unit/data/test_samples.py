@@ -29,6 +29,7 @@ import lightning_memplan as mp
 from lightning_memplan.data.batches import TiledBatch, batch_size_of, resized
 from lightning_memplan.data.loaders import borrowed, dataset_size
 from lightning_memplan.data.samples import SIZES, read_samples
+from lightning_memplan.planning.job import Sampling
 
 
 def sample_batches(source, **how):
@@ -528,7 +529,7 @@ def test_a_number_of_samples_that_is_none_is_rejected(count):
     with pytest.raises(
         ValueError, match=r"^sample_size is the number of samples to look at, an int of at least 1, not "
     ):
-        read_samples(rows, "largest", count)
+        Sampling("largest", count)
 
 
 def test_a_network_of_graphs_is_traced():

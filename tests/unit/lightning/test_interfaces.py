@@ -580,11 +580,27 @@ def test_ranks_agree_on_the_smallest(tmp_path):
         assert rank["peak"] <= rank["total"]
 
 
+TOO_SMALL = RANKS.replace("[2**28, 2**27][RANK]", "[2**28, 2**21][RANK]")  # 2 MiB: not one sample
+
+
 @pytest.mark.slow
 def test_a_rank_that_cannot_plan_does_not_leave_the_others_waiting(tmp_path):
-    done = run_ranks(tmp_path, RANKS.replace("[2**28, 2**27][RANK]", "[2**28, 2**21][RANK]"))  # 2 MiB: not one sample
+    done = run_ranks(tmp_path, TOO_SMALL.replace("apply=True)", 'apply=True, on_error="raise")'))
     assert done.returncode != 0
-    assert "MemplanError: there is no batch size for all 2 ranks; rank 1: DoesNotFitError: Net does not" in done.stderr
+    assert "MemplanError: there is no batch size for all 2 ranks; rank 1: Net does not fit" in done.stderr
+
+
+@pytest.mark.slow
+def test_where_one_rank_cannot_plan_all_train_with_the_users_size(tmp_path):
+    planned = TOO_SMALL[: TOO_SMALL.index("from lightning_memplan.planning")].replace(
+        'filterwarnings("ignore"', 'filterwarnings("default"'
+    )
+    shown = 'open(os.path.join(sys.argv[1], f"{RANK}.json"), "w").write(json.dumps([data.batch_size, planner.plan]))\n'
+    done = run_ranks(tmp_path, planned + shown)
+    assert done.returncode == 0, done.stderr[-5000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second == [2, None]
+    assert done.stderr.count("the batch size is not planned: rank 1: Net does not fit on card") == 1
 
 
 @pytest.mark.slow

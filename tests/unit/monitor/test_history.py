@@ -515,7 +515,7 @@ class Eater(pl.Callback):
         self.held = torch.empty(2**30, dtype=torch.uint8, device="cuda")
 
 def fit(*others):
-    planner = mp.MemoryPlanner(method="trace", confirm=False)
+    planner = mp.MemoryPlanner(method="trace", confirm=False, margin="learned", history=True)
     try:
         pl.Trainer(accelerator="gpu", devices=1, max_steps=3, callbacks=[planner, *others], logger=False,
                    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,

@@ -213,15 +213,6 @@ def test_several_backward_calls_and_optimizers_in_a_step(card):
     assert card.reads == reads
 
 
-def test_without_resets_it_is_the_highest_so_far(card):
-    meter = Meter(3, Forecast((Peaks(5, 10), Peaks(9, 12), Peaks(7, 11))), resets=False)
-    steps = [card.step(meter, *peaks) for peaks in ((2, 5, 3), (2, 9, 3), (2, 4, 3))]
-    assert card.resets == 0
-    assert [m.allocated for m in steps] == [5, 9, 9]
-    assert [(m.predicted_allocated, m.predicted_reserved) for m in steps] == [(5, 10), (9, 12), (9, 12)]
-    assert not any(m.phases for m in steps)
-
-
 def test_retries_and_device_allocations_are_each_steps_own(card):
     card.retries, card.device_allocations = 4, 10  # before training
     meter = Meter(3, Forecast((PREDICTED,)))
