@@ -144,7 +144,7 @@ def main() -> None:
         "no handle": fit(Net(no_handle_over_100)),
         "never": fit(Net(out_of_memory)),
         "mistake": fit(Net(mistake)),
-        "mistake, strict": fit(Net(mistake), confirm=True),
+        "mistake, strict": fit(Net(mistake), confirm=True, on_error="raise"),
         "in turn": fit(InTurn(), steps=10),
         "another card": fit(Net(), device="RTX 3090"),
         "not asked": fit(Net(), confirm=False),
