@@ -102,7 +102,7 @@ def native_batch_norm(call: Call, gpu: Gpu) -> Iterator[Allocation]:
 
 @allocates(aten.native_batch_norm_backward)
 def native_batch_norm_backward(call: Call, gpu: Gpu) -> Iterator[Allocation]:
-    """Where channels come last there are two passes, of which the second makes the gradient of the input."""
+    """Run two passes over channels-last tensors; the second makes the gradient of the input."""
     source, training, mask = call.args[1], call.args[7], call.args[9]
     if not (mask[0] and training and _has_channels_last(source)):
         yield OUTPUTS

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Estimate:
-    """How much memory training a module needs, at any batch size. Bytes are ``int``.
+    """Memory that training a module needs, at any batch size. Bytes are ``int``.
 
     ``method`` is ``"probe"`` or ``"trace"``, where the events of whole training steps are replayed through a model of
     PyTorch's caching allocator, or ``"formula"``. Every estimate has a ``formula``; ``alternatives`` are the estimates

@@ -1,4 +1,4 @@
-"""The functions of the package: ``estimate``, ``plan``, ``advise``, ``cards_for``, ``plan_lengths``."""
+"""Functions of the package: ``estimate``, ``plan``, ``advise``, ``cards_for``, ``plan_lengths``."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def estimate(
     samples: WhichSamples = "auto",
     max_batch_size: int | None = None,
 ) -> Estimate:
-    """What training ``module`` takes, at any batch size, without running it on a GPU.
+    """Estimate the memory that training ``module`` needs, at any batch size, without running it on a GPU.
 
     >>> import torch
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Flatten())
@@ -55,34 +55,33 @@ def estimate(
     ('trace', 'backward')
 
     Args:
-        module: a LightningModule, whose ``training_step`` and ``configure_optimizers`` are run on fake tensors, or any
-            module, whose forward is run on the batch and whose outputs' sum (or the ``loss`` it returns) is the loss.
-        batch: what the user's dataloader yields, its first dimension the batch; or a DataLoader, a collection of them,
-            or a LightningDataModule.
-        method: ``"probe"`` runs the step on the GPU, ``"trace"`` on fake tensors, ``"formula"`` adds
-            up feature maps. ``"auto"`` traces, and probes too where the device is a GPU of this machine: the estimate
-            is the probe's if a large batch ran, else that of the two by which fewer samples fit, and ``methods`` tells
-            what each says. Where neither can be had it is the formula's.
-        precision: a Trainer's ``precision``; ``"32-true"`` where nothing is said.
-        optimizer: for a module that is no LightningModule: makes its optimizer from its parameters.
-        trainer: a Trainer, from which precision, clipping and accumulation are taken.
-        device: the card to plan for, by which kernels are chosen (compute capability); ``"RTX 3090"``, or a ``Device``.
-        gradient_clip_val: as a Trainer's.
-        accumulate_grad_batches: as a Trainer's.
-        devices: how many cards train together, without a Trainer; the estimate is of each, and so is the batch size.
-        strategy: how they do: ``"ddp"`` where nothing is said, ``"fsdp"``, ``"fsdp2"`` for a module that calls
+        module: A LightningModule, whose ``training_step`` and ``configure_optimizers`` run; or any module, whose forward
+            runs on the batch, and whose loss is the ``loss`` that it returns or the sum of its outputs.
+        batch: A batch as the data loader yields it, its first dimension the batch; or a DataLoader, a collection of
+            DataLoaders, or a LightningDataModule.
+        method: How to predict. ``"probe"`` runs the step on the GPU, ``"trace"`` runs it on fake tensors, ``"formula"``
+            adds up feature maps. ``"auto"`` traces, and probes too where the device is a GPU of this machine. Its
+            estimate is the probe's if a large batch ran, else the one by which fewer samples fit, and the formula's
+            where neither can be had; ``methods`` has all of them.
+        precision: A Trainer's ``precision``; ``"32-true"`` by default.
+        optimizer: Function that makes the optimizer from parameters, for a module that is no LightningModule.
+        trainer: A Trainer, from which precision, clipping and accumulation are taken.
+        device: GPU to plan for, whose compute capability chooses the kernels: ``"RTX 3090"``, or a ``Device``.
+        gradient_clip_val: A Trainer's ``gradient_clip_val``.
+        accumulate_grad_batches: A Trainer's ``accumulate_grad_batches``.
+        devices: Number of GPUs that train together, without a Trainer; estimate and batch size are of each.
+        strategy: How they train together: ``"ddp"`` (the default), ``"fsdp"``, ``"fsdp2"`` for a module that calls
             ``fully_shard`` in ``configure_model``, or one of Lightning's strategies
             (``FSDPStrategy(auto_wrap_policy={Block})``).
         samples: Samples of a loader's dataset that batches are made of: the first five (``"auto"``, ``"first"``), or
             copies of the largest of 64 that are spread over it (``"largest"``), where samples differ in size.
-        max_batch_size: the largest batch size that will be asked for, where that is known: no larger batch is probed,
-            and what a probe of that one sees holds for it.
+        max_batch_size: Largest batch size of interest. No larger batch is probed.
 
     Raises:
-        TraceError: ``method="trace"`` and the step cannot be traced: says what it needs, and at which line; or
-            ``method="probe"`` and it cannot be probed. What the step itself raises in a probe is raised unchanged;
-            ``"auto"`` goes on to the trace where that may be the copy's doing (AttributeError, TypeError, KeyError).
-        ValueError: an argument that is wrong in itself.
+        TraceError: The step cannot be traced with ``method="trace"``, or probed with ``method="probe"``; says what it
+            needs, and at which line. An error of the step itself in a probe is raised unchanged; ``"auto"`` goes on to
+            the trace where the replica may have caused it (AttributeError, TypeError, KeyError).
+        ValueError: An argument is wrong in itself.
     """
     check_method(method)
     if max_batch_size is not None:
@@ -119,7 +118,7 @@ def plan(
     samples: WhichSamples = "auto",
     effective_batch_size: int | None = None,
 ) -> Plan:
-    """The largest batch size with which ``module`` trains on ``device``.
+    """Find the largest batch size with which ``module`` trains on ``device``.
 
     >>> import torch
     >>> card, net = Device("a small card", total=2**30), torch.nn.Linear(1000, 1000)
@@ -131,18 +130,19 @@ def plan(
     (256, 3)
 
     Args:
-        module: as for ``estimate``, and so are ``batch``, ``method`` and what follows it.
-        device: a card by name (``"RTX 3090"``) or as a ``Device``; the first one found where nothing is said, and the
-            host's memory where there is none.
-        margin: the part of the device's capacity that is left free, from 0 up to but not including 1.
-        min_batch_size: the smallest batch size allowed.
-        max_batch_size: the largest allowed; a dataset's length is a limit too, where ``batch`` is a loader.
-        multiple_of: what the batch size must be a multiple of.
-        effective_batch_size: samples that the optimizer is to see a step, on all of the Trainer's devices together:
-            finds the largest batch size that divides them and fits, and the number of batches to accumulate.
+        module: See ``estimate``, also for ``batch``, ``method`` and the arguments after it.
+        device: GPU by name (``"RTX 3090"``) or as a ``Device``; by default the first GPU found, and the host's memory
+            where there is none.
+        margin: Fraction of the device's capacity to leave free, in ``[0, 1)``.
+        min_batch_size: Smallest batch size allowed.
+        max_batch_size: Largest batch size allowed; the length of a loader's dataset is a limit too.
+        multiple_of: Number of which the batch size must be a multiple.
+        effective_batch_size: Samples that one optimizer step sees, on all devices together. The plan has the largest
+            batch size that divides it and fits, and the number of batches to accumulate.
 
     Raises:
-        DoesNotFitError: not even the smallest batch size fits; ``needed`` and ``available`` are its bytes.
+        DoesNotFitError: Not even the smallest batch size fits; ``needed`` and ``available`` are its bytes.
+        UnmetDemandError: No batch size meets ``effective_batch_size`` or ``min_batch_size``.
         MisconfigurationException: ``effective_batch_size``, where something else decides how much is accumulated.
     """
     check_method(method)
@@ -207,12 +207,12 @@ def advise(
     strategy: Any = None,
     samples: WhichSamples = "auto",
 ) -> tuple[Advice, ...]:
-    """What would take less memory, the most saving change first.
+    """Find changes that save memory, the most saving first.
 
     Each change (half precision, gradient checkpointing of repeated blocks, a fused optimizer, accumulation, expandable
-    segments, ...) is made on a copy, and its whole step traced: no figure is a rule of thumb. What saves less than a
-    hundredth of the peak is left out. FSDP on 2, 4 or 8 cards, the fewest that do, is advised where the batch then fits
-    on each and did not, or where it saves a tenth.
+    segments, ...) is made on a replica, and its whole step is traced: no figure is a rule of thumb. A change that saves
+    less than a hundredth of the peak is left out. FSDP on the fewest of 2, 4 or 8 GPUs is advised where the batch fits
+    only then, or where it saves a tenth.
 
     >>> import torch
     >>> net = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.GELU(), torch.nn.Linear(256, 256))
@@ -222,10 +222,10 @@ def advise(
     ("precision='bf16-true'", True)
 
     Args:
-        module: as for ``estimate``, and so are ``batch``, ``precision`` and what follows it.
-        batch_size: the one to save memory at; the largest that fits on ``device`` where nothing is said.
-        device: as for ``plan``; each advice says the largest batch size that would then fit on it.
-        margin: as for ``plan``.
+        module: See ``estimate``, also for ``batch``, ``precision`` and the arguments after it.
+        batch_size: Batch size at which to save memory; by default the largest that fits on ``device``.
+        device: See ``plan``. Each advice has the largest batch size that would then fit on it.
+        margin: See ``plan``.
 
     Raises:
         TraceError: the step cannot be traced.
@@ -255,7 +255,7 @@ def cards_for(
     samples: WhichSamples = "auto",
     **settings: Any,
 ) -> tuple[tuple[Device, int], ...]:
-    """Each card of the catalogue with the largest batch size that fits on it (0: none does), the smallest card first.
+    """Find the largest batch size that fits on each GPU of the catalogue (0: none does), the smallest GPU first.
 
     >>> import torch
     >>> net, some = torch.nn.Linear(1000, 1000), [device for device in gpus() if device.name in ("T4", "RTX 3090")]
@@ -283,7 +283,7 @@ def plan_lengths(
     max_batch_size: int | None = None,
     **settings: Any,
 ) -> Lengths:
-    """The largest batch size at each length of samples, and the most tokens of a batch that fit at all of them.
+    """Find the largest batch size at each length of samples, and the most tokens of a batch that fit at all of them.
 
     >>> import torch
     >>> net = torch.nn.TransformerEncoderLayer(64, 4, batch_first=True)

@@ -98,7 +98,7 @@ class Holder:
 
 
 def holders_of(name: str, *owners: Any) -> list[Holder]:
-    """Everything that holds the batch size: modules, datamodules and their hparams, which come first.
+    """Return all holders of the batch size: modules, datamodules, and their hparams, which come first.
 
     A dotted name is looked up step by step, in attributes and mappings alike.
 
@@ -126,7 +126,7 @@ def _holders(root: Any, name: str) -> Iterator[Holder]:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the batch size of a fit is kept, found before planning and written after it.
+    """The places that keep the batch size of a fit, found before planning and written after it.
 
     ``source`` is what gives the loaders of a phase. An attribute that differs from their batch size keeps its ratio to
     it (``self.batch_size // 4`` in the hook of a run on four cards).
@@ -139,7 +139,7 @@ class Place:
     phase: Phase = "train"
 
     def write(self, batch_size: int, undo: ExitStack) -> None:
-        """Set it on all that hold it, and see to it that the Trainer's loaders have it; ``undo`` puts all of it back.
+        """Set it on all holders and on the Trainer's loaders; ``undo`` puts all of it back.
 
         Raises:
             ApplyError: a holder or a loader cannot be set, or an epoch has too few batches of that size.
@@ -155,7 +155,7 @@ class Place:
         change_loaders(self.trainer, lambda loaders: resized_loaders(loaders, sizes), self.phase)
 
     def held(self, batch_size: int) -> int:
-        """What the attribute holds at a batch size of the loaders'; that, where nothing holds it."""
+        """Return the value of the attribute, or ``batch_size`` where no attribute holds it."""
         return int(self.holders[0].read()) if self.holders else batch_size
 
     def check(self, batch_size: int) -> None:
@@ -196,7 +196,7 @@ def check_batches(trainer: Any, source: Any, batch_size: int) -> None:
 
 
 def find_holders(name: str, *owners: Any) -> tuple[Holder, ...]:
-    """What holds the batch size; nothing may, where the name is the default.
+    """Find the attributes and hyperparameters of that name; with the default name there may be none.
 
     Raises:
         ApplyError: nothing has an attribute or hyperparameter of that name.
@@ -216,7 +216,7 @@ def find_holders(name: str, *owners: Any) -> tuple[Holder, ...]:
 
 
 def find_place(trainer: Any, source: Any, holders: tuple[Holder, ...], phase: Phase = "train") -> Place:
-    """Where the batch size is kept.
+    """Find the places that keep the batch size.
 
     Raises:
         ApplyError: the loaders have to be set themselves, and one of them cannot be; says what to change.

@@ -159,7 +159,7 @@ _ENABLE = "gradient_checkpointing_enable({'use_reentrant': False})"
 
 
 def checkpoint_themselves(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The models of transformers in a module, with their paths: they know how their blocks are to run twice.
+    """Return the models of transformers in a module, with their paths: they checkpoint their own blocks.
 
     A block of theirs fills a cache of keys and values, which a second forward would fill again: their own checkpoints
     leave it out (``GradientCheckpointingLayer`` in transformers/modeling_layers.py, 5.24).
@@ -175,14 +175,14 @@ def checkpoint_themselves(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _with_own_checkpoints(job: TracedJob, models: Sequence[tuple[str, nn.Module]]) -> Estimate:
-    twin = _copied(job)
+    replica = _copied(job)
     for path, _ in models:
-        twin.get_submodule(path).gradient_checkpointing_enable({"use_reentrant": False})
-    return job.again(module=twin)
+        replica.get_submodule(path).gradient_checkpointing_enable({"use_reentrant": False})
+    return job.again(module=replica)
 
 
 def checkpointed(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules to set checkpoints around, with their paths: blocks that repeat, else the network's own parts.
+    """Return the modules to checkpoint, with their paths: blocks that repeat, else the network's own parts.
 
     >>> down, up = (torch.nn.Sequential(torch.nn.Linear(8, 8)) for _ in range(2))
     >>> [path for path, _ in checkpointed(torch.nn.ModuleDict({"down": down, "up": up, "head": torch.nn.Linear(8, 2)}))]
@@ -205,7 +205,7 @@ def _named(blocks: Sequence[tuple[str, nn.Module]]) -> str:
 
 
 def _repeated_blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The outermost modules that have parts and stand at least twice, of one class, in a Sequential or ModuleList."""
+    """Return the outermost modules with parts that stand twice or more, of one class, in a Sequential or ModuleList."""
     found: dict[str, nn.Module] = {}
     for path, container in module.named_modules():
         if not isinstance(container, (nn.Sequential, nn.ModuleList)) or any(path.startswith(f"{p}.") for p in found):
@@ -221,10 +221,10 @@ def _repeated_blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _with_checkpoints(job: TracedJob, blocks: Sequence[tuple[str, nn.Module]]) -> Estimate:
-    twin = _copied(job)
+    replica = _copied(job)
     for path, _ in blocks:
-        _checkpoint(twin.get_submodule(path))
-    return job.again(module=twin)
+        _checkpoint(replica.get_submodule(path))
+    return job.again(module=replica)
 
 
 def _checkpoint(block: nn.Module) -> None:
@@ -235,9 +235,9 @@ def _checkpoint(block: nn.Module) -> None:
 
 
 def _with_gradients_freed(job: TracedJob) -> Estimate:
-    twin = _copied(job)
-    twin.__dict__["optimizer_zero_grad"] = lambda epoch, batch_idx, optimizer: optimizer.zero_grad(set_to_none=True)
-    return job.again(module=twin)
+    replica = _copied(job)
+    replica.__dict__["optimizer_zero_grad"] = lambda epoch, batch_idx, optimizer: optimizer.zero_grad(set_to_none=True)
+    return job.again(module=replica)
 
 
 _FORMATS = {4: "channels_last", 5: "channels_last_3d"}
@@ -247,7 +247,7 @@ _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def _formats(module: nn.Module) -> list[str]:
-    """The layouts that convolutions have, and this module's parameters do not."""
+    """Return the memory formats of convolutions that this module's parameters do not have."""
     weights = [m.weight for m in module.modules() if isinstance(m, _CONVOLUTIONS)]
     return sorted(
         {
@@ -259,13 +259,13 @@ def _formats(module: nn.Module) -> list[str]:
 
 
 def _in_formats(job: TracedJob, formats: Sequence[str]) -> Estimate:
-    twin = _copied(job)
+    replica = _copied(job)
     with torch.no_grad():
-        for parameter in twin.parameters():  # ``Module.to`` cannot exchange fake ones
+        for parameter in replica.parameters():  # ``Module.to`` cannot exchange fake ones
             name = _FORMATS.get(parameter.dim(), "")
             if name in formats:
                 parameter.data = parameter.detach().contiguous(memory_format=getattr(torch, name))
-    return job.again(module=twin)
+    return job.again(module=replica)
 
 
 # --- more cards
@@ -310,7 +310,7 @@ _SMALLEST = 16  # pixels or tokens: what measures less is no image and no text, 
 
 
 def _sample_size(batch: Any) -> tuple[int, ...]:
-    """What images and volumes measure, or the length of sequences of tokens; empty where a batch has neither.
+    """Return the size of images or volumes, or the length of token sequences; empty where a batch has neither.
 
     >>> _sample_size((torch.zeros(2, 3, 64, 96), torch.zeros(2))), _sample_size({"ids": torch.zeros(2, 128).long()})
     ((64, 96), (128,))
@@ -346,16 +346,16 @@ def _with_optimizer(job: TracedJob, change: ChangeOptimizer) -> Estimate:
         if make is None:
             raise DoesNotApplyError
         return job.again(optimizer=lambda parameters: change(make(parameters)))
-    twin = _copied(job)
-    if not twin.automatic_optimization:
+    replica = _copied(job)
+    if not replica.automatic_optimization:
         raise DoesNotApplyError
 
     def configure_optimizers() -> list[torch.optim.Optimizer]:
-        del twin.__dict__["configure_optimizers"]  # the copy's own, from here on
-        return [change(optimizer) for optimizer in configured_optimizers(twin)[0]]
+        del replica.__dict__["configure_optimizers"]  # the copy's own, from here on
+        return [change(optimizer) for optimizer in configured_optimizers(replica)[0]]
 
-    twin.__dict__["configure_optimizers"] = configure_optimizers
-    return job.again(module=twin)
+    replica.__dict__["configure_optimizers"] = configure_optimizers
+    return job.again(module=replica)
 
 
 def _fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -391,7 +391,7 @@ def _in_eight_bits(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 class _EightBit(torch.optim.Optimizer):
-    """What bitsandbytes' 8-bit optimizers allocate, without their arithmetic, which needs nothing.
+    """Allocate what bitsandbytes' 8-bit optimizers do, without their arithmetic, which needs no memory.
 
     Source: bitsandbytes 0.50, ``optim/optimizer.py``, ``init_state``: a byte for each value and a float32 for 256 of
     them, and float32 where a parameter has less than 4096.

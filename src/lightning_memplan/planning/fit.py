@@ -38,7 +38,7 @@ Announce = Callable[[Plan, "Plan | None", int], None]  #: show a plan, validatio
 
 @dataclass(frozen=True)
 class FitOptions:
-    """What a user asks of a plan; see ``MemoryPlanner``.
+    """Options of a plan, as a user sets them; see ``MemoryPlanner``.
 
     >>> FitOptions(Limits(max_batch_size=64)).names["train"]
     'batch_size'

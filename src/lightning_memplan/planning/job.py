@@ -1,4 +1,4 @@
-"""What is trained, on which data, and how: a ``TrainingJob``, made from a user's arguments or from a Trainer."""
+"""Make a ``TrainingJob`` (module, data, settings) from a user's arguments or from a Trainer."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def sampling_of(samples: WhichSamples) -> Sampling:
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where batches come from: a batch, a loader, or a collection of loaders. Samples are read once, and kept.
+    """Source of batches: a batch, a loader, or a collection of loaders. Samples are read once, and kept.
 
     >>> import torch
     >>> DataSource(torch.zeros(4, 3)).samples.make(2).shape
@@ -100,7 +100,7 @@ class DataSource:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What is trained, on which data, and how.
+    """A module, its data, and the settings of its training.
 
     ``datamodule`` is the one whose hooks a batch passes; ``stage`` is the argument of the module's ``setup``, which is
     not called where it is None.
@@ -139,7 +139,7 @@ class TrainingJob:
 
     @property
     def setup(self) -> TrainingSetup:
-        """What the steps of the job need beside a batch and a device."""
+        """All that the steps of the job need beside a batch and a device."""
         return TrainingSetup(self.module, self.settings, self.trainer, self.datamodule, self.optimizer, self.stage)
 
     def accumulating(self, microbatches: int) -> TrainingJob:
@@ -153,7 +153,7 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class Training:
-    """How a module is trained, as a user says it; see ``estimate`` for each field.
+    """Settings of training, as a user gives them; see ``estimate`` for each field.
 
     >>> Training(precision="16-mixed", devices=2).accumulate_grad_batches
     1

@@ -27,7 +27,7 @@ SHRINKS = 3
 
 
 class Planner(Protocol):
-    """What a proposal asks of the session that made it, to plan again with less."""
+    """Interface of the session that made a proposal, and that can plan again with less."""
 
     @property
     def limits(self) -> Limits:

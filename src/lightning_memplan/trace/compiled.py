@@ -85,7 +85,7 @@ class Graphs:
 
 @dataclass
 class CompiledReport:
-    """How the compiled parts of a step were traced."""
+    """Report on the trace of a step's compiled parts."""
 
     fused: bool = False  #: one of them at least made graphs
     notes: set[str] = field(default_factory=set)

@@ -78,7 +78,7 @@ class Recorder(EventContext, TorchDispatchMode):
 
     @property
     def lengths_taken(self) -> int:
-        """How many results were as long as values say, and were made at their longest."""
+        """Number of results whose length depends on values, made at their greatest length."""
         return self.values.lengths_taken
 
     @lengths_taken.setter

@@ -57,7 +57,7 @@ class TraceResult:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the plan rests on, by the first trace."""
+        """Notes of the first trace: assumptions that the plan rests on."""
         return self.traces[0].notes
 
 
