@@ -55,8 +55,8 @@ def estimate(
     ('trace', 'backward')
 
     Args:
-        module: A LightningModule, whose ``training_step`` and ``configure_optimizers`` run; or any module, whose forward
-            runs on the batch, and whose loss is the ``loss`` that it returns or the sum of its outputs.
+        module: A LightningModule, whose ``training_step`` and ``configure_optimizers`` run; or any module, which is run
+            on the batch, and whose loss is the ``loss`` that it returns or the sum of its outputs.
         batch: A batch as the data loader yields it, its first dimension the batch; or a DataLoader, a collection of
             DataLoaders, or a LightningDataModule.
         method: How to predict. ``"probe"`` runs the step on the GPU, ``"trace"`` runs it on fake tensors, ``"formula"``
