@@ -163,6 +163,7 @@ class MemoryPlanner(CallbackBase):
         self._index: int | None = None
         self._applies = False  # whether this run's batch size is set
         self._sets_test = False
+        self._logs = True  # until a logger has failed
         self._accumulated = 1  # batches, as an earlier plan has set
         self._check()
 
@@ -212,6 +213,7 @@ class MemoryPlanner(CallbackBase):
         if stage != "fit":
             return
         self._forget_plan()
+        self._logs = True
         self._index = None if trainer.fast_dev_run else cuda_index(trainer)
         if trainer.fast_dev_run:
             say("MemoryPlanner is disabled when fast_dev_run is set: it runs a few batches of the user's size")
@@ -221,8 +223,9 @@ class MemoryPlanner(CallbackBase):
             self._fit.run(self._announce)
             self._take_plan()
         if self._index is not None and self.plan is not None:
-            for writer in tensorboard_writers(trainer):  # now: the last layout counts, and the user's may come later
-                writer.add_custom_scalars(scalars_layout(PHASES))
+            with self._logging():
+                for writer in tensorboard_writers(trainer):  # now: the last layout counts, the user's may come later
+                    writer.add_custom_scalars(scalars_layout(PHASES))
 
     def _announce(self, plan: Plan, val_plan: Plan | None, val_size: int) -> None:
         """Show the plan, before it counts as set."""
@@ -298,15 +301,17 @@ class MemoryPlanner(CallbackBase):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if self._fit is not None and self.plan is not None:
             self._fit.release()
-            log_first_hyperparams(trainer, pl_module, plan_hparams(self.plan) | self._fit.hyperparameters())
+            with self._logging():
+                log_first_hyperparams(trainer, pl_module, plan_hparams(self.plan) | self._fit.hyperparameters())
 
     # -- measure, at every CUDA step
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self._fit is not None and self.plan is not None:
             self._check_loaders(self._fit, self.plan)
-            log_hyperparams(trainer, plan_hparams(self.plan) | self._fit.hyperparameters())
-            self._draw(trainer, self.plan)
+            with self._logging():
+                log_hyperparams(trainer, plan_hparams(self.plan) | self._fit.hyperparameters())
+                self._draw(trainer, self.plan)
         if self._index is None:
             if self.plan is not None and trainer.is_global_zero:
                 warnings.warn(
@@ -436,11 +441,23 @@ class MemoryPlanner(CallbackBase):
         if trainer.loggers:
             self._log(trainer, step_metrics(measured, self._formula_peak))
 
-    @staticmethod
-    def _log(trainer: Any, metrics: dict[str, float]) -> None:
+    def _log(self, trainer: Any, metrics: dict[str, float]) -> None:
         loggers, step = trainer.loggers, logged_step(trainer)
-        for logger in loggers:
-            logger.log_metrics(metrics if len(loggers) == 1 else dict(metrics), step=step)
+        with self._logging():
+            for logger in loggers if self._logs else ():
+                logger.log_metrics(metrics if len(loggers) == 1 else dict(metrics), step=step)
+
+    @contextmanager
+    def _logging(self) -> Iterator[None]:
+        """Turn a failure of logging into one warning, and log nothing more: steps are measured all the same."""
+        try:
+            yield
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            if self._logs:
+                warn(f"memory is not logged: {located(error)}. Measurements are kept in planner.measurements")
+            self._logs = False
 
     def _draw(self, trainer: Any, plan: Plan) -> None:
         """Draw the plan's step for TensorBoard; nothing without matplotlib, or where there is no step to draw."""

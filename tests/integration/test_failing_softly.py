@@ -232,6 +232,34 @@ def test_warnings_of_libraries_in_planning_are_no_errors() -> None:
     assert planner.plan is not None
 
 
+class Breaks(pl.loggers.CSVLogger):
+    """A logger that refuses the planner's values."""
+
+    def log_hyperparams(self, params: Any = None) -> None:
+        if any(str(name).startswith("memplan/") for name in params or {}):
+            raise ConnectionError("the tracker is down")
+
+
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_a_logger_that_refuses_the_plan_stops_no_training(on_error: str, tmp_path: Any) -> None:
+    module, planner = Net(), mp.MemoryPlanner(device=CARD, apply=True, max_batch_size=6, on_error=on_error)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=1, logger=Breaks(tmp_path), enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[planner],
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if on_error == "raise":
+            with pytest.raises(ConnectionError, match="the tracker is down"):
+                trainer.fit(module)
+            return
+        trainer.fit(module)
+    assert module.seen == [6, 6]  # as planned
+    said = [str(each.message) for each in caught if "memory is not logged" in str(each.message)]
+    assert len(said) == 1
+    assert "ConnectionError: the tracker is down" in said[0]
+
+
 def test_an_interrupt_is_passed_on() -> None:
     class Interrupted(Net):
         def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
