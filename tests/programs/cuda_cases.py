@@ -353,6 +353,17 @@ def convolutions_laid_out_otherwise(n: int, device: torch.device) -> Any:
     return total
 
 
+@case(None, F16)
+def convolutions_of_each_channel_in_depth(n: int, device: torch.device) -> Any:
+    """Videos of which a part is read, or whose channels come last: what is copied ends before the bias's gradient."""
+    x, total = leaf(device, n, 32, 6, 20, 20), 0
+    conv = on(device, nn.Conv3d(32, 32, 3, groups=32))
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        y = conv(x[..., 1:-1, 1:-1].contiguous(memory_format=layout))
+        total = total + (y * torch.zeros(y.shape, device=device).to(memory_format=torch.channels_last_3d)).sum()
+    return total + conv(x[..., 1:-1, 1:-1]).sum()
+
+
 @case(None, F16, BF16)
 def linears(n: int, device: torch.device) -> Any:
     total = on(device, nn.Linear(100, 70))(leaf(device, n, 100)).sum()

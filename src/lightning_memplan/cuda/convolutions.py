@@ -204,9 +204,7 @@ def convolution_backward(call: Call, gpu: Gpu) -> Iterator[Allocation]:
     if not of.is_depthwise:
         yield Scope(_cudnn_gradients(of, grad, mask))
     elif of.input.dim() == 5:
-        yield Output(0)
-        yield Output(1)
-        yield from contiguous_copies(grad, *of.images)
+        yield Scope([Output(0), Output(1), *contiguous_copies(grad, *of.images)])
     else:
         yield Scope(_depthwise_gradients(of, grad))
     yield Output(2)

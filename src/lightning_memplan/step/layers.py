@@ -249,7 +249,7 @@ def textbook_filters(module: nn.Module) -> tuple[Filters, ...]:
     ()
     """
     found = () if parametrize.is_parametrized(module) else filters_of(module) or ()
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if found and isinstance(module, nn.modules.conv._ConvNd):
         found = (replace(found[0], inputs=module.in_channels),)
     return (replace(found[0], biases=max(1, found[0].biases)),) if len(found) == 1 else found
 

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_memplan.data.batches import sample_bytes, tensors_of
 from lightning_memplan.memory.formula import Formula
-from lightning_memplan.step.layers import filters_of, make_formula, record_layers
+from lightning_memplan.step.layers import filters_of, make_formula, record_layers, textbook_filters
 from lightning_memplan.types import Filters, Layer
 
 
@@ -297,6 +297,16 @@ def test_a_parametrized_layer_is_one_row() -> None:
     # a weight norm keeps a direction of 8 * 4 and 8 lengths in place of the weight, beside the bias of 8
     (row,) = record(parametrizations.weight_norm(nn.Linear(4, 8)), torch.ones(2, 4))
     assert (row.path, row.type, row.parameters, row.feature_bytes) == ("", "Linear", 8 * 4 + 8 + 8, 32)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv1d(8, 8, 3, padding=1, groups=2), nn.Conv2d(8, 8, 1), nn.ConvTranspose3d(8, 8, 1), nn.Linear(8, 8)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_parametrized_layer_has_no_textbook_count(layer: nn.Module) -> None:
+    assert len(textbook_filters(layer)) == 1
+    assert textbook_filters(parametrizations.weight_norm(layer)) == ()
 
 
 def test_recording_computes_no_parametrization_of_its_own() -> None:
