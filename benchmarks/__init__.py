@@ -1,1 +1,1 @@
-"""How exact the predictions are (``benchmarks.accuracy``), and how long planning takes (``benchmarks.speed``)."""
+"""Measure the accuracy of predictions (``benchmarks.accuracy``) and the time of planning (``benchmarks.speed``)."""

@@ -1,1 +1,1 @@
-"""How near the predictions come, measured: ``python -m benchmarks.accuracy.nullgpu``."""
+"""Compare predictions with measurements: ``python -m benchmarks.accuracy.nullgpu``."""

@@ -1,4 +1,4 @@
-"""What the engine makes of every row, written down: two of these show whether a change to it has changed a byte.
+"""Write down the engine's program of every row, and compare two such files byte for byte.
 
     python -m benchmarks.accuracy.programs dump old.jsonl                       # before: every row of the suites
     python -m benchmarks.accuracy.programs dump new.jsonl --jobs 2              # after; goes on where it was stopped
@@ -95,7 +95,7 @@ def label_of(event: Any) -> tuple[Any, ...]:
 
 
 def traits_of(program: Any) -> list[Any]:
-    """What a program says beside its events: traced batch sizes, batches of an optimizer's step, steps of a cycle."""
+    """Return a program's traced batch sizes, the batches of an optimizer's step, and the steps of a cycle."""
     return [list(program.batch_sizes), program.microbatches, program.period]
 
 
@@ -186,7 +186,7 @@ def unpacked(program: Mapping[str, Any]) -> list[str]:
 
 
 def predicted(estimate: Any, size: int) -> dict[str, Any]:
-    """What an estimate says of a batch size."""
+    """Return an estimate's predictions at a batch size."""
     peak = _asked(lambda: estimate.peak(size))
     found = {
         "peak": peak,
@@ -296,7 +296,7 @@ def _of_table(text: str) -> dict[str, Any]:
 
 
 def record(suite: str, text: str) -> dict[str, Any]:
-    """What is written down of a row; of one that fails the error."""
+    """Return the record of a row: its program and predictions, or its error."""
     _seeded()
     try:
         found = _of_table(text) if suite == RTX3090 else _of_network(text)
@@ -314,7 +314,7 @@ class Task(NamedTuple):
 
     @property
     def package(self) -> str:
-        """Where the network comes from: a package may change how torch works."""
+        """Return the package of the network: each has processes of its own, since one may change how torch works."""
         return RTX3090 if self.suite == RTX3090 else self.row.split(".")[0]
 
 
@@ -378,7 +378,7 @@ def _environment(suite: str) -> dict[str, str]:
 
 
 def results(tasks: list[Task]) -> Iterator[dict[str, Any]]:
-    """What is written down of rows, from processes; a row at which one dies is a failed row."""
+    """Yield the records of rows from worker processes; a row at which a process dies is a failed row."""
     while tasks:
         command = [sys.executable, "-m", "benchmarks.accuracy.programs", "work", *chain.from_iterable(tasks)]
         with tempfile.TemporaryFile("w+") as errors:
@@ -475,7 +475,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _unlike_events(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """How many events of a program differ, apart from the numbers of their blocks, and the first that does."""
+    """Yield the number of events that differ, apart from the numbers of their blocks, and the first that does."""
     a, b = unpacked(old), unpacked(new)
     rest = [Counter(line.split("\t", 1)[1] for line in lines) for lines in (a, b)]
     gone, more = (rest[0] - rest[1]).total(), (rest[1] - rest[0]).total()
@@ -492,7 +492,7 @@ def _unlike_events(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) ->
 
 
 def unlike(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs of a row, a line each."""
+    """Return the differences of a row, a line each."""
     lines = []
     for name in {**old.get("programs", {}), **new.get("programs", {})}:
         pair = [row.get("programs", {}).get(name) for row in (old, new)]

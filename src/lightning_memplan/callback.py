@@ -13,7 +13,6 @@ import torch
 from lightning_memplan.checks import check_choice, check_count, check_method
 from lightning_memplan.data.batches import batch_size_of
 from lightning_memplan.errors import (
-    ApplyError,
     DoesNotFitError,
     MemplanError,
     PlanningFailedError,
@@ -206,7 +205,8 @@ class MemoryPlanner(CallbackBase):
         self._applies = cuda_index(trainer) is not None if self.apply is None else self.apply
         options = self._options()
         if stage == "test" and "test" in options.names and self._applies and not trainer.fast_dev_run:
-            with self._softly("the batch size of the test is not planned"), planning_warnings():
+            self.test_plan = None
+            with self._softly("the batch size of the test is not planned", "The test goes on"), planning_warnings():
                 self.test_plan, size = plan_and_set_test(trainer, pl_module, options)
                 self._sets_test = True
                 say(f"MemoryPlanner: the batch size of the test is {size}")
@@ -219,9 +219,11 @@ class MemoryPlanner(CallbackBase):
             say("MemoryPlanner is disabled when fast_dev_run is set: it runs a few batches of the user's size")
             return
         self._fit = FitPlanner(trainer, pl_module, options, self._accumulated)
-        with self._softly("the batch size is not planned"), planning_warnings():
+        with self._softly("the batch size is not planned", "Training goes on"), planning_warnings():
             self._fit.run(self._announce)
             self._take_plan()
+        if self.plan is None:
+            self._fit = None
         if self._index is not None and self.plan is not None:
             with self._logging():
                 for writer in tensorboard_writers(trainer):  # now: the last layout counts, the user's may come later
@@ -253,21 +255,18 @@ class MemoryPlanner(CallbackBase):
         return demands and isinstance(error, (UnmetDemandError, type(misconfiguration(""))))
 
     @contextmanager
-    def _softly(self, what: str) -> Iterator[None]:
-        """Turn a planning failure into one warning: the user's batch size stays, and steps are measured."""
+    def _softly(self, what: str, then: str) -> Iterator[None]:
+        """Turn a planning failure into one warning: the user's batch size stays."""
         try:
             yield
-        except PlanningFailedError as error:
-            self._forget_plan()
+        except Exception as error:
+            agreed = isinstance(error, PlanningFailedError)  # by all ranks
+            if not agreed and (self._is_fatal(error) or isinstance(error, MemplanError)):
+                raise
             warn(
-                f"{what}: {error}. Training goes on with the user's own batch size, measured without predictions; "
+                f"{what}: {located(error)}. {then} with the user's own batch size, measured without predictions; "
                 "MemoryPlanner(on_error='raise') stops here instead"
             )
-        except Exception as error:
-            self._forget_plan()
-            if self._is_fatal(error) or isinstance(error, MemplanError):
-                raise
-            warn(f"{what}: {located(error)}. Training goes on with the user's own batch size")
 
     def _forget_plan(self) -> None:
         self.plan = self.val_plan = self.estimate = self._fit = self._meter = None
@@ -333,10 +332,10 @@ class MemoryPlanner(CallbackBase):
         try:
             if fit.place is not None:
                 fit.place.check(plan.batch_size)
-        except ApplyError as error:
+        except Exception as error:
             if self.on_error == "raise":
                 raise
-            warn(str(error))
+            warn(f"the loaders may not give the planned batch size {plan.batch_size}: {located(error)}")
 
     @property
     def measurements(self) -> list[Measurement]:

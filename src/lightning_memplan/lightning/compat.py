@@ -152,11 +152,6 @@ def is_combined_loader(thing: object) -> bool:
     return any(isinstance(thing, module.CombinedLoader) for module in utilities)
 
 
-def agree_on_smallest(batch_size: int) -> int:
-    """Return the smallest batch size of all ranks. Every rank must call it."""
-    return min(over_ranks(batch_size))
-
-
 def over_ranks(value: T) -> list[T]:
     """Return the value of each rank, in the order of ranks. Every rank must call it."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():

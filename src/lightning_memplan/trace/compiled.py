@@ -76,7 +76,7 @@ class Graphs:
         def run(args: list[Any]) -> Any:
             if self.lower_bound:
                 return _Interpreter(graph, self).boxed_run(args)
-            with self.recorder.pool(Stream.COMPILED, workspaces=True):
+            with self.recorder.pool(Stream.COMPILED):
                 return _Interpreter(graph, self).boxed_run(args)
 
         run._boxed_call = True  # type: ignore[attr-defined]
@@ -177,7 +177,7 @@ class _Interpreter(fx.Interpreter):
         out = super().run_node(n)
         del copied
         if self._cache and self._recorder.step == 1 and not is_view(n):
-            with self._recorder.pool(Stream.TRIALS, workspaces=True):  # as if it found no room in what is cached
+            with self._recorder.pool(Stream.TRIALS):  # as if it found no room in what is cached
                 self._recorder.take_and_give_back(self._cache)
         return out
 

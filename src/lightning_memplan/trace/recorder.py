@@ -217,14 +217,13 @@ class Recorder(EventContext, TorchDispatchMode):
             self._unseen, self._stays = before
 
     @contextmanager
-    def pool(self, stream: int, *, workspaces: bool) -> Iterator[None]:
+    def pool(self, stream: int) -> Iterator[None]:
         """Put blocks that are made meanwhile in a pool of their own, as if on another stream."""
-        before, kept = self.stream, self._kernels.workspaces
-        self.stream, self._kernels.workspaces = stream, kept if workspaces else {}
+        before, self.stream = self.stream, stream
         try:
             yield
         finally:
-            self.stream, self._kernels.workspaces = before, kept
+            self.stream = before
 
     def reveal(self, tensor: torch.Tensor) -> None:
         """Record a tensor that was made unseen."""

@@ -628,6 +628,25 @@ def test_a_test_that_cannot_be_planned():
         trainer().test(Evaluated(), plain(3))
 
 
+def test_a_test_that_cannot_be_planned_leaves_the_plan_of_training():
+    class Reads(Evaluated):
+        def test_step(self, batch, batch_idx):
+            return batch.sum() * int(batch.long().sum().item())
+
+    module, data = Reads(), Three()
+    planner = mp.MemoryPlanner(
+        device=mp.Device("a small card", total=80 * 2**20), batch_arg_name={"test": "test_size"}, apply=True
+    )
+    trainer = fit(module, {"datamodule": data}, planner, limit_train_batches=1, limit_val_batches=1)
+    plan = planner.plan
+    with pytest.warns(
+        UserWarning, match=r"the test is not planned: .*\. The test goes on with the user's own batch size"
+    ):
+        trainer.test(module, data, verbose=False)
+    assert (planner.plan, planner.test_plan, data.test_size) == (plan, None, 3)
+    assert planner.estimate is not None
+
+
 def test_a_name_of_validations_size_that_is_none():
     with pytest.raises(mp.ApplyError, match="Wide or Both has no attribute or hyperparameter 'eval_size' to set"):
         fit(Wide(), {"datamodule": Both()}, planner_of(batch_arg_name={"val": "eval_size"}))
