@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -171,6 +172,10 @@ class MemoryPlanner(CallbackBase):
         check_method(self.method)
         if self.margin == "learned" and self.history is False:
             raise ValueError("margin='learned' learns from earlier runs: pass history=True or the path of a file")
+        if not isinstance(self.history, (bool, str, os.PathLike)):
+            raise ValueError(f"history is True, False or the path of a file, not {self.history!r}")
+        check_choice("apply", self.apply, (None, True, False))
+        check_choice("confirm", self.confirm, (None, True, False))
         check_choice("objective", self.objective, ("largest",))
         check_choice("on_error", self.on_error, ("warn", "raise"))
         check_choice("resume", self.resume, ("keep", "plan"))

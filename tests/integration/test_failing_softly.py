@@ -278,6 +278,9 @@ def test_every_option_has_to_argue() -> None:
     [
         ({"objective": "fastest"}, "objective is 'largest', not 'fastest'"),
         ({"on_error": "ignore"}, "on_error is 'warn' or 'raise', not 'ignore'"),
+        ({"apply": "False"}, "apply is None or True or False, not 'False'"),
+        ({"confirm": "no"}, "confirm is None or True or False, not 'no'"),
+        ({"history": None}, "history is True, False or the path of a file, not None"),
         ({"samples": "all"}, "samples is 'auto' or 'first' or 'largest', not 'all'"),
         ({"prog_bar": True}, "prog_bar is False, not True"),
         ({"margin": "learned"}, "margin='learned' learns from earlier runs: pass history=True or the path of a file"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -57,7 +58,9 @@ def test_each_command_for_newcomers_sets_up_and_runs(name, command):
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     words = block(f"<!-- newcomer: {name} -->\n").split()
-    done = subprocess.run([*words, "-n", "--always-make"], capture_output=True, text=True, cwd=ROOT, check=True)
+    command_line = [*words, "-n", "--always-make"]
+    env = {"PATH": os.environ["PATH"]}  # without the flags of a make that runs these tests
+    done = subprocess.run(command_line, capture_output=True, text=True, cwd=ROOT, env=env, check=True)
     made, installed, ran = done.stdout.splitlines()  # all that a fresh clone needs
     assert made == "python3 -m venv .venv"
     assert installed.startswith(".venv/bin/pip install -q -e '.[")
