@@ -215,6 +215,7 @@ def difference(row: Row, most: int) -> None:
     from benchmarks.accuracy import networks
     from lightning_memplan.data.samples import read_samples
     from lightning_memplan.settings import StepSettings, parse_precision
+    from lightning_memplan.step.setup import TrainingSetup
     from lightning_memplan.trace.tracer import trace_steps
 
     torch.cuda.memory._record_memory_history(
@@ -242,7 +243,7 @@ def difference(row: Row, most: int) -> None:
         precision=parse_precision(row.precision), gradient_clip_val=row.clip, accumulate_grad_batches=row.accumulate
     )
     batches = read_samples(networks.loader(sample, row.batch_size, 1)).batches((row.batch_size,))
-    events = list(trace_steps(module, batches, settings, steps=STEPS).traces[0].events)
+    events = list(trace_steps(TrainingSetup(module, settings), batches, steps=STEPS).traces[0].events)
     blocks = {e.block: -(-e.size // 512) * 512 for e in events if e.size > 0}
     events = [e for e in events if e.block in blocks]
     ours = [f"-{blocks.pop(e.block, '?')}" if e.is_free else f"+{blocks[e.block]}" for e in events]

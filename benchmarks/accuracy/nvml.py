@@ -24,8 +24,8 @@ from torch import nn
 from lightning_memplan.memory.allocator import replay
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
 from lightning_memplan.memory.program import Program
-from lightning_memplan.settings import StepSettings
 from lightning_memplan.step.fake_cuda import DEVICE
+from lightning_memplan.step.setup import TrainingSetup
 from lightning_memplan.trace.tracer import run_formula
 
 from .fits import FITS, read_fits
@@ -182,7 +182,7 @@ def predict(row: Row) -> Prediction:
     low, high = scatter()
     parameters = sum(p.numel() * p.element_size() for p in network.parameters())
     batch: Any = torch.zeros(2, LENGTH, dtype=torch.long) if "/" in row.model else torch.zeros(2, 3, 86, 86)
-    formula = run_formula(network, (2, batch), StepSettings()).formula.memory(row.batch)
+    formula = run_formula(TrainingSetup(network), (2, batch)).formula.memory(row.batch)
     return Prediction(
         low=int(low * reserved),
         expected=reserved,

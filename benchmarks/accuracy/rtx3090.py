@@ -33,6 +33,7 @@ from lightning_memplan.memory.formula import Formula
 from lightning_memplan.memory.program import CONVOLUTION, Kernel, Program
 from lightning_memplan.settings import StepSettings
 from lightning_memplan.step.fake_cuda import DEVICE
+from lightning_memplan.step.setup import TrainingSetup
 from lightning_memplan.trace.tracer import run_formula
 
 from .loop import PRIME, Loop, trace_loop
@@ -221,7 +222,7 @@ def formula_of(row: Row) -> Formula:
     settings = StepSettings(precision="16-mixed")
     images = torch.empty(2, 3, row.image_size, row.image_size)
     sgd = partial(torch.optim.SGD, momentum=0.9)
-    return run_formula(network_of(row), (2, images), settings, optimizer=sgd).formula
+    return run_formula(TrainingSetup(network_of(row), settings, optimizer=sgd), (2, images)).formula
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import torch
 
 from lightning_memplan.checks import check_choice, check_count, check_method
 from lightning_memplan.data.batches import batch_size_of
+from lightning_memplan.data.holders import DEFAULT_NAME
 from lightning_memplan.errors import (
     DoesNotFitError,
     MemplanError,
@@ -35,7 +36,7 @@ from lightning_memplan.lightning.trainer import batches_into_epoch, cuda_index, 
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.monitor.history import RunSetup, history_path, remember
 from lightning_memplan.monitor.meter import PHASES, Forecast, Meter
-from lightning_memplan.planning.apply import DEFAULT_NAME, names_by_stage
+from lightning_memplan.planning.apply import names_by_stage
 from lightning_memplan.planning.fit import FitOptions, FitPlanner, plan_and_set_test
 from lightning_memplan.planning.job import WhichSamples, named_device, sampling_of
 from lightning_memplan.planning.limits import Limits

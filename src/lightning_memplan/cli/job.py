@@ -56,12 +56,18 @@ class Job:
     def on(self, device: Device | None) -> TrainingJob:
         """Return the job on a device; without one kernels are chosen for the default compute capability."""
         return training_job(
-            self.module, self.batch, self.training, device=device, samples=self.samples, assume_default=False
+            self.module,
+            self.batch,
+            self.training,
+            device=device,
+            samples=self.samples,
+            assume_default=False,
+            method=self.method,
         )
 
     def estimate(self, device: Device | None) -> Estimate:
         """Estimate what training needs."""
-        return predict(self.on(device), self.method)
+        return predict(self.on(device))
 
     def plan(self, device: Device, limits: Limits) -> Plan:
         """Plan the largest batch size that fits."""

@@ -135,15 +135,19 @@ class _MovesItself(ABC):  # noqa: B024 - a structural type, without abstract met
 
 
 def configured_optimizers(module: LightningModule) -> tuple[list[torch.optim.Optimizer], list[Any]]:
-    """Return the optimizers and schedulers of ``configure_optimizers``, in any of the forms that Lightning accepts.
+    """Return what ``configure_optimizers`` makes: optimizers, and the configs that Lightning keeps of schedulers.
 
-    Source: pytorch_lightning/core/optimizer.py (2.6.6), ``_configure_optimizers``.
+    Source: pytorch_lightning/core/optimizer.py (2.6.6), ``_init_optimizers_and_lr_schedulers``.
     """
     name = next(f.__name__ for f in FLAVOURS if isinstance(module, f.LightningModule))
-    parse = importlib.import_module(f"{name}.core.optimizer")._configure_optimizers
+    core = importlib.import_module(f"{name}.core.optimizer")
     configured = module.configure_optimizers()
-    optimizers, schedulers, _ = ([], [], None) if configured is None else parse(configured)
-    return list(optimizers), [s["scheduler"] if isinstance(s, dict) else s for s in schedulers]
+    if configured is None:
+        return [], []
+    optimizers, schedulers, monitor = core._configure_optimizers(configured)
+    if module.automatic_optimization:
+        return list(optimizers), core._configure_schedulers_automatic_opt(schedulers, monitor)
+    return list(optimizers), core._configure_schedulers_manual_opt(schedulers)
 
 
 def is_combined_loader(thing: object) -> bool:

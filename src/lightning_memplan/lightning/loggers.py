@@ -6,7 +6,9 @@ Private interfaces of Lightning were checked in 2.6.6; tests in tests/unit/light
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from lightning_memplan.lightning.compat import FLAVOURS
@@ -16,13 +18,18 @@ if TYPE_CHECKING:
     from pytorch_lightning.loggers import Logger
 
 
-def silent_logger() -> Logger:
-    """Return a logger that accepts every call and keeps nothing.
+def silent_logger(real: Any = None) -> Logger:
+    """Return a logger that accepts every call, keeps nothing, and names the folders of the ``real`` one.
 
     Source: pytorch_lightning/loggers/logger.py (2.6.6), ``DummyLogger``.
     """
-    logger: Logger = importlib.import_module(f"{FLAVOURS[0].__name__}.loggers.logger").DummyLogger()
-    return logger
+    silent = importlib.import_module(f"{FLAVOURS[0].__name__}.loggers.logger").DummyLogger
+    folders = {}
+    for name in ("save_dir", "root_dir", "log_dir"):
+        with suppress(Exception):  # a logger of the user's may need a connection for it
+            if isinstance(folder := getattr(real, name, None), (str, os.PathLike)):
+                folders[name] = folder
+    return type("SilentLogger", (silent,), folders)()  # type: ignore[no-any-return]
 
 
 def tensorboard_writers(trainer: Trainer) -> list[Any]:

@@ -42,6 +42,7 @@ class Estimate:
     alternatives: tuple[Estimate, ...] = ()
     least: Program | None = None  #: the lower bound of the step, where ``torch.compile`` compiles it
     loops: bool = False  #: True if the step loops over its samples, so that its segments are known by a range
+    only_at: int | None = None  #: the one batch size that the step takes, None where it takes any
     #: by batch size, estimates that were traced at that very size, where the step does something else than the program
     exact: Mapping[int, Estimate] = field(default_factory=dict)
     #: replays of ``program``, which ``dataclasses.replace`` keeps for as long as program and settings stay the same

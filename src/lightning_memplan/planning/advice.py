@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lightning_memplan.errors import TraceError
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.planning.changes import DoesNotApplyError, TracedJob, changes, largest, sharding_changes
@@ -22,7 +24,7 @@ def advise_job(
     """
     if estimate.method != "trace":
         return ()
-    traced = TracedJob(job, estimate, job.source.samples.batches())
+    traced = TracedJob(replace(job, method="trace"), estimate, job.source.samples.batches())
     before = estimate.peak(batch_size)
     advice = []
     for change in (*changes(traced, batch_size), *sharding_changes(traced, batch_size, budget)):

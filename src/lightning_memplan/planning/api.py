@@ -94,8 +94,9 @@ def estimate(
         device=device,
         samples=samples,
         assume_default=False,
+        method=method,
     )
-    return predict(job, method, max_batch_size)
+    return predict(job, max_batch_size)
 
 
 def plan(

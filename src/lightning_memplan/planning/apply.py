@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_memplan.data.holders import DEFAULT_NAME, Holder, holders_of
 from lightning_memplan.data.loaders import (
     batch_size_of_loader,
     batches_of_epoch,
@@ -21,7 +22,6 @@ from lightning_memplan.lightning.compat import over_ranks
 from lightning_memplan.lightning.data_source import Phase, change_loaders, kept_loaders, loaders_are_made, train_loaders
 from lightning_memplan.planning.proposal import IsFatal, RankResult, always, see_failures
 
-DEFAULT_NAME = "batch_size"
 _STAGES = ("train", "val", "test", "predict")
 
 
@@ -49,79 +49,6 @@ def names_by_stage(batch_arg_name: object) -> dict[str, str]:
         if stage != "train" and name == found["train"]:
             raise ValueError(f"{name!r} is training's batch size: leave batch_arg_name[{stage!r}] out, or name its own")
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class Holder:
-    """One place that holds the batch size: an attribute of an object, or a key of a mapping.
-
-    >>> class Data:
-    ...     batch_size = 4
-    >>> holder = Holder(Data(), "batch_size")
-    >>> holder.write(8)
-    >>> holder.read()
-    8
-    """
-
-    owner: Any
-    key: str
-
-    def read(self) -> Any:
-        return self.owner[self.key] if isinstance(self.owner, Mapping) else getattr(self.owner, self.key)
-
-    def write(self, value: int) -> None:
-        """Set it.
-
-        Raises:
-            ApplyError: it is read only, and does not follow what has been set elsewhere.
-        """
-        try:
-            if isinstance(self.owner, MutableMapping):
-                self.owner[self.key] = value
-            else:
-                setattr(self.owner, self.key, value)
-        except Exception as error:
-            if self.read() != value:  # a property that reads what was set before
-                raise ApplyError(
-                    f"{self} cannot be set to {value} ({type(error).__name__}: {error}): let it be set, or name "
-                    "another attribute with batch_arg_name=..."
-                ) from error
-
-    def restore(self, value: int) -> None:
-        """Set it to what it held before, where it can be set."""
-        with suppress(ApplyError):
-            self.write(value)
-
-    def __str__(self) -> str:
-        kind = type(self.owner).__name__
-        return f"{kind}[{self.key!r}]" if isinstance(self.owner, Mapping) else f"{kind}.{self.key}"
-
-
-def holders_of(name: str, *owners: Any) -> list[Holder]:
-    """Return all holders of the batch size: modules, datamodules, and their hparams, which come first.
-
-    A dotted name is looked up step by step, in attributes and mappings alike.
-
-    >>> class Data:
-    ...     batch_size = 4
-    ...     hparams = {"data": {"batch_size": 4}}
-    >>> print(*holders_of("batch_size", Data(), None), *holders_of("data.batch_size", Data()))
-    Data.batch_size dict['batch_size']
-    """
-    found: dict[int, Holder] = {}
-    for owner in owners:
-        for root in (getattr(owner, "hparams", None), owner):  # a property may read what the hparams hold
-            for holder in _holders(root, name):
-                found.setdefault(id(holder.owner), holder)
-    return list(found.values())
-
-
-def _holders(root: Any, name: str) -> Iterator[Holder]:
-    *path, key = name.split(".")
-    for step in path:
-        root = root.get(step) if isinstance(root, Mapping) else getattr(root, step, None)
-    if root is not None and (key in root if isinstance(root, Mapping) else hasattr(root, key)):
-        yield Holder(root, key)
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,14 +65,7 @@ class TracedJob:
     def again(self, *, batches: Sequence[tuple[int, Any]] | None = None, **changes: Any) -> Estimate:
         """Return the estimate of the job with other batches, or with some of its fields changed."""
         job = replace(self.job, **changes)
-        result = trace_steps(
-            job.begun(),
-            self.batches if batches is None else batches,
-            job.settings,
-            trainer=job.trainer,
-            datamodule=job.datamodule,
-            optimizer=job.optimizer,
-        )
+        result = trace_steps(job.setup, self.batches if batches is None else batches, beginning=job.beginning())
         program, _ = scale_with_loops(result.traces)
         return replace(self.found, program=program)
 

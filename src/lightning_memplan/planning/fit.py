@@ -12,13 +12,14 @@ from typing import Any
 from torch import nn
 
 from lightning_memplan.checks import Method
+from lightning_memplan.data.holders import DEFAULT_NAME, Holder
 from lightning_memplan.lightning.compat import misconfiguration
 from lightning_memplan.lightning.trainer import averaging_bytes, check_alone, cuda_index, validates
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.structure import structure_of
 from lightning_memplan.monitor.history import Lesson, learn
 from lightning_memplan.monitor.meter import Forecast
-from lightning_memplan.planning.apply import DEFAULT_NAME, Holder, Place, find_holders, find_place, write_together
+from lightning_memplan.planning.apply import Place, find_holders, find_place, write_together
 from lightning_memplan.planning.evaluation import agreed_plan, plan_test, plan_validation
 from lightning_memplan.planning.job import (
     DataSource,
@@ -142,7 +143,15 @@ class FitPlanner:
         if options.applies:
             check_alone(trainer)
         holders, val_holders = self._holders("train"), self._holders("val")
-        job = job_of_trainer(trainer, module, "fit", options.device or device_of_trainer(trainer), options.sampling)
+        job = job_of_trainer(
+            trainer,
+            module,
+            "fit",
+            options.device or device_of_trainer(trainer),
+            options.sampling,
+            options.method,
+            options.names["train"],
+        )
         whole = options.limits.effective_batch_size
         if whole is not None and job.settings.accumulate_grad_batches == self.accumulated:
             job = job.accumulating(1)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
-from lightning_memplan.checks import check_choice, check_count
+from lightning_memplan.checks import Method, check_choice, check_count
+from lightning_memplan.data.holders import DEFAULT_NAME
 from lightning_memplan.data.loaders import dataset_size, unit_of
 from lightning_memplan.data.samples import SAMPLE_SIZE, Samples, Which, check_sample, read_samples
 from lightning_memplan.devices.catalogue import gpu
 from lightning_memplan.devices.detect import cpu_device, detect_devices
+from lightning_memplan.errors import TraceError
 from lightning_memplan.lightning.compat import (
     as_lightning_module,
     is_datamodule,
@@ -23,10 +26,14 @@ from lightning_memplan.lightning.compat import (
 )
 from lightning_memplan.lightning.data_source import Phase, loader_source
 from lightning_memplan.lightning.trainer import cuda_index, parallel_named, trainer_settings
+from lightning_memplan.planning.replicas import Replicas
+from lightning_memplan.probe.probe import can_probe
 from lightning_memplan.settings import StepSettings, parse_precision
+from lightning_memplan.step.begun import Begun
+from lightning_memplan.step.lazy import has_lazy_layers
 from lightning_memplan.step.setup import MakeOptimizer, TrainingSetup
 from lightning_memplan.step.strategies.fsdp import named_ignored
-from lightning_memplan.trace.detached import prepared
+from lightning_memplan.trace.tracer import Beginning
 from lightning_memplan.types import Device
 
 
@@ -103,7 +110,8 @@ class TrainingJob:
     """A module, its data, and the settings of its training.
 
     ``datamodule`` is the one whose hooks a batch passes; ``stage`` is the argument of the module's ``setup``, which is
-    not called where it is None.
+    not called where it is None. ``batch_size_name`` names the attribute or hyperparameter that holds the batch size.
+    Jobs that differ in settings share the ``replicas`` of the module.
 
     >>> import torch
     >>> job = training_job(torch.nn.Linear(8, 8), torch.zeros(4, 8), Training(accumulate_grad_batches=2))
@@ -119,6 +127,9 @@ class TrainingJob:
     datamodule: Any = None
     optimizer: MakeOptimizer | None = None
     stage: str | None = None
+    method: Method = "auto"
+    batch_size_name: str = DEFAULT_NAME
+    replicas: Replicas = field(default_factory=Replicas, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -140,15 +151,66 @@ class TrainingJob:
     @property
     def setup(self) -> TrainingSetup:
         """All that the steps of the job need beside a batch and a device."""
-        return TrainingSetup(self.module, self.settings, self.trainer, self.datamodule, self.optimizer, self.stage)
+        return self._setup_of(self.begun())
+
+    def _setup_of(self, module: nn.Module) -> TrainingSetup:
+        return TrainingSetup(
+            module,
+            self.settings,
+            self.trainer,
+            self.datamodule,
+            self.optimizer,
+            self.source.data if self.trainer is not None else None,
+            self.batch_size_name,
+        )
 
     def accumulating(self, microbatches: int) -> TrainingJob:
         """Return the same job with another number of batches in each optimizer step."""
         return replace(self, settings=replace(self.settings, accumulate_grad_batches=microbatches))
 
+    @property
+    def is_probed(self) -> bool:
+        """True where ``method`` runs steps on the GPU.
+
+        ``"auto"`` does where only this process would wait for them. A strategy that shards parameters is not probed:
+        each rank would make a copy of all of them. Nor is an unknown strategy: its ranks may wait for one another.
+        """
+        if self.method == "probe":
+            return True
+        parallel = self.settings.parallel
+        if parallel is not None:
+            alone = parallel.ranks == 1 or parallel.kind == "ddp"
+        else:
+            initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+            alone = not initialized or torch.distributed.get_world_size() == 1
+        here = self.device.kind == "cuda" and self.device.index is not None
+        return self.method == "auto" and here and alone and can_probe()
+
     def begun(self) -> nn.Module:
-        """Return the module as it is when training begins: after ``setup`` and ``configure_model``, on a replica."""
-        return prepared(self.module, self.settings, trainer=self.trainer, stage=self.stage)
+        """Return the module as it is when training begins: after ``setup`` and ``configure_model``, on a replica.
+
+        It has real tensors where steps run on the GPU, and fake ones where they are only traced.
+        """
+        found = self.replicas.set_up(self.module, self.settings, self.trainer, self.stage, real=self.is_probed)
+        if not has_lazy_layers(found):
+            return found
+        return self.replicas.initialized(self._setup_of(self.module), self.stage, self.source)
+
+    def beginning(self) -> Beginning | None:
+        """Return the module at its first step, on fake tensors, of which all runs train copies.
+
+        Raises:
+            TraceError: a hook needs what a fake tensor cannot give.
+        """
+        return self.replicas.beginning(self.setup)
+
+    def begun_replica(self) -> Begun | None:
+        """Return the module at its first step, None where each run has to call the hooks before it."""
+        try:
+            found = self.beginning()
+        except TraceError:
+            return None
+        return None if found is None else found.begun
 
 
 @dataclass(frozen=True)
@@ -176,6 +238,7 @@ def training_job(
     device: Device | str | None = None,
     samples: WhichSamples = "auto",
     assume_default: bool = True,
+    method: Method = "auto",
 ) -> TrainingJob:
     """Return the job that a user's arguments describe.
 
@@ -189,6 +252,11 @@ def training_job(
     module = as_lightning_module(module)
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a LightningModule or another nn.Module, not {module!r}")
+    if isinstance(how.optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer is a function that makes one from parameters, such as partial(torch.optim.SGD, lr=0.1), not a "
+            f"{type(how.optimizer).__name__} that is made already"
+        )
     if how.optimizer is not None and is_lightning_module(module) and is_overridden("configure_optimizers", module):
         raise ValueError("a LightningModule makes its optimizers in configure_optimizers: leave optimizer=None")
     settings = StepSettings() if how.trainer is None else trainer_settings(how.trainer)
@@ -217,7 +285,8 @@ def training_job(
         settings = replace(settings, capability=assumed.capability)
     settings = replace(settings, parallel=named_ignored(settings.parallel, module))
     data, datamodule = _data_of(batch, how.trainer)
-    return TrainingJob(module, DataSource(data, sampling), settings, found, how.trainer, datamodule, how.optimizer)
+    source = DataSource(data, sampling)
+    return TrainingJob(module, source, settings, found, how.trainer, datamodule, how.optimizer, method=method)
 
 
 def job_of_trainer(
@@ -226,6 +295,8 @@ def job_of_trainer(
     stage: str,
     device: Device,
     sampling: Sampling = Sampling(),
+    method: Method = "auto",
+    batch_size_name: str = DEFAULT_NAME,
 ) -> TrainingJob:
     """Return the job of a Trainer's ``fit`` or ``test``, on the loaders that it was given or that a hook makes.
 
@@ -234,7 +305,17 @@ def job_of_trainer(
     settings = trainer_settings(trainer, device.capability)
     settings = replace(settings, parallel=named_ignored(settings.parallel, module))
     datamodule = copy.copy(trainer.datamodule)
-    job = TrainingJob(module, DataSource(None), settings, device, trainer, datamodule, stage=stage)
+    job = TrainingJob(
+        module,
+        DataSource(None),
+        settings,
+        device,
+        trainer,
+        datamodule,
+        stage=stage,
+        method=method,
+        batch_size_name=batch_size_name,
+    )
     return replace(job, source=source_of_trainer(job, "test" if stage == "test" else "train", sampling))
 
 

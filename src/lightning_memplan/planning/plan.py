@@ -33,12 +33,16 @@ def make_plan(
         MemplanError: the step refuses all allowed batch sizes that fit.
         ValueError: the limits leave no batch size.
     """
-    budget = limits.budget_of(device)
+    budget, only = limits.budget_of(device), predictor.estimate_at(limits.smallest).only_at
+    if only is not None:
+        limits = _only(limits, only)
     search, smallest = _search(predictor, device, limits)
     if not search.batch_size:
         raise _does_not_fit(predictor, device, limits, smallest, nccl)
     size, limited_by, notes = search.batch_size, search.limited_by, tuple[str, ...]()
-    if retrace:
+    if only is not None:
+        limited_by = "step"
+    elif retrace:
         size, limited_by, notes = accepted_size(search, predictor, device, limits)
     found, ranks, whole = predictor.estimate_at(size), limits.ranks, limits.effective_batch_size
     return Plan(
@@ -60,6 +64,21 @@ def make_plan(
         reserved_range=found.reserved_range(size, device.capacity),
         nccl=nccl,
     )
+
+
+def _only(limits: Limits, batch_size: int) -> Limits:
+    """Return limits that allow the one batch size that a step takes.
+
+    Raises:
+        ValueError: the limits do not allow it.
+    """
+    least, most = limits.min_batch_size, limits.max_batch_size
+    if not least <= batch_size <= (most or batch_size) or batch_size % limits.multiple_of:
+        raise ValueError(
+            f"the step takes batch size {batch_size} alone, which min_batch_size={limits.min_batch_size}, "
+            f"max_batch_size={most}, multiple_of={limits.multiple_of} do not allow"
+        )
+    return limits.exactly(batch_size)
 
 
 def largest_batch_size(estimate: Estimate, device: Device, limits: Limits) -> int:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_memplan.checks import Method
+from lightning_memplan.data.batches import batch_size_of
 from lightning_memplan.data.samples import Samples
-from lightning_memplan.errors import REFUSALS, TraceError, explain
+from lightning_memplan.errors import REFUSALS, TraceError, explain, located
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.fitting import start_near
@@ -23,7 +23,7 @@ from lightning_memplan.memory.program import interleaved, scale
 from lightning_memplan.memory.search import SizeLimits, largest_fitting
 from lightning_memplan.planning.job import DataSource, TrainingJob
 from lightning_memplan.planning.retrace import MANY, MAY_TAKE_MORE, batches_of_many, is_of_many
-from lightning_memplan.probe.probe import SIZES, can_probe, probe_steps
+from lightning_memplan.probe.probe import SIZES, probe_steps
 from lightning_memplan.step.compiled_regions import COMPILED_SIZES, compiled_parts
 from lightning_memplan.trace.compiled import Graphs
 from lightning_memplan.trace.tracer import run_formula, trace_counted, trace_steps, trace_test, trace_validation
@@ -34,27 +34,35 @@ from lightning_memplan.types import Device
 _OF_A_REPLICA = (AttributeError, TypeError, KeyError)
 
 
-def predict(job: TrainingJob, method: Method = "auto", largest: int | None = None) -> Estimate:
+def predict(job: TrainingJob, largest: int | None = None) -> Estimate:
     """Return the estimate of a job's step. No batch of more than ``largest`` samples is probed.
 
+    ``"auto"`` falls from one way to the next where it fails: probe, trace, a trace of the user's own batch alone, the
+    formula. The estimate's notes say why.
+
     Raises:
-        TraceError: the step cannot be traced or probed, by the ``method`` that was asked for.
+        TraceError: the step cannot be traced or probed, by the method that was asked for, or by none.
     """
     probed, why_not, refused = None, "", None
-    if method == "probe" or (method == "auto" and _can_be_probed(job)):
+    if job.is_probed:
         try:
             probed = _probed(job, largest)
         except (TraceError, *_OF_A_REPLICA) as error:
-            if method == "probe":
+            if job.method == "probe":
                 raise
             why_not = str(error) if isinstance(error, TraceError) else explain(error, "a probe")
         except REFUSALS as error:
-            if method == "probe":
+            if job.method == "probe" or _gpu_failed(error):
                 raise
             refused, why_not = error, explain(error, "a probe")
-    if probed is not None and method == "probe":
+    if probed is not None and job.method == "probe":
         return probed
-    traced = _traced(job, method)
+    try:
+        traced = _traced(job)
+    except Exception as error:
+        if probed is None or job.method != "auto":
+            raise
+        return replace(probed, notes=(*probed.notes, f"not traced: {located(error)}"))
     if refused is not None and not is_of_many(traced, job.source.samples):  # no size suits the step: it is wrong
         raise refused
     if probed is None:
@@ -68,33 +76,30 @@ def predict(job: TrainingJob, method: Method = "auto", largest: int | None = Non
     return replace(first, alternatives=(second,), notes=tuple(dict.fromkeys(probed.notes + traced.notes)))
 
 
+def _gpu_failed(error: Exception) -> bool:
+    """Tell an error after which the GPU fails in every call of this process."""
+    return isinstance(error, getattr(torch, "AcceleratorError", ()))
+
+
 def _probed(job: TrainingJob, largest: int | None) -> Estimate:
     if job.device.kind != "cuda" or job.device.index is None:
         raise ValueError(
             f"a probe runs on a CUDA device of this machine, not on {job.device.name!r}: use method='trace'"
         )
-    samples = job.source.samples
+    samples, setup = job.source.samples, job.setup
+    if job.replicas.why_not_real:
+        raise TraceError(job.replicas.why_not_real, reason="failed")
     traces, formula = probe_steps(
-        job.setup, samples.for_the_card, job.device.index, capacity=job.device.capacity, largest=largest
+        setup,
+        samples.for_the_card,
+        job.device.index,
+        capacity=job.device.capacity,
+        largest=largest,
+        begun=job.begun_replica(),
     )
     program, more = scale_with_loops(traces)
     notes = traces[0].notes + more + samples.notes
     return Estimate("probe", formula, program, _allocator(), notes, loops=bool(more))
-
-
-def _can_be_probed(job: TrainingJob) -> bool:
-    """Return True where ``auto`` probes.
-
-    A strategy that shards parameters is not probed: each rank would make a copy of all of them. Nor is an unknown
-    strategy: its ranks may wait for one another.
-    """
-    parallel = job.settings.parallel
-    if parallel is not None:
-        alone = parallel.ranks == 1 or parallel.kind == "ddp"
-    else:
-        initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
-        alone = not initialized or torch.distributed.get_world_size() == 1
-    return job.device.kind == "cuda" and job.device.index is not None and alone and can_probe()
 
 
 def _tightest_first(found: Sequence[Estimate], device: Device) -> list[Estimate]:
@@ -112,45 +117,56 @@ def _tightest_first(found: Sequence[Estimate], device: Device) -> list[Estimate]
     return sorted(found, key=largest)
 
 
-def _traced(job: TrainingJob, method: Method) -> Estimate:
-    """Return the estimate by trace, or by the formula: where ``method`` says so, or ``auto`` cannot trace the step."""
-    module = job.begun()
+def _traced(job: TrainingJob) -> Estimate:
+    """Return the estimate by trace, or by the formula: where the method says so, or ``auto`` cannot trace the step."""
     notes: tuple[str, ...] = ()
     known = ""
-    if method != "formula":
+    if job.method != "formula":
         try:
-            return _by_trace(job, module)
+            return _by_trace(job)
         except TraceError as error:
-            if method == "trace":
-                text = f"{type(module).__name__} cannot be traced: {error}"
+            if job.method == "trace":
+                text = f"{job.name} cannot be traced: {error}"
                 raise TraceError(text, reason=error.reason) from error
             known = str(error)
+            if (own := _by_own_batch(job, known)) is not None:
+                return own
             notes = (f"planned by the formula, since the step cannot be traced: {known}",)
     samples = job.source.samples
-    counted = run_formula(
-        module,
-        _batches(samples, module)[0],
-        job.settings,
-        trainer=job.trainer,
-        datamodule=job.datamodule,
-        optimizer=job.optimizer,
-    )
+    try:
+        beginning = job.beginning()
+    except TraceError:  # its layers can be counted all the same
+        beginning = None
+    counted = run_formula(job.setup, _batches(samples, job.begun())[0], beginning)
     return Estimate("formula", counted.formula, None, _allocator(), notes + counted.notes(known) + samples.notes)
+
+
+def _by_own_batch(job: TrainingJob, known: str) -> Estimate | None:
+    """Return the estimate of a step that takes no other batch size than the user's own, None if it refuses that too.
+
+    It holds at this size alone.
+    """
+    try:
+        samples, size = job.source.samples, job.source.batch_size or batch_size_of(job.source.data)
+        result = trace_counted(job.setup, [(size, samples.make(size))], beginning=job.beginning())
+        program = scale(result.traces)
+    except Exception:  # noqa: BLE001 - the batch and the step are the user's; why the step is not traced is known
+        return None
+    note = f"the step takes its own batch size {size} alone ({known}): it stays"
+    return Estimate("trace", result.formula, program, _allocator(), (note, *result.notes, *samples.notes), only_at=size)
 
 
 def _batches(samples: Samples, module: nn.Module) -> list[tuple[int, Any]]:
     return samples.batches(COMPILED_SIZES) if compiled_parts(module) else samples.batches()
 
 
-def _by_trace(job: TrainingJob, module: nn.Module) -> Estimate:
-    samples, settings, graphs = job.source.samples, job.settings, Graphs()
-    batches = _batches(samples, module)
-    counted = partial(
-        trace_counted, trainer=job.trainer, datamodule=job.datamodule, optimizer=job.optimizer, graphs=graphs
-    )
+def _by_trace(job: TrainingJob) -> Estimate:
+    samples, graphs, setup, beginning = job.source.samples, Graphs(), job.setup, job.beginning()
+    batches = _batches(samples, setup.module)
+    counted = partial(trace_counted, setup, graphs=graphs, beginning=beginning)
     more: tuple[str, ...] = ()
     try:
-        result = counted(module, batches, settings)
+        result = counted(batches)
         program, looped = scale_with_loops(result.traces)
     except TraceError as unlike:
         if unlike.reason not in MAY_TAKE_MORE:
@@ -158,7 +174,7 @@ def _by_trace(job: TrainingJob, module: nn.Module) -> Estimate:
         for sizes in MANY:
             with suppress(TraceError):
                 batches = batches_of_many(samples, sizes)
-                result = counted(module, batches, settings)
+                result = counted(batches)
                 program, looped = scale_with_loops(result.traces)
                 break
         else:
@@ -167,8 +183,8 @@ def _by_trace(job: TrainingJob, module: nn.Module) -> Estimate:
     least = None
     if result.fused:
         graphs.lower_bound = True
-        again = partial(trace_steps, trainer=job.trainer, datamodule=job.datamodule, optimizer=job.optimizer)
-        least, _ = scale_with_loops(again(module, batches, settings, graphs=graphs).traces)
+        lower = trace_steps(setup, batches, graphs=graphs, beginning=beginning)
+        least, _ = scale_with_loops(lower.traces)
     notes = result.notes + looped + more + samples.notes
     return Estimate("trace", result.formula, program, _allocator(), notes, least=least, loops=bool(looped))
 
@@ -187,9 +203,7 @@ def predict_validation(job: TrainingJob, training: Estimate, batch_size: int, va
         raise TraceError("training is planned by the formula, which knows no order of events")
     (_, first), *_ = job.source.samples.batches()
     samples, own = validation.samples, validation.batch_size
-    traced = partial(
-        trace_validation, job.begun(), first, settings=job.settings, trainer=job.trainer, datamodule=job.datamodule
-    )
+    traced = partial(trace_validation, job.setup, first, beginning=job.beginning())
     result = traced(samples.batches())
     try:
         program = scale(result.traces)
@@ -213,9 +227,9 @@ def predict_test(job: TrainingJob) -> Estimate:
     Raises:
         TraceError: the step cannot be traced.
     """
-    samples, module = job.source.samples, job.begun()
+    samples = job.source.samples
     try:
-        result = trace_test(module, samples.batches(), job.settings, trainer=job.trainer, datamodule=job.datamodule)
+        result = trace_test(job.setup, samples.batches())
     except TraceError as error:
         raise TraceError(f"a test of {job.name} cannot be traced: {error}", reason=error.reason) from error
     program, more = scale_with_loops(result.traces)

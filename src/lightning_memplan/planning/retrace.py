@@ -77,15 +77,15 @@ def retrace_at(found: Estimate, batch_size: int, job: TrainingJob) -> Estimate:
     if batch_size * _bytes_of_one(samples) > (cpu_device().capacity // 4 if many else CHEAP):
         unseen = f"{batch_size} samples take too much of the host's memory to see whether the step refuses them"
         return _noted(found, unseen) if many else found
-    module, batches, graphs = job.begun(), [(batch_size, samples.make(batch_size))], Graphs()
-    again = partial(trace_steps, trainer=job.trainer, datamodule=job.datamodule, optimizer=job.optimizer, graphs=graphs)
+    batches, graphs = [(batch_size, samples.make(batch_size))], Graphs()
+    again = partial(trace_steps, job.setup, batches, graphs=graphs, beginning=job.beginning())
     before = [program for program in (traced.program, traced.least) if program is not None]
     after = []
     try:
         for program in before:
-            (begun,) = again(module, batches, job.settings, steps=1).traces
+            (begun,) = again(steps=1).traces
             whole = extended(Trace(program.batch_sizes[0], program.events), begun)
-            after.append(scale([whole or again(module, batches, job.settings).traces[0]]))
+            after.append(scale([whole or again().traces[0]]))
             graphs.lower_bound = True
     except TraceError as error:
         if error.reason in _REFUSED:

@@ -62,6 +62,7 @@ class PlanningSession:
     extra_bytes: int = 0
 
     def __post_init__(self) -> None:
+        self.job = replace(self.job, method=self.method)
         self.limits = replace(
             self.limits, samples=self.job.source.samples_of_a_rank(self.job.ranks), ranks=self.job.ranks
         )
@@ -86,9 +87,7 @@ class PlanningSession:
     def estimate(self, microbatches: int) -> Estimate:
         """Return the estimate of a step that accumulates gradients over that many batches."""
         if microbatches not in self._estimates:
-            self._estimates[microbatches] = predict(
-                self.job.accumulating(microbatches), self.method, self.limits.largest
-            )
+            self._estimates[microbatches] = predict(self.job.accumulating(microbatches), self.limits.largest)
         return self._estimates[microbatches]
 
     def estimate_at(self, batch_size: int) -> Estimate:
@@ -168,10 +167,11 @@ class PlanningSession:
         job = self.job.accumulating(plan.accumulate_grad_batches)
         return try_step(
             job.setup,
-            job.source.samples.large(plan.batch_size),
+            (plan.batch_size, job.source.samples.large(plan.batch_size)),
             self.index,
             extra_bytes=self.extra_bytes,
             steps=recorded if recorded > STEPS else 2,
+            begun=job.begun_replica(),
         )
 
     @property
@@ -199,7 +199,7 @@ def plan_each(
     def estimate(capability: tuple[int, int] | None) -> Estimate:
         settings = job.settings if capability is None else replace(job.settings, capability=capability)
         gpu = Device("a GPU", total=1, capability=capability)  # it chooses the kernels, whatever its memory
-        return predict(replace(job, settings=settings, device=gpu), method)
+        return predict(replace(job, settings=settings, device=gpu, method=method))
 
     @cache
     def largest(capability: tuple[int, int] | None, capacity: int) -> int:

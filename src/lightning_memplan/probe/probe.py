@@ -11,7 +11,7 @@ import torch
 
 from lightning_memplan.devices.allocator_stats import read_peaks, reset_peaks
 from lightning_memplan.devices.detect import cpu_device
-from lightning_memplan.errors import TraceError, explain
+from lightning_memplan.errors import REFUSALS, TraceError, explain
 from lightning_memplan.memory.alignment import aligned, doubled, expected_to_fit, prime_up_to
 from lightning_memplan.memory.events import Trace
 from lightning_memplan.memory.formula import Formula
@@ -20,6 +20,7 @@ from lightning_memplan.probe.allocator_history import GpuContext, records_alread
 from lightning_memplan.probe.clean_up import as_found, give_back
 from lightning_memplan.probe.out_of_memory import missing_bytes, ran_out_of_memory, refusals
 from lightning_memplan.probe.run import ProbeRun
+from lightning_memplan.step.begun import Begun
 from lightning_memplan.step.setup import TrainingSetup
 
 #: Batch sizes that are run. Each row follows where the one before does not fit on the GPU
@@ -51,12 +52,14 @@ def probe_steps(
     *,
     capacity: int | None = None,
     largest: int | None = None,
+    begun: Begun | None = None,
 ) -> tuple[list[Trace], Formula]:
     """Run training steps on ``cuda:index``, and return one trace for each batch size that ran, and the formula.
 
     ``sample`` makes batches of given sizes. A few samples are run, and then a large batch, for which libraries choose
     other kernels with other workspaces: half of what is expected to fit in ``capacity`` bytes, and at most ``largest``,
-    where a plan has such a limit. The module is copied, and the GPU is left as it was found, with an empty cache. An
+    where a plan has such a limit. Where the module has ``begun``, its first hooks are not called again.
+    The module is copied, and the GPU is left as it was found, with an empty cache. An
     error of the step, other than that memory ran out, is the user's own and is raised unchanged.
 
     Raises:
@@ -65,7 +68,7 @@ def probe_steps(
     """
     _check_allocator()
     device = torch.device("cuda", index)
-    run = ProbeRun(setup, device)
+    run = ProbeRun(setup, device, begun)
     with as_found(device):
         for sizes in SIZES:
             found = _unless_out_of_memory(device, partial(_record, run, sample, sizes))
@@ -114,8 +117,16 @@ def _record(
 ) -> tuple[list[Trace], Formula]:
     """Record all batch sizes on one replica, or each on one of its own if one does not run a step twice alike."""
     batches = sample(sizes)
-    traces, formula = run.record(batches, steps)
-    if aligned(traces) is None:
+    try:
+        traces, formula = run.record(batches, steps)
+    except REFUSALS as error:
+        if len(batches) == 1 or ran_out_of_memory(error):
+            raise
+        traces, formula = run.record(batches[:1], steps)  # what it keeps of one batch may not suit the next
+        alike = False
+    else:
+        alike = aligned(traces) is not None
+    if not alike:
         steps = scale(traces[:1]).recorded()
         traces = [trace for batch in batches for trace in run.record([batch], steps)[0]]
     return traces, formula
@@ -162,8 +173,16 @@ class TrialPeaks(NamedTuple):
     missing: int = 0
 
 
-def try_step(setup: TrainingSetup, batch: Any, index: int, *, extra_bytes: int = 0, steps: int = 2) -> TrialPeaks:
-    """Train on this very batch for a few steps, on a replica on ``cuda:index``, and return the peaks.
+def try_step(
+    setup: TrainingSetup,
+    batch: tuple[int, Any],
+    index: int,
+    *,
+    extra_bytes: int = 0,
+    steps: int = 2,
+    begun: Begun | None = None,
+) -> TrialPeaks:
+    """Train on this very batch, given with its size, for a few steps on a replica on ``cuda:index``; return the peaks.
 
     Two steps by default: from the second on, gradients and the optimizer's state coexist with the forward pass.
     ``extra_bytes`` stand for what training holds and the replica does not (averaged weights). All memory is given back
@@ -171,7 +190,7 @@ def try_step(setup: TrainingSetup, batch: Any, index: int, *, extra_bytes: int =
     other than that memory ran out, is the user's own and is raised unchanged.
     """
     device = torch.device("cuda", index)
-    run = ProbeRun(setup, device)
+    run, (size, large) = ProbeRun(setup, device, begun), batch
     with as_found(device):
         before = [torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)]
         refused = refusals(device)
@@ -179,12 +198,14 @@ def try_step(setup: TrainingSetup, batch: Any, index: int, *, extra_bytes: int =
         missing, extra = 0, None
         try:
             extra = torch.empty(extra_bytes, dtype=torch.uint8, device=device)
-            run.runner(run.move(run.replicate()), GpuContext()).run_steps(batch, steps)
+            replica, own = run.replicate()
+            run.runner(run.move(replica), own, GpuContext(), size).run_steps(large, steps)
         except Exception as error:
             if not ran_out_of_memory(error, refused=refusals(device) > refused):
                 raise
             missing = missing_bytes(error)
         finally:
             del extra
+            replica = own = None  # type: ignore[assignment]
         allocated, reserved = (peak - held - extra_bytes for peak, held in zip(read_peaks(index), before, strict=True))
         return TrialPeaks(allocated, reserved, missing)

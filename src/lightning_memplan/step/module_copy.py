@@ -4,109 +4,38 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_memplan.errors import TraceError
 from lightning_memplan.lightning.compat import is_datamodule, is_lightning_module
-from lightning_memplan.lightning.loggers import silent_logger
+from lightning_memplan.step.stand_ins import StandInTrainer
+from lightning_memplan.step.uncopyable import Preparation
 
 
-class StandInTrainer:
-    """Stand for a replica's Trainer: the real one's attributes can be read, and nothing that is set reaches it.
-
-    Without a ``real`` one it has the attributes that any step may read.
-    """
-
-    def __init__(self, real: Any = None) -> None:
-        loggers = [silent_logger() for _ in getattr(real, "loggers", ())]
-        self.__dict__["_real"] = real
-        self.__dict__["_own"] = {
-            "estimated_stepping_batches": 1000,  # the real one would build the user's loaders
-            "num_training_batches": 1000,
-            "logger": loggers[0] if loggers else None,
-            "loggers": loggers,
-            "callbacks": [],
-            "training": True,
-            "barebones": False,
-            "global_step": 0,
-            "current_epoch": 0,
-            "world_size": getattr(real, "world_size", 1),
-            "strategy": StandInStrategy(getattr(real, "strategy", None)),
-            "lr_scheduler_configs": [],
-            "callback_metrics": {},
-            "logged_metrics": {},
-            "progress_bar_metrics": {},
-            "sanity_checking": False,
-            "is_global_zero": True,
-        }
-
-    def __getattr__(self, name: str) -> Any:
-        own = self.__dict__["_own"]
-        if name in own:
-            return own[name]
-        if name.startswith("__") or self.__dict__["_real"] is None:
-            raise AttributeError(f"the trainer has no {name!r} before training has begun")
-        return getattr(self.__dict__["_real"], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__["_own"][name] = value
-
-    def __deepcopy__(self, memo: Any) -> StandInTrainer:
-        return self
-
-
-class StandInStrategy:
-    """Stand for a replica's strategy: collectives of the step reach fake ranks. The rest is the real one's.
-
-    Source: lightning_fabric/utilities/distributed.py (2.6), ``_all_gather_ddp_if_available`` and ``_sync_ddp``.
-    """
-
-    def __init__(self, real: Any = None) -> None:
-        self._real = real
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or self._real is None:
-            raise AttributeError(f"the strategy has no {name!r} before training has begun")
-        return getattr(self._real, name)
-
-    def __deepcopy__(self, memo: Any) -> StandInStrategy:
-        return self
-
-    def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> torch.Tensor:
-        if not dist.is_initialized():
-            return tensor
-        from torch.distributed.nn.functional import all_gather
-
-        with nullcontext() if sync_grads else torch.no_grad():
-            return torch.stack(all_gather(tensor.contiguous()))
-
-    def reduce(self, tensor: Any, *_: Any, **__: Any) -> Any:
-        return tensor
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002 - its name
-        return decision
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return obj
-
-    def barrier(self, name: str | None = None) -> None:
-        """Return at once: there is no other rank."""
-
-
-def replicate(module: nn.Module, memo: dict[int, Any], *, trainer: Any, device: torch.device) -> nn.Module:
+def replicate(
+    module: nn.Module,
+    memo: dict[int, Any],
+    *,
+    trainer: Any,
+    device: torch.device,
+    beside: Sequence[Any] = (),
+    tensor_copy: Callable[[torch.Tensor], torch.Tensor | None] = lambda tensor: None,
+) -> nn.Module:
     """Return a deep copy of the module, to be trained on ``device``.
 
-    ``memo`` maps the id of an object of the module to its replacement. Datasets and loaders are shared, since they are
-    only read.
+    ``memo`` maps the id of an object of the module to its replacement, and has the copies afterwards. ``tensor_copy``
+    may return what stands for a tensor, None where a copy does. ``trainer`` is the real Trainer, or the stand-in of a
+    replica that is copied. Objects ``beside`` the module may be copied with the same memo afterwards.
+
+    Datasets and loaders are shared, since they are only read, and so are locks and streams. A stand-in takes the place
+    of anything else that cannot be copied (see ``Uncopied``).
 
     >>> net = nn.Linear(2, 1)
     >>> replica = replicate(net, {}, trainer=None, device=torch.device("cpu"))
@@ -114,18 +43,19 @@ def replicate(module: nn.Module, memo: dict[int, Any], *, trainer: Any, device: 
     (False, True)
 
     Raises:
-        TraceError: a part of the module cannot be copied.
+        TraceError: the module refuses to be copied.
     """
-    for path, child in module.named_modules():
-        if isinstance(child, torch.jit.ScriptModule):
-            raise TraceError(
-                f"{path or type(module).__name__} is TorchScript, of which no copy can be trained: plan with the "
-                "module that it was made of",
-                reason="not_copyable",
-            )
-    stand_in = StandInTrainer(trainer)
+    source = trainer if isinstance(trainer, StandInTrainer) else None
+    stand_in = StandInTrainer(trainer) if source is None else source.copied()
+    memo.update({id(real): own for real, own in stand_in.replacements(source)})
     for child in module.modules():
-        _replace_in(child, memo, stand_in)
+        for own in (child.__dict__, child.__dict__.get("_compiler_ctx") or {}):
+            if "dynamo_ctx" in own:
+                memo[id(own["dynamo_ctx"])] = own["dynamo_ctx"]  # settings of torch.compile
+    preparation = Preparation(memo, partial(_replacement, stand_in, tensor_copy))
+    for root in (module, *beside):
+        preparation.visit(root, "self")
+    preparation.copy_by_themselves()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -136,26 +66,24 @@ def replicate(module: nn.Module, memo: dict[int, Any], *, trainer: Any, device: 
             "what cannot be copied should be made in setup() or training_step(), not kept on the module",
             reason="not_copyable",
         ) from error
+    preparation.follow_references()
     _compile_anew(module, replica)
     for child in replica.modules():
         _finish(child, memo, stand_in, device)
+    stand_in.stand_for(replica, memo)
     return replica
 
 
-def _replace_in(child: nn.Module, memo: dict[int, Any], stand_in: StandInTrainer) -> None:
-    """Add to ``memo`` the objects of a submodule that are shared, or that deepcopy would refuse."""
-    for value in child.__dict__.values():
-        if isinstance(value, (Dataset, DataLoader)) or is_datamodule(value):
-            memo[id(value)] = value
-    for leaf in tree_leaves([value for value in child.__dict__.values() if isinstance(value, _HOLDERS)]):
-        if isinstance(leaf, torch.Tensor) and not leaf.is_leaf and id(leaf) not in memo:
-            memo[id(leaf)] = leaf.detach().clone()  # a step left it there, or a weight is computed from others
-    for own in (child.__dict__, child.__dict__.get("_compiler_ctx") or {}):
-        if "dynamo_ctx" in own:
-            memo[id(own["dynamo_ctx"])] = own["dynamo_ctx"]  # settings of torch.compile
-    real = child.__dict__.get("_trainer")
-    if real is not None:
-        memo[id(real)] = stand_in
+def _replacement(stand_in: StandInTrainer, tensor_copy: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """Return what stands for an object in a replica, None for an object that is copied."""
+    if isinstance(value, torch.Tensor):
+        made = tensor_copy(value)
+        if made is None and not value.is_leaf:  # a step left it, or a weight is computed from others
+            made = value.detach().clone()
+        return made
+    if isinstance(value, (Dataset, DataLoader)):
+        return value
+    return stand_in.copied_datamodule(value) if is_datamodule(value) else None
 
 
 def _finish(child: nn.Module, memo: dict[int, Any], stand_in: StandInTrainer, device: torch.device) -> None:
@@ -164,7 +92,7 @@ def _finish(child: nn.Module, memo: dict[int, Any], stand_in: StandInTrainer, de
     for holder in (own, *(own[name] for name in _HOOKS if name in own)):
         for key, value in holder.items():
             if type(value) is FunctionType:
-                holder[key] = _rebound(value, memo)
+                holder[key] = rebound(value, memo)
     if is_lightning_module(child):
         own["_trainer"] = stand_in
         _log_nothing(child)
@@ -184,7 +112,7 @@ def _compile_anew(module: nn.Module, replica: nn.Module) -> None:
         call: Any = getattr(real, "_compiled_call_impl", None)
         if call is not None:
             own = child._call_impl
-            anew: Any = _rebound(call, {id(call._torchdynamo_orig_callable): own})
+            anew: Any = rebound(call, {id(call._torchdynamo_orig_callable): own})
             anew._torchdynamo_orig_callable = own
             child._compiled_call_impl = anew
         context = child.__dict__.get("_compiler_ctx")
@@ -193,13 +121,10 @@ def _compile_anew(module: nn.Module, replica: nn.Module) -> None:
                 child.__dict__[name] = context["dynamo_ctx"](getattr(type(child), name).__get__(child))
 
 
-_HOLDERS = (torch.Tensor, list, tuple, dict)
-
-
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+def rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
     """Return a function whose closure (a hook that names ``self``) has the copies of what was copied."""
     cells = function.__closure__ or ()
     memo.setdefault(id(function), function)  # it may close over itself
@@ -228,7 +153,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return memo[id(value)]
     if isinstance(value, MethodType) and id(value.__self__) in memo:
         return MethodType(value.__func__, memo[id(value.__self__)])
-    return _rebound(value, memo) if type(value) is FunctionType else value
+    return rebound(value, memo) if type(value) is FunctionType else value
 
 
 def _copied_cell(cell: CellType, memo: dict[int, Any]) -> CellType:

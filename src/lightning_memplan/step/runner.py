@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
 from lightning_memplan.data.batches import TiledBatch, sample_bytes
+from lightning_memplan.data.holders import hold_batch_size
+from lightning_memplan.data.loaders import unit_of
 from lightning_memplan.lightning.compat import is_lightning_module, random_states
 from lightning_memplan.memory.cycles import MOST, is_enough, period, shapes, until_all_were_seen
 from lightning_memplan.memory.formula import Formula
 from lightning_memplan.settings import STEPS
 from lightning_memplan.step.backend import StepBackend
+from lightning_memplan.step.begun import Begun
 from lightning_memplan.step.context import module_paths
 from lightning_memplan.step.evaluation import Evaluation, evaluate
 from lightning_memplan.step.layers import make_formula
@@ -26,6 +30,7 @@ from lightning_memplan.step.optimization.automatic import AutomaticStep
 from lightning_memplan.step.optimization.manual import ManualStep
 from lightning_memplan.step.optimization.plain import PlainStep
 from lightning_memplan.step.setup import TrainingSetup, traced_microbatches
+from lightning_memplan.step.stand_ins import StandInTrainer
 from lightning_memplan.step.strategies.base import Strategy
 from lightning_memplan.step.strategies.choose import choose_strategy
 from lightning_memplan.step.strategies.model_parallel import local_part
@@ -35,17 +40,24 @@ from lightning_memplan.step.transfer import BatchTransfer
 class StepRunner:
     """Run steps of a replica of ``setup.module`` on a backend, and tell its context where they are.
 
-    ``step`` is one of AutomaticStep, ManualStep and PlainStep.
+    ``step`` is one of AutomaticStep, ManualStep and PlainStep. Where the replica has ``begun``, its optimizers are
+    there, and hooks before the first epoch are not called again.
     """
 
-    def __init__(self, replica: torch.nn.Module, setup: TrainingSetup, backend: StepBackend) -> None:
+    def __init__(
+        self, replica: torch.nn.Module, setup: TrainingSetup, backend: StepBackend, begun: Begun | None = None
+    ) -> None:
         self.settings, self.backend, self.context = setup.settings, backend, backend.context
         self.strategy = choose_strategy(setup.settings.parallel)
         self.replica: Any = self.strategy.synchronize_layers(replica)
         dtype = self.strategy.input_dtype(setup.settings.precision)
-        self.transfer = BatchTransfer(self.replica, setup.datamodule, backend.device, dtype)
+        trainer = getattr(self.replica, "_trainer", None)
+        datamodule = getattr(trainer, "datamodule", None) or setup.datamodule
+        self.transfer = BatchTransfer(self.replica, datamodule, backend.device, dtype)
         self.step = _choose_step(self.replica, setup, self.strategy, backend)
-        self.left_out: tuple[str, ...] = ()  #: notes on hooks before the first step that were left out
+        self._setup, self._begun = setup, begun
+        #: Notes on hooks before the first step that were left out
+        self.left_out: tuple[str, ...] = () if begun is None else begun.left_out
         self.steps = 0  #: optimizer steps that ran
         self.period = 0  #: batches after which steps are alike again, 0 where that is not known
         self.kinds = 1  #: steps after which every kind of step has been seen
@@ -58,7 +70,11 @@ class StepRunner:
         """
         with self.strategy.environment(self.backend), ExitStack() as stack:
             self._set_up(stack)
-            self.left_out += self.step.begin()
+            if self._begun is None:
+                self.left_out += self.step.begin()
+            if is_lightning_module(self.replica):  # Lightning does, once states are restored (_CheckpointConnector)
+                self.context.empty_cache()
+            self.left_out += self.step.begin_epoch()
             microbatches, drawn = traced_microbatches(self.settings), random_states()
             self._note_steps(stack)
             self.steps = 0
@@ -71,10 +87,21 @@ class StepRunner:
 
     def _set_up(self, stack: ExitStack) -> None:
         """Wrap the replica and make its optimizers; ``stack`` undoes what must not outlive the steps."""
-        self.step.optimizers = self.strategy.setup(self.replica, self.backend, self.settings, self.step.configure)
+        configure = self.step.configure if self._begun is None else partial(self.step.resume, self._begun)
+        self.step.optimizers = self.strategy.setup(self.replica, self.backend, self.settings, configure)
         stack.callback(self.strategy.release, self.backend)
         if self.strategy.calls_configure_model:  # the layers are there only now
             stack.enter_context(module_paths(self.replica, self.context))
+
+    def begin(self) -> Begun:
+        """Make optimizers and call the hooks before the first epoch, on a replica that is only copied from here on."""
+        with self.strategy.environment(self.backend):
+            self.context.update(category="optimizer", path="")
+            optimizers = self.step.make_optimizers()
+            left_out = self.step.begin()
+        for name in ("optimizers", "lr_schedulers"):  # each copy finds its own
+            self.replica.__dict__.pop(name, None)
+        return Begun(self.replica, optimizers, self.replica._trainer.lr_scheduler_configs, left_out)
 
     def _run_batch(self, batch: Any, index: int, *, first: bool, last: bool) -> None:
         self.context.update(phase="batch", category="batch")
@@ -83,6 +110,15 @@ class StepRunner:
         outputs = self.step.run(moved, index, first=first, last=last)
         self.step.hook("on_train_batch_end", outputs, moved, index)
         del outputs  # before the batch
+
+    def hold_batch_size(self, batch_size: int) -> None:
+        """Let the step read the size of its batches: attributes, hyperparameters and loaders have it."""
+        setup, replica = self._setup, self.replica
+        unit = None if setup.loaders is None else unit_of(setup.loaders)
+        trainer = getattr(replica, "_trainer", None)
+        hold_batch_size(setup.batch_size, batch_size, unit, replica, getattr(trainer, "datamodule", None))
+        if isinstance(trainer, StandInTrainer):
+            trainer.train_batches_of(batch_size)
 
     def run_counted(self, batch: Any, batch_size: int, steps: int | None = None) -> Formula:
         """Run steps, and return the formula, whose layers are recorded in the first."""

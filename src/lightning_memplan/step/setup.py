@@ -30,8 +30,9 @@ def traced_microbatches(settings: StepSettings) -> int:
 class TrainingSetup:
     """A module and how it is trained: all that its steps need beside a batch and a device.
 
-    ``optimizer`` makes the optimizer of a module that is no LightningModule. ``stage`` is passed to the module's
-    ``setup`` hook, which is not called when it is None.
+    ``optimizer`` makes the optimizer of a module that is no LightningModule. ``loaders`` are those of training, which
+    a step may ask its Trainer for; ``batch_size`` is the name of the attribute or hyperparameter that holds their
+    batch size.
 
     >>> TrainingSetup(nn.Linear(4, 2)).settings.precision
     '32-true'
@@ -42,4 +43,5 @@ class TrainingSetup:
     trainer: Any = None
     datamodule: Any = None
     optimizer: MakeOptimizer | None = None
-    stage: str | None = None
+    loaders: Any = None
+    batch_size: str = "batch_size"

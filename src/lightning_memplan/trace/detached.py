@@ -19,7 +19,7 @@ from lightning_memplan.step.fake_cuda import DEVICE
 from lightning_memplan.step.module_copy import metric_states, replicate
 from lightning_memplan.step.precision import TRUE_DTYPE
 from lightning_memplan.step.strategies.choose import choose_strategy
-from lightning_memplan.trace.fake_tensors import fake_copy, fake_mode
+from lightning_memplan.trace.fake_tensors import FakeCopies, fake_copy, fake_mode
 from lightning_memplan.trace.isolation import no_warnings
 from lightning_memplan.trace.known_values import remember
 from lightning_memplan.trace.recorder import Recorder
@@ -32,13 +32,24 @@ def detached_copy(
     dtype: torch.dtype | None = None,
     trainer: Any = None,
     device: torch.device = DEVICE,
+    stands_for: dict[int, torch.Tensor] | None = None,
 ) -> nn.Module:
     """Return a copy of the module whose parameters and buffers are fake tensors on ``device``.
+
+    ``stands_for`` receives the real tensor of each fake one, by the fake one's id.
 
     Raises:
         TraceError: a part of the module cannot be copied, or its parameters are not there yet (lazy modules).
     """
     memo: dict[int, Any] = {}
+    real = {} if stands_for is None else stands_for
+    for path, child in module.named_modules():
+        if isinstance(child, torch.jit.ScriptModule):
+            raise TraceError(
+                f"{path or type(module).__name__} is TorchScript, of which no copy can be trained: plan with the "
+                "module that it was made of, or by method='probe'",
+                reason="not_copyable",
+            )
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if torch.nn.parameter.is_lazy(parameter):
             raise TraceError(
@@ -51,14 +62,16 @@ def detached_copy(
             own = fake.__dict__  # its mode is such an attribute, which a copy of a copy must not take over
             own.update({k: v for k, v in parameter.__dict__.items() if not k.startswith("_") and k not in own})
             memo[id(parameter)] = fake
+            real[id(fake)] = parameter
     for name, buffer in module.named_buffers():
         if id(buffer) not in memo:
             memo[id(buffer)] = fake = fake_copy(buffer, mode, device, dtype)
+            real[id(fake)] = buffer
             if not name.endswith("num_batches_tracked"):  # which every batch norm has, and none reads
                 remember(fake, buffer)
     for state in metric_states(module):
         memo[id(state)] = fake_copy(state, mode, DEVICE)
-    return replicate(module, memo, trainer=trainer, device=DEVICE)
+    return replicate(module, memo, trainer=trainer, device=DEVICE, tensor_copy=FakeCopies(mode))
 
 
 def prepared(module: nn.Module, settings: StepSettings, *, trainer: Any = None, stage: str | None = None) -> nn.Module:

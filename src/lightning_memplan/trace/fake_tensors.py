@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lightning_memplan.step.fake_cuda import DEVICE
+from lightning_memplan.trace.storages import key_of
 
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 _FUNCTIONAL = torch._C._TorchDispatchModeKey.FUNCTIONAL
@@ -46,6 +47,43 @@ def fake_copy(
         dtype = tensor.dtype
     meta = torch.empty_strided(tensor.size(), tensor.stride(), dtype=dtype, device="meta")
     return FakeTensor(mode, meta, device)
+
+
+class FakeCopies:
+    """Copy fake tensors to another mode: those that share a storage do so afterwards, too.
+
+    >>> weight, copies = fake_copy(torch.zeros(2, 3), fake_mode(), DEVICE), FakeCopies(fake_mode())
+    >>> copies(weight).untyped_storage()._cdata == copies(weight.t()).untyped_storage()._cdata
+    True
+    >>> copies(torch.zeros(2)) is None
+    True
+    """
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self._mode = mode
+        self.storages: dict[int, torch.UntypedStorage] = {}  #: key of a storage -> its copy
+        self._kept: list[torch.UntypedStorage] = []  # whose keys are theirs as long as they are there
+
+    def __call__(self, tensor: torch.Tensor) -> FakeTensor | None:
+        """Return the copy of a fake tensor, None for any other tensor, and for one that has no storage."""
+        if not isinstance(tensor, FakeTensor) or tensor.layout is not torch.strided:
+            return None
+        storage: Any = tensor.untyped_storage()
+        if key_of(storage) not in self.storages:
+            self._kept.append(storage)
+            self.storages[key_of(storage)] = torch.UntypedStorage(storage.nbytes(), device="meta")
+        meta = torch.empty(0, dtype=tensor.dtype, device="meta")
+        meta.set_(self.storages[key_of(storage)], tensor.storage_offset(), tensor.size(), tensor.stride())
+        made = FakeTensor(self._mode, meta, tensor.fake_device)
+        if tensor.is_leaf:
+            made.requires_grad_(tensor.requires_grad)
+        own = made.__dict__
+        own.update({name: _own(value) for name, value in tensor.__dict__.items() if name not in own})
+        return made
+
+
+def _own(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def are_plain(args: Sequence[Any]) -> bool:

@@ -48,7 +48,7 @@ class KernelEvents:
         self.workspaces: Mapping[Operator, Workspace] = rules.workspaces
         self._rules, self._gpu = rules.allocations, rules.gpu
         self._see, self._allocate, self._free = see, allocate, free
-        self._kept: set[tuple[str, bool]] = set()  # workspaces by name, and whether autograd's thread has them
+        self.kept: set[tuple[str, bool]] = set()  #: workspaces by name, and whether autograd's thread has them
 
     def record(self, func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         """Record the outputs of one call, and the scratch memory of its kernel."""
@@ -69,8 +69,8 @@ class KernelEvents:
     def keep_workspace(self, func: Operator, in_backward: bool) -> None:
         """Record the workspace of the operator's library at its first call in a thread; autograd has its own thread."""
         workspace = self.workspaces.get(func)
-        if workspace is not None and (workspace.name, in_backward) not in self._kept:
-            self._kept.add((workspace.name, in_backward))
+        if workspace is not None and (workspace.name, in_backward) not in self.kept:
+            self.kept.add((workspace.name, in_backward))
             self._allocate(workspace.size, "workspaces", func)
 
     def _record_scope(self, allocations: Iterable[Allocation], func: Operator, out: Any) -> None:

@@ -190,6 +190,16 @@ class Recorder(EventContext, TorchDispatchMode):
         """Record a tensor that was made outside: a parameter, a buffer, a batch."""
         self._see(tensor, None)
 
+    def resume(self, other: Recorder, storages: Mapping[int, torch.UntypedStorage]) -> None:
+        """Go on where another recorder is: with its events, and with copies of its ``storages``, by their keys."""
+        self.events, self._next, self._has_sparse = list(other.events), other._next, other._has_sparse
+        self._kernels.kept |= other._kernels.kept
+        for key, block in other._blocks.items():
+            if key in storages:
+                self._own(storages[key], block)
+            elif block is not None:  # nothing of a copy refers to it: it stays
+                self._owners[block] = self._owners.get(block, 0) + 1
+
     def resize(self, storage: torch.UntypedStorage, size: int) -> None:
         """Record that a storage gets other bytes, or none: so wrappers hold parameters while they are needed."""
         key = key_of(storage)

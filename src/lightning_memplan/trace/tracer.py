@@ -14,29 +14,31 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import nn
 
 from lightning_memplan.cuda.dispatch import foreach_by_default
 from lightning_memplan.cuda.rule_set import Gpu
 from lightning_memplan.cuda.rules import rules_for
 from lightning_memplan.data.batches import sample_bytes
 from lightning_memplan.errors import TraceError, explain
-from lightning_memplan.lightning.compat import isolated_random_state, random_states
+from lightning_memplan.lightning.compat import is_lightning_module, isolated_random_state, random_states
 from lightning_memplan.memory.events import Trace, labelled
 from lightning_memplan.memory.formula import Formula
 from lightning_memplan.memory.program import extended
-from lightning_memplan.settings import STEPS, Parallel, StepSettings
+from lightning_memplan.settings import STEPS, Parallel
 from lightning_memplan.step.backend import StepBackend
+from lightning_memplan.step.begun import Begun
 from lightning_memplan.step.compiled_regions import compiled_parts
 from lightning_memplan.step.context import module_paths
 from lightning_memplan.step.fake_cuda import DEVICE, fake_cuda
 from lightning_memplan.step.layers import make_formula, record_layers
 from lightning_memplan.step.precision import TRUE_DTYPE, FakeGradScaler
 from lightning_memplan.step.runner import StepRunner
-from lightning_memplan.step.setup import MakeOptimizer, TrainingSetup, traced_microbatches
+from lightning_memplan.step.setup import TrainingSetup, traced_microbatches
+from lightning_memplan.step.stand_ins import StandInTrainer
 from lightning_memplan.step.strategies.choose import choose_strategy
 from lightning_memplan.trace.compiled import CompiledReport, Graphs, as_graphs
 from lightning_memplan.trace.detached import detached_copy, setup_order
+from lightning_memplan.trace.fake_tensors import FakeCopies
 from lightning_memplan.trace.isolation import as_on_gpu, explained, no_collection
 from lightning_memplan.trace.known_values import has_values, largest_numbers
 from lightning_memplan.trace.recorder import Recorder
@@ -96,68 +98,88 @@ class FormulaResult:
 
 
 @dataclass(frozen=True)
+class Beginning:
+    """A replica on fake tensors at its first step, and the memory that it has: runs train copies of it."""
+
+    begun: Begun
+    recorder: Recorder
+    drew: bool = False  #: its hooks drew random numbers
+
+
+def begin_training(setup: TrainingSetup) -> Beginning | None:
+    """Call the hooks of a LightningModule before its first step, once for all runs that train a copy of the result.
+
+    Return None where each run calls them itself: the strategy makes parameters anew, or there are no hooks.
+
+    Raises:
+        TraceError: a hook needs what a fake tensor cannot give; names the line of the user's code.
+    """
+    if not is_lightning_module(setup.module) or choose_strategy(setup.settings.parallel).remakes_parameters:
+        return None
+    with as_on_gpu(setup.settings.capability), no_collection():
+        return _Run(setup, Graphs()).begin()
+
+
+@dataclass(frozen=True)
 class _Step:
     """A step to be traced: what is trained, and the graphs of its compiled parts."""
 
     setup: TrainingSetup
     graphs: Graphs = field(default_factory=Graphs)
+    beginning: Beginning | None = None
 
     def begin(self, numbers: Mapping[int, torch.Tensor] | None = None) -> _Run:
         """Copy the module for one recording, in which ``numbers`` stand for those of the batch."""
-        run = _Run(self.setup, self.graphs)
+        try:
+            run = _Run(self.setup, self.graphs, self.beginning)
+        except TraceError as error:
+            if self.beginning is None or error.reason != "not_copyable":
+                raise
+            run = _Run(self.setup, self.graphs)  # which calls the hooks itself
         run.recorder.values.numbers = numbers or {}
         return run
 
 
 def trace_steps(
-    module: nn.Module,
+    setup: TrainingSetup,
     batches: Sequence[Batch],
-    settings: StepSettings,
     *,
     steps: int | None = None,
-    trainer: Any = None,
-    datamodule: Any = None,
-    optimizer: MakeOptimizer | None = None,
     graphs: Graphs | None = None,
+    beginning: Beginning | None = None,
 ) -> TraceResult:
     """Trace setup and whole training steps, as many as it takes, at each batch size.
 
-    ``module`` is a LightningModule, of which ``training_step`` and ``configure_optimizers`` run, or any module, whose
-    forward is run on the batch and whose outputs' sum is the loss (``optimizer`` makes its optimizer).
+    The module is a LightningModule, of which ``training_step`` and ``configure_optimizers`` run, or any module, whose
+    forward is run on the batch and whose outputs' sum is the loss (``setup.optimizer`` makes its optimizer).
 
     Args:
-        module: The module, which is copied.
+        setup: The module, which is copied, and how it is trained.
         batches: Batch sizes, and a batch of each.
-        settings: Precision, strategy, accumulation.
         steps: How many optimizer steps to run; by default until another would show nothing new.
-        trainer: What the module is trained with, and so is ``datamodule``.
         graphs: Graphs of compiled parts that another trace made, and the bound that is traced.
+        beginning: The module at its first step, of which each run trains a copy.
 
     Raises:
         TraceError: the step needs what a fake tensor cannot give; names the line of the user's code.
     """
-    return _trace(
-        _Step(TrainingSetup(module, settings, trainer, datamodule, optimizer), graphs or Graphs()), batches, steps
-    )[0]
+    return _trace(_Step(setup, graphs or Graphs(), beginning), batches, steps)[0]
 
 
 def trace_counted(
-    module: nn.Module,
+    setup: TrainingSetup,
     batches: Sequence[Batch],
-    settings: StepSettings,
     *,
-    trainer: Any = None,
-    datamodule: Any = None,
-    optimizer: MakeOptimizer | None = None,
     graphs: Graphs | None = None,
+    beginning: Beginning | None = None,
 ) -> CountedResult:
     """Trace as ``trace_steps`` does, and count the layers in the first step of the first batch.
 
     Where a strategy wraps the module the formula is that of the whole module, from a pass of its own; and so it is
     where something is compiled, whose layers run more than once to make its graphs.
     """
-    step = _Step(TrainingSetup(module, settings, trainer, datamodule, optimizer), graphs or Graphs())
-    counted = settings.parallel is None and not compiled_parts(module)
+    step = _Step(setup, graphs or Graphs(), beginning)
+    counted = setup.settings.parallel is None and not compiled_parts(setup.module)
     result, formula = _trace(step, batches, counted=counted)
     formula = formula or _formula_of(replace(step, graphs=Graphs()), batches[0]).formula
     return CountedResult(traces=result.traces, fused=result.fused, formula=formula)
@@ -186,13 +208,7 @@ def _trace(
 
 
 def trace_validation(
-    module: nn.Module,
-    training: Any,
-    batches: Sequence[Batch],
-    settings: StepSettings,
-    *,
-    trainer: Any = None,
-    datamodule: Any = None,
+    setup: TrainingSetup, training: Any, batches: Sequence[Batch], beginning: Beginning | None = None
 ) -> TraceResult:
     """Trace a step of training, then one of validation, at each batch size of validation.
 
@@ -202,7 +218,8 @@ def trace_validation(
     Raises:
         TraceError: a step needs what a fake tensor cannot give; names the line of the user's code.
     """
-    step = _Step(TrainingSetup(module, replace(settings, accumulate_grad_batches=1), trainer, datamodule))
+    settings = replace(setup.settings, accumulate_grad_batches=1)
+    step = _Step(replace(setup, settings=settings), beginning=beginning)
     largest, traces, fused = max(batches, key=itemgetter(0))[1], [], False
     with as_on_gpu(settings.capability), no_collection():
         for size, batch in batches:
@@ -212,24 +229,18 @@ def trace_validation(
     return TraceResult(tuple(traces), fused)
 
 
-def trace_test(
-    module: nn.Module,
-    batches: Sequence[Batch],
-    settings: StepSettings,
-    *,
-    trainer: Any = None,
-    datamodule: Any = None,
-) -> CountedResult:
+def trace_test(setup: TrainingSetup, batches: Sequence[Batch]) -> CountedResult:
     """Trace a test step, before which nothing was trained, at each batch size; the formula has no gradients.
 
     Raises:
         TraceError: the step needs what a fake tensor cannot give; names the line of the user's code.
     """
+    settings = setup.settings
     if settings.parallel is not None and settings.parallel.shards:
         raise TraceError("what each rank holds of sharded parameters in a test is not modelled")
     # no strategy wraps a module that is not trained
     settings = replace(settings, accumulate_grad_batches=1, parallel=None)
-    step = _Step(TrainingSetup(module, settings, trainer, datamodule))
+    step = _Step(replace(setup, settings=settings))
     traces, fused = [], False
     with as_on_gpu(settings.capability), no_collection():
         for size, batch in batches:
@@ -248,15 +259,7 @@ def trace_test(
     return CountedResult(traces=tuple(traces), fused=fused, formula=formula)
 
 
-def run_formula(
-    module: nn.Module,
-    sample: Batch,
-    settings: StepSettings,
-    *,
-    trainer: Any = None,
-    datamodule: Any = None,
-    optimizer: MakeOptimizer | None = None,
-) -> FormulaResult:
+def run_formula(setup: TrainingSetup, sample: Batch, beginning: Beginning | None = None) -> FormulaResult:
     """Count the layers of the module in one forward pass on fake tensors.
 
     Where the step fails half-way (it reads a value, say), the layers that ran until then count.
@@ -264,7 +267,7 @@ def run_formula(
     Raises:
         TraceError: no layer has run before the step failed.
     """
-    return _formula_of(_Step(TrainingSetup(module, settings, trainer, datamodule, optimizer)), sample)
+    return _formula_of(_Step(setup, beginning=beginning), sample)
 
 
 def _formula_of(step: _Step, sample: Batch) -> FormulaResult:
@@ -274,6 +277,7 @@ def _formula_of(step: _Step, sample: Batch) -> FormulaResult:
         if settings.parallel is not None:  # a single rank, which asks no other, and whose mesh has no more
             meshed = choose_strategy(settings.parallel).calls_configure_model
             settings = replace(settings, parallel=Parallel("model_parallel" if meshed else "ddp", ranks=1))
+            step = replace(step, beginning=None)
         run = replace(step, setup=replace(step.setup, settings=settings)).begin(largest_numbers(batch, batch))
         stack.enter_context(run.alone())
         failed: list[Exception] = []
@@ -303,20 +307,29 @@ class _Run:
     ``step`` of its events counts microbatches: with gradient accumulation several make an optimizer step.
     """
 
-    def __init__(self, setup: TrainingSetup, graphs: Graphs) -> None:
+    def __init__(self, setup: TrainingSetup, graphs: Graphs, beginning: Beginning | None = None) -> None:
         settings, mode = setup.settings, graphs.mode
         self.recorder = recorder = Recorder(mode, rules_for(Gpu(settings.capability)))
-        self.graphs = graphs
+        self.setup, self.graphs, self.beginning = setup, graphs, beginning
         self.formula: Formula | None = None
         self.compiled = CompiledReport()
         shards = settings.parallel is not None and settings.parallel.shards
-        replica = detached_copy(
-            setup.module,
-            mode,
-            dtype=TRUE_DTYPE.get(settings.precision),
-            trainer=setup.trainer,
-            device=torch.device("cpu") if shards else DEVICE,  # a wrapper that shards moves its parameters itself
-        )
+        begun, replica = None, None
+        self.stands_for: dict[int, torch.Tensor] = {}
+        if beginning is None:
+            replica = detached_copy(
+                setup.module,
+                mode,
+                dtype=TRUE_DTYPE.get(settings.precision),
+                trainer=StandInTrainer(setup.trainer, setup.loaders),
+                device=torch.device("cpu") if shards else DEVICE,  # a wrapper that shards moves its parameters itself
+                stands_for=self.stands_for,
+            )
+        else:
+            copies = FakeCopies(mode)
+            begun = beginning.begun.copied(DEVICE, copies)
+            replica = begun.replica
+            recorder.resume(beginning.recorder, copies.storages)
         recorder.values.knows_buffers = any(map(has_values, replica.buffers()))
         self.backend = StepBackend(
             recorder,
@@ -325,7 +338,28 @@ class _Run:
             events=lambda: recorder.events,
             prepare_optimizer=foreach_by_default,
         )
-        self.runner = StepRunner(replica, setup, self.backend)
+        self.runner = StepRunner(replica, setup, self.backend, begun)
+
+    def begin(self) -> Beginning:
+        """Return the replica at its first step. This run is over then."""
+        recorder, states = self.recorder, random_states()
+        capability = self.setup.settings.capability
+        try:
+            with isolated_random_state(), fake_cuda(recorder, capability), recorder:
+                self._adopt()
+                begun = self.runner.begin()
+                drew = random_states() != states
+        except TraceError:
+            raise
+        except Exception as error:
+            raise TraceError.of(error) from error
+        return Beginning(replace(begun, stands_for=self.stands_for), recorder, drew)
+
+    def _adopt(self) -> None:
+        """Record parameters and buffers as they are moved to the GPU."""
+        for tensor, kind, path in setup_order(self.runner.replica):
+            self.recorder.update(category=kind, path=path)
+            self.recorder.adopt(tensor)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -348,6 +382,7 @@ class _Run:
     ) -> Trace:
         """Return whole steps as a trace. With ``counted``, set ``formula`` as well."""
         recorder, runner, states = self.recorder, self.runner, random_states()
+        runner.hold_batch_size(size)
         capability = runner.settings.capability
         compiled = as_graphs(runner.replica, recorder, self.graphs, capability)
         # a step that draws what it does draws the same at each batch size
@@ -356,9 +391,8 @@ class _Run:
             for context in (*around, recorder, module_paths(runner.replica, recorder)):
                 stack.enter_context(context)
             self.compiled = stack.enter_context(compiled)
-            for tensor, kind, path in setup_order(runner.replica):
-                recorder.update(category=kind, path=path)
-                recorder.adopt(tensor)
+            if self.beginning is None:
+                self._adopt()
             if tested:
                 runner.evaluate(batch, "test")
             elif counted:
@@ -368,7 +402,7 @@ class _Run:
             if validated is not None:
                 runner.evaluate(validated)
             recorder.stop()
-            drawn = random_states() != states
+            drawn = random_states() != states or (self.beginning is not None and self.beginning.drew)
         notes = (*sorted(self.compiled.notes), *runner.left_out)
         if drawn:
             notes += ("the step draws numbers (random, NumPy): planned for what it did with those of the trace",)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightning_memplan.settings import StepSettings
+from lightning_memplan.step.setup import TrainingSetup
 from lightning_memplan.trace.tracer import trace_steps
 
 TOKENS = [(n, torch.zeros(n, 6, dtype=torch.long)) for n in (2, 3)]
@@ -32,7 +33,7 @@ def sgd(parameters):
 
 
 def traces(module, **settings):
-    return trace_steps(module, TOKENS, StepSettings(**settings)).traces
+    return trace_steps(TrainingSetup(module, StepSettings(**settings)), TOKENS).traces
 
 
 def sizes(trace, op):

@@ -17,7 +17,7 @@ from lightning_memplan.memory.allocator import replay
 from lightning_memplan.memory.events import EMPTY, Event, Stream, Trace
 from lightning_memplan.memory.loops import LOOPS, is_loop, merge_loops, scale_with_loops
 from lightning_memplan.memory.program import scale
-from lightning_memplan.settings import StepSettings
+from lightning_memplan.step.setup import TrainingSetup
 from lightning_memplan.trace.tracer import trace_steps
 
 KIB = 2**10
@@ -116,7 +116,7 @@ def test_a_module_that_loops_over_its_samples():
     batch = (torch.zeros(4, 3, 64, 64), torch.zeros(4, dtype=torch.long))
     found = mp.estimate(InTurn(), batch, method="trace")
     assert LOOPS in found.notes
-    (trace,) = trace_steps(InTurn(), read_samples(batch).batches((24,)), StepSettings()).traces
+    (trace,) = trace_steps(TrainingSetup(InTurn()), read_samples(batch).batches((24,))).traces
     whole = replay([(event.block, event.size, event.stream) for event in trace.events])
     assert found.peak_allocated(24) == pytest.approx(whole.peak_allocated, rel=0.005)
     segments = found.reserved_range(24)
@@ -156,6 +156,6 @@ def test_a_detector_of_torchvision():
     loader = torch.utils.data.DataLoader(Images(), batch_size=2, collate_fn=collate)
     found = mp.estimate(Detector(), loader, method="trace")
     assert LOOPS in found.notes
-    (trace,) = trace_steps(Detector(), read_samples(loader).batches((8,)), StepSettings(), steps=2).traces
+    (trace,) = trace_steps(TrainingSetup(Detector()), read_samples(loader).batches((8,)), steps=2).traces
     whole = replay([(event.block, event.size, event.stream) for event in trace.events])
     assert found.peak_allocated(8) == pytest.approx(whole.peak_allocated, rel=0.01)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_memplan as mp
+from lightning_memplan.planning import job as planning_job
 from lightning_memplan.planning import predict
 from lightning_memplan.trace import tracer
 from tests.paths import PROGRAMS
@@ -181,15 +182,14 @@ def probed(monkeypatch):
     """A GPU that can be probed, on which a step does what the test says."""
 
     def does(what):
-        def probe_steps(setup, sample, index, *, capacity, largest):
+        def probe_steps(setup, sample, index, *, capacity, largest, begun):
             assert capacity == GPU.capacity
             if isinstance(what, Exception):
                 raise what
-            common = {"trainer": setup.trainer, "datamodule": setup.datamodule, "optimizer": setup.optimizer}
-            result = tracer.trace_counted(setup.module, sample(), setup.settings, **common)
+            result = tracer.trace_counted(setup, sample())
             return result.traces, result.formula
 
-        monkeypatch.setattr(predict, "can_probe", lambda: True)
+        monkeypatch.setattr(planning_job, "can_probe", lambda: True)
         monkeypatch.setattr(predict, "probe_steps", probe_steps)
 
     return does
@@ -240,7 +240,7 @@ def test_a_probe_that_has_seen_a_large_batch_plans_alone(probed, monkeypatch):
     probed("a step")
     monkeypatch.setattr(predict, "SIZES", ((1,),))
     wide = mp.estimate(nn.Linear(4096, 4096), torch.zeros(4, 4096))
-    monkeypatch.setattr(predict, "_traced", lambda job, method: wide)
+    monkeypatch.setattr(predict, "_traced", lambda job: wide)
     found = mp.estimate(Module(), torch.zeros(4, 1024), device=GPU)
     assert (found.method, found.largest_seen, found.alternatives) == ("probe", 5, (wide,))
 

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 
+from lightning_memplan.data.holders import holders_of
 from lightning_memplan.errors import ApplyError
-from lightning_memplan.planning.apply import find_holders, holders_of
+from lightning_memplan.planning.apply import find_holders
 
 
 class Module(pl.LightningModule):

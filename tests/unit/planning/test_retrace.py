@@ -15,7 +15,7 @@ from lightning_memplan.errors import MemplanError
 from lightning_memplan.memory.allocator import replay
 from lightning_memplan.planning.job import training_job
 from lightning_memplan.planning.retrace import retrace_at
-from lightning_memplan.settings import StepSettings
+from lightning_memplan.step.setup import TrainingSetup
 from lightning_memplan.trace.tracer import trace_steps
 from tests.paths import PROGRAMS
 from tests.programs.retrace_cases import (
@@ -79,7 +79,7 @@ def test_a_step_that_does_something_else_at_a_size_is_known_there(step):
     module, size = Does(step), 1003
     found = mp.estimate(module, BATCH, method="trace")
     known = retrace_at(found, size, training_job(module, BATCH))
-    (trace,) = trace_steps(module, read_samples(BATCH).batches((size,)), StepSettings()).traces
+    (trace,) = trace_steps(TrainingSetup(module), read_samples(BATCH).batches((size,))).traces
     whole = replay([(event.block, event.size, event.stream) for event in trace.events])
     assert known.peak_allocated(size) == whole.peak_allocated
     assert known.peak_allocated(size) != found.peak_allocated(size)

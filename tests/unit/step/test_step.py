@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import threading
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +25,7 @@ from lightning_memplan.monitor.meter import Forecast
 from lightning_memplan.settings import STEPS, StepSettings
 from lightning_memplan.step.fake_cuda import DEVICE
 from lightning_memplan.step.module_copy import StandInTrainer
-from lightning_memplan.step.setup import traced_microbatches
+from lightning_memplan.step.setup import TrainingSetup, traced_microbatches
 from lightning_memplan.trace.detached import detached_copy, prepared
 from lightning_memplan.trace.tracer import FormulaResult, run_formula, trace_steps
 from lightning_memplan.types import Peaks
@@ -51,7 +50,7 @@ class Net(pl.LightningModule):
 
 
 def traced(module, batches=BATCHES, **settings):
-    return trace_steps(module, batches, StepSettings(**settings)).traces
+    return trace_steps(TrainingSetup(module, StepSettings(**settings)), batches).traces
 
 
 def blocks(trace, category, step=None):
@@ -218,7 +217,7 @@ def test_a_step_that_returns_nothing_is_skipped():
 
 def test_a_module_that_is_no_lightning_module():
     trace = trace_steps(
-        nn.Linear(1024, 256, bias=False), BATCHES, StepSettings(), optimizer=lambda p: torch.optim.Adam(p)
+        TrainingSetup(nn.Linear(1024, 256, bias=False), optimizer=lambda p: torch.optim.Adam(p)), BATCHES
     ).traces[0]
     # Adam's two moments; its counts of steps lie on the host
     assert [e.size for e in blocks(trace, "optimizer") if e.size > KiB] == [1024 * KiB] * 2
@@ -370,17 +369,18 @@ def test_a_lazy_module_has_no_shape():
         traced(module)
 
 
-def test_what_cannot_be_copied_is_said():
-    module = Net()
-    module.lock = threading.Lock()
-    with pytest.raises(
-        TraceError, match=r"Net cannot be copied \(TypeError: .*lock.*\): what cannot be copied should be"
-    ):
-        traced(module)
+class Refuses(Net):
+    def __deepcopy__(self, memo):
+        raise TypeError("no copies of me")
+
+
+def test_a_module_that_refuses_to_be_copied_is_named():
+    with pytest.raises(TraceError, match=r"Refuses cannot be copied \(TypeError: no copies of me\)"):
+        traced(Refuses())
 
 
 def test_the_formula_of_a_step_that_stops_half_way():
-    found = run_formula(Branches(), BATCHES[0], StepSettings())
+    found = run_formula(TrainingSetup(Branches()), BATCHES[0])
     assert found.formula.feature_bytes == 4 * 256  # the layer ran
     assert found.stopped.startswith("the step needs the value")
     assert found.notes() == (f"the formula counts the layers that ran before the step stopped: {found.stopped}",)
@@ -389,11 +389,11 @@ def test_the_formula_of_a_step_that_stops_half_way():
 
 def test_the_formula_of_a_step_that_stops_at_once():
     with pytest.raises(TraceError, match="the step failed in a trace"):
-        run_formula(Fails(), BATCHES[0], StepSettings())
+        run_formula(TrainingSetup(Fails()), BATCHES[0])
 
 
 def test_the_formula_knows_the_optimizers_state():
-    found = run_formula(Net(), BATCHES[0], StepSettings())
+    found = run_formula(TrainingSetup(Net()), BATCHES[0])
     formula = found.formula
     assert (formula.parameter_bytes, formula.gradient_bytes, formula.optimizer_bytes) == (1024 * KiB,) * 3
     assert found == FormulaResult(formula)
@@ -402,7 +402,7 @@ def test_the_formula_knows_the_optimizers_state():
 def test_a_copy_of_a_copy_is_traced_as_the_module_itself():
     module = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
     copied = detached_copy(module, FakeTensorMode(allow_non_fake_inputs=True))
-    ours, theirs = (trace_steps(each, [(2, torch.zeros(2, 8))], StepSettings()).traces[0] for each in (module, copied))
+    ours, theirs = (trace_steps(TrainingSetup(each), [(2, torch.zeros(2, 8))]).traces[0] for each in (module, copied))
     assert ours.events == theirs.events
 
 
@@ -493,7 +493,7 @@ def test_what_a_callback_unfreezes_later_is_trained():
     unfreeze.freeze_before_training(module)  # as its setup does, before or after the plan is made
     for epochs, sizes in ((2, [64]), (3, [64, 1024])):  # KiB: 256 · 64 and 1024 · 256 floats
         trainer = SimpleNamespace(callbacks=[unfreeze], max_epochs=epochs, world_size=1)
-        (trace,) = trace_steps(module, BATCHES[:1], StepSettings(), trainer=trainer).traces
+        (trace,) = trace_steps(TrainingSetup(module, trainer=trainer), BATCHES[:1]).traces
         assert sorted(e.size for e in blocks(trace, "gradients", STEPS)) == [size * KiB for size in sizes]
         assert sorted(e.size for e in blocks(trace, "optimizer")) == [size * KiB for size in sizes]
     assert not module.backbone.weight.requires_grad

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import lightning_memplan as mp
 from lightning_memplan.memory.events import Stream
-from lightning_memplan.settings import StepSettings
+from lightning_memplan.step.setup import TrainingSetup
 from lightning_memplan.trace.compiled import BROKEN, CUDA_GRAPHS, FUSED, OTHER, WRITTEN
 from lightning_memplan.trace.fusion import kept_nodes, laid_out_anew
 from lightning_memplan.trace.tracer import trace_steps
@@ -251,7 +251,7 @@ def test_a_plan_leaves_room_for_the_upper_end_and_names_the_lower(compiled):
 def test_a_trace_of_graphs_is_fused_and_one_of_code_as_written_is_not():
     batches = [(16, torch.zeros(16, WIDTH))]
     chains = (torch.compile(Chain()), Chain(), torch.compile(Chain(reads=True)))
-    results = [trace_steps(Net(chain), batches, StepSettings()) for chain in chains]
+    results = [trace_steps(TrainingSetup(Net(chain)), batches) for chain in chains]
     assert [result.fused for result in results] == [True, False, False]
     assert results[0].notes == (FUSED,)
     assert results[2].notes[0].startswith(BROKEN)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import threading
 from typing import get_args
 
 import pytest
@@ -16,6 +15,7 @@ from lightning_memplan.errors import TraceError, TraceReason
 from lightning_memplan.memory.program import scale
 from lightning_memplan.planning.retrace import batches_of_many
 from lightning_memplan.settings import Parallel, StepSettings
+from lightning_memplan.step.setup import TrainingSetup
 from lightning_memplan.trace.tracer import TraceResult, run_formula, trace_counted, trace_steps, trace_test
 from lightning_memplan.trace.tracer import trace_validation as validation
 
@@ -75,18 +75,21 @@ class Lazy(Net):
         self.layer = nn.LazyLinear(WIDTH)
 
 
-class Locked(Net):
+class UsesGenerator(Net):
     def __init__(self):
         super().__init__()
-        self.lock = threading.Lock()  # of which there is no copy
+        self.numbers = (n for n in range(10))  # of which there is no copy
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * next(self.numbers)
 
 
 def steps(module, **settings):
-    return trace_steps(module, BATCHES, StepSettings(**settings))
+    return trace_steps(TrainingSetup(module, StepSettings(**settings)), BATCHES)
 
 
 def sharded_test():
-    return trace_test(Net(), BATCHES, StepSettings(parallel=Parallel("fsdp", ranks=2)))
+    return trace_test(TrainingSetup(Net(), StepSettings(parallel=Parallel("fsdp", ranks=2))), BATCHES)
 
 
 class Huge:
@@ -106,7 +109,7 @@ REASONS = {
     "sizes_differ": lambda: scale(steps(Net(twice_for_three)).traces),
     "too_large": lambda: batches_of_many(Huge(), (32, 64)),
     "uninitialized": lambda: steps(Lazy()),
-    "not_copyable": lambda: steps(Locked()),
+    "not_copyable": lambda: steps(UsesGenerator()),
     "unsupported": sharded_test,
 }
 
@@ -157,8 +160,8 @@ def test_a_result_has_a_trace_a_batch_size():
 
 def test_a_counted_result_has_the_formula_of_the_same_network():
     formulas = [
-        trace_counted(Net(), BATCHES, StepSettings()).formula,
-        run_formula(Net(), BATCHES[0], StepSettings()).formula,
+        trace_counted(TrainingSetup(Net()), BATCHES).formula,
+        run_formula(TrainingSetup(Net()), BATCHES[0]).formula,
     ]
     # a sample is WIDTH floats, and so is the layer's output for it
     assert [f.parameter_bytes for f in formulas] == [f.gradient_bytes for f in formulas] == [PARAMETERS] * 2
@@ -166,13 +169,13 @@ def test_a_counted_result_has_the_formula_of_the_same_network():
 
 
 def test_a_test_has_no_gradients():
-    result = trace_test(Net(), BATCHES, StepSettings())
+    result = trace_test(TrainingSetup(Net()), BATCHES)
     assert (result.formula.parameter_bytes, result.formula.gradient_bytes) == (PARAMETERS, 0)
     assert {event.phase for trace in result.traces for event in trace.events} == {"setup", "batch", "forward"}
 
 
 def test_validation_alone_grows_with_its_batch_size():
-    result = validation(Net(), torch.zeros(4, WIDTH), BATCHES, StepSettings())
+    result = validation(TrainingSetup(Net()), torch.zeros(4, WIDTH), BATCHES)
     inputs = [[e.size for e in trace.events if e.category == "batch" and e.size > 0] for trace in result.traces]
     # 4 samples of training, then 2 or 3 of validation
     assert inputs == [[4 * WIDTH * 4, size * WIDTH * 4] for size, _ in BATCHES]

@@ -19,23 +19,29 @@ class AutomaticStep(PlainStep):
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
         replica = self.replica
-        replica._trainer.model = self.model
+        replica._trainer.train(self.model, replica)
         callbacks = finetuning(replica)
         for callback in callbacks:
             callback.freeze_before_training(replica)
-        optimizers, schedulers = configured_optimizers(replica)
+        optimizers, self.schedulers = configured_optimizers(replica)
         unfreeze(callbacks, replica, optimizers)
-        replica._trainer.optimizers = optimizers
-        replica.__dict__["optimizers"] = lambda use_pl_optimizer=True: _one_or_all(optimizers)
-        replica.__dict__["lr_schedulers"] = lambda: _one_or_all(schedulers) or None
+        self.name_optimizers(optimizers, self.schedulers)
         return optimizers
 
+    def name_optimizers(self, optimizers: list[torch.optim.Optimizer], schedulers: list[Any]) -> None:
+        replica, made = self.replica, [config.scheduler for config in schedulers]
+        replica._trainer.optimizers, replica._trainer.lr_scheduler_configs = optimizers, schedulers
+        replica.__dict__["optimizers"] = lambda use_pl_optimizer=True: _one_or_all(optimizers)
+        replica.__dict__["lr_schedulers"] = lambda: _one_or_all(made) or None
+
     def begin(self) -> tuple[str, ...]:
+        self.replica._trainer.train(self.model, self.replica)  # DeepSpeed wraps it after the optimizers were made
+        return self._begin_with("on_fit_start") + self._begin_with("on_train_start")
+
+    def begin_epoch(self) -> tuple[str, ...]:
+        self.replica._trainer.train(self.model, self.replica)
         self.replica._trainer.global_step = 0
-        self.replica._trainer.model = self.model  # DeepSpeed wraps it after the optimizers were made
-        notes = self._begin_with("on_fit_start")
-        self.context.empty_cache()  # Lightning does, once all states are restored: checkpoint_connector.py, resume_end
-        return notes + self._begin_with("on_train_start") + self._begin_with("on_train_epoch_start")
+        return self._begin_with("on_train_epoch_start")
 
     def _begin_with(self, name: str) -> tuple[str, ...]:
         """Call a hook before the first step. Where it fails on a replica, say so and go on without it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from typing import Any
@@ -25,12 +25,11 @@ class ManualStep(AutomaticStep):
         self.hook("on_train_batch_start", batch, index)
         return self.forward(batch, index)
 
-    def make_optimizers(self) -> list[torch.optim.Optimizer]:
-        optimizers = super().make_optimizers()
+    def take_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        super().take_optimizers(optimizers)
         for optimizer in optimizers:
             self._mark_steps(optimizer)
         self.replica.__dict__.update(manual_backward=self._manual_backward, clip_gradients=_clip_gradients)
-        return optimizers
 
     def _manual_backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         self.context.update(phase="backward", category="temporaries")

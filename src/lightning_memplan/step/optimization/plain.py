@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_memplan.errors import TraceError
 from lightning_memplan.step.backend import StepBackend
+from lightning_memplan.step.begun import Begun
 from lightning_memplan.step.layers import record_layers
 from lightning_memplan.step.optimization.closure import ClosureResult, split_outputs
 from lightning_memplan.step.patch import patched
@@ -124,9 +125,22 @@ class PlainStep:
     def configure(self) -> list[torch.optim.Optimizer]:
         """Make the optimizers, as they step on a GPU."""
         optimizers = self.make_optimizers()
+        self.take_optimizers(optimizers)
+        return optimizers
+
+    def resume(self, begun: Begun) -> list[torch.optim.Optimizer]:
+        """Take the optimizers of a replica whose first hooks have run."""
+        self.name_optimizers(begun.optimizers, begun.schedulers)
+        self.take_optimizers(begun.optimizers)
+        return begun.optimizers
+
+    def take_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Prepare optimizers for their first step."""
         for optimizer in optimizers:
             self.backend.prepare_optimizer(optimizer)
-        return optimizers
+
+    def name_optimizers(self, optimizers: list[torch.optim.Optimizer], schedulers: list[Any]) -> None:
+        """Let the user's step find its optimizers."""
 
     # -- what a LightningModule does in its own way
 
@@ -141,7 +155,11 @@ class PlainStep:
         return self.replica if self.strategy.wrapper is None else self.strategy.wrapper
 
     def begin(self) -> tuple[str, ...]:
-        """Call the hooks before the first step; return notes on those that were left out."""
+        """Call the hooks before the first epoch; return notes on those that were left out."""
+        return ()
+
+    def begin_epoch(self) -> tuple[str, ...]:
+        """Call the hooks before the first step of an epoch; return notes on those that were left out."""
         return ()
 
     def hook(self, name: str, *args: Any) -> None:

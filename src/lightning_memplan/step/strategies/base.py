@@ -32,6 +32,7 @@ class Strategy:
 
     calls_configure_model = False  #: ``wrap`` calls the module's ``configure_model``, so nothing else does before
     wrapper: Any = None  #: torch's or DeepSpeed's module around the replica, None where the replica stands alone
+    remakes_parameters = False  #: optimizers are made of parameters that exist only once it has wrapped the replica
     engine: Any = None  #: DeepSpeed's: scales the loss, reduces and steps by itself
     caches_casts = False  #: autocast keeps what it has cast
 
@@ -193,6 +194,8 @@ def _ask_nothing(*_: Any) -> None:
 
 class UnmodelledStrategy(ParallelStrategy):
     """A strategy whose memory is not modelled."""
+
+    remakes_parameters = True
 
     def wrap(self, replica: nn.Module, backend: StepBackend, precision: Precision) -> None:
         raise TraceError(

@@ -17,6 +17,8 @@ from lightning_memplan.step.strategies.base import ParallelStrategy
 class ShardingStrategy(ParallelStrategy):
     """Give each rank a part of the parameters. The wrapper moves them to the device."""
 
+    remakes_parameters = True
+
     def _enter(self, stack: ExitStack, backend: StepBackend) -> None:
         stack.enter_context(_let_go(backend.device) if backend.is_gpu else _fake_streams(backend))
 

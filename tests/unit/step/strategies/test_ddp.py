@@ -22,6 +22,7 @@ from lightning_memplan.step.backend import StepBackend
 from lightning_memplan.step.context import EventContext
 from lightning_memplan.step.fake_cuda import DEVICE
 from lightning_memplan.step.precision import FakeGradScaler
+from lightning_memplan.step.setup import TrainingSetup
 from lightning_memplan.step.strategies.base import SingleDeviceStrategy, UnmodelledStrategy
 from lightning_memplan.step.strategies.choose import choose_strategy
 from lightning_memplan.step.strategies.ddp import DDPStrategy
@@ -46,7 +47,9 @@ GRADIENTS = 4 * (2 * 1024 * 8192 + 8192 + 1024)
 
 def communication(accumulate_grad_batches: int = 1, **arguments: Any) -> list[Event]:
     settings = StepSettings(accumulate_grad_batches=accumulate_grad_batches, parallel=Parallel("ddp", 2, arguments))
-    trace = trace_steps(net(), [(4, torch.zeros(4, 1024))], settings, optimizer=torch.optim.SGD).traces[0]
+    trace = trace_steps(TrainingSetup(net(), settings, optimizer=torch.optim.SGD), [(4, torch.zeros(4, 1024))]).traces[
+        0
+    ]
     return [event for event in trace.events if event.category == "communication" and event.size > MiB]
 
 
@@ -62,10 +65,12 @@ def test_buckets_are_made_once_and_made_anew_in_the_second_step():
 
 def test_gradients_may_be_views_of_buckets():
     trace = trace_steps(
-        net(),
+        TrainingSetup(
+            net(),
+            StepSettings(parallel=Parallel("ddp", 2, {"gradient_as_bucket_view": True})),
+            optimizer=torch.optim.SGD,
+        ),
         [(4, torch.zeros(4, 1024))],
-        StepSettings(parallel=Parallel("ddp", 2, {"gradient_as_bucket_view": True})),
-        optimizer=torch.optim.SGD,
     ).traces[0]
     assert not [e for e in trace.events if e.category == "gradients" and e.step == 3 and e.size > MiB]
     assert sum(e.size for e in trace.events if e.category == "communication" and e.step == 2) >= GRADIENTS

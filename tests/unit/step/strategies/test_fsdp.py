@@ -25,6 +25,7 @@ from lightning_memplan.lightning.trainer import parallel_of
 from lightning_memplan.memory.events import Event
 from lightning_memplan.memory.structure import structure_hash
 from lightning_memplan.settings import Parallel, StepSettings
+from lightning_memplan.step.setup import TrainingSetup
 from lightning_memplan.step.strategies.fsdp import _DTYPES
 from lightning_memplan.trace.tracer import trace_steps, trace_test, trace_validation
 from tests.paths import ROOT
@@ -45,7 +46,9 @@ def events(ranks: int = 2, rank: int = 0, precision: str = "32-true", parts: int
     arguments = {"auto_wrap_policy": policy, "use_orig_params": True, **arguments}
     parallel = Parallel("fsdp", ranks, arguments, rank=rank, shard_ranks=shards)
     settings = StepSettings(precision=precision, accumulate_grad_batches=parts, parallel=parallel)  # type: ignore[arg-type]
-    trace = trace_steps(net(), [(4, torch.zeros(4, 1024))], settings, optimizer=torch.optim.AdamW).traces[0]
+    trace = trace_steps(
+        TrainingSetup(net(), settings, optimizer=torch.optim.AdamW), [(4, torch.zeros(4, 1024))]
+    ).traces[0]
     return [event for event in trace.events if event.is_free or event.size > MiB]
 
 
@@ -175,10 +178,10 @@ def test_validation_gathers_too():
 
     parallel = Parallel("fsdp", 2, {"auto_wrap_policy": ModuleWrapPolicy({nn.Linear}), "use_orig_params": True})
     batch = torch.zeros(4, 1024)
-    trace = trace_validation(Validates(), batch, [(4, batch)], StepSettings(parallel=parallel)).traces[0]
+    trace = trace_validation(TrainingSetup(Validates(), StepSettings(parallel=parallel)), batch, [(4, batch)]).traces[0]
     assert made(list(trace.events), step=2, category="communication") == [FIRST, SECOND]
     with pytest.raises(mp.TraceError, match="what each rank holds of sharded parameters in a test is not modelled"):
-        trace_test(Validates(), [(4, batch)], StepSettings(parallel=parallel))
+        trace_test(TrainingSetup(Validates(), StepSettings(parallel=parallel)), [(4, batch)])
     assert not torch.distributed.is_initialized()
 
 

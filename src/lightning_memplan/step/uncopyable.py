@@ -1,0 +1,195 @@
+"""Prepare a deep copy of a module: find what a copy would reach, and replace objects that cannot be copied."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import copyreg
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_memplan.errors import TraceError
+
+#: A replica shares these with its module: a step uses them, and does not advance them
+_SHARED = (
+    type(threading.Lock()),
+    type(threading.RLock()),
+    types.ModuleType,
+    threading.Thread,
+    *(getattr(torch, name) for name in ("Stream", "Event") if hasattr(torch, name)),
+    *(getattr(torch._C, name) for name in ("_CudaStreamBase", "_CudaEventBase") if hasattr(torch._C, name)),
+)
+
+_ATOMIC = (
+    *(type(None), type(Ellipsis), type(NotImplemented), bool, int, float, complex, str, bytes, range, type, property),
+    *(types.FunctionType, types.BuiltinFunctionType, types.CodeType, torch.dtype, torch.device),
+)
+
+_CONTAINERS = (list, tuple, set, frozenset, collections.deque)
+
+
+class Uncopied:
+    """Stand in a replica for an object of the module that cannot be copied. Any use of it raises a TraceError.
+
+    >>> Uncopied("self.rows", (n for n in range(3)))
+    <Uncopied self.rows, of type generator>
+    >>> next(Uncopied("self.rows", (n for n in range(3))))
+    Traceback (most recent call last):
+    ...
+    lightning_memplan.errors.TraceError: the step uses self.rows, of type generator, which cannot be copied: make it \
+in setup() or on_fit_start(), where a replica makes its own
+    """
+
+    def __init__(self, path: str, value: object) -> None:
+        self.__dict__["_what"] = f"{path}, of type {type(value).__name__}"
+
+    def __repr__(self) -> str:
+        return f"<Uncopied {self.__dict__['_what']}>"
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __deepcopy__(self, memo: object) -> Uncopied:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self._refuse()
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TraceError(
+            f"the step uses {self.__dict__['_what']}, which cannot be copied: make it in setup() or on_fit_start(), "
+            "where a replica makes its own",
+            reason="not_copyable",
+        )
+
+    __call__ = __iter__ = __next__ = __len__ = __getitem__ = __setitem__ = __contains__ = _refuse
+    __enter__ = __exit__ = __setattr__ = __delattr__ = _refuse
+
+
+class _Reference:
+    """Stand for a weak reference: it refers to the copy of its object, once there is one."""
+
+    def __init__(self, reference: weakref.ref[Any]) -> None:
+        self._reference = reference
+
+    def follow(self, memo: dict[int, Any]) -> None:
+        """Refer to the copy."""
+        copied = memo.get(id(self._reference()))
+        if copied is not None:
+            self._reference = weakref.ref(copied)
+
+    def __call__(self) -> Any:
+        return self._reference()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Reference:
+        memo[id(self)] = own = _Reference(self._reference)
+        own.follow(memo)
+        return own
+
+
+class Preparation:
+    """Prepare ``memo`` for deep copies: what cannot be copied is shared, or gets an ``Uncopied`` in its place.
+
+    ``replace`` may return a replacement for any other object, None for none.
+
+    >>> memo = {}
+    >>> numbers, lock = (n for n in range(3)), threading.Lock()
+    >>> Preparation(memo).visit({"numbers": numbers, "lock": lock}, "self")
+    >>> memo[id(numbers)], memo[id(lock)] is lock
+    (<Uncopied self['numbers'], of type generator>, True)
+    """
+
+    def __init__(self, memo: dict[int, Any], replace: Callable[[Any], Any] = lambda value: None) -> None:
+        self._memo, self._replace = memo, replace
+        self._seen: dict[int, Any] = {}  # and so their ids stay theirs
+        self._copied_by_themselves: list[tuple[str, Any]] = []
+        self._references: list[_Reference] = []
+
+    def visit(self, root: Any, name: str) -> None:
+        """Prepare the copy of an object that messages call ``name``."""
+        stack = [(name, root)]
+        while stack:
+            path, value = stack.pop()
+            if type(value) in _ATOMIC or id(value) in self._seen or id(value) in self._memo:
+                continue
+            self._seen[id(value)] = value
+            replacement = value if isinstance(value, _SHARED) else self._replace(value)
+            if replacement is not None:
+                self._memo[id(value)] = replacement
+            elif isinstance(value, weakref.ref):
+                self._memo[id(value)] = reference = _Reference(value)
+                self._references.append(reference)
+            elif not isinstance(value, torch.Tensor):
+                stack += self._parts(path, value)
+
+    def copy_by_themselves(self) -> None:
+        """Copy objects that have a ``__deepcopy__`` of their own, now that everything else is prepared."""
+        for path, value in self._copied_by_themselves:
+            before = dict(self._memo)
+            try:
+                copy.deepcopy(value, self._memo)
+            except Exception:  # noqa: BLE001 - whatever a class of the user's raises
+                self._memo.clear()
+                self._memo.update(before)
+                self._memo[id(value)] = Uncopied(path, value)
+
+    def follow_references(self) -> None:
+        """Let weak references refer to copies, now that these are there."""
+        for reference in self._references:
+            reference.follow(self._memo)
+
+    def _parts(self, path: str, value: Any) -> Iterator[tuple[str, Any]]:
+        kind = type(value)
+        if kind is dict or kind in _CONTAINERS:
+            yield from _items(path, value)
+        elif isinstance(value, types.MethodType):
+            yield path, value.__self__
+        elif isinstance(value, (nn.Module, torch.optim.Optimizer)):
+            yield from _attributes(path, value.__dict__)
+        elif hasattr(kind, "fileno"):  # a copy would close what it refers to, when it is collected
+            self._memo[id(value)] = Uncopied(path, value)
+        elif hasattr(kind, "__deepcopy__"):
+            self._copied_by_themselves.append((path, value))
+        else:
+            try:
+                reducer = copyreg.dispatch_table.get(kind)
+                reduced: Any = value.__reduce_ex__(4) if reducer is None else reducer(value)
+            except Exception:  # noqa: BLE001 - whatever a class of the user's raises
+                self._memo[id(value)] = Uncopied(path, value)
+                return
+            if isinstance(reduced, tuple):
+                self._seen[id(reduced)] = reduced  # its parts may be made for it alone
+                _, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
+                for made in (arguments, list(items or ()), list(pairs or ())):
+                    yield from _items(path, made)
+                if isinstance(state, dict):
+                    yield from _attributes(path, state)
+                elif state is not None:
+                    yield path, state
+
+
+def _items(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if type(value) is dict:
+        for key, item in value.items():
+            yield f"{path}[{key!r}]" if type(key) is str else path, item
+            yield path, key
+    else:
+        for item in value:
+            if type(item) not in _ATOMIC:
+                yield path, item
+
+
+def _attributes(path: str, own: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for name, item in own.items():
+        if name in ("_modules", "_parameters", "_buffers") and type(item) is dict:
+            yield from ((f"{path}.{key}", each) for key, each in item.items())
+        else:
+            yield f"{path}.{name}", item
