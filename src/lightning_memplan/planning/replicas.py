@@ -55,7 +55,15 @@ class Replicas:
                 self.why_not_real = str(error)
         key = (module, settings.precision, settings.parallel and settings.parallel.kind)
         if key not in self._set_up:
-            self._set_up[key] = prepared(module, settings, trainer=trainer, stage=stage)
+            try:
+                self._set_up[key] = prepared(module, settings, trainer=trainer, stage=stage)
+            except TraceError as error:
+                if self.why_not_real:  # it has been tried
+                    raise
+                try:
+                    self._set_up[key] = real_replica(module, settings, trainer, stage)
+                except TraceError:
+                    raise error from None
         return self._set_up[key]
 
     def initialized(self, setup: TrainingSetup, stage: str | None, source: Any) -> nn.Module:

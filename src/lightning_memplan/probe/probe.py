@@ -21,6 +21,7 @@ from lightning_memplan.probe.clean_up import as_found, give_back
 from lightning_memplan.probe.out_of_memory import missing_bytes, ran_out_of_memory, refusals
 from lightning_memplan.probe.run import ProbeRun
 from lightning_memplan.step.begun import Begun
+from lightning_memplan.step.quiet import leaving_no_trace
 from lightning_memplan.step.setup import TrainingSetup
 
 #: Batch sizes that are run. Each row follows where the one before does not fit on the GPU
@@ -69,7 +70,7 @@ def probe_steps(
     _check_allocator()
     device = torch.device("cuda", index)
     run = ProbeRun(setup, device, begun)
-    with as_found(device):
+    with as_found(device), leaving_no_trace(setup.module):
         for sizes in SIZES:
             found = _unless_out_of_memory(device, partial(_record, run, sample, sizes))
             if found is not None:
@@ -191,7 +192,7 @@ def try_step(
     """
     device = torch.device("cuda", index)
     run, (size, large) = ProbeRun(setup, device, begun), batch
-    with as_found(device):
+    with as_found(device), leaving_no_trace(setup.module):
         before = [torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)]
         refused = refusals(device)
         reset_peaks(index)

@@ -29,6 +29,7 @@ from lightning_memplan.step.context import EventContext, module_paths
 from lightning_memplan.step.fake_cuda import DEVICE
 from lightning_memplan.step.module_copy import replicate
 from lightning_memplan.step.precision import TRUE_DTYPE
+from lightning_memplan.step.quiet import leaving_no_trace
 from lightning_memplan.step.runner import StepRunner
 from lightning_memplan.step.setup import TrainingSetup, traced_microbatches
 from lightning_memplan.step.stand_ins import StandInTrainer
@@ -57,7 +58,7 @@ def real_replica(
         return module
     replica: Any = replicate(module, {}, trainer=trainer, device=torch.device("cpu"))
     try:
-        with isolated_random_state(), warnings.catch_warnings():
+        with isolated_random_state(), leaving_no_trace(module), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come when the hooks really run
             if sets_up:
                 replica.setup(stage)

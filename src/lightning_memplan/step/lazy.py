@@ -12,6 +12,7 @@ from lightning_memplan.lightning.compat import isolated_random_state
 from lightning_memplan.step.backend import StepBackend
 from lightning_memplan.step.context import EventContext
 from lightning_memplan.step.precision import FakeGradScaler
+from lightning_memplan.step.quiet import leaving_no_trace
 from lightning_memplan.step.runner import StepRunner
 from lightning_memplan.step.setup import TrainingSetup
 
@@ -32,6 +33,6 @@ def initialize(setup: TrainingSetup, batch: Any) -> None:
     context = EventContext()
     backend = StepBackend(context, CPU, FakeGradScaler(context, CPU))
     settings = replace(setup.settings, parallel=None)
-    with isolated_random_state():
+    with isolated_random_state(), leaving_no_trace(setup.module):
         StepRunner(setup.module, replace(setup, settings=settings), backend).forward(batch)
     setup.module.zero_grad(set_to_none=True)

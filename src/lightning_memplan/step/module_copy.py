@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import CellType, FunctionType, MethodType
@@ -76,6 +77,8 @@ def replicate(
 
 def _replacement(stand_in: StandInTrainer, tensor_copy: Callable[[torch.Tensor], Any], value: Any) -> Any:
     """Return what stands for an object in a replica, None for an object that is copied."""
+    if isinstance(value, nn.parameter.UninitializedBuffer):  # it refuses, as lazy parameters do not
+        return nn.parameter.UninitializedBuffer(device=value.device, dtype=value.dtype)
     if isinstance(value, torch.Tensor):
         made = tensor_copy(value)
         if made is None and not value.is_leaf:  # a step left it, or a weight is computed from others
@@ -153,6 +156,8 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return memo[id(value)]
     if isinstance(value, MethodType) and id(value.__self__) in memo:
         return MethodType(value.__func__, memo[id(value.__self__)])
+    if isinstance(value, weakref.ref) and id(value()) in memo:  # as schedulers refer to their optimizer
+        return weakref.ref(memo[id(value())])
     return rebound(value, memo) if type(value) is FunctionType else value
 
 

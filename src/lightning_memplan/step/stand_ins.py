@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightning_memplan.data.loaders import batches_of_epoch, planned_sizes, resized_loaders
+from lightning_memplan.data.loaders import batches_of_epoch, planned_sizes, resized_loaders, unit_of
 from lightning_memplan.errors import ApplyError
 from lightning_memplan.lightning.compat import is_combined_loader, is_datamodule
 from lightning_memplan.lightning.data_source import loader_source
@@ -144,7 +144,8 @@ class StandInTrainer:
         count = None
         if self._loaders is not None:
             with suppress(Exception):  # a loader that is none of torch's
-                count = batches_of_epoch(self._loaders, self._batch_size or 1, self._own["world_size"])
+                size = self._batch_size or unit_of(self._loaders) or 1
+                count = batches_of_epoch(self._loaders, size, self._own["world_size"])
         limit = getattr(self._real, "limit_train_batches", 1.0)
         if count is None:
             return limit if isinstance(limit, int) else _STEPS

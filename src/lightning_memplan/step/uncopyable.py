@@ -77,7 +77,7 @@ in setup() or on_fit_start(), where a replica makes its own
 class _Reference:
     """Stand for a weak reference: it refers to the copy of its object, once there is one."""
 
-    def __init__(self, reference: weakref.ref[Any]) -> None:
+    def __init__(self, reference: Callable[[], Any]) -> None:
         self._reference = reference
 
     def follow(self, memo: dict[int, Any]) -> None:
@@ -88,11 +88,6 @@ class _Reference:
 
     def __call__(self) -> Any:
         return self._reference()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Reference:
-        memo[id(self)] = own = _Reference(self._reference)
-        own.follow(memo)
-        return own
 
 
 class Preparation:
@@ -124,7 +119,7 @@ class Preparation:
             replacement = value if isinstance(value, _SHARED) else self._replace(value)
             if replacement is not None:
                 self._memo[id(value)] = replacement
-            elif isinstance(value, weakref.ref):
+            elif isinstance(value, (weakref.ref, _Reference)):
                 self._memo[id(value)] = reference = _Reference(value)
                 self._references.append(reference)
             elif not isinstance(value, torch.Tensor):

@@ -18,6 +18,7 @@ from lightning_memplan.settings import StepSettings
 from lightning_memplan.step.fake_cuda import DEVICE
 from lightning_memplan.step.module_copy import metric_states, replicate
 from lightning_memplan.step.precision import TRUE_DTYPE
+from lightning_memplan.step.quiet import leaving_no_trace
 from lightning_memplan.step.strategies.choose import choose_strategy
 from lightning_memplan.trace.fake_tensors import FakeCopies, fake_copy, fake_mode
 from lightning_memplan.trace.isolation import no_warnings
@@ -92,7 +93,7 @@ def prepared(module: nn.Module, settings: StepSettings, *, trainer: Any = None, 
     mode, dtype = fake_mode(), TRUE_DTYPE.get(settings.precision)
     copied: Any = detached_copy(module, mode, dtype=dtype, trainer=trainer)
     try:
-        with isolated_random_state(), no_warnings():
+        with isolated_random_state(), leaving_no_trace(module), no_warnings():
             if calls_setup:
                 copied.setup(stage)
             if configures:

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_memplan.cuda.dispatch import cuda_semantics
 from lightning_memplan.errors import TraceError
 from lightning_memplan.lightning.compat import isolated_random_state
 from lightning_memplan.step.compiled_regions import as_written
+from lightning_memplan.step.quiet import leaving_no_trace
 from lightning_memplan.trace.recorder import Recorder
 
 
@@ -38,9 +40,16 @@ def no_warnings() -> Iterator[None]:
 
 
 @contextmanager
-def as_on_gpu(capability: tuple[int, int]) -> Iterator[None]:
-    """Run the user's code as a GPU would, uncompiled, and put its random state back."""
-    with isolated_random_state(), no_warnings(), _counts_of_asked_length(), as_written(), cuda_semantics(capability):
+def as_on_gpu(module: nn.Module, capability: tuple[int, int]) -> Iterator[None]:
+    """Run a module's code as a GPU would, uncompiled, and put back its random state and its classes."""
+    with (
+        isolated_random_state(),
+        leaving_no_trace(module),
+        no_warnings(),
+        _counts_of_asked_length(),
+        as_written(),
+        cuda_semantics(capability),
+    ):
         yield
 
 

@@ -116,7 +116,7 @@ def begin_training(setup: TrainingSetup) -> Beginning | None:
     """
     if not is_lightning_module(setup.module) or choose_strategy(setup.settings.parallel).remakes_parameters:
         return None
-    with as_on_gpu(setup.settings.capability), no_collection():
+    with as_on_gpu(setup.module, setup.settings.capability), no_collection():
         return _Run(setup, Graphs()).begin()
 
 
@@ -193,7 +193,7 @@ def _trace(
     def begin(batch: Any) -> _Run:
         return step.begin(largest_numbers(batch, largest))
 
-    with as_on_gpu(settings.capability), no_collection():
+    with as_on_gpu(step.setup.module, settings.capability), no_collection():
         if steps is None and compiled_parts(step.setup.module):  # graphs are warmed up and recorded step by step
             steps = STEPS
         (size, batch), *others = batches
@@ -221,7 +221,7 @@ def trace_validation(
     settings = replace(setup.settings, accumulate_grad_batches=1)
     step = _Step(replace(setup, settings=settings), beginning=beginning)
     largest, traces, fused = max(batches, key=itemgetter(0))[1], [], False
-    with as_on_gpu(settings.capability), no_collection():
+    with as_on_gpu(setup.module, settings.capability), no_collection():
         for size, batch in batches:
             run = step.begin(largest_numbers(training, training) | largest_numbers(batch, largest))
             traces.append(run.record(size, training, 1, validated=batch))
@@ -242,7 +242,7 @@ def trace_test(setup: TrainingSetup, batches: Sequence[Batch]) -> CountedResult:
     settings = replace(settings, accumulate_grad_batches=1, parallel=None)
     step = _Step(replace(setup, settings=settings))
     traces, fused = [], False
-    with as_on_gpu(settings.capability), no_collection():
+    with as_on_gpu(setup.module, settings.capability), no_collection():
         for size, batch in batches:
             run = step.begin()
             traces.append(run.record(size, batch, 0, tested=True))
@@ -273,7 +273,7 @@ def run_formula(setup: TrainingSetup, sample: Batch, beginning: Beginning | None
 def _formula_of(step: _Step, sample: Batch) -> FormulaResult:
     size, batch = sample
     settings, stateless = step.setup.settings, ""
-    with as_on_gpu(settings.capability), ExitStack() as stack:
+    with as_on_gpu(step.setup.module, settings.capability), ExitStack() as stack:
         if settings.parallel is not None:  # a single rank, which asks no other, and whose mesh has no more
             meshed = choose_strategy(settings.parallel).calls_configure_model
             settings = replace(settings, parallel=Parallel("model_parallel" if meshed else "ddp", ranks=1))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from lightning_memplan.errors import explain
+from lightning_memplan.errors import TraceError, explain
 from lightning_memplan.lightning.compat import configured_optimizers, is_overridden
 from lightning_memplan.lightning.trainer import finetuning, unfreeze
 from lightning_memplan.step.optimization.plain import PlainStep
@@ -24,9 +24,23 @@ class AutomaticStep(PlainStep):
         for callback in callbacks:
             callback.freeze_before_training(replica)
         optimizers, self.schedulers = configured_optimizers(replica)
+        self._check_trained(optimizers)
         unfreeze(callbacks, replica, optimizers)
         self.name_optimizers(optimizers, self.schedulers)
         return optimizers
+
+    def _check_trained(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Raise TraceError for an optimizer that would change the user's own module."""
+        setup = self._setup
+        users = (setup.module, getattr(setup.trainer, "lightning_module", None))
+        theirs = {id(p) for module in users if module is not None for p in module.parameters()}
+        for optimizer in optimizers:
+            if any(id(p) in theirs for group in optimizer.param_groups for p in group["params"]):
+                raise TraceError(
+                    f"configure_optimizers gives {type(optimizer).__name__} parameters that are not self's: make it of "
+                    "self.parameters()",
+                    reason="failed",
+                )
 
     def name_optimizers(self, optimizers: list[torch.optim.Optimizer], schedulers: list[Any]) -> None:
         replica, made = self.replica, [config.scheduler for config in schedulers]

@@ -32,7 +32,7 @@ class PlainStep:
     def __init__(self, replica: Any, setup: TrainingSetup, strategy: Strategy, backend: StepBackend) -> None:
         self.replica, self.settings, self.strategy, self.backend = replica, setup.settings, strategy, backend
         self.context = backend.context
-        self._make_optimizer = setup.optimizer
+        self._setup, self._make_optimizer = setup, setup.optimizer
         self.optimizers: list[torch.optim.Optimizer] = []
         self.layers: tuple[Layer, ...] = ()
         self.record_layers_of = 0  #: batch size of the next forward pass, if its layers are to be recorded
