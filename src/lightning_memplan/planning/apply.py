@@ -64,6 +64,7 @@ class Place:
     source: Any
     before: tuple[int, ...]  #: what the holders held
     phase: Phase = "train"
+    own: int | None = None  #: number of samples that a batch has before, where the loaders do not say
 
     def write(self, batch_size: int, undo: ExitStack) -> None:
         """Set it on all holders and on the Trainer's loaders; ``undo`` puts all of it back.
@@ -73,13 +74,21 @@ class Place:
         """
         if self.phase == "train":
             check_batches(self.trainer, self.source, batch_size)
-        unit = unit_of(self.source)
+        if self._sets_loaders:
+            check_resizable(self.source, batch_size)
+        unit = unit_of(self.source) or self.own
         sizes = planned_sizes(self.source, batch_size)
         for holder, old in zip(self.holders, self.before, strict=True):
             undo.callback(holder.restore, holder.read())
             holder.write(max(1, batch_size * old // unit) if unit else batch_size)
         undo.callback(kept_loaders(self.trainer, self.phase))
         change_loaders(self.trainer, lambda loaders: resized_loaders(loaders, sizes), self.phase)
+
+    @property
+    def _sets_loaders(self) -> bool:
+        """True where each loader has a batch size of its own to set."""
+        loaders = loaders_in(self.source)
+        return bool(loaders) and all(batch_size_of_loader(loader) is not None for loader in loaders)
 
     def held(self, batch_size: int) -> int:
         """Return the value of the attribute, or ``batch_size`` where no attribute holds it."""
@@ -142,15 +151,28 @@ def find_holders(name: str, *owners: Any) -> tuple[Holder, ...]:
     return whole
 
 
-def find_place(trainer: Any, source: Any, holders: tuple[Holder, ...], phase: Phase = "train") -> Place:
-    """Find the places that keep the batch size.
+def find_place(
+    trainer: Any, source: Any, holders: tuple[Holder, ...], phase: Phase = "train", own: int | None = None
+) -> Place:
+    """Find the places that keep the batch size; ``own`` is the number of samples that a batch has, where it is known.
 
     Raises:
         ApplyError: the loaders have to be set themselves, and one of them cannot be; says what to change.
     """
     if not holders or not loaders_are_made(trainer, phase):
         check_resizable(source)
-    return Place(holders, trainer, source, tuple(holder.read() for holder in holders), phase)
+    elif unit_of(source) is None and own is not None:
+        _check_followed(holders, own, trainer.world_size)
+    return Place(holders, trainer, source, tuple(holder.read() for holder in holders), phase, own)
+
+
+def _check_followed(holders: tuple[Holder, ...], own: int, ranks: int) -> None:
+    """Raise ApplyError unless a holder has the size of the loaders' batches: of each rank, or of all of them."""
+    if not any(holder.read() in (own, own * ranks) for holder in holders):
+        raise ApplyError(
+            f"{holders[-1]} is {holders[-1].read()}, and the loaders' batches have {own} samples: it does not hold "
+            "their size. Name the attribute that does with batch_arg_name=..., or pass apply=False"
+        )
 
 
 @contextmanager
