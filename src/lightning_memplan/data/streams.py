@@ -49,7 +49,7 @@ def note_on_stream(source: Any, most: int) -> str:
     """Explain the bound of a stream without a length.
 
     >>> note_on_stream([], 65536)
-    'the length of the data is not known: planned for 65536 samples at most; max_batch_size allows more'
+    'the length of the data is not known: at most 65536 samples are planned for; max_batch_size allows more'
     """
     why = ", and a last batch that is not full is dropped" if _drops_last(unsized_loaders(source)) else ""
     return (
