@@ -203,6 +203,20 @@ def batches_of_epoch(source: Any, batch_size: int, ranks: int = 1) -> int | None
     return min(counts) if combined_mode(source) == "min_size" else max(counts)
 
 
+def last_batch(source: Any, batch_size: int, ranks: int = 1) -> int | None:
+    """Return the smallest last batch of an epoch, among the loaders that keep theirs; None if it is not known.
+
+    >>> last_batch(DataLoader(range(9)), 4), last_batch(DataLoader(range(9), drop_last=True), 4)
+    (1, None)
+    """
+    lasts = []
+    for loader, size in zip(loaders_in(source), planned_sizes(source, batch_size), strict=True):
+        samples = samples_of_loader(loader, ranks)
+        if samples and not getattr(batching_sampler(loader), "drop_last", False):
+            lasts.append(samples % size or size)
+    return min(lasts, default=None)
+
+
 # ------------------------------------------------------------------------------------------------ another batch size
 def resized_loaders(source: Any, sizes: Sequence[int]) -> Any:
     """Return the collection with copies of its loaders at other batch sizes, one for each of ``loaders_in``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import lcm
 from typing import Any, Literal, get_args
@@ -36,7 +37,7 @@ from lightning_memplan.units import format_bytes
 
 SIZES = (2, 3, 5)  #: batch sizes that are traced: two determine a line, three a parabola, and the last checks
 
-Which = Literal["first", "largest"]
+Which = Literal["auto", "first", "largest"]
 
 SAMPLE_SIZE = 64  #: default number of samples that ``"largest"`` looks at
 
@@ -64,6 +65,15 @@ class Samples:
     fixed: int | None = None  #: the only batch size, where no other can be had
     own: int | None = None  #: batch size that the source has now, None if it is not known
     count: int | None = None  #: samples of a pass (of each worker), where all of them were read
+
+    @property
+    def rows_are_samples(self) -> bool:
+        """True if the first dimension of a batch's first tensor is the number of its samples."""
+        size, batch = self.batches((2,))[0]
+        try:
+            return batch_size_of(batch) == size
+        except ValueError:
+            return False
 
     def batches(self, sizes: Sequence[int] = SIZES) -> list[tuple[int, Any]]:
         """Return ``(size, batch)`` for each of ``sizes``, times ``multiple``; of the only size, where there is one."""
@@ -212,7 +222,7 @@ class _Look:
     @property
     def count(self) -> int:
         """Number of samples to look at."""
-        return _FIRST if self.sample == "first" else self.sample_size
+        return self.sample_size if self.sample == "largest" else _FIRST
 
     @property
     def text(self) -> str:
@@ -255,20 +265,28 @@ _EMPTY = "the dataset has length 0: there is nothing to plan a batch size for"
 
 def _from_loader(loader: DataLoader[Any], look: _Look) -> _Make:
     if batching_sampler(loader) is None:  # the dataset makes the batches itself
-        kept = _kept(loader, 1 if look.sample == "first" else look.count, look, spread=True)
+        kept = _kept(loader, look.count if look.sample == "largest" else 1, look, spread=True)
         batch = max((kept.of_one(place).batch(1) for place in range(len(kept.indices))), key=tensor_bytes)
         look.rows["batch"] = batch_size_of(batch)
         return _from_batch(batch)
     kept = _kept(loader, look.count, look, spread=look.sample == "largest")
-    if kept.items is not None and len({outline(item) for item in kept.items}) > 1:
-        sizes = [tensor_bytes(kept.of_one(place).batch(2)) // 2 for place in range(len(kept.items))]
-        if min(sizes) < max(sizes):
-            kept = kept.of_one(sizes.index(max(sizes)))
-            look.notes[
-                f"samples differ in size ({format_bytes(min(sizes))} to {format_bytes(max(sizes))}): planned for "
-                f"batches of the largest of {look.text}"
-            ] = None
+    sizes, text = _sizes_of(kept), look.text
+    if look.sample == "auto" and min(sizes) < max(sizes):
+        with suppress(Exception):  # a sample of the user's that cannot be read, and may never be asked for
+            more = _kept(loader, look.sample_size, look, spread=True)
+            kept, sizes, text = more, _sizes_of(more), f"the {len(more.indices)} that were looked at"
+    if min(sizes) < max(sizes):
+        kept = kept.of_one(sizes.index(max(sizes)))
+        differ = f"samples differ in size ({format_bytes(min(sizes))} to {format_bytes(max(sizes))})"
+        look.notes[f"{differ}: planned for batches of the largest of {text}"] = None
     return kept.batch
+
+
+def _sizes_of(kept: KeptSamples) -> list[int]:
+    """Return the bytes of each sample in a batch; the same for all where they have the same shapes."""
+    if kept.items is None or len({outline(item) for item in kept.items}) == 1:
+        return [0]
+    return [tensor_bytes(kept.of_one(place).batch(2)) // 2 for place in range(len(kept.items))]
 
 
 def _kept(loader: DataLoader[Any], count: int, look: _Look, *, spread: bool) -> KeptSamples:

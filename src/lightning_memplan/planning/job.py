@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import lcm
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -44,31 +44,33 @@ from lightning_memplan.types import Device, Plan
 class Sampling:
     """Which samples of a dataset batches are made of: its first few, or copies of the largest of ``count`` samples.
 
+    ``"auto"`` looks at more than the first few where these differ in size.
+
     >>> Sampling("largest", count=16).which
     'largest'
     """
 
-    which: Which = "first"
+    which: Which = "auto"
     count: int = SAMPLE_SIZE
 
     def __post_init__(self) -> None:
         check_sample(self.which, self.count)
 
 
-WhichSamples = Literal["auto", "first", "largest"]
+WhichSamples = Which
 
 
 def sampling_of(samples: WhichSamples) -> Sampling:
     """Return the sampling that an argument asks for.
 
-    >>> sampling_of("auto").which
-    'first'
+    >>> sampling_of("largest").which
+    'largest'
 
     Raises:
         ValueError: it is unknown.
     """
     check_choice("samples", samples, get_args(WhichSamples))
-    return Sampling("first" if samples == "auto" else samples)
+    return Sampling(samples)
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,9 @@ class DataSource:
         return replace(limits, samples=most, multiple_of=lcm(limits.multiple_of, samples.accepts))
 
     def explained(self, plan: Plan) -> Plan:
-        """Return the plan with a note, where the unknown length of a stream limits it."""
+        """Return the plan with what the data say of its limit: the only size that can be had, or a length unknown."""
+        if self.samples.fixed is not None:
+            return replace(plan, limited_by="dataset")
         if plan.limited_by != "dataset" or self.samples.count is not None or not unsized_loaders(self.data):
             return plan
         return replace(plan, notes=(*plan.notes, note_on_stream(self.data, plan.batch_size)))
