@@ -153,9 +153,15 @@ def _most_of_a_batch(loader: Any, ranks: int) -> int | None:
     if batches is None or type(batches) is BatchSampler or batch_size_of_loader(loader) is None:
         return count
     try:
-        return min(count, _first_batch(batches, count) or count)
+        return min(count, _first_batch(batches, count) or count) if _follows(batches) else count
     except Exception:  # noqa: BLE001 - whatever a class of the user's raises
         return count
+
+
+def _follows(batches: Any) -> bool:
+    """Return True if a copy of the batch sampler, set to the smallest batch size, makes such a batch."""
+    least = 2 if batches.batch_size == 1 else 1
+    return _first_batch(batches, least) == least
 
 
 def samples_of_loader(loader: object, ranks: int = 1) -> int | None:

@@ -70,6 +70,20 @@ class KeptSamples:
                     pass
             return self.loader.collate_fn(self._fetched(size))
 
+    def where_it_works(self, own: int) -> KeptSamples:
+        """Return these samples, made into batches by a worker if the loader has workers and only they can."""
+        elsewhere = replace(self, in_worker=True)
+        if not self.loader.num_workers or self._makes(2) or self._makes(own) or not elsewhere._makes(own):
+            return self
+        return elsewhere
+
+    def _makes(self, size: int) -> bool:
+        try:
+            self.batch(size)
+        except Exception:  # noqa: BLE001 - whatever a collate_fn of the user's raises
+            return False
+        return True
+
     def of_one(self, place: int) -> KeptSamples:
         """Return the samples that repeat one of these."""
         assert self.items is not None
@@ -307,7 +321,8 @@ def _read_in_worker(loader: DataLoader[Any], count: int, spread: bool) -> KeptSa
                 raise
             continue
         items = found[0] if whole and found else found
-        if not isinstance(items, (list, tuple)) or (len(items) != len(indices) and not stream):
+        listed = isinstance(items, (list, tuple)) and (stream or len(items) == len(indices))
+        if not listed or bulk_sampler(loader) is not None:
             return KeptSamples(loader, loader.dataset, indices, None, in_worker=True)
         return KeptSamples(loader, loader.dataset, indices[: len(items)], list(items), ended=len(items) < len(indices))
     return KeptSamples(loader, loader.dataset, [], [])

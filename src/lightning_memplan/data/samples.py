@@ -80,8 +80,13 @@ class Samples:
         return [(size, self.batch(size)) for size in self._sizes(sizes)]
 
     def for_the_card(self, sizes: Sequence[int] = SIZES) -> list[tuple[int, Any]]:
-        """Return ``batches`` for steps on the GPU, where large batches are ``TiledBatch``es, if that is the same."""
-        return [(size, self.large(size)) for size in self._sizes(sizes)]
+        """Return ``batches`` for steps on the GPU, where large batches are ``TiledBatch``es, if that is the same.
+
+        Sizes above those that are traced are rounded down to a multiple, not multiplied.
+        """
+        step = self.multiple
+        few = [size if size <= max(SIZES) else max(1, size // step) for size in sizes]
+        return [(size, self.large(size)) for size in self._sizes(few)]
 
     def batch(self, size: int) -> Any:
         """Return a batch of ``size`` samples on the host.
@@ -295,7 +300,7 @@ def _kept(loader: DataLoader[Any], count: int, look: _Look, *, spread: bool) -> 
         raise ValueError(_EMPTY)
     if kept.ended:
         look.counts[id(loader)] = max(1, len(kept.indices) // max(1, loader.num_workers))
-    return kept
+    return kept.where_it_works(yielded_size(loader) or 1)
 
 
 # ---------------------------------------------------------------------------------------------------- several loaders

@@ -78,7 +78,7 @@ class Place:
         """
         if self.phase == "train":
             check_batches(self.trainer, self.source, batch_size)
-        if self._sets_loaders:
+        if not self.holders or not loaders_are_made(self.trainer, self.phase):
             check_resizable(self.source, batch_size)
         unit = unit_of(self.source) or self.own
         sizes = planned_sizes(self.source, batch_size)
@@ -87,12 +87,6 @@ class Place:
             holder.write(max(1, batch_size * old // unit) if unit else batch_size)
         undo.callback(kept_loaders(self.trainer, self.phase))
         change_loaders(self.trainer, lambda loaders: resized_loaders(loaders, sizes), self.phase)
-
-    @property
-    def _sets_loaders(self) -> bool:
-        """True where each loader has a batch size of its own to set."""
-        loaders = loaders_in(self.source)
-        return bool(loaders) and all(batch_size_of_loader(loader) is not None for loader in loaders)
 
     def held(self, batch_size: int) -> int:
         """Return the value of the attribute, or ``batch_size`` where no attribute holds it."""
