@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 
 from lightning_memplan.checks import check_choice, check_count, check_method
-from lightning_memplan.data.batches import batch_size_of
 from lightning_memplan.data.holders import DEFAULT_NAME
 from lightning_memplan.errors import (
     DoesNotFitError,
@@ -353,24 +352,28 @@ class MemoryPlanner(CallbackBase):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self._meter is not None:
-            if not self._applies and not self._meter.step and self.plan is not None:
+            if not self._meter.step and self.plan is not None:
                 self._predict_for(batch)
             self._meter.begin()
 
     def _predict_for(self, batch: Any) -> None:
-        """Predict for batches of as many samples as the first one has, where none were set."""
+        """Predict for batches of as many samples as the first one has; say where another number was set."""
         assert self._fit is not None
         assert self.plan is not None
         assert self.estimate is not None
         assert self._meter is not None
-        try:
-            size = batch_size_of(batch)
-        except ValueError:  # the planned size is as good a guess as another
+        size = self._fit.size_of(batch)
+        if size is None or size == self.plan.batch_size:  # the planned size is as good a guess as another
             return
-        if size != self.plan.batch_size:
-            self._meter.forecast = self._fit.forecast(size)
-            self._formula_peak = self.estimate.formula.memory(size)
+        self._meter.forecast = self._fit.forecast(size)
+        self._formula_peak = self.estimate.formula.memory(size)
+        if self._fit.place is None:
             say(f"MemoryPlanner predicts for batches of {size}, as training has them")
+        else:
+            warn(
+                f"{self.plan.batch_size} samples a batch were planned and set, and the first batch has {size}: its "
+                "loader decides otherwise. Predictions follow the batch"
+            )
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         if self._meter is not None and self._meter.phase:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_leaves
 
 from lightning_memplan.checks import check_batch_size
 from lightning_memplan.lightning.compat import apply_to_collection
@@ -69,85 +69,6 @@ def storage_key(tensor: Tensor) -> int:
         return id(tensor)
 
 
-@dataclass(frozen=True, slots=True)
-class TiledBatch:
-    """A batch of ``size`` samples that repeats the ``samples`` of the batch ``few``; ``whole`` makes it on the host.
-
-    >>> batch = TiledBatch(torch.tensor([1, 2, 3]), 3, 7, lambda: torch.tensor([1, 2, 3, 1, 2, 3, 1]))
-    >>> batch.on(torch.device("cpu"), batch.few)
-    tensor([1, 2, 3, 1, 2, 3, 1])
-    """
-
-    few: Any
-    samples: int
-    size: int
-    whole: Callable[[], Any]
-
-    def on(self, device: torch.device, few: Any) -> Any:
-        """Return the batch on ``device``, each tensor in a block of its own.
-
-        ``few`` is the batch of that name, possibly converted to another precision.
-        """
-
-        def one(tensor: torch.Tensor) -> torch.Tensor:
-            if not tensor.dim() or tensor.size(0) != self.samples:
-                return tensor.to(device)
-            made = torch.empty((self.size, *tensor.shape[1:]), dtype=tensor.dtype, device=device)
-            made[: self.samples].copy_(tensor)
-            filled = self.samples
-            while filled < self.size:
-                more = min(filled, self.size - filled)
-                made[filled : filled + more].copy_(made[:more])
-                filled += more
-            return made
-
-        return apply_to_collection(few, torch.Tensor, one)
-
-
-def repeats(batches: Sequence[tuple[int, Any]]) -> bool:
-    """Return True if batches of any size can be tiled from these, given as ``(size, batch)``.
-
-    They can if they differ only in plain tensors whose first dimension is the batch.
-
-    >>> repeats([(n, {"image": torch.zeros(n, 3), "scale": torch.ones(1)}) for n in (2, 3, 5)])
-    True
-    >>> repeats([(n, (torch.zeros(n, 3), ["a name"] * n)) for n in (2, 3, 5)])  # a list of names cannot be tiled
-    False
-    """
-    (_, (first, shape)), *others = ((size, tree_flatten(batch)) for size, batch in batches)
-    for leaves in zip(first, *(leaves for _, (leaves, _) in others), strict=False):
-        if not all(isinstance(leaf, torch.Tensor) and type(leaf) is torch.Tensor for leaf in leaves):
-            tensors = any(isinstance(leaf, torch.Tensor) for leaf in leaves)
-            if tensors or not all(_are_equal(leaf, leaves[0]) for leaf in leaves[1:]):
-                return False
-            continue
-        fixed = len({tuple(leaf.shape) for leaf in leaves}) == 1
-        rest = len({tuple(leaf.shape[1:]) for leaf in leaves}) == 1
-        sizes = [(leaf.dim() and leaf.size(0)) == size for (size, _), leaf in zip(batches, leaves, strict=True)]
-        plain = all(leaf.device.type == "cpu" and leaf.is_contiguous() and not leaf.is_pinned() for leaf in leaves)
-        if not plain or not ((fixed and not any(sizes)) or (rest and all(sizes))):
-            return False
-    return all(one == shape for _, (_, one) in others)
-
-
-def _are_equal(one: object, other: object) -> bool:
-    """Compare two leaves of any kind; leaves that cannot be compared are different.
-
-    >>> import numpy as np
-    >>> _are_equal(np.array([1, 2]), np.array([1, 2])), _are_equal(np.zeros(2), np.zeros(3)), _are_equal("a", None)
-    (True, False, False)
-    """
-    if one is other:
-        return True
-    if getattr(one, "shape", None) != getattr(other, "shape", None):
-        return False
-    try:
-        same: Any = one == other
-        return bool(same.all() if hasattr(same, "all") else same)
-    except Exception:  # noqa: BLE001 - a comparison of the user's own
-        return False
-
-
 # ------------------------------------------------------------------------------------------------------------- a batch
 def batch_size_of(batch: object) -> int:
     """Return the first dimension of the first tensor that has one.
@@ -194,3 +115,30 @@ def hidden_tensors(batch: object) -> list[torch.Tensor]:
 def kind(batch: object) -> str:
     """Name the type of a batch, for an error."""
     return f"a {type(batch).__name__}"
+
+
+def outline(thing: object) -> Hashable:
+    """Return the shapes and lengths of the parts of a sample or batch, which decide its size.
+
+    >>> outline({"image": torch.ones(3, 8), "name": "one"})
+    (('image', (3, 8)), ('name', 3))
+    """
+    if isinstance(thing, (str, bytes)):
+        return len(thing)
+    if isinstance(thing, Mapping):
+        return tuple((key, outline(value)) for key, value in thing.items())
+    if isinstance(thing, (list, tuple)):
+        return tuple(map(outline, thing))
+    shape = getattr(thing, "shape", getattr(thing, "size", None))  # tensors and arrays; images of PIL
+    if isinstance(shape, (tuple, torch.Size)):
+        return tuple(shape)
+    return tuple(tuple(tensor.shape) for tensor in tensors_of(thing))
+
+
+def tensor_bytes(batch: object) -> int:
+    """Return the bytes of all tensors of a sample or batch.
+
+    >>> tensor_bytes([torch.ones(3), "text"])
+    12
+    """
+    return sum(t.numel() * t.element_size() for t in tensors_of(batch))

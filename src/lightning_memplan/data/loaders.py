@@ -10,16 +10,15 @@ from ``batch_sampler``, even for an ``IterableDataset``, and keeps persistent wo
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from math import lcm
 from typing import Any
 
-import torch
 from torch.utils._pytree import tree_map
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
+from lightning_memplan.data.borrowed import borrowed
 from lightning_memplan.errors import ApplyError
 from lightning_memplan.lightning.compat import is_combined_loader, isolated_random_state
 from lightning_memplan.lightning.data_source import combined_mode, copy_combined, remember_arguments
@@ -51,6 +50,26 @@ def loaders_in(source: Any) -> list[Any]:
     return found
 
 
+def batching_sampler(loader: DataLoader[Any]) -> Any:
+    """Return the sampler that yields the indices of whole batches, None if there is none.
+
+    It is the ``batch_sampler``, or with ``batch_size=None`` a ``sampler`` of lists, for a dataset that reads in bulk.
+
+    >>> sampler = BatchSampler([0, 2], 2, drop_last=False)
+    >>> batching_sampler(DataLoader([1, 2, 3], sampler=sampler, batch_size=None)) is sampler
+    True
+    """
+    return loader.batch_sampler if loader.batch_sampler is not None else bulk_sampler(loader)
+
+
+def bulk_sampler(loader: DataLoader[Any]) -> Any:
+    """Return the ``sampler`` of a loader with ``batch_size=None`` if it yields lists of indices, else None."""
+    if loader.batch_sampler is not None or isinstance(loader.dataset, IterableDataset):
+        return None
+    sampler = loader.sampler
+    return sampler if isinstance(sampler, BatchSampler) or type(getattr(sampler, "batch_size", None)) is int else None
+
+
 def batch_size_of_loader(loader: object) -> int | None:
     """Return a loader's batch size; None if it is no DataLoader, or if its dataset makes the batches.
 
@@ -61,8 +80,26 @@ def batch_size_of_loader(loader: object) -> int | None:
         return None
     size = loader.batch_size
     if size is None:
-        size = getattr(loader.batch_sampler, "batch_size", None)
+        size = getattr(batching_sampler(loader), "batch_size", None)
     return size if isinstance(size, int) and size > 0 else None
+
+
+def yielded_size(loader: object) -> int | None:
+    """Return the number of samples in the first batch of a loader, None if it is not known without reading one.
+
+    >>> yielded_size(DataLoader([1, 2, 3], batch_sampler=[[0, 2], [1]]))
+    2
+    """
+    if not isinstance(loader, DataLoader):
+        return None
+    batches: Any = batching_sampler(loader)
+    size = batch_size_of_loader(loader)
+    if batches is None or isinstance(loader.dataset, IterableDataset) or type(batches) is BatchSampler:
+        return size
+    try:
+        return _first_batch(batches) or size
+    except Exception:  # noqa: BLE001 - whatever a class of the user's raises
+        return size
 
 
 def unit_of(source: Any) -> int | None:
@@ -90,30 +127,65 @@ def common_multiple(source: Any) -> int:
     return lcm(*(share_of(loader, source).denominator for loader in loaders_in(source)))
 
 
-def dataset_size(source: Any) -> int | None:
-    """Return the largest batch size for which the datasets have enough samples, None if no length is known.
+def dataset_size(source: Any, ranks: int = 1) -> int | None:
+    """Return the largest batch size for which the datasets have enough samples for a rank, None if no length is known.
 
-    >>> dataset_size(DataLoader([torch.zeros(3)] * 10, batch_size=4))
-    10
+    >>> dataset_size(DataLoader(range(10), batch_size=4)), dataset_size(DataLoader(range(21)), ranks=2)
+    (10, 11)
     """
-    counts = [(loader, samples_of_loader(loader)) for loader in loaders_in(source)]
+    counts = [(loader, _most_of_a_batch(loader, ranks)) for loader in loaders_in(source)]
     sizes = [int(count / share_of(loader, source)) for loader, count in counts if count is not None]
     return (max if combined_mode(source) == "sequential" else min)(sizes, default=None)
 
 
-def samples_of_loader(loader: object) -> int | None:
-    """Return the number of samples in an epoch of a loader, None if it is unknown."""
+def _most_of_a_batch(loader: Any, ranks: int) -> int | None:
+    """Return how many samples a batch of the loader can have, None if that is not known.
+
+    Each worker makes batches of its share of a stream. A batch sampler may have fewer samples of a kind.
+    """
+    count: int | None = samples_of_loader(loader, ranks)
+    if not count:
+        return count
+    if isinstance(loader.dataset, IterableDataset):
+        workers: int = loader.num_workers
+        return max(1, count // max(1, workers))
+    batches = batching_sampler(loader)
+    if batches is None or type(batches) is BatchSampler or batch_size_of_loader(loader) is None:
+        return count
+    try:
+        return min(count, _first_batch(batches, count) or count) if _follows(batches) else count
+    except Exception:  # noqa: BLE001 - whatever a class of the user's raises
+        return count
+
+
+def _follows(batches: Any) -> bool:
+    """Return True if a copy of the batch sampler, set to the smallest batch size, makes such a batch."""
+    least = 2 if batches.batch_size == 1 else 1
+    return _first_batch(batches, least) == least
+
+
+def samples_of_loader(loader: object, ranks: int = 1) -> int | None:
+    """Return the number of samples in an epoch of a loader on each rank, None if it is unknown.
+
+    Lightning divides a dataset among the ranks, rounded up, unless its sampler does that already. A stream is every
+    rank's own.
+
+    Source: pytorch_lightning/trainer/connectors/data_connector.py (2.6.6), ``_requires_distributed_sampler``.
+    """
     if not isinstance(loader, DataLoader):
         return None
-    sampler = loader.sampler if loader.batch_size is not None else getattr(loader.batch_sampler, "sampler", None)
-    if isinstance(loader.dataset, IterableDataset):
-        sampler = None  # its sampler is endless
-    for sized in (sampler, loader.dataset):
+    batches = batching_sampler(loader)
+    sampler = loader.sampler if batches is None else getattr(batches, "sampler", None)
+    stream = isinstance(loader.dataset, IterableDataset)
+    for sized in (loader.dataset,) if stream else (sampler, loader.dataset):  # the sampler of a stream is endless
         try:
             if sized is not None:
-                return len(sized)  # type: ignore[arg-type]
+                count = len(sized)  # type: ignore[arg-type]
         except (TypeError, NotImplementedError):
             continue
+        if sized is not None:
+            whole = stream or any(isinstance(each, DistributedSampler) for each in (sampler, loader.sampler))
+            return count if whole else -(-count // ranks)
     return None
 
 
@@ -125,13 +197,30 @@ def batches_of_epoch(source: Any, batch_size: int, ranks: int = 1) -> int | None
     """
     counts = []
     for loader, size in zip(loaders_in(source), planned_sizes(source, batch_size), strict=True):
-        samples = samples_of_loader(loader)
+        samples, workers = samples_of_loader(loader, ranks), 1
         if samples is None:
             return None
-        samples = -(-samples // ranks)
-        counts.append(samples // size if getattr(loader.batch_sampler, "drop_last", False) else -(-samples // size))
+        if isinstance(loader.dataset, IterableDataset) and loader.num_workers:
+            workers = loader.num_workers
+        samples //= workers
+        drops = getattr(batching_sampler(loader), "drop_last", False)
+        counts.append(workers * (samples // size if drops else -(-samples // size)))
     # a collection cycles its shorter loaders, unless it is a CombinedLoader that stops with the shortest
     return min(counts) if combined_mode(source) == "min_size" else max(counts)
+
+
+def last_batch(source: Any, batch_size: int, ranks: int = 1) -> int | None:
+    """Return the smallest last batch of an epoch, among the loaders that keep theirs; None if it is not known.
+
+    >>> last_batch(DataLoader(range(9)), 4), last_batch(DataLoader(range(9), drop_last=True), 4)
+    (1, None)
+    """
+    lasts = []
+    for loader, size in zip(loaders_in(source), planned_sizes(source, batch_size), strict=True):
+        samples = samples_of_loader(loader, ranks)
+        if samples and not getattr(batching_sampler(loader), "drop_last", False):
+            lasts.append(samples % size or size)
+    return min(lasts, default=None)
 
 
 # ------------------------------------------------------------------------------------------------ another batch size
@@ -165,26 +254,37 @@ def planned_sizes(source: Any, batch_size: int) -> list[int]:
     return [max(1, int(batch_size * share_of(loader, source))) for loader in loaders_in(source)]
 
 
-def check_resizable(source: Any) -> None:
-    """Check that the batch size of each loader can be set.
+def check_resizable(source: Any, batch_size: int | None = None) -> None:
+    """Check that the batch size of each loader can be set, and that batches have it then.
+
+    Without a ``batch_size`` to set, try the smallest.
 
     Raises:
         ApplyError: The batch size of a loader cannot be set; says what to change.
     """
-    for loader in loaders_in(source):
-        _resized(loader, 2 if batch_size_of_loader(loader) == 1 else 1)
+    loaders = loaders_in(source)
+    sizes = [None] * len(loaders) if batch_size is None else planned_sizes(source, batch_size)
+    for loader, size in zip(loaders, sizes, strict=True):
+        old = batch_size_of_loader(loader)
+        if size is None or size != old:
+            _resized(loader, size or (2 if old == 1 else 1), check=True)
 
 
-def _resized(loader: Any, batch_size: int) -> Any:
+def _resized(loader: Any, batch_size: int, *, check: bool = False) -> Any:
+    """Return a copy of the loader with another batch size; ``check`` tries its batch sampler."""
     _check(loader)
     own = copy.copy(loader)
-    batches = _resized_sampler(loader, batch_size)
-    vars(own).update(batch_sampler=batches, _iterator=None)  # not setattr, which DataLoader forbids
+    batches = _resized_sampler(loader, batch_size, check=check)
+    place = "sampler" if loader.batch_sampler is None else "batch_sampler"
+    vars(own).update({place: batches, "_iterator": None})  # not setattr, which DataLoader forbids
     if loader.batch_size is not None:
         vars(own)["batch_size"] = batch_size
         remember_arguments(own, batch_size=batch_size)
     else:
-        remember_arguments(own, batch_sampler=batches)
+        remember_arguments(own, **{place: batches})
+    if callable(getattr(loader.dataset, "set_batch_size", None)):  # as litdata's, which shuffle by it
+        vars(own)["dataset"] = copy.copy(loader.dataset)
+        own.dataset.set_batch_size(batch_size)
     return own
 
 
@@ -196,7 +296,7 @@ def _check(loader: object) -> None:
             "train_dataloader() of a module or datamodule that keeps the batch size as self.batch_size, or pass "
             "apply=False"
         )
-    if loader.batch_sampler is None:
+    if batching_sampler(loader) is None:
         raise ApplyError(
             f"the batch size of a {kind} with batch_size=None cannot be set, since its dataset makes the batches "
             f"({type(loader.dataset).__name__}): make it in train_dataloader() of a module or datamodule that keeps "
@@ -204,7 +304,7 @@ def _check(loader: object) -> None:
         )
     old = batch_size_of_loader(loader)
     for name, value in vars(loader).items():
-        if name not in _DATALOADER and hasattr(value, "__next__"):
+        if name not in _DATALOADER and hasattr(value, "__next__") and value is not loader.dataset:
             raise ApplyError(
                 f"the batch size of a {kind} cannot be set, since it keeps an iterator over batches that are made "
                 f"already (self.{name}): begin it in __iter__, or pass apply=False"
@@ -223,14 +323,19 @@ def _iterates_itself(loader: DataLoader[Any]) -> bool:
 _DATALOADER = frozenset(vars(DataLoader([None])))  # type: ignore[arg-type]  #: attributes of every DataLoader
 
 
-def _resized_sampler(loader: DataLoader[Any], batch_size: int) -> Any:
-    """Return a copy of the loader's batch sampler that yields batches of another size."""
-    batches: Any = loader.batch_sampler
+def _resized_sampler(loader: DataLoader[Any], batch_size: int, *, check: bool) -> Any:
+    """Return a copy of the loader's batch sampler that yields batches of another size; ``check`` looks at its first."""
+    batches = batching_sampler(loader)
+    made, trial = None, batches.batch_size if hasattr(batches, "batch_size") else None
     try:
         own = copy.copy(batches)
         own.batch_size = batch_size
         remember_arguments(own, batch_size=batch_size)
-        made = None if type(batches) is BatchSampler else _first_batch_of_another_size(batches)
+        if type(batches) is not BatchSampler or not hasattr(batches.sampler, "__len__"):
+            # a sampler that groups similar samples may have too few of a kind for a large batch: batches of one first
+            for size in dict.fromkeys((1 if trial != 1 else 2, *([batch_size] if check else ()))):
+                if made is None and (count := _first_batch(batches, size)) != size:
+                    made = f"set to {size}, it makes a batch of {count}" if count else f"set to {size}, it makes none"
     except Exception as error:  # noqa: BLE001 - whatever a class of the user's raises
         made = f"{type(error).__name__}: {error}"
     if made is not None:
@@ -242,62 +347,17 @@ def _resized_sampler(loader: DataLoader[Any], batch_size: int) -> Any:
     return own
 
 
-def _first_batch_of_another_size(batches: Any) -> str | None:
-    """Set a copy of a batch sampler to another size; return what is wrong with its first batch, None if nothing is.
+def _first_batch(batches: Any, batch_size: int | None = None) -> int:
+    """Return the number of samples in a batch sampler's first batch, 0 without one, at another batch size if given.
 
-    Try batches of one sample: a sampler that groups similar samples may have too few of a kind for any larger batch.
+    Ask a copy, in the same random order each time. A sampler that is an iterator is advanced by asking: it is an error.
     """
     trial = borrowed(batches)
-    old = batches.batch_size
-    trial.batch_size = wanted = 1 if old != 1 else 2
-    with isolated_random_state():
-        count = len(next(iter(trial)))
-    return None if count == wanted else f"set to {wanted}, it makes a batch of {count}"
-
-
-# ------------------------------------------------------------------------------------------------ read without effect
-def borrowed(thing: Any) -> Any:
-    """Return a copy of a dataset or sampler to read from, so that reading changes nothing in the user's own.
-
-    The copy is shallow. Datasets and samplers inside it (``Subset``, ``ConcatDataset``) and random generators are
-    copied too, lists and dictionaries at their outermost level; samples are shared. An object that cannot be copied is
-    returned itself.
-
-    >>> class Counts(Dataset):
-    ...     read = 0
-    ...     def __getitem__(self, index):
-    ...         self.read += 1
-    >>> counts = Counts()
-    >>> copied = borrowed(counts)
-    >>> copied[0]
-    >>> copied.read, counts.read
-    (1, 0)
-    """
-    return _borrowed(thing, {})
-
-
-def _borrowed(thing: Any, memo: dict[int, Any]) -> Any:
-    if id(thing) in memo:
-        return memo[id(thing)]
-    try:
-        own = memo[id(thing)] = copy.copy(thing)
-    except Exception:  # noqa: BLE001 - whatever a class of the user's raises
-        return thing
-    for name, value in list(getattr(own, "__dict__", {}).items()):
-        own.__dict__[name] = _part(value, memo)
-    return own
-
-
-def _part(value: Any, memo: dict[int, Any]) -> Any:
-    if isinstance(value, _READ):
-        return _borrowed(value, memo)
-    if isinstance(value, (random.Random, torch.Generator)) or type(value).__module__.startswith("numpy.random"):
-        return memo.setdefault(id(value), copy.deepcopy(value))
-    if type(value) in (list, tuple):
-        return type(value)(_borrowed(v, memo) if isinstance(v, _READ) else v for v in value)
-    if type(value) is dict:
-        return {k: _borrowed(v, memo) if isinstance(v, _READ) else v for k, v in value.items()}
-    return copy.copy(value) if type(value) is set else value
-
-
-_READ = (Dataset, torch.utils.data.Sampler)
+    if batch_size is not None:
+        if not hasattr(batches, "batch_size"):
+            raise AttributeError(f"{type(batches).__name__} has no attribute batch_size")
+        trial.batch_size = batch_size
+    if any(hasattr(each, "__next__") for each in (trial, getattr(trial, "sampler", None))):
+        raise TypeError("it is an iterator")
+    with isolated_random_state(seed=0):
+        return next((len(indices) for indices in trial), 0)

@@ -1,40 +1,49 @@
-"""Make batches of any size from the samples of any source, without starting a worker or advancing an iterator."""
+"""Make batches of any size from the samples of any source, without advancing an iterator of the user's."""
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from math import lcm
 from typing import Any, Literal, get_args
 
-import torch
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from lightning_memplan.data.batches import (
-    TiledBatch,
     batch_size_of,
     hidden_tensors,
     kind,
-    repeats,
+    outline,
     resized,
+    tensor_bytes,
     tensors,
-    tensors_of,
 )
-from lightning_memplan.data.loaders import borrowed, common_multiple, samples_of_loader, share_of
+from lightning_memplan.data.loaders import (
+    batching_sampler,
+    common_multiple,
+    loaders_in,
+    share_of,
+    unit_of,
+    yielded_size,
+)
+from lightning_memplan.data.reading import KeptSamples, keep_samples
+from lightning_memplan.data.tiling import Tile, TiledBatch, tiling
+from lightning_memplan.errors import TraceError
 from lightning_memplan.lightning.compat import is_combined_loader, isolated_random_state
 from lightning_memplan.lightning.data_source import combined_mode
 from lightning_memplan.units import format_bytes
 
 SIZES = (2, 3, 5)  #: batch sizes that are traced: two determine a line, three a parabola, and the last checks
 
-Which = Literal["first", "largest"]
+Which = Literal["auto", "first", "largest"]
 
 SAMPLE_SIZE = 64  #: default number of samples that ``"largest"`` looks at
 
 _FIRST = max(SIZES)  #: number of samples that ``"first"`` looks at
+
+MOST = 2**16  #: samples that are collated for one batch, at most, where it cannot be made by repeating a small one
 
 _Make = Callable[[int], Any]  #: makes a batch of a number of samples
 
@@ -43,6 +52,7 @@ _Make = Callable[[int], Any]  #: makes a batch of a number of samples
 class Samples:
     """Make batches of any size.
 
+    >>> import torch
     >>> samples = read_samples(torch.zeros(4, 3))
     >>> [size for size, _ in samples.batches()], samples.make(7).shape
     ([2, 3, 5], torch.Size([7, 3]))
@@ -51,33 +61,72 @@ class Samples:
     make: _Make  #: makes a batch of a number of samples
     multiple: int = 1  #: sizes are multiples of it: 1 unless loaders of a collection differ (see ``common_multiple``)
     notes: tuple[str, ...] = ()  #: remarks that belong into a plan
+    accepts: int = 1  #: ``collate_fn`` makes batches of multiples of it alone
+    fixed: int | None = None  #: the only batch size, where no other can be had
+    own: int | None = None  #: batch size that the source has now, None if it is not known
+    count: int | None = None  #: samples of a pass (of each worker), where all of them were read
+
+    @property
+    def rows_are_samples(self) -> bool:
+        """True if the first dimension of a batch's first tensor is the number of its samples."""
+        size, batch = self.batches((2,))[0]
+        try:
+            return batch_size_of(batch) == size
+        except ValueError:
+            return False
 
     def batches(self, sizes: Sequence[int] = SIZES) -> list[tuple[int, Any]]:
-        """Return ``(size, batch)`` for each of ``sizes``, times ``multiple``."""
-        return [(size * self.multiple, self.make(size * self.multiple)) for size in sizes]
+        """Return ``(size, batch)`` for each of ``sizes``, times ``multiple``; of the only size, where there is one."""
+        return [(size, self.batch(size)) for size in self._sizes(sizes)]
 
     def for_the_card(self, sizes: Sequence[int] = SIZES) -> list[tuple[int, Any]]:
-        """Return ``batches`` for steps on the GPU, where large batches of plain tensors are ``TiledBatch``es."""
-        return [(size * self.multiple, self.large(size * self.multiple)) for size in sizes]
+        """Return ``batches`` for steps on the GPU, where large batches are ``TiledBatch``es, if that is the same.
+
+        Sizes above those that are traced are rounded down to a multiple, not multiplied.
+        """
+        step = self.multiple
+        few = [size if size <= max(SIZES) else max(1, size // step) for size in sizes]
+        return [(size, self.large(size)) for size in self._sizes(few)]
+
+    def batch(self, size: int) -> Any:
+        """Return a batch of ``size`` samples on the host.
+
+        Raises:
+            TraceError: it would have to be collated from too many samples.
+        """
+        made = self.large(size)
+        return made.whole() if isinstance(made, TiledBatch) else made
 
     def large(self, size: int) -> Any:
-        """Return a batch of ``size`` samples, as a ``TiledBatch`` if that is the same and saves time."""
-        few = self.batches() if self.multiple == 1 and size > 2 * max(SIZES) else ()
-        if not few or not repeats(few):
+        """Return a batch of ``size`` samples, as a ``TiledBatch`` if that is the same and saves time.
+
+        Raises:
+            TraceError: it would have to be collated from too many samples.
+        """
+        if self.fixed is not None or size <= 2 * max(SIZES) * self.multiple:
             return self.make(size)
-        samples, batch = few[-1]
-        return TiledBatch(batch, samples, size, partial(self.make, size))
+        few = [(each * self.multiple, self.make(each * self.multiple)) for each in SIZES]
+        tile: Tile | None = tiling(few)
+        if tile is not None:
+            return TiledBatch(few[-1][1], few[-1][0], size, tile)
+        if size > MOST:
+            raise TraceError(f"a batch of {size} samples takes too long to collate on the host", reason="too_large")
+        return self.make(size)
+
+    def _sizes(self, sizes: Sequence[int]) -> list[int]:
+        return [size * self.multiple for size in sizes] if self.fixed is None else [self.fixed]
 
 
 def read_samples(source: Any, sample: Which = "first", sample_size: int = SAMPLE_SIZE) -> Samples:
     """Read a few samples of a DataLoader, a collection of DataLoaders, an iterable of batches, or a batch.
 
-    From a DataLoader, read the first five samples of its dataset and pass them through its own ``collate_fn``. If they
-    differ in size, as texts and graphs do, make batches of copies of the largest, so that all batches are alike.
-    ``"largest"`` looks at ``sample_size`` samples instead, at equal distances over the dataset (the first ones of an
-    ``IterableDataset``). A batch is cut or repeated along its first dimension. Random states stay as they were, and the
-    dataset is read through a copy (see ``borrowed``).
+    From a DataLoader, read five samples, those that its sampler would ask for first, and pass them through its own
+    ``collate_fn``, or its own iterator where it has one. If they differ in size, as texts and graphs do, make batches
+    of copies of the largest, so that all batches are alike. ``"largest"`` looks at ``sample_size`` samples instead, at
+    equal distances over the dataset (the first ones of an ``IterableDataset``). A batch is cut or repeated along its
+    first dimension. Random states stay as they were, and the dataset is read through a copy (see ``borrowed``).
 
+    >>> import torch
     >>> loader = DataLoader([torch.zeros(3)] * 10, batch_size=4)
     >>> [(size, tuple(batch.shape)) for size, batch in read_samples(loader).batches()]
     [(2, (2, 3)), (3, (3, 3)), (5, (5, 3))]
@@ -88,10 +137,69 @@ def read_samples(source: Any, sample: Which = "first", sample_size: int = SAMPLE
         ValueError: The dataset has length 0, no tensor's first dimension can be the batch, or the source is an
             iterator, which would lose the batch that is read.
     """
-    notes: dict[str, None] = {}
+    look = _Look(sample, sample_size, {}, {})
     with isolated_random_state():
-        make = _maker(source, _Look(sample, sample_size, notes))
-    return Samples(make, common_multiple(source) if _is_collection(source) else 1, tuple(notes))
+        make = _maker(source, look)
+        found = Samples(make, common_multiple(source) if _is_collection(source) else 1)
+        found = replace(found, own=_own_size(source, look), count=min(look.counts.values(), default=None))
+        if _is_collection(source):
+            found = _with_sizes_that_can_be_had(found, source)
+    return replace(found, notes=(*look.notes, *found.notes))
+
+
+def _own_size(source: Any, look: _Look) -> int | None:
+    """Return the batch size that the source has now."""
+    if not _is_collection(source):
+        return look.rows.get("batch")
+    smallest = unit_of(source)
+    if smallest is None:
+        sizes = [yielded_size(loader) for loader in loaders_in(source)]
+        return min(filter(None, sizes), default=look.rows.get("batch"))
+    return smallest
+
+
+def _with_sizes_that_can_be_had(samples: Samples, source: Any) -> Samples:
+    """Return the samples with the sizes that ``collate_fn`` accepts, or the only one that can be had.
+
+    Raises:
+        Exception: whatever ``collate_fn`` raises for all sizes.
+    """
+    try:
+        few = [samples.make(size * samples.multiple) for size in SIZES]
+    except Exception:
+        accepts = next((each for each in _divisors(samples.own or 1) if _makes(samples, each)), None)
+        if accepts is not None:
+            note = f"the loader makes batches of multiples of {accepts} samples alone"
+            return replace(samples, multiple=lcm(samples.multiple, accepts), accepts=accepts, notes=(note,))
+        if samples.own is None or not _makes(samples, samples.own, (1,)):
+            raise
+        return replace(samples, fixed=samples.own, notes=(f"the loader makes batches of {samples.own} samples alone",))
+    shapes = {(outline(batch), tensor_bytes(batch)) for batch in few}
+    if len(shapes) == 1 and tensor_bytes(few[0]) and samples.own is not None:
+        note = (
+            "a batch is of the same size, whatever number of samples its loader puts into it: there is no batch size "
+            "to set"
+        )
+        return replace(samples, fixed=samples.own, notes=(note,))
+    return samples
+
+
+def _makes(samples: Samples, multiple: int, sizes: Sequence[int] = SIZES) -> bool:
+    try:
+        for size in sizes:
+            samples.make(size * multiple)
+    except Exception:  # noqa: BLE001 - whatever a collate_fn of the user's raises
+        return False
+    return True
+
+
+def _divisors(number: int) -> list[int]:
+    """Return the divisors above 1, in order.
+
+    >>> _divisors(12)
+    [2, 3, 4, 6, 12]
+    """
+    return [each for each in range(2, number + 1) if number % each == 0]
 
 
 def check_sample(sample: object, sample_size: object) -> None:
@@ -113,11 +221,13 @@ class _Look:
     sample: Which
     sample_size: int
     notes: dict[str, None]  #: remarks that were made while looking, in order
+    counts: dict[int, int]  #: samples of a pass, where all of them were read
+    rows: dict[str, int] = field(default_factory=dict)  #: number of rows of a batch that was read
 
     @property
     def count(self) -> int:
         """Number of samples to look at."""
-        return _FIRST if self.sample == "first" else self.sample_size
+        return self.sample_size if self.sample == "largest" else _FIRST
 
     @property
     def text(self) -> str:
@@ -141,6 +251,7 @@ def _maker(source: Any, look: _Look) -> _Make:
         source = next(iter(source), None)
         if source is None:
             raise ValueError("the loader yields no batch")
+        look.rows["batch"] = batch_size_of(source)
     return _from_batch(source)
 
 
@@ -158,69 +269,38 @@ _EMPTY = "the dataset has length 0: there is nothing to plan a batch size for"
 
 
 def _from_loader(loader: DataLoader[Any], look: _Look) -> _Make:
-    if loader.batch_sampler is None:  # the dataset makes the batches itself
-        count = 1 if look.sample == "first" else look.count
-        batches = [loader.collate_fn(item) for item in _items(loader, count, spread=True)]
-        return _from_batch(max(batches, key=_bytes_of))
-    items = _items(loader, look.count, spread=look.sample == "largest")
-
-    def collated(samples: Sequence[Any]) -> Any:
-        with isolated_random_state():  # a collate_fn with random sizes draws the same for every batch
-            return loader.collate_fn([_own(sample) for sample in samples])
-
-    if len({_outline(item) for item in items}) > 1:
-        sizes = [_bytes_of(collated([item, item])) // 2 for item in items]
-        if min(sizes) < max(sizes):
-            items = [items[sizes.index(max(sizes))]]
-            look.notes[
-                f"samples differ in size ({format_bytes(min(sizes))} to {format_bytes(max(sizes))}): planned for "
-                f"batches of the largest of {look.text}"
-            ] = None
-    return lambda size: collated(list(itertools.islice(itertools.cycle(items), size)))
+    if batching_sampler(loader) is None:  # the dataset makes the batches itself
+        kept = _kept(loader, look.count if look.sample == "largest" else 1, look, spread=True)
+        batch = max((kept.of_one(place).batch(1) for place in range(len(kept.indices))), key=tensor_bytes)
+        look.rows["batch"] = batch_size_of(batch)
+        return _from_batch(batch)
+    kept = _kept(loader, look.count, look, spread=look.sample == "largest")
+    sizes, text = _sizes_of(kept), look.text
+    if look.sample == "auto" and min(sizes) < max(sizes):
+        with suppress(Exception):  # a sample of the user's that cannot be read, and may never be asked for
+            more = _kept(loader, look.sample_size, look, spread=True)
+            kept, sizes, text = more, _sizes_of(more), f"the {len(more.indices)} that were looked at"
+    if min(sizes) < max(sizes):
+        kept = kept.of_one(sizes.index(max(sizes)))
+        differ = f"samples differ in size ({format_bytes(min(sizes))} to {format_bytes(max(sizes))})"
+        look.notes[f"{differ}: planned for batches of the largest of {text}"] = None
+    return kept.batch
 
 
-def _items(loader: DataLoader[Any], count: int, *, spread: bool) -> list[Any]:
-    """Return ``count`` items of the loader's dataset: the first ones, or at equal distances over all of it."""
-    dataset = borrowed(loader.dataset)
-    if isinstance(dataset, IterableDataset):
-        items = list(itertools.islice(dataset, count))
-    elif samples_of_loader(loader) == 0:
-        items = []
-    else:
-        length = len(dataset) if hasattr(dataset, "__len__") else count
-        step = max(1, length // count) if spread else 1
-        try:
-            items = [dataset[index] for index in range(0, min(length, count * step), step)]
-        except (KeyError, TypeError, IndexError):  # its keys are no numbers: ask the sampler
-            batches = loader.batch_sampler
-            indices = borrowed(loader.sampler) if batches is None else itertools.chain.from_iterable(borrowed(batches))
-            items = [dataset[index] for index in itertools.islice(indices, count)]
-    if not items:
+def _sizes_of(kept: KeptSamples) -> list[int]:
+    """Return the bytes of each sample in a batch; the same for all where they have the same shapes."""
+    if kept.items is None or len({outline(item) for item in kept.items}) == 1:
+        return [0]
+    return [tensor_bytes(kept.of_one(place).batch(2)) // 2 for place in range(len(kept.items))]
+
+
+def _kept(loader: DataLoader[Any], count: int, look: _Look, *, spread: bool) -> KeptSamples:
+    kept = keep_samples(loader, count, spread=spread)
+    if not kept.indices:
         raise ValueError(_EMPTY)
-    return items
-
-
-def _own(sample: Any) -> Any:
-    """Return a copy of the sample for one use: a collate_fn may take entries out of it."""
-    return copy.copy(sample) if isinstance(sample, (dict, list)) else sample
-
-
-def _outline(thing: object) -> Hashable:
-    """Return the shapes and lengths of a sample's parts, which decide its size."""
-    if isinstance(thing, (str, bytes)):
-        return len(thing)
-    if isinstance(thing, Mapping):
-        return tuple((key, _outline(value)) for key, value in thing.items())
-    if isinstance(thing, (list, tuple)):
-        return tuple(map(_outline, thing))
-    shape = getattr(thing, "shape", getattr(thing, "size", None))  # tensors and arrays; images of PIL
-    if isinstance(shape, (tuple, torch.Size)):
-        return tuple(shape)
-    return tuple(tuple(tensor.shape) for tensor in tensors_of(thing))
-
-
-def _bytes_of(batch: object) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors_of(batch))
+    if kept.ended:
+        look.counts[id(loader)] = max(1, len(kept.indices) // max(1, loader.num_workers))
+    return kept.where_it_works(yielded_size(loader) or 1)
 
 
 # ---------------------------------------------------------------------------------------------------- several loaders
@@ -238,6 +318,6 @@ def _from_collection(source: Any, look: _Look) -> _Make:
         return tree_map(lambda loader: next(batches), loaders)
 
     if combined_mode(source) == "sequential":
-        largest, share = max(makers, key=lambda maker: _bytes_of(maker[0](1)) * maker[1])
+        largest, share = max(makers, key=lambda maker: tensor_bytes(maker[0](1)) * maker[1])
         return lambda size: largest(max(1, int(size * share)))
     return make

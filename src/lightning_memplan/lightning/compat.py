@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import importlib
 import pickle
+import random
+import sys
 from abc import ABC
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,12 +90,20 @@ def misconfiguration(message: str) -> Exception:
 
 
 @contextmanager
-def isolated_random_state() -> Iterator[None]:
-    """Restore the random states of Python, NumPy and torch (not CUDA) on exit, even after an error."""
+def isolated_random_state(seed: int | None = None) -> Iterator[None]:
+    """Restore the random states of Python, NumPy and torch (not CUDA) on exit, even after an error.
+
+    With a ``seed`` they begin there.
+    """
     from lightning_fabric.utilities.seed import _set_rng_states
 
     states = _random_states()
     try:
+        if seed is not None:
+            random.seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed CUDA too, for good
+            if "numpy" in states:
+                sys.modules["numpy"].random.seed(seed)
         yield
     finally:
         _set_rng_states(states)

@@ -80,6 +80,14 @@ def validates(trainer: Trainer) -> bool:
     return bool(trainer.enable_validation)
 
 
+def divides_samples(trainer: Trainer) -> bool:
+    """Return True if the Trainer gives each rank its share of a dataset.
+
+    Source: pytorch_lightning/trainer/connectors/accelerator_connector.py (2.6.6), ``use_distributed_sampler``.
+    """
+    return bool(trainer._accelerator_connector.use_distributed_sampler)
+
+
 def is_fitting(trainer: Trainer) -> bool:
     """Return True in ``trainer.fit`` and its validation, False in ``validate``, ``test`` and ``predict``."""
     return bool(trainer.state.fn == "fit")

@@ -7,11 +7,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from lightning_memplan.data.holders import DEFAULT_NAME, Holder, holders_of
 from lightning_memplan.data.loaders import (
     batch_size_of_loader,
     batches_of_epoch,
     check_resizable,
+    last_batch,
     loaders_in,
     planned_sizes,
     resized_loaders,
@@ -20,6 +23,7 @@ from lightning_memplan.data.loaders import (
 from lightning_memplan.errors import ApplyError, located
 from lightning_memplan.lightning.compat import over_ranks
 from lightning_memplan.lightning.data_source import Phase, change_loaders, kept_loaders, loaders_are_made, train_loaders
+from lightning_memplan.lightning.trainer import divides_samples
 from lightning_memplan.planning.proposal import IsFatal, RankResult, always, see_failures
 
 _STAGES = ("train", "val", "test", "predict")
@@ -64,6 +68,7 @@ class Place:
     source: Any
     before: tuple[int, ...]  #: what the holders held
     phase: Phase = "train"
+    own: int | None = None  #: number of samples that a batch has before, where the loaders do not say
 
     def write(self, batch_size: int, undo: ExitStack) -> None:
         """Set it on all holders and on the Trainer's loaders; ``undo`` puts all of it back.
@@ -73,7 +78,9 @@ class Place:
         """
         if self.phase == "train":
             check_batches(self.trainer, self.source, batch_size)
-        unit = unit_of(self.source)
+        if not self.holders or not loaders_are_made(self.trainer, self.phase):
+            check_resizable(self.source, batch_size)
+        unit = unit_of(self.source) or self.own
         sizes = planned_sizes(self.source, batch_size)
         for holder, old in zip(self.holders, self.before, strict=True):
             undo.callback(holder.restore, holder.read())
@@ -102,7 +109,7 @@ def check_batches(trainer: Any, source: Any, batch_size: int) -> None:
 
     Source: pytorch_lightning 2.6, loops/fit_loop.py (``setup_data``) and trainer/connectors/data_connector.py.
     """
-    count = batches_of_epoch(source, batch_size, trainer.world_size)
+    count = batches_of_epoch(source, batch_size, ranks_of(trainer))
     limit, interval = trainer.limit_train_batches, trainer.val_check_interval
     if count is None or limit == 0:
         return
@@ -120,6 +127,43 @@ def check_batches(trainer: Any, source: Any, batch_size: int) -> None:
             f"val_check_interval={interval} counts batches, {few}: give a part of an epoch (val_check_interval=1.0), "
             f"pass check_val_every_n_epoch=None, or max_batch_size={max(1, batch_size * count // interval)}"
         )
+
+
+def training_remarks(
+    trainer: Any, module: Any, source: Any, batch_size: int, own: int | None, accumulates: bool = True
+) -> list[str]:
+    """Return what a batch size changes in training beside memory, where it was another: texts for warnings.
+
+    ``accumulates`` says that the Trainer's own accumulation stays.
+
+    Source: pytorch_lightning/loops/training_epoch_loop.py (2.6.6), ``_should_accumulate``: the last batch of an epoch
+    ends an accumulation.
+    """
+    if own is None or own == batch_size:
+        return []
+    before, after = (batches_of_epoch(source, size, ranks_of(trainer)) for size in (own, batch_size))
+    if before is None or after is None:
+        return []
+    remarks, parts = [], trainer.accumulate_grad_batches
+    if accumulates and parts > after and -(-before // parts) > 1:
+        remarks.append(
+            f"accumulate_grad_batches={parts} is more than the {after} {'batch' if after == 1 else 'batches'} of an "
+            f"epoch at batch size {batch_size}: the optimizer steps once an epoch, instead of {-(-before // parts)} "
+            f"times with batches of {own}; lower accumulate_grad_batches, or pass max_batch_size or "
+            "effective_batch_size"
+        )
+    last, last_before = (last_batch(source, size, ranks_of(trainer)) for size in (batch_size, own))
+    if last == 1 and last_before != 1 and any(isinstance(part, _BatchNorm) for part in module.modules()):
+        remarks.append(
+            f"the last batch of an epoch has one sample at batch size {batch_size}, and {type(module).__name__} has "
+            "batch norm, which may refuse it: pass drop_last=True to the loader, or multiple_of or max_batch_size"
+        )
+    return remarks
+
+
+def ranks_of(trainer: Any) -> int:
+    """Return among how many ranks the Trainer divides the samples of an epoch."""
+    return int(trainer.world_size) if divides_samples(trainer) else 1
 
 
 def find_holders(name: str, *owners: Any) -> tuple[Holder, ...]:
@@ -142,15 +186,28 @@ def find_holders(name: str, *owners: Any) -> tuple[Holder, ...]:
     return whole
 
 
-def find_place(trainer: Any, source: Any, holders: tuple[Holder, ...], phase: Phase = "train") -> Place:
-    """Find the places that keep the batch size.
+def find_place(
+    trainer: Any, source: Any, holders: tuple[Holder, ...], phase: Phase = "train", own: int | None = None
+) -> Place:
+    """Find the places that keep the batch size; ``own`` is the number of samples that a batch has, where it is known.
 
     Raises:
         ApplyError: the loaders have to be set themselves, and one of them cannot be; says what to change.
     """
     if not holders or not loaders_are_made(trainer, phase):
         check_resizable(source)
-    return Place(holders, trainer, source, tuple(holder.read() for holder in holders), phase)
+    elif unit_of(source) is None and own is not None:
+        _check_followed(holders, own, trainer.world_size)
+    return Place(holders, trainer, source, tuple(holder.read() for holder in holders), phase, own)
+
+
+def _check_followed(holders: tuple[Holder, ...], own: int, ranks: int) -> None:
+    """Raise ApplyError unless a holder has the size of the loaders' batches: of each rank, or of all of them."""
+    if not any(holder.read() in (own, own * ranks) for holder in holders):
+        raise ApplyError(
+            f"{holders[-1]} is {holders[-1].read()}, and the loaders' batches have {own} samples: it does not hold "
+            "their size. Name the attribute that does with batch_arg_name=..., or pass apply=False"
+        )
 
 
 @contextmanager

@@ -31,8 +31,8 @@ def plan_validation(session: PlanningSession, training: Plan, validation: DataSo
         margin=session.limits.margin,
         max_batch_size=session.limits.max_batch_size,
         multiple_of=session.limits.multiple_of,
-        samples=validation.samples_of_a_rank(job.ranks),
     )
+    limits = replace(validation.within(limits, job.ranks), ranks=1)
     assert found.program is not None
     if (own := validation.batch_size) is not None and found.program.batch_sizes == (own,):
         limits = limits.exactly(own)  # known at this size alone: it stays
@@ -46,7 +46,7 @@ def plan_test(job: TrainingJob, device: Device, limits: Limits) -> Plan:
         DoesNotFitError: not even one sample fits.
         TraceError: the test cannot be traced.
     """
-    limits = replace(limits, samples=job.source.samples_of_a_rank(job.ranks))
+    limits = replace(job.source.within(limits, job.ranks), ranks=1)
     return make_plan(OneEstimate(predict_test(job), f"{job.name} in a test"), device, limits)
 
 

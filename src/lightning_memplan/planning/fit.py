@@ -12,18 +12,22 @@ from typing import Any
 from torch import nn
 
 from lightning_memplan.checks import Method
+from lightning_memplan.data.batches import batch_size_of
 from lightning_memplan.data.holders import DEFAULT_NAME, Holder
+from lightning_memplan.errors import ApplyError
 from lightning_memplan.lightning.compat import misconfiguration
+from lightning_memplan.lightning.loggers import warn
 from lightning_memplan.lightning.trainer import averaging_bytes, check_alone, cuda_index, validates
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.structure import structure_of
 from lightning_memplan.monitor.history import Lesson, learn
 from lightning_memplan.monitor.meter import Forecast
-from lightning_memplan.planning.apply import Place, find_holders, find_place, write_together
+from lightning_memplan.planning.apply import Place, find_holders, find_place, training_remarks, write_together
 from lightning_memplan.planning.evaluation import agreed_plan, plan_test, plan_validation
 from lightning_memplan.planning.job import (
     DataSource,
     Sampling,
+    TrainingJob,
     device_of_trainer,
     job_of_trainer,
     source_of_trainer,
@@ -73,6 +77,9 @@ class FitPlanner:
         self.structure = ""  #: hash of the step, by which history knows runs alike
         self.already_allocated = 0
         self.place: Place | None = None
+        self.own_size: int | None = None  #: number of samples in a batch of the user's, where it is known
+        self._stays = False  # the batch size cannot be set
+        self._rows_are_samples = True
         self._trainer, self._module, self._index = trainer, module, cuda_index(trainer)
         self._val_place: Place | None = None
         self._validation: DataSource | None = None
@@ -92,7 +99,8 @@ class FitPlanner:
         """
         options = self.options
         proposal = on_all_ranks(self._propose, options.is_fatal)
-        if options.confirm or (options.confirm is None and options.device is None and self._index is not None):
+        confirm = options.confirm or (options.confirm is None and options.device is None and self._index is not None)
+        if confirm and not self._stays:
             proposal = confirmed(proposal, strict=options.confirm is True, is_fatal=options.is_fatal)
         self._proposal = proposal
         self._write(proposal, announce)
@@ -117,6 +125,15 @@ class FitPlanner:
             accumulate=self.plan.accumulate_grad_batches,
             already_allocated=self.already_allocated,
         )
+
+    def size_of(self, batch: Any) -> int | None:
+        """Return the number of samples in a batch of training, None where its tensors do not tell."""
+        if not self._rows_are_samples:
+            return None if self.place is not None else self.own_size
+        try:
+            return batch_size_of(batch)
+        except ValueError:
+            return None
 
     def hyperparameters(self) -> dict[str, int]:
         """Return what was set, under the names that the user knows."""
@@ -156,8 +173,11 @@ class FitPlanner:
         if whole is not None and job.settings.accumulate_grad_batches == self.accumulated:
             job = job.accumulating(1)
         check_effective_batch_size(job, options.limits)
-        self.place = find_place(trainer, job.source.data, holders) if options.applies else None
+        self.own_size, self._rows_are_samples = job.source.own_size, job.source.samples.rows_are_samples
         session = PlanningSession(job, options.limits, options.method, allocated_on(self._index, module))
+        stays = self._find_place(job, holders)
+        if stays:
+            session.limits = session.limits.exactly(self.own_size or 1)
         first = session.estimate_at((whole or job.ranks) // job.ranks)
         session.extra_bytes = averaging_bytes(trainer, job.begun) if self._index is not None else 0
         if options.method == "auto" and first.method == "formula" and trainer.is_global_zero:
@@ -170,10 +190,34 @@ class FitPlanner:
         )
         session.limits = replace(session.limits, margin=self.lesson.margin, failed=self.lesson.failed)
         proposal = session.propose()
+        if stays:
+            plan = replace(proposal.plan, limited_by="dataset")
+            proposal = replace(proposal, plan=plan).noted(f"the batch size stays: {stays}")
         if val_holders and validates(trainer):
             self._validation = source_of_trainer(job, "val", options.sampling)
             self._val_place = find_place(trainer, self._validation.data, val_holders, "val")
         return proposal
+
+    def _find_place(self, job: TrainingJob, holders: tuple[Holder, ...]) -> str:
+        """Find the place of the batch size; where it cannot be set and stays, return why.
+
+        Raises:
+            ApplyError: it cannot be set, and its own size is not known, or is none that was asked for.
+        """
+        options, own = self.options, self.own_size
+        self.place = None
+        if not options.applies:
+            return ""
+        try:
+            self.place = find_place(self._trainer, job.source.data, holders, own=own)
+        except ApplyError as error:
+            demands = options.limits.effective_batch_size is not None or options.limits.min_batch_size > 1
+            if own is None or demands or options.is_fatal(error):
+                raise
+            warn(f"the batch size stays {own}, and its steps are predicted: {error}")
+            self._stays = True
+            return str(error)
+        return ""
 
     def _holders(self, stage: str) -> tuple[Holder, ...]:
         if not self.options.applies or stage not in self.options.names:
@@ -192,11 +236,21 @@ class FitPlanner:
         accumulate = None if plan.effective_batch_size is None else plan.accumulate_grad_batches
         sizes = [(self.place, plan.batch_size), (self._val_place, val_size)]
         written = [(place, size) for place, size in sizes if place is not None]
+        remarks = self._remarks(plan)
         with write_together(written, self._trainer, accumulate, self.options.is_fatal):
             announce(plan, val_plan, val_size)
+        for remark in remarks:
+            warn(remark)
         if self.place is not None and accumulate is not None:
             self.accumulated = accumulate
         self.plan, self.val_plan, self.estimate = plan, val_plan, proposal.estimate
+
+    def _remarks(self, plan: Plan) -> list[str]:
+        """Return what the plan changes in training beside memory; accumulation that the plan sets is no surprise."""
+        if self.place is None:
+            return []
+        own, accumulates = self.own_size, plan.effective_batch_size is None
+        return training_remarks(self._trainer, self._module, self.place.source, plan.batch_size, own, accumulates)
 
 
 def plan_and_set_test(trainer: Any, module: nn.Module, options: FitOptions) -> tuple[Plan | None, int]:

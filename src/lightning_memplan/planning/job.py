@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from math import lcm
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from lightning_memplan.checks import Method, check_choice, check_count
 from lightning_memplan.data.holders import DEFAULT_NAME
 from lightning_memplan.data.loaders import dataset_size, unit_of
 from lightning_memplan.data.samples import SAMPLE_SIZE, Samples, Which, check_sample, read_samples
+from lightning_memplan.data.streams import most_of_a_stream, note_on_stream, unsized_loaders
 from lightning_memplan.devices.catalogue import gpu
 from lightning_memplan.devices.detect import cpu_device, detect_devices
 from lightning_memplan.errors import TraceError
@@ -25,7 +27,8 @@ from lightning_memplan.lightning.compat import (
     misconfiguration,
 )
 from lightning_memplan.lightning.data_source import Phase, loader_source
-from lightning_memplan.lightning.trainer import cuda_index, parallel_named, trainer_settings
+from lightning_memplan.lightning.trainer import cuda_index, divides_samples, parallel_named, trainer_settings
+from lightning_memplan.planning.limits import Limits
 from lightning_memplan.planning.replicas import Replicas
 from lightning_memplan.probe.probe import can_probe
 from lightning_memplan.settings import StepSettings, parse_precision
@@ -34,38 +37,40 @@ from lightning_memplan.step.lazy import has_lazy_layers
 from lightning_memplan.step.setup import MakeOptimizer, TrainingSetup
 from lightning_memplan.step.strategies.fsdp import named_ignored
 from lightning_memplan.trace.tracer import Beginning
-from lightning_memplan.types import Device
+from lightning_memplan.types import Device, Plan
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Which samples of a dataset batches are made of: its first few, or copies of the largest of ``count`` samples.
 
+    ``"auto"`` looks at more than the first few where these differ in size.
+
     >>> Sampling("largest", count=16).which
     'largest'
     """
 
-    which: Which = "first"
+    which: Which = "auto"
     count: int = SAMPLE_SIZE
 
     def __post_init__(self) -> None:
         check_sample(self.which, self.count)
 
 
-WhichSamples = Literal["auto", "first", "largest"]
+WhichSamples = Which
 
 
 def sampling_of(samples: WhichSamples) -> Sampling:
     """Return the sampling that an argument asks for.
 
-    >>> sampling_of("auto").which
-    'first'
+    >>> sampling_of("largest").which
+    'largest'
 
     Raises:
         ValueError: it is unknown.
     """
     check_choice("samples", samples, get_args(WhichSamples))
-    return Sampling("first" if samples == "auto" else samples)
+    return Sampling(samples)
 
 
 @dataclass(frozen=True)
@@ -80,29 +85,58 @@ class DataSource:
     data: Any
     sampling: Sampling = Sampling()
 
+    divided: bool = True  #: Lightning divides the samples among the ranks
+
     @cached_property
     def samples(self) -> Samples:
         """Samples of which batches of any size are made."""
         return read_samples(self.data, self.sampling.which, self.sampling.count)
 
-    @cached_property
+    @property
     def size(self) -> int | None:
-        """Number of samples in the dataset; None where it is not known, or where ``data`` is a batch."""
-        return dataset_size(self.data)
+        """Number of samples that a batch can have; None where it is not known, or where ``data`` is a batch."""
+        return self.samples_of_a_rank(1)
 
     @property
     def batch_size(self) -> int | None:
-        """Batch size that the loaders have now."""
+        """Batch size that the loaders are set to now."""
         return unit_of(self.data)
 
+    @property
+    def own_size(self) -> int | None:
+        """Number of samples that a batch has now; None where it is not known, or where ``data`` is a batch."""
+        return self.samples.own
+
     def samples_of_a_rank(self, ranks: int) -> int | None:
-        """Number of samples that each rank is given, rounded up as DistributedSampler does.
+        """Return the number of samples that each rank is given, rounded up as DistributedSampler does.
 
         >>> import torch
         >>> DataSource(torch.utils.data.DataLoader(range(21))).samples_of_a_rank(2)
         11
         """
-        return None if self.size is None else -(-self.size // ranks)
+        return dataset_size(self.data, ranks if self.divided else 1)
+
+    def within(self, limits: Limits, ranks: int) -> Limits:
+        """Return the limits with those of the data: how many samples there are, and which batch sizes can be had.
+
+        >>> import torch
+        >>> DataSource(torch.utils.data.DataLoader(range(21))).within(Limits(max_batch_size=64), 2).largest
+        11
+        """
+        samples, limits = self.samples, replace(limits, ranks=ranks)
+        if samples.fixed is not None:
+            return limits.exactly(samples.fixed)
+        known = [size for size in (self.samples_of_a_rank(ranks), samples.count) if size is not None]
+        most = min(known) if known else most_of_a_stream(self.data, samples, limits.max_batch_size)
+        return replace(limits, samples=most, multiple_of=lcm(limits.multiple_of, samples.accepts))
+
+    def explained(self, plan: Plan) -> Plan:
+        """Return the plan with what the data say of its limit: the only size that can be had, or a length unknown."""
+        if self.samples.fixed is not None:
+            return replace(plan, limited_by="dataset")
+        if plan.limited_by != "dataset" or self.samples.count is not None or not unsized_loaders(self.data):
+            return plan
+        return replace(plan, notes=(*plan.notes, note_on_stream(self.data, plan.batch_size)))
 
 
 @dataclass(frozen=True)
@@ -321,7 +355,8 @@ def job_of_trainer(
 
 def source_of_trainer(job: TrainingJob, phase: Phase, sampling: Sampling) -> DataSource:
     """Return the loaders that a job's Trainer has for a phase."""
-    return DataSource(loader_source(job.trainer, job.begun, job.datamodule, phase), sampling)
+    divided = divides_samples(job.trainer)
+    return DataSource(loader_source(job.trainer, job.begun, job.datamodule, phase), sampling, divided)
 
 
 def nccl_allowance(settings: StepSettings, device: Device) -> int:

@@ -210,7 +210,7 @@ def predict_validation(job: TrainingJob, training: Estimate, batch_size: int, va
     except TraceError:
         if own is None:
             raise
-        result = traced([(own, samples.make(own))])
+        result = traced([(own, samples.batch(own))])
         program = scale(result.traces)
     return Estimate(
         training.method,

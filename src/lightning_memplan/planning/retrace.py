@@ -77,7 +77,10 @@ def retrace_at(found: Estimate, batch_size: int, job: TrainingJob) -> Estimate:
     if batch_size * _bytes_of_one(samples) > (cpu_device().capacity // 4 if many else CHEAP):
         unseen = f"{batch_size} samples take too much of the host's memory to see whether the step refuses them"
         return _noted(found, unseen) if many else found
-    batches, graphs = [(batch_size, samples.make(batch_size))], Graphs()
+    try:
+        batches, graphs = [(batch_size, samples.batch(batch_size))], Graphs()
+    except TraceError as error:  # too many to collate
+        return _noted(found, f"the step was not traced at the batch size that is planned: {error}")
     again = partial(trace_steps, job.setup, batches, graphs=graphs, beginning=job.beginning())
     before = [program for program in (traced.program, traced.least) if program is not None]
     after = []

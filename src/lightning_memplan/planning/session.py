@@ -63,9 +63,7 @@ class PlanningSession:
 
     def __post_init__(self) -> None:
         self.job = replace(self.job, method=self.method)
-        self.limits = replace(
-            self.limits, samples=self.job.source.samples_of_a_rank(self.job.ranks), ranks=self.job.ranks
-        )
+        self.limits = self.job.source.within(self.limits, self.job.ranks)
         self._estimates: dict[int, Estimate] = {}
 
     @property
@@ -129,7 +127,7 @@ class PlanningSession:
             DoesNotFitError: not even the smallest batch size fits.
             MemplanError: the step refuses all allowed batch sizes that fit.
         """
-        return make_plan(
+        plan = make_plan(
             self,
             self.device,
             limits or self.limits,
@@ -137,6 +135,7 @@ class PlanningSession:
             accumulate_grad_batches=self.job.settings.accumulate_grad_batches,
             retrace=retrace,
         )
+        return self.job.source.explained(plan)
 
     def check(self, batch_size: int) -> Plan:
         """Return the plan of this batch size alone, whatever the size of the dataset.
@@ -152,7 +151,7 @@ class PlanningSession:
         """Return the changes that save memory at a batch size; without one at the largest that fits."""
         estimate, device = self.estimate(self.job.settings.accumulate_grad_batches), self.device
         if batch_size is None:
-            limits = Limits(self.limits.margin, samples=self.job.source.size)
+            limits = self.job.source.within(Limits(self.limits.margin), 1)
             batch_size = largest_batch_size(estimate, device, limits) or 1
         return self.advise(estimate, batch_size, self.limits.budget_of(device), device.capacity)
 
@@ -192,7 +191,7 @@ def plan_each(
 
     The step is traced once for each compute capability.
     """
-    limits = replace(limits, samples=job.source.size)
+    limits = job.source.within(limits, 1)
     nccl = 0 if job.settings.parallel is None else job.settings.parallel.nccl
 
     @cache

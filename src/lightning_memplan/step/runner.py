@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from lightning_memplan.data.batches import TiledBatch, sample_bytes
+from lightning_memplan.data.batches import sample_bytes
 from lightning_memplan.data.holders import hold_batch_size
 from lightning_memplan.data.loaders import unit_of
+from lightning_memplan.data.tiling import TiledBatch
 from lightning_memplan.lightning.compat import is_lightning_module, random_states
 from lightning_memplan.memory.cycles import MOST, is_enough, period, shapes, until_all_were_seen
 from lightning_memplan.memory.formula import Formula

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightning_memplan.data.batches import TiledBatch
+from lightning_memplan.data.tiling import TiledBatch
 from lightning_memplan.lightning.compat import is_overridden, move_to_device
 from lightning_memplan.step.precision import convert
 

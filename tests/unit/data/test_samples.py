@@ -26,9 +26,11 @@ from torch.utils.data import (
 )
 
 import lightning_memplan as mp
-from lightning_memplan.data.batches import TiledBatch, batch_size_of, resized
-from lightning_memplan.data.loaders import borrowed, dataset_size
+from lightning_memplan.data.batches import batch_size_of, resized
+from lightning_memplan.data.borrowed import borrowed
+from lightning_memplan.data.loaders import dataset_size
 from lightning_memplan.data.samples import SIZES, read_samples
+from lightning_memplan.data.tiling import TiledBatch
 from lightning_memplan.planning.job import Sampling
 
 
@@ -383,11 +385,11 @@ def test_samples_that_differ_in_size_are_planned_for_by_the_largest_of_the_first
 
 def test_the_largest_sample_is_sought_at_even_distances():
     loader = DataLoader(texts(*range(1, 101)), collate_fn=padded)
-    # 100 // 8 = 12 apart: those at 0, 12, ..., 84 have 1, 13, ..., 85 tokens
+    # 99 / 7 = 14.1 apart: those at 0, 14, ..., 84 and the last have 1, 15, ..., 85 and 100 tokens
     samples = read_samples(loader, "largest", 8)
-    assert [tuple(batch.shape) for _, batch in samples.batches()] == [(2, 85), (3, 85), (5, 85)]
+    assert [tuple(batch.shape) for _, batch in samples.batches()] == [(2, 100), (3, 100), (5, 100)]
     assert samples.notes == (
-        "samples differ in size (8 B to 680 B): planned for batches of the largest of the 8 that were looked at",
+        "samples differ in size (8 B to 800 B): planned for batches of the largest of the 8 that were looked at",
     )
 
 
@@ -403,7 +405,7 @@ def test_as_many_samples_are_read_as_is_said():
             return torch.ones(index + 1)
 
     loader = DataLoader(Counted(), collate_fn=padded)
-    for how, indices in (({}, [0, 1, 2, 3, 4]), ({"sample": "largest", "sample_size": 4}, [0, 250, 500, 750])):
+    for how, indices in (({}, [0, 1, 2, 3, 4]), ({"sample": "largest", "sample_size": 4}, [0, 333, 666, 999])):
         Counted.read.clear()
         read_samples(loader, **how).batches()
         assert Counted.read == indices
@@ -424,7 +426,7 @@ def test_samples_of_one_size_are_as_they_are():
     rows_and_names = [(row, "a" * k) for k, row in enumerate(rows)]  # names differ, and take no memory of a card
     samples = read_samples(DataLoader(rows_and_names, batch_size=4), "largest", 3)
     assert samples.notes == ()
-    assert torch.equal(samples.batches((3,))[0][1][0], rows[[0, 3, 6]])
+    assert torch.equal(samples.batches((3,))[0][1][0], rows[[0, 4, 9]])
 
 
 def test_texts_are_measured_when_they_are_collated():
@@ -566,11 +568,10 @@ def test_a_large_batch_of_plain_tensors_is_made_on_the_card():
 @pytest.mark.parametrize(
     "collate",
     [
-        lambda items: (torch.stack(items), ["a name"] * len(items)),  # a list as long as the batch
         lambda items: (torch.stack(items, 1),),  # the batch in the second dimension
         lambda items: (torch.cat(items),),  # graphs: several rows a sample
         lambda items: (torch.stack(items), torch.eye(len(items))),
-        lambda items: (torch.stack(items), len(items)),
+        lambda items: (torch.stack(items), f"{len(items)} rows"),
         lambda items: (torch.stack(items).expand(len(items), 4).t().contiguous().t(),),
     ],
 )
