@@ -78,7 +78,8 @@ def replicate(
 def _replacement(stand_in: StandInTrainer, tensor_copy: Callable[[torch.Tensor], Any], value: Any) -> Any:
     """Return what stands for an object in a replica, None for an object that is copied."""
     if isinstance(value, nn.parameter.UninitializedBuffer):  # it refuses, as lazy parameters do not
-        return nn.parameter.UninitializedBuffer(device=value.device, dtype=value.dtype)
+        made_lazy: Any = nn.parameter.UninitializedBuffer
+        return made_lazy(device=value.device, dtype=value.dtype)
     if isinstance(value, torch.Tensor):
         made = tensor_copy(value)
         if made is None and not value.is_leaf:  # a step left it, or a weight is computed from others
