@@ -106,11 +106,17 @@ class StepRunner:
 
     def _run_batch(self, batch: Any, index: int, *, first: bool, last: bool) -> None:
         self.context.update(phase="batch", category="batch")
-        moved = self.transfer(batch)
+        moved = self._moved(batch)
         self.context.update(phase="forward", category="activations")
         outputs = self.step.run(moved, index, first=first, last=last)
         self.step.hook("on_train_batch_end", outputs, moved, index)
         del outputs  # before the batch
+
+    def _moved(self, batch: Any) -> Any:
+        """Return the batch on the device, or where it is if the step moves it."""
+        if not self.step.takes_iterator:
+            return self.transfer(batch)
+        return batch.whole() if isinstance(batch, TiledBatch) else batch
 
     def hold_batch_size(self, batch_size: int) -> None:
         """Let the step read the size of its batches: attributes, hyperparameters and loaders have it."""
@@ -137,7 +143,7 @@ class StepRunner:
         if self.step.steps_optimizers_itself:
             self.step.optimizers = self.step.configure()
         with torch.enable_grad():
-            self.step.forward(self.transfer(batch), 0)
+            self.step.forward(self._moved(batch), 0)
 
     def state_bytes(self) -> int:
         """Return the bytes of the optimizers' state on the device."""

@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+import lightning_memplan as mp
 from lightning_memplan.settings import StepSettings
 from lightning_memplan.step.backend import StepBackend
 from lightning_memplan.step.context import EventContext
@@ -131,3 +132,29 @@ def test_a_module_without_hooks_trains_in_the_same_order():
 def test_the_replicas_trainer_has_the_replica_as_its_model(module):
     runner = ran(module())
     assert runner.replica.trainer.model is runner.replica
+
+
+class FromIterator(pl.LightningModule):
+    def __init__(self, *, moves: bool):
+        super().__init__()
+        self.layer, self.moves = nn.Linear(1000, 10), moves
+
+    def training_step(self, dataloader_iter):
+        batch, batch_idx, dataloader_idx = next(dataloader_iter)
+        assert (batch_idx, dataloader_idx) in ((0, 0), (1, 0), (2, 0))
+        return self.layer(batch.to(self.device)).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class FromBatch(FromIterator):
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).sum()
+
+
+def test_a_step_that_takes_its_batch_from_an_iterator_needs_what_one_that_is_given_it_needs():
+    batch = torch.zeros(4, 1000)
+    taken, given = (mp.estimate(kind(moves=True), batch, method="trace") for kind in (FromIterator, FromBatch))
+    # the batch that is given stays until the step is over; the one that is taken is kept for the weight's gradient
+    assert taken.peak_allocated(100) == given.peak_allocated(100) >= 4 * (100 * 1000 + 2 * 1000 * 10)

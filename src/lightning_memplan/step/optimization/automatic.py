@@ -17,6 +17,11 @@ from lightning_memplan.step.patch import patched
 class AutomaticStep(PlainStep):
     """Call what the module overrides: training_step, its hooks, backward, clipping, optimizer_step."""
 
+    @property
+    def takes_iterator(self) -> bool:  # type: ignore[override]
+        code = getattr(self.replica.training_step, "__code__", None)
+        return code is not None and "dataloader_iter" in code.co_varnames[: code.co_argcount]
+
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
         replica = self.replica
         replica._trainer.train(self.model, replica)
@@ -74,6 +79,8 @@ class AutomaticStep(PlainStep):
 
     def training_step(self, batch: Any, index: int) -> Any:
         step = self.replica.training_step
+        if self.takes_iterator:  # Lightning's yields the indices of the batch and of its loader, too
+            return step(iter([(batch, index, 0)]))
         return step(batch, *[index] * min(1, count_indices(step)))
 
     def zero_grad(self, optimizer: torch.optim.Optimizer, index: int) -> None:

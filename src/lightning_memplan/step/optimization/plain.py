@@ -28,6 +28,7 @@ class PlainStep:
     """
 
     steps_optimizers_itself = False  #: the user's step calls its optimizers, and so needs them
+    takes_iterator = False  #: the user's step takes its batches from an iterator, and moves them itself
 
     def __init__(self, replica: Any, setup: TrainingSetup, strategy: Strategy, backend: StepBackend) -> None:
         self.replica, self.settings, self.strategy, self.backend = replica, setup.settings, strategy, backend
