@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -15,22 +15,18 @@ from lightning_memplan.checks import check_choice, check_count, check_method
 from lightning_memplan.data.holders import DEFAULT_NAME
 from lightning_memplan.errors import (
     DoesNotFitError,
-    MemplanError,
     PlanningFailedError,
+    RankGoneError,
+    StoppedByRankError,
     UnmetDemandError,
+    issue_warning,
     located,
     planning_warnings,
 )
-from lightning_memplan.lightning.compat import CallbackBase, misconfiguration, over_ranks
+from lightning_memplan.lightning.compat import CallbackBase, misconfiguration
 from lightning_memplan.lightning.data_source import release_loaders
-from lightning_memplan.lightning.loggers import (
-    log_first_hyperparams,
-    log_hyperparams,
-    logged_step,
-    say,
-    tensorboard_writers,
-    warn,
-)
+from lightning_memplan.lightning.loggers import RunLog, say, warn
+from lightning_memplan.lightning.ranks import over_ranks, planning_together
 from lightning_memplan.lightning.trainer import batches_into_epoch, cuda_index, is_fitting
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.monitor.history import RunSetup, history_path, remember
@@ -52,6 +48,26 @@ from lightning_memplan.report.plans import plan_table, validation_text
 from lightning_memplan.report.runs import measurement_summary
 from lightning_memplan.settings import MARGIN
 from lightning_memplan.types import Device, Measurement, Outcome, Peaks, Plan
+
+#: What a run has without a plan
+_USERS = "the user's own batch size, measured without predictions"
+
+Hook = TypeVar("Hook", bound=Callable[..., None])
+
+
+def _measures(hook: Hook) -> Hook:
+    """Guard a hook that measures: where it fails, measuring ends with one warning, and training goes on."""
+
+    @wraps(hook)
+    def guarded(self: MemoryPlanner, *args: Any, **kwargs: Any) -> None:
+        try:
+            hook(self, *args, **kwargs)
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            self._stop_measuring(error)
+
+    return guarded  # type: ignore[return-value]
 
 
 class MemoryPlanner(CallbackBase):
@@ -158,12 +174,13 @@ class MemoryPlanner(CallbackBase):
         self.test_plan: Plan | None = None
         self.estimate: Estimate | None = None
         self._fit: FitPlanner | None = None
-        self._meter: Meter | None = None
+        self._meter: Meter | None = None  # None once measuring has ended
+        self._measured: Meter | None = None
+        self._log: RunLog | None = None
         self._formula_peak = 0
         self._index: int | None = None
         self._applies = False  # whether this run's batch size is set
         self._sets_test = False
-        self._logs = True  # until a logger has failed
         self._accumulated = 1  # batches, as an earlier plan has set
         self._check()
 
@@ -181,7 +198,7 @@ class MemoryPlanner(CallbackBase):
         check_choice("resume", self.resume, ("keep", "plan"))
         check_choice("prog_bar", self.prog_bar, (False,))
         check_count("every_n_steps", self.every_n_steps)
-        self._options()
+        self._options().limits.check()
 
     def _options(self) -> FitOptions:
         """Return what the options ask of a plan."""
@@ -207,46 +224,50 @@ class MemoryPlanner(CallbackBase):
     # -- plan, at setup: before any loader is built
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._applies = cuda_index(trainer) is not None if self.apply is None else self.apply
-        options = self._options()
-        if stage == "test" and "test" in options.names and self._applies and not trainer.fast_dev_run:
+        if stage == "test":
+            with self._softly("the batch size of the test is not planned", "The test goes on"):
+                self._plan_test(trainer, pl_module)
+        elif stage == "fit":
+            self._forget_plan()
+            with self._softly("the batch size is not planned", "Training goes on"):
+                self._plan_fit(trainer, pl_module)
+
+    def _plan_test(self, trainer: Any, module: Any) -> None:
+        options = self._options_on(trainer)
+        if "test" in options.names and self._applies and not trainer.fast_dev_run:
             self.test_plan = None
-            with self._softly("the batch size of the test is not planned", "The test goes on"), planning_warnings():
-                self.test_plan, size = plan_and_set_test(trainer, pl_module, options)
-                self._sets_test = True
-                say(f"MemoryPlanner: the batch size of the test is {size}")
-        if stage != "fit":
-            return
-        self._forget_plan()
-        self._logs = True
-        self._index = None if trainer.fast_dev_run else cuda_index(trainer)
+            with planning_together(), planning_warnings():
+                self.test_plan, size = plan_and_set_test(trainer, module, options)
+            self._sets_test = True
+            say(f"MemoryPlanner: the batch size of the test is {size}")
+
+    def _plan_fit(self, trainer: Any, module: Any) -> None:
+        options = self._options_on(trainer)
         if trainer.fast_dev_run:
             say("MemoryPlanner is disabled when fast_dev_run is set: it runs a few batches of the user's size")
             return
-        self._fit = FitPlanner(trainer, pl_module, options, self._accumulated)
-        with self._softly("the batch size is not planned", "Training goes on"), planning_warnings():
-            self._fit.run(self._announce)
-            self._take_plan()
-        if self.plan is None:
-            self._fit = None
-        if self._index is not None and self.plan is not None:
-            with self._logging():
-                for writer in tensorboard_writers(trainer):  # now: the last layout counts, the user's may come later
-                    writer.add_custom_scalars(scalars_layout(PHASES))
+        self._index, self._log = cuda_index(trainer), RunLog(trainer, strict=self.on_error == "raise")
+        with planning_together(), planning_warnings():
+            fit = FitPlanner(trainer, module, options, self._accumulated)
+            fit.run(partial(self._described, fit))
+            self._take_plan(fit)
+        if self._index is not None:
+            self._log.layout(scalars_layout(PHASES))
 
-    def _announce(self, plan: Plan, val_plan: Plan | None, val_size: int) -> None:
-        """Show the plan, before it counts as set."""
-        assert self._fit is not None
-        lesson = self._fit.lesson.text
-        say(plan_table(plan, [("earlier runs", lesson)] if lesson else ()))
-        if val_size:
-            say(validation_text(val_size, plan, val_plan))
+    def _options_on(self, trainer: Any) -> FitOptions:
+        self._applies = cuda_index(trainer) is not None if self.apply is None else self.apply
+        return self._options()
 
-    def _take_plan(self) -> None:
-        assert self._fit is not None
-        self.plan, self.val_plan, self.estimate = self._fit.plan, self._fit.val_plan, self._fit.estimate
-        self._accumulated = self._fit.accumulated
-        self._formula_peak = 0 if self.plan is None else self.plan.formula_peak
+    @staticmethod
+    def _described(fit: FitPlanner, plan: Plan, val_plan: Plan | None, val_size: int) -> list[str]:
+        lesson = fit.lesson.text
+        table = plan_table(plan, [("earlier runs", lesson)] if lesson else ())
+        return [table, validation_text(val_size, plan, val_plan)] if val_size else [table]
+
+    def _take_plan(self, fit: FitPlanner) -> None:
+        self._fit, self.plan, self.val_plan, self.estimate = fit, fit.plan, fit.val_plan, fit.estimate
+        self._accumulated = fit.accumulated
+        self._formula_peak = 0 if fit.plan is None else fit.plan.formula_peak
 
     def _is_fatal(self, error: Exception) -> bool:
         """Decide whether an error of planning stops training: an unmet demand does, and a GPU that failed."""
@@ -260,22 +281,22 @@ class MemoryPlanner(CallbackBase):
         return demands and isinstance(error, (UnmetDemandError, type(misconfiguration(""))))
 
     @contextmanager
-    def _softly(self, what: str, then: str) -> Iterator[None]:
-        """Turn a planning failure into one warning: the user's batch size stays."""
+    def _softly(self, what: str, then: str, size: str = _USERS) -> Iterator[None]:
+        """Turn a planning failure into one warning: the batch size stays."""
         try:
             yield
         except Exception as error:
-            agreed = isinstance(error, PlanningFailedError)  # by all ranks
-            if not agreed and (self._is_fatal(error) or isinstance(error, MemplanError)):
+            agreed = isinstance(error, PlanningFailedError) and not isinstance(error, RankGoneError)
+            if not agreed and (isinstance(error, StoppedByRankError) or self._is_fatal(error)):
                 raise
             warn(
-                f"{what}: {located(error)}. {then} with the user's own batch size, measured without predictions; "
-                "MemoryPlanner(on_error='raise') stops here instead"
+                f"{what}: {located(error)}. {then} with {size}; MemoryPlanner(on_error='raise') stops here instead",
+                on_each_rank=isinstance(error, RankGoneError) and error.is_first,
             )
 
     def _forget_plan(self) -> None:
-        self.plan = self.val_plan = self.estimate = self._fit = self._meter = None
-        self._formula_peak = 0
+        self.plan = self.val_plan = self.estimate = self._fit = self._meter = self._measured = None
+        self._index, self._formula_peak = None, 0
 
     # -- resume: Lightning restores after setup, and before any loader is built
 
@@ -284,53 +305,66 @@ class MemoryPlanner(CallbackBase):
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         size = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("batch_size")
-        planned = None if self._fit is None else self._fit.planned_size
-        if self._fit is None or planned is None or size in (None, planned):
+        fit, planned = self._fit, None if self._fit is None else self._fit.planned_size
+        if fit is None or planned is None or size in (None, planned):
             return
         if self.resume == "keep":
-            try:
-                with planning_warnings():
-                    self._fit.keep(size, self._announce)
-                    self._take_plan()
-            except PlanningFailedError as error:
-                warn(f"{error}. Training resumes with the planned batch size {planned}")
-        elif (count := batches_into_epoch(checkpoint)) and trainer.is_global_zero:
-            warnings.warn(
-                f"MemoryPlanner: the checkpoint was made within an epoch, after {count} batches of {size}, and "
-                f"resume='plan' goes on with batches of {planned}: some of that epoch's samples are left out or seen "
-                "again, as its loader may have it; resume='keep' goes on at the same sample",
-                stacklevel=2,
+            what, planned_size = f"the checkpoint's batch size {size} is not kept", f"the planned batch size {planned}"
+            with self._softly(what, "Training resumes", planned_size), planning_together(), planning_warnings():
+                fit.keep(size, partial(self._described, fit))
+                self._take_plan(fit)
+        elif count := batches_into_epoch(checkpoint):
+            warn(
+                f"the checkpoint was made within an epoch, after {count} batches of {size}, and resume='plan' goes on "
+                f"with batches of {planned}: some of that epoch's samples are left out or seen again, as its loader "
+                "may have it; resume='keep' goes on at the same sample"
             )
 
+    @_measures
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        if self._fit is not None and self.plan is not None:
+        if self._fit is not None and self.plan is not None and self._log is not None:
             self._fit.release()
-            with self._logging():
-                log_first_hyperparams(trainer, pl_module, plan_hparams(self.plan) | self._fit.hyperparameters())
+            self._log.first_hyperparams(pl_module, plan_hparams(self.plan) | self._fit.hyperparameters())
 
     # -- measure, at every CUDA step
 
+    @_measures
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if self._fit is not None and self.plan is not None:
+        if self._index is not None:
+            self._meter = self._measured = Meter(
+                self._index,
+                self._forecast(),
+                every_n_steps=self.every_n_steps,
+                manual=not pl_module.automatic_optimization,
+                margin=None if self.plan is None or self.plan.method == "formula" else self.plan.margin,
+            )
+        elif self.plan is not None and trainer.is_global_zero:
+            issue_warning(
+                f"MemoryPlanner measures nothing: the Trainer runs on {trainer.strategy.root_device}, and only CUDA "
+                "devices tell their peak memory; use Trainer(accelerator='gpu') on a machine that has one"
+            )
+        if self._fit is not None and self.plan is not None and self._log is not None:
             self._check_loaders(self._fit, self.plan)
-            with self._logging():
-                log_hyperparams(trainer, plan_hparams(self.plan) | self._fit.hyperparameters())
-                self._draw(trainer, self.plan)
-        if self._index is None:
-            if self.plan is not None and trainer.is_global_zero:
-                warnings.warn(
-                    f"MemoryPlanner measures nothing: the Trainer runs on {trainer.strategy.root_device}, and only "
-                    "CUDA devices tell their peak memory; use Trainer(accelerator='gpu') on a machine that has one",
-                    stacklevel=2,
-                )
-            return
-        self._meter = Meter(
-            self._index,
-            Forecast(()) if self._fit is None else self._fit.forecast(),
-            every_n_steps=self.every_n_steps,
-            manual=not pl_module.automatic_optimization,
-            margin=None if self.plan is None or self.plan.method == "formula" else self.plan.margin,
-        )
+            self._log.hyperparams(plan_hparams(self.plan) | self._fit.hyperparameters())
+            self._log.figure("memplan/timeline", partial(self._drawn, self.plan))
+
+    def _forecast(self, batch_size: int | None = None) -> Forecast:
+        """Return the predicted peaks of each batch; none where there is no plan, or where it cannot be replayed."""
+        try:
+            return Forecast(()) if self._fit is None else self._fit.forecast(batch_size)
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            warn(f"steps are measured without predictions: {located(error)}")
+            return Forecast(())
+
+    def _drawn(self, plan: Plan) -> Any:
+        """Return a figure of the plan's step; None without matplotlib, or where there is no step to draw."""
+        assert self.estimate is not None
+        try:
+            return plot_timeline(self.estimate, plan.batch_size, device=plan.device, budget=plan.budget)
+        except (ModuleNotFoundError, ValueError):  # by the formula; or a checkpoint's size, which does not fit
+            return None
 
     def _check_loaders(self, fit: FitPlanner, plan: Plan) -> None:
         """See that the loaders have the planned size, now that they are there."""
@@ -344,94 +378,114 @@ class MemoryPlanner(CallbackBase):
 
     @property
     def measurements(self) -> list[Measurement]:
-        return [] if self._meter is None else self._meter.measurements
+        return [] if self._measured is None else self._measured.measurements
 
     @property
     def validations(self) -> list[Peaks]:
-        return [] if self._meter is None else self._meter.validations
+        return [] if self._measured is None else self._measured.validations
 
+    def _stop_measuring(self, error: Exception) -> None:
+        meter, self._meter = self._meter, None
+        if meter is not None:
+            warn(f"memory is not measured from here on: {located(error)}. Training goes on")
+            with suppress(Exception):
+                meter.close()
+
+    @_measures
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self._meter is not None:
             if not self._meter.step and self.plan is not None:
-                self._predict_for(batch)
+                self._predict_for(batch, self._meter, self.plan)
             self._meter.begin()
 
-    def _predict_for(self, batch: Any) -> None:
+    def _predict_for(self, batch: Any, meter: Meter, plan: Plan) -> None:
         """Predict for batches of as many samples as the first one has; say where another number was set."""
         assert self._fit is not None
-        assert self.plan is not None
-        assert self.estimate is not None
-        assert self._meter is not None
         size = self._fit.size_of(batch)
-        if size is None or size == self.plan.batch_size:  # the planned size is as good a guess as another
+        if size is None or size == plan.batch_size or self.estimate is None:  # the planned size is as good a guess
             return
-        self._meter.forecast = self._fit.forecast(size)
+        meter.forecast = self._forecast(size)
         self._formula_peak = self.estimate.formula.memory(size)
         if self._fit.place is None:
             say(f"MemoryPlanner predicts for batches of {size}, as training has them")
         else:
             warn(
-                f"{self.plan.batch_size} samples a batch were planned and set, and the first batch has {size}: its "
+                f"{plan.batch_size} samples a batch were planned and set, and the first batch has {size}: its "
                 "loader decides otherwise. Predictions follow the batch"
             )
 
+    @_measures
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         if self._meter is not None and self._meter.phase:
             self._meter.enter("backward")
 
+    @_measures
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         if self._meter is not None and self._meter.phase:
             self._meter.enter("optimizer" if pl_module.automatic_optimization else "forward")
 
+    @_measures
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if self._meter is not None and not pl_module.automatic_optimization:
             self._meter.enter("optimizer")
 
+    @_measures
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._meter is None:
             return
         measured = self._meter.end()
         if remark := self._meter.remark():
-            warnings.warn(f"MemoryPlanner: {remark}", stacklevel=2)
-        if self._meter.logs(measured.step):
-            self._log_step(trainer, measured)
+            issue_warning(f"MemoryPlanner: {remark}")
+        if self._meter.logs(measured.step) and trainer.loggers and self._log is not None:
+            self._log.metrics(step_metrics(measured, self._formula_peak))
 
+    @_measures
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         if self._meter is not None and is_fitting(trainer):
             self._meter.begin_validation()
 
+    @_measures
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._meter is not None and is_fitting(trainer):
-            self._log(trainer, validation_metrics(self._meter.end_validation()))
+        if self._meter is not None and is_fitting(trainer) and self._log is not None:
+            self._log.metrics(validation_metrics(self._meter.end_validation()))
 
+    @_measures
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._meter is None:
+        if self._index is None:
             return
-        self._remember(trainer, pl_module, "done")
-        ranks = over_ranks(self._meter.highest)
-        if len(ranks) > 1:
-            self._log(trainer, ranks_metrics(ranks))
+        highest = Peaks(0, 0) if self._measured is None else self._measured.highest
+        try:  # also where this rank measures nothing: the others wait
+            ranks = over_ranks(highest)
+        except RankGoneError:
+            ranks = [highest]
+        if len(ranks) > 1 and self._log is not None:
+            self._log.metrics(ranks_metrics(ranks))
         if self.measurements:
             say(measurement_summary(self.measurements, ranks, self.validations))
+        self._remember(trainer, pl_module, "done")
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        if self._meter is not None:
-            out = ran_out_of_memory(exception) and not self._meter.validates
-            self._remember(trainer, pl_module, "out of memory" if out else "stopped")
-        self._release(trainer)
+        with suppress(Exception):  # the user's own error is on its way
+            if self._meter is not None:
+                out = ran_out_of_memory(exception) and not self._meter.validates
+                self._remember(trainer, pl_module, "out of memory" if out else "stopped")
+        with suppress(Exception):
+            self._release(trainer)
 
     def _remember(self, trainer: Any, module: Any, outcome: Outcome) -> None:
         """Add this run to the history, once; not where its figures are not those of its plan."""
-        fit, path = self._fit, history_path(self.history)
-        if fit is None or self.plan is None or not (fit.structure and self._applies and self.device is None):
+        fit, path, meter = self._fit, history_path(self.history), self._meter
+        if fit is None or self.plan is None or meter is None:
+            return
+        if not (fit.structure and self._applies and self.device is None):
             return
         structure, fit.structure = fit.structure, ""
-        assert self._meter is not None
         setup = RunSetup(
             structure, type(module).__name__, fit.settings, rank=trainer.global_rank, ranks=trainer.world_size
         )
-        remember(path, self._meter, self.plan, setup, outcome)
+        remember(path, meter, self.plan, setup, outcome)
 
+    @_measures
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._release(trainer)
 
@@ -444,35 +498,3 @@ class MemoryPlanner(CallbackBase):
             self._fit.release()
         if self._meter is not None:
             self._meter.close()
-
-    def _log_step(self, trainer: Any, measured: Measurement) -> None:
-        if trainer.loggers:
-            self._log(trainer, step_metrics(measured, self._formula_peak))
-
-    def _log(self, trainer: Any, metrics: dict[str, float]) -> None:
-        loggers, step = trainer.loggers, logged_step(trainer)
-        with self._logging():
-            for logger in loggers if self._logs else ():
-                logger.log_metrics(metrics if len(loggers) == 1 else dict(metrics), step=step)
-
-    @contextmanager
-    def _logging(self) -> Iterator[None]:
-        """Turn a failure of logging into one warning, and log nothing more: steps are measured all the same."""
-        try:
-            yield
-        except Exception as error:
-            if self.on_error == "raise":
-                raise
-            if self._logs:
-                warn(f"memory is not logged: {located(error)}. Measurements are kept in planner.measurements")
-            self._logs = False
-
-    def _draw(self, trainer: Any, plan: Plan) -> None:
-        """Draw the plan's step for TensorBoard; nothing without matplotlib, or where there is no step to draw."""
-        assert self.estimate is not None
-        for writer in tensorboard_writers(trainer):
-            try:
-                figure = plot_timeline(self.estimate, plan.batch_size, device=plan.device, budget=plan.budget)
-            except (ModuleNotFoundError, ValueError):  # by the formula; or a checkpoint's size, which does not fit
-                return
-            writer.add_figure("memplan/timeline", figure)

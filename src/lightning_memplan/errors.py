@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -111,7 +113,8 @@ _LIBRARIES = ("torch", "lightning_memplan", "pytorch_lightning", "lightning", "l
 def _is_library(filename: str) -> bool:
     modules = (sys.modules.get(name) for name in (*_LIBRARIES, "torchmetrics"))
     roots = (os.path.dirname(module.__file__) + os.sep for module in modules if module is not None and module.__file__)
-    return filename.startswith(("<", *roots))
+    standard = filename.startswith(os.path.dirname(os.__file__) + os.sep) and "-packages" + os.sep not in filename
+    return standard or filename.startswith(("<", *roots))
 
 
 def _needs_value(error: BaseException) -> bool:
@@ -131,8 +134,7 @@ def explain(error: BaseException, within: str = "a trace", what: str = "the step
     if _needs_value(error):
         what = f"{what} needs the value of a tensor ({kind} in {getattr(error, 'func', error)}), which a trace has not"
     else:
-        text = str(error).strip().splitlines()
-        what = f"{what} failed in {within} ({kind}: {text[0] if text else 'no message'})"
+        what = f"{what} failed in {within} ({kind}: {first_line(error) or 'no message'})"
     return f"{what}; at {where}"
 
 
@@ -156,6 +158,28 @@ class PlanningFailedError(MemplanError):
     """
 
 
+class RankGoneError(PlanningFailedError):
+    """A rank is gone, or has failed, while the others wait for its result.
+
+    ``is_first`` is True where it is the first rank, which warns for all others as long as it is there.
+
+    >>> RankGoneError("rank 1 is gone").is_first
+    False
+    """
+
+    def __init__(self, message: str, *, is_first: bool = False) -> None:
+        super().__init__(message)
+        self.is_first = is_first
+
+
+class StoppedByRankError(MemplanError):
+    """Another rank has failed for a reason that stops training: it stops on every rank.
+
+    >>> issubclass(StoppedByRankError, MemplanError)
+    True
+    """
+
+
 def located(error: BaseException) -> str:
     """Describe an error with its type, its first line, and the last line of the user's code that it passed.
 
@@ -165,13 +189,59 @@ def located(error: BaseException) -> str:
     ...     located(error).startswith("ValueError: no samples")
     True
     """
-    lines = str(error).strip().splitlines()
-    text = lines[0] if lines else "without a message"
+    text = first_line(error) or "without a message"
     if isinstance(error, MemplanError):
         return text
     users = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_library(frame.filename)]
     where = f" at {users[-1].filename}:{users[-1].lineno}: {users[-1].line}" if users else ""
     return f"{type(error).__name__}: {text}{where}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, in the words of training: without fake tensors and their device.
+
+    >>> first_line(RuntimeError("FakeTensor(..., device='cuda:0', size=(2, 3)) is no index"))
+    'a tensor of shape (2, 3) on cuda:0 is no index'
+    """
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # noqa: BLE001 - the message is the user's own code
+        return "its message cannot be read"
+    text = lines[0] if lines else ""
+    for words, plain in _PLAIN:
+        text = words.sub(plain, text)
+    return text
+
+
+#: Words of fake tensors, and what they mean to a user.
+#: Source: torch/_subclasses/fake_tensor.py and torch/_tensor_str.py (2.14)
+_PLAIN = tuple(
+    (re.compile(words), plain)
+    for words, plain in {
+        r"FakeTensor\(\.\.\., device='([^']*)', size=\(([^)]*)\)[^()]*\)": r"a tensor of shape (\2) on \1",
+        r"FakeTensor\(\.\.\., size=\(([^)]*)\)[^()]*\)": r"a tensor of shape (\1)",
+        r"Unhandled FakeTensor Device Propagation for (\S+), found": r"\1 found",
+        r"Cannot copy out of meta tensor; no data!": "the value of a tensor is not known before training",
+        r"(?:FunctionalTensor|FakeTensorMode|FakeTensor)\b": "tensor",
+        r"\bmeta tensors?\b|'meta' tensors?": "tensor without values",
+        r"\bmeta device\b|device='?meta'?|device meta|'meta'|(?<=on )meta\b": "no device",
+    }.items()
+)
+
+
+def issue_warning(text: str, stacklevel: int = 1) -> None:
+    """Warn; where warnings are errors, log the text: no warning of the planner stops training."""
+    with logged_if_error(text):
+        warnings.warn(text, stacklevel=stacklevel + 1)
+
+
+@contextmanager
+def logged_if_error(text: str) -> Iterator[None]:
+    """Log a text where the warning that says it is raised, since warnings are errors (``-W error``)."""
+    try:
+        yield
+    except Warning:
+        logging.getLogger(__package__).warning(text)
 
 
 @contextmanager
@@ -184,4 +254,5 @@ def planning_warnings() -> Iterator[None]:
     finally:
         for each in caught:
             if str(each.message).startswith("MemoryPlanner"):
-                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+                with logged_if_error(str(each.message)):
+                    warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)

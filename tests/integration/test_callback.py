@@ -359,9 +359,10 @@ def test_an_unknown_card_names_the_near_ones():
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"min_batch_size": 8, "max_batch_size": 4}, r"no batch size is at least 8, at most 4 \(max_batch_size\)"),
+        ({"min_batch_size": 8, "max_batch_size": 4}, r"no batch size is at least 8 and at most 4"),
         ({"min_batch_size": 22}, r"no batch size is at least 22, at most 21 \(dataset\) and a multiple of 1"),
-        ({"multiple_of": 8, "max_batch_size": 7}, r"at most 7 \(max_batch_size\) and a multiple of 8"),
+        ({"multiple_of": 8, "max_batch_size": 7}, r"no batch size from 1 to 7 is a multiple of 8"),
+        ({"multiple_of": 8, "min_batch_size": 17}, r"at most 21 \(dataset\) and a multiple of 8"),
     ],
 )
 def test_limits_that_leave_no_size(limits, message):

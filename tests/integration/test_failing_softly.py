@@ -285,6 +285,13 @@ def test_every_option_has_to_argue() -> None:
         ({"prog_bar": True}, "prog_bar is False, not True"),
         ({"margin": "learned"}, "margin='learned' learns from earlier runs: pass history=True or the path of a file"),
         ({"margin": 1.0}, "margin is the part of the device's memory to leave free"),
+        (
+            {"min_batch_size": 8, "max_batch_size": 4},
+            "no batch size is at least 8 and at most 4: min_batch",
+        ),
+        ({"min_batch_size": 5, "max_batch_size": 7, "multiple_of": 8}, "no batch size from 5 to 7 is a multiple of 8"),
+        ({"max_batch_size": 7, "multiple_of": 8}, "no batch size from 1 to 7 is a multiple of 8"),
+        ({"min_batch_size": 9, "effective_batch_size": 8}, "min_batch_size=9 is above effective_batch_size=8"),
         ({"batch_arg_name": 3}, "batch_arg_name is a name such as 'batch_size'"),
         ({"batch_arg_name": {"valid": "size"}}, "batch_arg_name has names for 'train', 'val', 'test', 'predict', not"),
     ],

@@ -232,7 +232,7 @@ INSIDE: dict[str, tuple[str, str, int]] = {
     "validation is traced": ("planning.predict", "trace_validation", 1),
     "all ranks agree": ("planning.proposal", "over_ranks", 1),
     "loaders are changed": ("planning.apply", "change_loaders", 1),
-    "the plan is printed": ("callback", "say", 1),
+    "the plan is printed": ("planning.fit", "say", 1),
 }
 LEARNED: dict[str, Any] = {"margin": "learned", "history": True}  # so that a history is read
 SETTERS = ["batch_size is set", "val_size is set"]

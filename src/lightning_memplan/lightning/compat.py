@@ -164,12 +164,3 @@ def is_combined_loader(thing: object) -> bool:
     """Return True for a CombinedLoader of either name."""
     utilities = (importlib.import_module(f"{flavour.__name__}.utilities.combined_loader") for flavour in FLAVOURS)
     return any(isinstance(thing, module.CombinedLoader) for module in utilities)
-
-
-def over_ranks(value: T) -> list[T]:
-    """Return the value of each rank, in the order of ranks. Every rank must call it."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values

@@ -1,4 +1,4 @@
-"""Write hyperparameters and text through a Trainer's loggers.
+"""Write hyperparameters, metrics and text through a Trainer's loggers.
 
 Private interfaces of Lightning were checked in 2.6.6; tests in tests/unit/lightning fail where one of them moves.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from lightning_memplan.errors import issue_warning, located, planning_warnings
 from lightning_memplan.lightning.compat import FLAVOURS
 
 if TYPE_CHECKING:
@@ -84,7 +85,67 @@ def say(text: str) -> None:
     importlib.import_module(f"{FLAVOURS[0].__name__}.utilities.rank_zero").rank_zero_info(text)
 
 
-def warn(text: str) -> None:
-    """Warn on rank 0 alone."""
+def warn(text: str, *, on_each_rank: bool = False) -> None:
+    """Warn on rank 0 alone, or on each rank; where warnings are errors, log the text."""
     utilities = importlib.import_module(f"{FLAVOURS[0].__name__}.utilities.rank_zero")
-    utilities.rank_zero_warn(f"MemoryPlanner: {text}", stacklevel=6)
+    if on_each_rank or getattr(utilities.rank_zero_only, "rank", 0) == 0:
+        issue_warning(f"MemoryPlanner: {text}", stacklevel=5)
+
+
+class RunLog:
+    """The loggers of one run. A failure is one warning, and nothing more is logged; where ``strict``, it is raised.
+
+    >>> from types import SimpleNamespace
+    >>> log = RunLog(SimpleNamespace(loggers=[]))
+    >>> log.metrics({"memplan/actual_reserved_gib": 1.0})
+    """
+
+    def __init__(self, trainer: Any, *, strict: bool = False) -> None:
+        self._trainer, self._strict, self._logs = trainer, strict, True
+
+    def layout(self, charts: Mapping[str, Any]) -> None:
+        """Lay out TensorBoard's charts. The last layout counts: call it early, the user's own may come later."""
+        with self._softly("the charts of memory are not laid out in TensorBoard"):
+            for writer in tensorboard_writers(self._trainer):
+                writer.add_custom_scalars(charts)
+
+    def first_hyperparams(self, module: LightningModule, params: Mapping[str, Any]) -> None:
+        """Log hyperparameters to TensorBoard together with the user's own."""
+        with self._softly():
+            log_first_hyperparams(self._trainer, module, params)
+
+    def hyperparams(self, params: Mapping[str, Any]) -> None:
+        """Log hyperparameters to every logger."""
+        with self._softly():
+            log_hyperparams(self._trainer, params)
+
+    def metrics(self, metrics: dict[str, float]) -> None:
+        """Log metrics under the step under which Lightning logs its own."""
+        loggers = self._trainer.loggers
+        if not loggers or not self._logs:
+            return
+        with self._softly():
+            step = logged_step(self._trainer)
+            for logger in loggers:
+                logger.log_metrics(metrics if len(loggers) == 1 else dict(metrics), step=step)
+
+    def figure(self, name: str, draw: Callable[[], Any]) -> None:
+        """Log the figure that ``draw`` returns to TensorBoard; nothing where it returns None."""
+        with self._softly("the plan is not drawn for TensorBoard"), planning_warnings():
+            for writer in tensorboard_writers(self._trainer) if self._logs else ():
+                if (figure := draw()) is not None:
+                    writer.add_figure(name, figure)
+
+    @contextmanager
+    def _softly(self, what: str = "") -> Iterator[None]:
+        """Turn a failure into one warning: of ``what`` has failed, or of all logging, which ends with it."""
+        try:
+            yield
+        except Exception as error:
+            if self._strict:
+                raise
+            if what:
+                warn(f"{what}: {located(error)}")
+            elif self._logs:
+                self._logs = False
+                warn(f"memory is not logged: {located(error)}. Measurements are kept in planner.measurements")

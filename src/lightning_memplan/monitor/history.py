@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_memplan.devices.detect import driver_version
+from lightning_memplan.errors import issue_warning, located
 from lightning_memplan.settings import StepSettings
 from lightning_memplan.types import Device, Outcome, Plan, RunRecord, as_dict
 from lightning_memplan.units import MiB
@@ -149,7 +150,7 @@ def learn(
     try:
         runs = load_history(path)
     except OSError as error:
-        warnings.warn(f"MemoryPlanner: the history of earlier runs cannot be read: {error}", stacklevel=2)
+        issue_warning(f"MemoryPlanner: the history of earlier runs cannot be read: {located(error)}")
         runs = []
     return lesson(runs, structure, device.name, method=method, capacity=device.capacity, prior=prior)
 
@@ -289,10 +290,9 @@ def remember(path: Path | None, meter: Meter, plan: Plan, setup: RunSetup, outco
     try:
         append(run_record(meter, plan, setup, outcome), path)
     except OSError as error:
-        warnings.warn(
-            f"MemoryPlanner: this run is not kept in the history: {error}; name a file by history='...', or pass "
-            "history=False",
-            stacklevel=2,
+        issue_warning(
+            f"MemoryPlanner: this run is not kept in the history: {located(error)}; name a file by history='...', "
+            "or pass history=False",
         )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,11 +21,10 @@ from lightning_memplan.data.loaders import (
     resized_loaders,
     unit_of,
 )
-from lightning_memplan.errors import ApplyError, located
-from lightning_memplan.lightning.compat import over_ranks
+from lightning_memplan.errors import ApplyError
 from lightning_memplan.lightning.data_source import Phase, change_loaders, kept_loaders, loaders_are_made, train_loaders
 from lightning_memplan.lightning.trainer import divides_samples
-from lightning_memplan.planning.proposal import IsFatal, RankResult, always, see_failures
+from lightning_memplan.planning.proposal import IsFatal, RankResult, always, on_each_rank
 
 _STAGES = ("train", "val", "test", "predict")
 
@@ -216,30 +216,27 @@ def write_together(
     trainer: Any,
     accumulate_grad_batches: int | None = None,
     is_fatal: IsFatal = always,
+    describe: Callable[[], object] = bool,
 ) -> Iterator[None]:
     """Write batch sizes and accumulation on all ranks, all of them or none: what fails inside the block undoes all.
 
-    Accumulation is set where a batch size is, and where it is given. Every rank votes: where one cannot write, all undo
-    what they have written.
+    Accumulation is set where a batch size is, and where it is given. Every rank votes: where one cannot write or
+    ``describe`` what it has written, all undo it.
 
     Raises:
         ApplyError: a holder or a loader cannot be set, or an epoch has too few batches of that size.
         PlanningFailedError: a rank has failed, for no reason that ``is_fatal``.
     """
+
+    def write(undo: ExitStack) -> None:
+        for place, size in sizes:
+            place.write(size, undo)
+        if sizes and accumulate_grad_batches is not None:
+            undo.callback(setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches)
+            trainer.accumulate_grad_batches = accumulate_grad_batches
+        describe()
+
     with ExitStack() as undo:
-        failure = None
-        try:
-            for place, size in sizes:
-                place.write(size, undo)
-            if sizes and accumulate_grad_batches is not None:
-                undo.callback(setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches)
-                trainer.accumulate_grad_batches = accumulate_grad_batches
-        except Exception as error:  # noqa: BLE001 - the other ranks wait for this rank's vote, whatever happened
-            failure = error
-        vote = RankResult() if failure is None else RankResult(reason=located(failure), fatal=is_fatal(failure))
-        try:
-            see_failures(over_ranks(vote), failure)
-        finally:
-            del failure  # break the reference cycle failure → traceback → this frame
+        on_each_rank(partial(write, undo), lambda _: RankResult(), is_fatal)
         yield
         undo.pop_all()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
-from lightning_memplan.errors import TraceError, located
-from lightning_memplan.lightning.compat import over_ranks
+from lightning_memplan.errors import TraceError, issue_warning
 from lightning_memplan.planning.job import DataSource, TrainingJob
 from lightning_memplan.planning.limits import Limits
 from lightning_memplan.planning.plan import make_plan
 from lightning_memplan.planning.predict import predict_test, predict_validation
 from lightning_memplan.planning.predictor import OneEstimate
-from lightning_memplan.planning.proposal import IsFatal, RankResult, always, see_failures
+from lightning_memplan.planning.proposal import IsFatal, RankResult, always, on_each_rank
 from lightning_memplan.planning.session import PlanningSession
 from lightning_memplan.types import Device, Plan
 
@@ -60,22 +58,20 @@ def agreed_plan(
 
     Raises:
         PlanningFailedError: a rank has failed, for no reason that ``is_fatal``.
-        MemplanError: another rank has no batch size.
+        StoppedByRankError: another rank has no batch size.
     """
-    plan, failure, result = None, None, RankResult()
-    try:
-        plan = make()
-        result = RankResult(batch_size=plan.batch_size)
-    except Exception as error:  # noqa: BLE001 - the other ranks wait for this rank's result, whatever happened
-        if isinstance(error, TraceError) and otherwise is not None:
-            result = RankResult(batch_size=otherwise)
-            remark = f"{what} gets training's batch size, since it cannot be traced: {error}"
-            warnings.warn(f"MemoryPlanner: {remark}", stacklevel=2)
-        else:
-            failure, result = error, RankResult(reason=f"{what}: {located(error)}", fatal=is_fatal(error))
-    results = over_ranks(result)
-    try:
-        see_failures(results, failure)
-    finally:
-        del failure  # break the reference cycle failure → traceback → this frame
+
+    def made() -> Plan | None:
+        try:
+            return make()
+        except TraceError as error:
+            if otherwise is None:
+                raise
+            issue_warning(f"MemoryPlanner: {what} gets training's batch size, since it cannot be traced: {error}")
+            return None
+
+    def result_of(plan: Plan | None) -> RankResult:
+        return RankResult(batch_size=(otherwise or 0) if plan is None else plan.batch_size)
+
+    plan, results = on_each_rank(made, result_of, is_fatal, f"{what}: ")
     return plan, min(each.batch_size for each in results)

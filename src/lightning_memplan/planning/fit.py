@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +13,9 @@ from torch import nn
 from lightning_memplan.checks import Method
 from lightning_memplan.data.batches import batch_size_of
 from lightning_memplan.data.holders import DEFAULT_NAME, Holder
-from lightning_memplan.errors import ApplyError
+from lightning_memplan.errors import ApplyError, issue_warning, located
 from lightning_memplan.lightning.compat import misconfiguration
-from lightning_memplan.lightning.loggers import warn
+from lightning_memplan.lightning.loggers import say, warn
 from lightning_memplan.lightning.trainer import averaging_bytes, check_alone, cuda_index, validates
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.structure import structure_of
@@ -38,7 +37,8 @@ from lightning_memplan.planning.session import PlanningSession, allocated_on, ch
 from lightning_memplan.settings import MARGIN, StepSettings
 from lightning_memplan.types import Device, Plan
 
-Announce = Callable[[Plan, "Plan | None", int], None]  #: show a plan, validation's plan, and validation's batch size
+#: Describe a plan, validation's plan, and validation's batch size, in texts to print
+Describe = Callable[[Plan, "Plan | None", int], "Sequence[str]"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class FitPlanner:
         """The proposed batch size, as long as another can be set in its place."""
         return None if self._proposal is None or self.place is None else self._proposal.plan.batch_size
 
-    def run(self, announce: Announce) -> None:
+    def run(self, describe: Describe) -> None:
         """Propose a plan on all ranks, confirm it by real steps, and write it.
 
         Raises:
@@ -103,16 +103,16 @@ class FitPlanner:
         if confirm and not self._stays:
             proposal = confirmed(proposal, strict=options.confirm is True, is_fatal=options.is_fatal)
         self._proposal = proposal
-        self._write(proposal, announce)
+        self._write(proposal, describe)
 
-    def keep(self, batch_size: int, announce: Announce) -> None:
+    def keep(self, batch_size: int, describe: Describe) -> None:
         """Set a checkpoint's batch size in place of the planned one, on all ranks.
 
         Raises:
             PlanningFailedError: it cannot be had here; what was planned stays.
         """
         assert self._proposal is not None
-        self._write(on_all_ranks(partial(self._proposal.kept, batch_size), self.options.is_fatal), announce)
+        self._write(on_all_ranks(partial(self._proposal.kept, batch_size), self.options.is_fatal), describe)
 
     def forecast(self, batch_size: int | None = None) -> Forecast:
         """Return the predicted peaks of each batch, at the planned batch size or at another."""
@@ -181,7 +181,7 @@ class FitPlanner:
         first = session.estimate_at((whole or job.ranks) // job.ranks)
         session.extra_bytes = averaging_bytes(trainer, job.begun) if self._index is not None else 0
         if options.method == "auto" and first.method == "formula" and trainer.is_global_zero:
-            warnings.warn(f"MemoryPlanner: {'; '.join(first.notes)}", stacklevel=2)
+            issue_warning(f"MemoryPlanner: {'; '.join(first.notes)}")
         self._session, self.settings, self.already_allocated = session, job.settings, session.already_allocated
         self.structure = structure_of(first, job.name, job.settings, job.ranks)
         margin = None if options.learns_margin else options.limits.margin
@@ -224,9 +224,9 @@ class FitPlanner:
             return ()
         return find_holders(self.options.names[stage], self._module, getattr(self._trainer, "datamodule", None))
 
-    def _write(self, proposal: Proposal, announce: Announce) -> None:
-        """Set all that is planned, or nothing."""
-        plan, val_plan, val_size = proposal.plan, None, 0
+    def _write(self, proposal: Proposal, describe: Describe) -> None:
+        """Set all that is planned, or nothing; say so, once it is set on all ranks."""
+        plan, val_plan, val_size, estimate = proposal.plan, None, 0, proposal.estimate
         if self._validation is not None:
             assert self._session is not None
             make = partial(plan_validation, self._session, plan, self._validation)
@@ -236,14 +236,30 @@ class FitPlanner:
         accumulate = None if plan.effective_batch_size is None else plan.accumulate_grad_batches
         sizes = [(self.place, plan.batch_size), (self._val_place, val_size)]
         written = [(place, size) for place, size in sizes if place is not None]
-        remarks = self._remarks(plan)
-        with write_together(written, self._trainer, accumulate, self.options.is_fatal):
-            announce(plan, val_plan, val_size)
+        texts: list[str] = []
+        remarks: list[str] = []
+
+        def prepare() -> None:
+            texts.extend(describe(plan, val_plan, val_size))
+            remarks.extend(self._remarks(plan))
+
+        with write_together(written, self._trainer, accumulate, self.options.is_fatal, prepare):
+            self._say(texts)
         for remark in remarks:
             warn(remark)
         if self.place is not None and accumulate is not None:
             self.accumulated = accumulate
-        self.plan, self.val_plan, self.estimate = plan, val_plan, proposal.estimate
+        self.plan, self.val_plan, self.estimate = plan, val_plan, estimate
+
+    def _say(self, texts: Sequence[str]) -> None:
+        """Print texts. What is set on all ranks stays so where one of them cannot print."""
+        try:
+            for text in texts:
+                say(text)
+        except Exception as error:
+            if self.options.is_fatal(error):
+                raise
+            warn(f"the plan is not printed: {located(error)}")
 
     def _remarks(self, plan: Plan) -> list[str]:
         """Return what the plan changes in training beside memory; accumulation that the plan sets is no surprise."""

@@ -41,6 +41,25 @@ class Limits:
             if (value := getattr(self, name)) is not None:
                 check_count(name, value)
 
+    def check(self) -> None:
+        """Raise ValueError where no batch size can meet all limits, whatever the dataset and the GPU.
+
+        >>> Limits(min_batch_size=8, max_batch_size=4).check()
+        Traceback (most recent call last):
+        ...
+        ValueError: no batch size is at least 8 and at most 4: min_batch_size is above max_batch_size
+        """
+        least, most, step = self.min_batch_size, self.max_batch_size, self.multiple_of
+        if most is not None and least > most:
+            raise ValueError(
+                f"no batch size is at least {least} and at most {most}: min_batch_size is above max_batch_size"
+            )
+        if most is not None and -(-least // step) * step > most:
+            raise ValueError(f"no batch size from {least} to {most} is a multiple of {step}: lower multiple_of")
+        whole = self.effective_batch_size
+        if whole is not None and least > whole:
+            raise ValueError(f"min_batch_size={least} is above effective_batch_size={whole}, of which it is a part")
+
     @property
     def largest(self) -> int | None:
         """Largest batch size that the user and the dataset allow; None where neither says."""

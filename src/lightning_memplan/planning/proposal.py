@@ -8,12 +8,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from lightning_memplan.errors import DoesNotFitError, MemplanError, PlanningFailedError, explain, located
-from lightning_memplan.lightning.compat import over_ranks
+from lightning_memplan.errors import DoesNotFitError, PlanningFailedError, StoppedByRankError, explain, located
+from lightning_memplan.lightning.ranks import over_ranks
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.search import MEMORY, LimitedBy, lacking
 from lightning_memplan.planning.limits import Limits
@@ -21,6 +21,8 @@ from lightning_memplan.probe.clean_up import give_back
 from lightning_memplan.probe.probe import TrialPeaks
 from lightning_memplan.types import Plan
 from lightning_memplan.units import format_bytes
+
+T = TypeVar("T")
 
 #: How often a plan shrinks by the bytes that were missing in real steps; then it is halved
 SHRINKS = 3
@@ -162,31 +164,43 @@ def see_failures(results: Sequence[RankResult], failure: Exception | None = None
             raise PlanningFailedError(reasons) from failure
         if failure is not None:
             raise failure
-        raise MemplanError(f"there is no batch size for all {len(results)} ranks; {reasons}")
+        raise StoppedByRankError(f"there is no batch size for all {len(results)} ranks; {reasons}")
     finally:
         del failure  # break the reference cycle failure → traceback → this frame
 
 
-def on_all_ranks(make: Callable[[], Proposal], is_fatal: IsFatal = always) -> Proposal:
-    """Return the proposal that ``make`` makes, at the smallest batch size of all ranks.
+def on_each_rank(
+    make: Callable[[], T], result_of: Callable[[T], RankResult], is_fatal: IsFatal = always, what: str = ""
+) -> tuple[T, list[RankResult]]:
+    """Return what ``make`` makes on this rank, and the results of all ranks.
 
-    Where ``make`` raises on one rank, this raises on all: no rank waits for the result of one that is gone.
+    Where ``make`` raises on one rank, this raises on all: no rank waits for the result of one that has failed.
 
     Raises:
-        PlanningFailedError: a rank has failed, for no reason that ``is_fatal``.
-        MemplanError: another rank has no batch size; says which and why.
+        PlanningFailedError: a rank has failed, for no reason that ``is_fatal``, or is gone.
+        StoppedByRankError: another rank has failed; says which and why.
     """
     failure = None
     try:
-        found = make()
-        result = RankResult(found.plan.device.name, found.plan.batch_size, found.plan.limited_by)
+        made = make()
+        result = result_of(made)
     except Exception as error:  # noqa: BLE001 - the other ranks wait for this rank's result, whatever happened
-        failure, result = error, RankResult(reason=located(error), fatal=is_fatal(error))
-    results = over_ranks(result)
+        failure, result = error, RankResult(reason=what + located(error), fatal=is_fatal(error))
     try:
+        results = over_ranks(result)
         see_failures(results, failure)
     finally:
         del failure  # break the reference cycle failure → traceback → this frame
+    return made, results
+
+
+def on_all_ranks(make: Callable[[], Proposal], is_fatal: IsFatal = always) -> Proposal:
+    """Return the proposal that ``make`` makes, at the smallest batch size of all ranks; see ``on_each_rank``."""
+
+    def result_of(found: Proposal) -> RankResult:
+        return RankResult(found.plan.device.name, found.plan.batch_size, found.plan.limited_by)
+
+    found, results = on_each_rank(make, result_of, is_fatal)
     rank = deciding_rank(results)
     decides = results[rank]
     if decides.batch_size == found.plan.batch_size:

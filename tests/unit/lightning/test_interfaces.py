@@ -587,7 +587,7 @@ TOO_SMALL = RANKS.replace("[2**28, 2**27][RANK]", "[2**28, 2**21][RANK]")  # 2 M
 def test_a_rank_that_cannot_plan_does_not_leave_the_others_waiting(tmp_path):
     done = run_ranks(tmp_path, TOO_SMALL.replace("apply=True)", 'apply=True, on_error="raise")'))
     assert done.returncode != 0
-    assert "MemplanError: there is no batch size for all 2 ranks; rank 1: Net does not fit" in done.stderr
+    assert "StoppedByRankError: there is no batch size for all 2 ranks; rank 1: Net does not fit" in done.stderr
 
 
 @pytest.mark.slow
