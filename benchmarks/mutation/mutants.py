@@ -97,7 +97,8 @@ def _changes(node: cst.CSTNode, spans, place: Place | None, owner: str) -> Itera
 def _place(node: cst.CSTNode, spans, owner: str) -> Place | None:  # type: ignore[no-untyped-def]
     """Begin a place, whose nodes are changed, at a function or at a constant of the module."""
     if isinstance(node, cst.FunctionDef):
-        return Place(owner + node.name.value, spans[node].start.line, spans[node].end.line)
+        first = node.decorators[0] if node.decorators else node
+        return Place(owner + node.name.value, spans[first].start.line, spans[node].end.line)
     if isinstance(node, cst.SimpleStatementLine) and not owner:
         statement = node.body[0]
         if isinstance(statement, cst.AnnAssign):

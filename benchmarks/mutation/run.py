@@ -4,9 +4,9 @@
     python -m benchmarks.mutation.run memory --per-file 0   # all mutants of memory/
     python -m benchmarks.mutation.run data --only loaders   # those of one file
 
-Tests are collected once. Each mutant is a fork of that process, in which the function that was changed takes the code of
-the mutant; tests that run this function follow, the fastest first, until one of them fails. A mutant that lives is printed
-with its change, unless ``equivalent.txt`` argues that no test can tell it from the source.
+Tests are collected once. Each mutant is a fork of that process, in which the function that was changed takes the code
+of the mutant; tests that run this function follow, the fastest first, until one of them fails or takes too long. A mutant
+that lives is printed with its change, unless ``equivalent.txt`` argues that no test can tell it from the source.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -115,7 +116,7 @@ class Runner:
                 for mutant in mutants:
                     self._count(mutant, tally, equivalent)
                 print(f"{path.removeprefix(PACKAGE + '/'):34} {tally}", flush=True)
-                for mutant in tally.left:
+                for mutant in sorted(tally.left, key=lambda mutant: mutant.place.first):
                     print(f"\n{mutant}", flush=True)
                 total += tally
         return total
@@ -124,16 +125,18 @@ class Runner:
         key = (mutant.path.removeprefix(PACKAGE + "/"), mutant.place.name, mutant.before, mutant.after)
         if key in equivalent:
             tally.equivalent += 1
-        elif self._status(mutant) == KILLED:
+        elif (status := self._status(mutant)) == KILLED:
             tally.killed += 1
-        else:
+        elif status == LIVES:
             tally.left.append(mutant)
+        else:
+            raise RuntimeError(f"there is no function to change: {mutant}")
 
     def _status(self, mutant: Mutant) -> int:
         file, place = str(ROOT / mutant.path), mutant.place
         chosen: set[int] = set()
         for (name, line), tests in self.runs.items():
-            if name == file and (place.constant or place.first <= line <= place.last):
+            if place.constant or (name == file and place.first <= line <= place.last):
                 chosen |= tests
         order = sorted(chosen, key=lambda index: self.seconds[index])
         seconds = sum(self.seconds[index] for index in order)
@@ -206,7 +209,7 @@ class Runner:
 
 
 def read_equivalents(text: str) -> set[tuple[str, ...]]:
-    """Read changes that no test can tell from the source: a file and function, ``-`` and ``+`` lines, then the reason."""
+    """Read changes that no test can tell from the source: file and function, ``-`` and ``+`` lines, then the reason."""
     found = set()
     place: list[str] = []
     before = ""
@@ -272,7 +275,7 @@ def _fork(work: Callable[[], int], seconds: float) -> int:
             size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 4 * GIB
             resource.setrlimit(resource.RLIMIT_AS, (size, size))
             status = work()
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - whatever ends a test kills the mutant
             status = KILLED
         os._exit(status)
     ends = time.monotonic() + 10 + 5 * seconds
@@ -285,10 +288,8 @@ def _fork(work: Callable[[], int], seconds: float) -> int:
             _, status = os.waitpid(child, 0)
             break
         time.sleep(0.002)
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # what its tests started
-    except ProcessLookupError:
-        pass
     return os.WEXITSTATUS(status) if os.WIFEXITED(status) else KILLED
 
 

@@ -29,7 +29,7 @@ class Session:
 
     index = 0
 
-    def __init__(self, trial, limits=Limits(max_batch_size=100), module_is_on_gpu=False):
+    def __init__(self, trial, limits, module_is_on_gpu=False):
         self.trial, self.limits, self.module_is_on_gpu = trial, limits, module_is_on_gpu
         self.predictor = OneEstimate(mp.estimate(NET, torch.zeros(4, 1), method="formula"))
         self.estimate_at = self.predictor.estimate_at
