@@ -5,8 +5,8 @@
     python -m benchmarks.mutation.run data --only loaders   # those of one file
 
 Tests are collected once. Each mutant is a fork of that process, in which the function that was changed takes the code
-of the mutant; tests that run this function follow, the fastest first, until one of them fails or takes too long. A mutant
-that lives is printed with its change, unless ``equivalent.txt`` argues that no test can tell it from the source.
+of the mutant; tests that run this function follow, the fastest first, until one of them fails or takes too long. A
+mutant that lives is printed with its change, unless ``equivalent.txt`` argues that no test can tell it from the source.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ REDUCTIONS: dict[str, tuple[Callable[[torch.Tensor, list[int]], object], torch.d
     "sum of doubles": (lambda x, dims: x.sum(dims), torch.float64, 8, 4),
     "largest": (lambda x, dims: x.amax(dims), torch.float32, 4, 4),
     "variance": (lambda x, dims: x.var(dims), torch.float32, 16, 2),
+    "any": (lambda x, dims: x.any(tuple(dims)), torch.bool, 1, 4),
 }
 
 
@@ -47,13 +48,15 @@ def reduction(
     name: str, shape: Sequence[int], dims: Sequence[int], order: Sequence[int] | None = None
 ) -> Iterator[Row]:
     """Reduce ``dims`` of a tensor; its dimensions lie in memory in this order, the last one innermost."""
-    reduce, dtype, width, vector = REDUCTIONS[name]
     order = order or range(len(shape))
-    x = torch.empty([shape[d] for d in order], device=GPU, dtype=dtype).permute(
-        [*map(list(order).index, range(len(shape)))]
-    )
-    _, *beside = requests(lambda: reduce(x, list(dims)))  # twice as often where the input is cut into parts
-    ordered = [*dims, *(d for d in range(len(shape)) if d not in dims)]
+    x = torch.empty([shape[d] for d in order], device=GPU, dtype=REDUCTIONS[name][1])
+    yield from reduction_of(x.permute([*map(list(order).index, range(len(shape)))]), name, dims)
+
+
+def reduction_of(x: torch.Tensor, name: str, dims: Sequence[int]) -> Iterator[Row]:
+    reduce, _, width, vector = REDUCTIONS[name]
+    _, *beside = requests(lambda: reduce(x, list(dims)))  # several times two where the input is cut into parts
+    ordered = [*dims, *(d for d in range(x.dim()) if d not in dims)]
     layout = *(x.size(d) for d in ordered), *(x.stride(d) for d in ordered)
     for part in (0, 1):
         size = max(beside[part::2], default=0)
@@ -76,6 +79,20 @@ def reductions() -> Iterator[Row]:
         yield from reduction("sum", shape, (dim,))
     for columns in (512, 513, 600, 1025):
         yield from reduction("sum", (2**20, columns), (0,))
+    for rows, columns in product((1024, 1025, 2048), (125_952, 126_080)):  # 82 · 12 blocks of 32 · 4 columns, and more
+        yield from reduction("sum", (rows, columns), (0,))
+    yield from reduction("sum of halves", (4096, 8, 31), (0,), (1, 0, 2))
+    yield from reduction("sum of doubles", (48, 1025, 15), (1,), (1, 0, 2))
+    yield from reduction("sum of doubles", (2, 255, 100_352), (0, 1, 2), (2, 0, 1))
+    yield from reduction("sum of halves", (768, 262_144, 1), (1, 2), (2, 1, 0))
+    yield from reduction("sum of halves", (8, 1, 32_768), (0, 1, 2), (2, 1, 0))
+    yield from reduction("sum", (1000, 200_704), (1,))
+    for length in (2**31 - 1, 2**31, 2**31 + 1):
+        yield from reduction_of(torch.empty(1, device=GPU).expand(length), "sum", (0,))
+    for rows, columns in ((4096, 1000), (200_000, 64)):
+        yield from reduction_of(torch.empty(1, 1, device=GPU).expand(rows, columns), "sum", (0,))
+    for length in (2**30, 2**30 + 1):
+        yield from reduction_of(torch.empty(2 * length, device=GPU, dtype=torch.bool)[::2], "any", (0,))
 
 
 def norm_blocks(rows: int, channels: int) -> Iterator[Row]:
@@ -118,7 +135,7 @@ def sort_pairs(count: int, rows: int) -> Iterator[Row]:
     yield "sort_pairs", 0, count, rows - 1, requests(lambda: table.index_put_((index,), values, accumulate=True))[-1]
 
 
-def rows() -> Iterator[Row]:
+def every_row() -> Iterator[Row]:
     torch.empty(1, device=GPU)
     yield from reductions()
     for size, channels in product(
@@ -139,7 +156,7 @@ def rows() -> Iterator[Row]:
 
 
 def main() -> None:
-    seen = dict.fromkeys(rows())
+    seen = dict.fromkeys(every_row())
     sys.stdout.writelines(",".join(map(str, row)) + "\n" for row in seen)
 
 

@@ -67,16 +67,12 @@ def reduction(
     block_width = min(wide, 32)
     block_height = min(high, most // block_width)
     block_width = min(wide, most // block_height)
-    step_input, step_output = (block_width, 1) if fastest else (1, block_width)
-    reduces_y = _up(inputs, step_input) >= min(block_height * 16, 256)
-    if reduces_y:
-        step_input *= block_height
-    else:
-        step_output *= block_height
+    # Blocks only share an output where torch also reduces along their height.
+    step_input, step_output = (block_width * block_height, 1) if fastest else (block_height, block_width)
     grid = _up(outputs // output_vector, step_output)
     target = multiprocessors * (threads // (block_width * block_height))
     per_thread = _up(inputs, step_input)
-    if not (reduces_y and per_thread >= 256 and grid <= target):
+    if per_thread < 256 or grid > target:
         return 0
     shared = max(min(_up(target, grid), _up(per_thread, 16)), _up(per_thread, 256))
     if shared <= 1:
@@ -230,9 +226,9 @@ def scan(limit: int, count: int, tile: int) -> int:
 def sort_pairs(limit: int, count: int, largest: int) -> int:
     """Return the bytes that cub's radix sort takes for ``count`` pairs, if these are more than ``limit``.
 
-    A pair is of 8-byte numbers, at most ``largest``. They are sorted 8 bits at a time: with two sets of 256 counters for each
-    of these passes, one for each tile of 3,840 pairs, and a second set of the pairs if there is more than one pass.
-    One block of threads sorts up to 2,304 pairs.
+    A pair is of 8-byte numbers up to ``largest``. They are sorted 8 bits at a time: with two sets of 256 counters for
+    each of these passes, one for each tile of 3,840 pairs, and a second set of the pairs if there is more than one
+    pass. One block of threads sorts up to 2,304 pairs.
 
     Source: cub's dispatch_radix_sort.cuh (measured on torch 2.14).
 

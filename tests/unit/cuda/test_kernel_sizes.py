@@ -58,6 +58,11 @@ def test_an_input_of_two_gibibytes_is_cut_in_halves():
 
 def test_what_is_empty_needs_nothing():
     assert reduction(0, 4, 4, 4, *RTX3090, 1, 0, 1000, 1000, 1) == 0
+    assert reduction(0, 4, 4, 4, *RTX3090, 1, 100_000, 0, 1, 1) == 0
+
+
+def test_a_number_alone_is_reduced_without_a_buffer():
+    assert [reduction(part, 4, 4, 4, *RTX3090, 0) for part in (0, 1)] == [0, 0]
 
 
 def test_a_batch_norm_without_rows_or_channels_needs_nothing():
