@@ -8,7 +8,7 @@ nullgpu := tests/nullgpu/nullgpu $(bin)/python
 .PHONY: help demo test mutants lint docs bench
 
 help:  ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 12
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 14
 
 demo: $(pip)  ## plan a 3D CNN on a real MRI scan for an RTX 3090
 	$(pip) install -q -e '.[examples]'
