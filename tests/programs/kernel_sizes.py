@@ -138,9 +138,8 @@ def sort_pairs(count: int, rows: int) -> Iterator[Row]:
 def every_row() -> Iterator[Row]:
     torch.empty(1, device=GPU)
     yield from reductions()
-    for size, channels in product(
-        (1, 16, 127, 128, 1024, 3583, 3584, 16384, 32769, 262144, 262145), (1, 3, 31, 32, 64, 600)
-    ):
+    sizes = (1, 16, 127, 128, 1024, 1792, 1793, 2048, 2049, 3583, 3584, 16384, 32769, 262144, 262145)
+    for size, channels in product(sizes, (1, 3, 31, 32, 64, 600)):
         yield from norm_blocks(size, channels)
     for size, width in product((65536, 65537, 100_356, 300_000), (1, 31, 192, 1279, 1311, 1312)):
         yield from layer_norm_rows(size, width, torch.float32)
@@ -149,8 +148,10 @@ def every_row() -> Iterator[Row]:
         (3072, 3073, 3840, 3841, 6144, 100_001), (2, 255, 256, 327, 328, 960, 961, 5000, 70_000)
     ):
         yield from embedding(count, table, 16)
-    for count, table in product((3099, 3100), (102, 103, 104)):
+    for count, table in product((3099, 3100), (1, 102, 103, 104)):
         yield from embedding(count, table, 16)
+    for count, table in product((5120, 5121, 16_000, 1_305_600), (1000, 15_360, 15_361)):  # 16 tiles of 320 and of 960
+        yield from embedding(count, table, 4)
     for count, table in product((1, 2304, 2305, 3840, 3841, 7681), (2, 255, 256, 257, 65535, 65536)):
         yield from sort_pairs(count, table)
 

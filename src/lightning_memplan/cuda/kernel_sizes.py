@@ -114,13 +114,8 @@ def norm_blocks(part: int, rows: int, channels: int, width: int) -> int:
     >>> norm_blocks(0, 16384, 64, 16), norm_blocks(1, 16384, 64, 16)
     (65536, 8)
     """
-    if min(rows, channels) <= 0:
-        return 0
     wide = min(_last_power_of_two(channels), 32)
-    high = min(_last_power_of_two(_up(rows, 16)), 512 // wide)
-    if wide * high != 512:
-        wide = min(_last_power_of_two(channels), 512 // high)
-    blocks = min(_up(rows, high * 16), 128)
+    blocks = min(_up(rows, 512 // wide * 16), 128)
     if blocks < 8:
         return 0
     return 4 * _up(channels, wide) if part else width * channels * blocks

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_memplan.cuda.cudnn_process import FORWARD, MOVED
-from lightning_memplan.cuda.kernel_sizes import KERNELS, kernel_bytes, measured, norm_blocks, reduction
+from lightning_memplan.cuda.kernel_sizes import KERNELS, kernel_bytes, layer_norm_rows, measured, norm_blocks, reduction
 from tests.paths import ROOT
 
 RTX3090 = (82, 1536)
@@ -58,11 +58,17 @@ def test_an_input_of_two_gibibytes_is_cut_in_halves():
 
 def test_what_is_empty_needs_nothing():
     assert reduction(0, 4, 4, 4, *RTX3090, 1, 0, 1000, 1000, 1) == 0
-    assert reduction(0, 4, 4, 4, *RTX3090, 1, 100_000, 0, 1, 1) == 0
+    assert reduction(0, 4, 4, 4, *RTX3090, 1, 10_000_000, 0, 1, 1) == 0
 
 
 def test_a_number_alone_is_reduced_without_a_buffer():
     assert [reduction(part, 4, 4, 4, *RTX3090, 0) for part in (0, 1)] == [0, 0]
+
+
+def test_half_of_an_odd_number_of_multiprocessors_is_rounded_down():
+    # 41 blocks of 32 columns are as many as 83 // 2
+    assert layer_norm_rows(0, 100_356, 41 * 32 - 1, 4, 4, 83, 1536) > 0
+    assert layer_norm_rows(0, 100_356, 41 * 32, 4, 4, 83, 1536) == 0
 
 
 def test_a_batch_norm_without_rows_or_channels_needs_nothing():
