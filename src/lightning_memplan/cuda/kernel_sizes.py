@@ -181,7 +181,7 @@ def embedding_segments(part: int, indices: int, rows: int, row_bytes: int, multi
     partial = indices // 10 + segments
     if segments < 4 * multiprocessors and partial > 4 * segments:
         row_bytes = 8
-    return (8 * segments, 8 * partial, row_bytes * partial, scan(0, segments, 960))[part]
+    return (8 * segments, 8 * partial, row_bytes * partial, scan(0, segments, 896))[part]
 
 
 def layer_norm_rows(
