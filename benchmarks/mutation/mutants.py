@@ -1,7 +1,7 @@
 """Small changes to a source file, each of which some test should notice: the operators of mutmut, one change at a time.
 
-Functions are changed, and the constants of a module. Left alone is what no test should hold: annotations, docstrings,
-prose (a string with a space), decorators, defaults of parameters, assertions, ``cast``, and ``strict=`` of ``zip``.
+Functions are changed, and the constants of a module. Left alone is what no test should hold: annotations, ``Literal``,
+docstrings, prose (a string with a space), decorators, defaults of parameters, assertions, ``cast``, and ``strict=``.
 """
 
 from __future__ import annotations
@@ -117,6 +117,8 @@ def _is_left_alone(node: cst.CSTNode) -> bool:
         return node.keyword is not None and node.keyword.value == "strict"
     if isinstance(node, cst.Call) and isinstance(node.func, cst.Name):
         return node.func.value in ("len", "isinstance", "cast", "TypeVar")
+    if isinstance(node, (cst.Assign, cst.AnnAssign)) and isinstance(node.value, cst.Subscript):
+        return isinstance(node.value.value, cst.Name) and node.value.value.value == "Literal"
     return isinstance(node, (cst.Annotation, cst.Decorator, cst.Parameters, cst.Assert, cst.Import, cst.ImportFrom))
 
 

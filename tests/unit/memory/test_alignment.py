@@ -190,5 +190,11 @@ def test_as_many_samples_are_expected_to_fit_as_all_but_workspaces_leave_room_fo
     assert expected_to_fit([trace(2, (0, at_2)), trace(3, (0, 1)), trace(4, (0, at_4))], capacity) == expected
 
 
+def test_a_growth_of_less_than_a_byte_a_sample_is_growth():
+    # 512 bytes more in 1022 samples, beside 512: 510 of them at 512 bytes more
+    grown = [trace(2, (0, 512)), trace(1024, (0, 1024))]
+    assert expected_to_fit(grown, 1024) == 1024
+
+
 def test_one_trace_tells_not_how_many_fit():
     assert expected_to_fit([trace(2, (0, MiB))], 100 * MiB) == 0
