@@ -161,6 +161,7 @@ def settings(**changes):
         "limit_val_batches": 1.0,
         "check_val_every_n_epoch": 1,
         "val_check_interval": 1.0,
+        "_accelerator_connector": SimpleNamespace(use_distributed_sampler=changes.pop("divided", True)),
     }
     return SimpleNamespace(**{**values, **changes})
 
@@ -204,6 +205,7 @@ def test_an_epoch_with_too_few_batches_is_refused(changes, message):
         {},
         {"val_check_interval": 5},
         {"val_check_interval": 3, "world_size": 2},
+        {"val_check_interval": 5, "world_size": 2, "divided": False},  # each rank has all samples
         {"val_check_interval": 2, "limit_train_batches": 2},
         {"val_check_interval": 3, "limit_train_batches": 0.6},
         {"val_check_interval": 5, "limit_train_batches": 9},  # there are no more than 5
