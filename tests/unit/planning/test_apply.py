@@ -7,12 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_memplan.data.holders import holders_of
 from lightning_memplan.errors import ApplyError, MemplanError, PlanningFailedError
 from lightning_memplan.planning import apply
-from lightning_memplan.planning.apply import check_batches, find_holders, names_by_stage, write_together
+from lightning_memplan.planning.apply import (
+    check_batches,
+    find_holders,
+    names_by_stage,
+    training_remarks,
+    write_together,
+)
 from lightning_memplan.planning.proposal import RankResult
 
 
@@ -332,3 +339,51 @@ def test_names_that_cannot_be_are_refused(given, message):
 def test_each_stage_has_a_name_of_its_own():
     assert names_by_stage({"train": "bs", "test": "batch_size"}) == {"train": "bs", "test": "batch_size"}
     assert names_by_stage({"val": "size", "test": "size"}) == {"train": "batch_size", "val": "size", "test": "size"}
+
+
+# ----------------------------------------------------------------------------------------- what a batch size changes
+
+
+def remarks(samples, own, size, parts=1, module=None, **arguments):
+    trainer = settings(accumulate_grad_batches=parts)
+    return training_remarks(trainer, module or nn.Linear(2, 2), DataLoader(range(samples)), size, own, **arguments)
+
+
+def test_an_accumulation_that_no_epoch_completes_is_said():
+    # 20 samples are 10 batches of 2, of which 4 make a step: 3 steps an epoch; and 3 batches of 8, the last of 4
+    (text,) = remarks(20, own=2, size=8, parts=4)
+    assert text.startswith(
+        "accumulate_grad_batches=4 is more than the 3 batches of an epoch at batch size 8: the optimizer steps once an "
+        "epoch, instead of 3 times with batches of 2; lower"
+    )
+    assert "more than the 1 batch of an epoch at batch size 20" in remarks(20, own=2, size=20, parts=2)[0]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"own": 2, "size": 8, "parts": 3},  # three batches are a step
+        {"own": 5, "size": 10, "parts": 4},  # 4 batches of 5 are one step too
+        {"own": 2, "size": 8, "parts": 4, "accumulates": False},  # another accumulation is planned
+        {"own": 8, "size": 8, "parts": 4},
+        {"own": None, "size": 8, "parts": 4},
+    ],
+    ids=str,
+)
+def test_an_accumulation_that_goes_on_as_before_is_not_said(case):
+    assert remarks(20, **case) == []
+
+
+def test_a_last_batch_of_one_sample_is_said_where_a_layer_may_refuse_it():
+    normed = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    # 21 samples: the last of batches of 3 has 3, of 4 one, of 2 one
+    (text,) = remarks(21, own=3, size=4, module=normed)
+    assert text.startswith("the last batch of an epoch has one sample at batch size 4, and Sequential has batch norm")
+    assert remarks(21, own=2, size=4, module=normed) == []  # as before
+    assert remarks(21, own=3, size=4) == []
+    assert remarks(22, own=3, size=4, module=normed) == []
+
+
+def test_of_an_epoch_of_unknown_length_nothing_is_said():
+    trainer = settings(accumulate_grad_batches=100)
+    assert training_remarks(trainer, nn.BatchNorm1d(2), DataLoader(Stream()), 8, 2) == []
