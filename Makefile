@@ -5,10 +5,10 @@ pip := $(bin)/pip
 nullgpu := tests/nullgpu/nullgpu $(bin)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench
+.PHONY: help demo test mutants lint docs bench
 
 help:  ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 12
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 14
 
 demo: $(pip)  ## plan a 3D CNN on a real MRI scan for an RTX 3090
 	$(pip) install -q -e '.[examples]'
@@ -17,6 +17,10 @@ demo: $(pip)  ## plan a 3D CNN on a real MRI scan for an RTX 3090
 test: $(pip)  ## pass the tests; TESTS="tests/unit/memory -x" runs some of them
 	$(pip) install -q -e '.[test]'
 	$(bin)/python -m pytest -n auto --dist loadfile $(TESTS)
+
+mutants: $(pip)  ## count small changes to the planning core that no fast test notices; FOLDER=memory counts one folder
+	$(pip) install -q -e '.[test,mutants]'
+	nice $(bin)/python -m benchmarks.mutation.run $(FOLDER)
 
 lint: $(pip)  ## check style, types and layers
 	$(pip) install -q -e '.[lint]'

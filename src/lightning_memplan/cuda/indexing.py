@@ -62,7 +62,7 @@ def embedding_backward(call: Call, gpu: Gpu) -> Iterator[Allocation]:
     yield number
     yield Scope([of_each, scratch("scan", 3072, n, 320)])
     segments, places, values, scanned = (
-        scratch("embedding_segments", part, n, rows, 4 * call.out.size(1)) for part in range(4)
+        scratch("embedding_segments", part, n, rows, 4 * call.out.size(1), gpu.multiprocessors) for part in range(4)
     )
     yield segments
     yield segments
@@ -125,7 +125,7 @@ def index_put(call: Call, gpu: Gpu) -> Iterator[Allocation]:
     yield numbers
     yield numbers
     yield numbers
-    yield Scope([scratch("sort_pairs", 0, n, rows)])
+    yield Scope([scratch("sort_pairs", 0, n, rows - 1)])
 
 
 # --------------------------------------------------------------------------------------------------- bags of embeddings

@@ -67,16 +67,12 @@ def reduction(
     block_width = min(wide, 32)
     block_height = min(high, most // block_width)
     block_width = min(wide, most // block_height)
-    step_input, step_output = (block_width, 1) if fastest else (1, block_width)
-    reduces_y = _up(inputs, step_input) >= min(block_height * 16, 256)
-    if reduces_y:
-        step_input *= block_height
-    else:
-        step_output *= block_height
+    # Blocks only share an output where torch also reduces along their height.
+    step_input, step_output = (block_width * block_height, 1) if fastest else (block_height, block_width)
     grid = _up(outputs // output_vector, step_output)
     target = multiprocessors * (threads // (block_width * block_height))
     per_thread = _up(inputs, step_input)
-    if not (reduces_y and per_thread >= 256 and grid <= target):
+    if per_thread < 256 or grid > target:
         return 0
     shared = max(min(_up(target, grid), _up(per_thread, 16)), _up(per_thread, 256))
     if shared <= 1:
@@ -118,13 +114,8 @@ def norm_blocks(part: int, rows: int, channels: int, width: int) -> int:
     >>> norm_blocks(0, 16384, 64, 16), norm_blocks(1, 16384, 64, 16)
     (65536, 8)
     """
-    if min(rows, channels) <= 0:
-        return 0
     wide = min(_last_power_of_two(channels), 32)
-    high = min(_last_power_of_two(_up(rows, 16)), 512 // wide)
-    if wide * high != 512:
-        wide = min(_last_power_of_two(channels), 512 // high)
-    blocks = min(_up(rows, high * 16), 128)
+    blocks = min(_up(rows, 512 // wide * 16), 128)
     if blocks < 8:
         return 0
     return 4 * _up(channels, wide) if part else width * channels * blocks
@@ -168,23 +159,29 @@ def measured(samples: int, *seen: int) -> int:
     return first[1]
 
 
-def embedding_segments(part: int, indices: int, rows: int, row_bytes: int) -> int:
+def embedding_segments(part: int, indices: int, rows: int, row_bytes: int, multiprocessors: int) -> int:
     """Return the bytes of scratch memory for the gradient of a table of embeddings.
 
     It is summed over equal indices, then over their segments. Part 0 is a number for each segment, 1 for each part of
-    a segment, 2 a row for each part, and 3 the scan over segments. The table has ``rows``, and a row in float32
-    ``row_bytes``. The result is 0 up to 3,072 indices, which are the work of another kernel.
+    a segment, 2 a row for each part, and 3 the scan over segments. Where a few segments have many parts each, part 2
+    is a number for each part. The table has ``rows``, and a row in float32 ``row_bytes``. The result is 0 up to 3,072
+    indices, which are the work of another kernel.
 
-    Source: aten/src/ATen/native/cuda/Embedding.cu and EmbeddingBackwardKernel.cu (2.15), NROWS_PER_THREAD = 10.
+    Source: aten/src/ATen/native/cuda/Embedding.cu and EmbeddingBackwardKernel.cu (2.15), NROWS_PER_THREAD = 10; few
+    segments as the null GPU shows them with torch 2.14.
 
-    >>> embedding_segments(0, 6144, 1000, 1024), embedding_segments(2, 6144, 1000, 1024)
+    >>> embedding_segments(0, 6144, 1000, 1024, 82), embedding_segments(2, 6144, 1000, 1024, 82)
     (8000, 1652736)
+    >>> embedding_segments(2, 6144, 2, 1024, 82)  # 614 parts of 2 segments, and one more each
+    4928
     """
     if indices <= 3072:
         return 0
     segments = min(indices, rows)
     partial = indices // 10 + segments
-    return (8 * segments, 8 * partial, row_bytes * partial, scan(0, segments, 960))[part]
+    if segments < 4 * multiprocessors and partial > 4 * segments:
+        row_bytes = 8
+    return (8 * segments, 8 * partial, row_bytes * partial, scan(0, segments, 896))[part]
 
 
 def layer_norm_rows(
@@ -192,8 +189,8 @@ def layer_norm_rows(
 ) -> int:
     """Return the bytes of sums for the gradient of a normalization's weight.
 
-    More than 65,536 narrow rows are summed over blocks of 32 first. Part 0 is these sums, 1 their sum, 2 and 3 the
-    memory of that `reduction`.
+    More than 65,536 narrow rows are summed over blocks of 32 first, or over larger blocks, so that the sums are at most
+    2**20 numbers. Part 0 is these sums, 1 their sum, 2 and 3 the memory of that `reduction`.
 
     Source: ``LaunchGammaBetaBackwardCUDAKernel`` in aten/src/ATen/native/cuda/layer_norm_kernel.cu (2.15).
 
@@ -202,7 +199,7 @@ def layer_norm_rows(
     """
     if rows <= 65536 or width // 32 >= multiprocessors // 2:
         return 0
-    blocks = _up(rows, 32)
+    blocks = min(_up(rows, 32), 2**20 // (32 * _up(width, 32)))
     if part < 2:
         return (blocks if part == 0 else 1) * width * element
     return reduction(part - 2, 4, element, vector, multiprocessors, threads, 1, blocks, width, width, 1)
@@ -221,12 +218,12 @@ def scan(limit: int, count: int, tile: int) -> int:
     return _up(16 * (_up(count, tile) + 32), 256) * 256 + 511 if count > limit else 0
 
 
-def sort_pairs(limit: int, count: int, rows: int) -> int:
+def sort_pairs(limit: int, count: int, largest: int) -> int:
     """Return the bytes that cub's radix sort takes for ``count`` pairs, if these are more than ``limit``.
 
-    A pair is of 8-byte numbers below ``rows``. They are sorted 8 bits at a time: with two sets of 256 counters for each
-    of these passes, one for each tile of 3,840 pairs, and a second set of the pairs if there is more than one pass.
-    One block of threads sorts up to 2,304 pairs.
+    A pair is of 8-byte numbers up to ``largest``. They are sorted 8 bits at a time: with two sets of 256 counters for
+    each of these passes, one for each tile of 3,840 pairs, and a second set of the pairs if there is more than one
+    pass. One block of threads sorts up to 2,304 pairs.
 
     Source: cub's dispatch_radix_sort.cuh (measured on torch 2.14).
 
@@ -237,7 +234,7 @@ def sort_pairs(limit: int, count: int, rows: int) -> int:
         return 0
     if count <= 2304:
         return 1
-    passes = _up(rows.bit_length(), 8)
+    passes = _up(largest.bit_length(), 8)
     second = 2 * _up(8 * count, 256) * 256 if passes > 1 else 0
     return second + 1024 * (2 * passes + _up(count, 3840)) + 511
 

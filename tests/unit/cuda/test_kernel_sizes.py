@@ -1,14 +1,35 @@
-"""Sizes that are no polynomials of the batch size."""
+"""Sizes that are no polynomials of the batch size, beside what torch's own code asks for."""
 
 from __future__ import annotations
 
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import csv
+import sys
 
-from lightning_memplan.cuda.kernel_sizes import KERNELS, kernel_bytes, reduction
+import pytest
+import torch
+
+from lightning_memplan.cuda.cudnn_process import FORWARD, MOVED
+from lightning_memplan.cuda.kernel_sizes import KERNELS, kernel_bytes, layer_norm_rows, measured, norm_blocks, reduction
+from tests.paths import ROOT
 
 RTX3090 = (82, 1536)
+
+#: Calls and the bytes of each, as torch's kernels ask for them on the null GPU (tests/programs/kernel_sizes.py)
+TABLE = ROOT / "tests/unit/cuda/kernel_sizes.csv"
+CALLS = [(name, *map(int, numbers)) for name, *numbers in csv.reader(TABLE.read_text().splitlines())]
+
+
+@pytest.mark.parametrize("kernel", sorted({name for name, *_ in CALLS}))
+def test_a_kernel_takes_what_torchs_own_code_asks_for(kernel):
+    calls = [call for call in CALLS if call[0] == kernel]
+    assert [call for *call, size in calls if kernel_bytes(tuple(call)) != size] == []
+
+
+def test_the_table_is_what_torch_asks_for(nullgpu):
+    if torch.__version__ < "2.14":
+        pytest.skip("the table is of torch 2.14")
+    done = nullgpu([sys.executable, "-W", "ignore", "-m", "tests.programs.kernel_sizes"], PYTHONPATH=ROOT)
+    assert done.stdout == TABLE.read_text()
 
 
 def test_a_small_reduction_needs_no_buffer():
@@ -37,22 +58,58 @@ def test_an_input_of_two_gibibytes_is_cut_in_halves():
 
 def test_what_is_empty_needs_nothing():
     assert reduction(0, 4, 4, 4, *RTX3090, 1, 0, 1000, 1000, 1) == 0
+    assert reduction(0, 4, 4, 4, *RTX3090, 1, 10_000_000, 0, 1, 1) == 0
 
 
-@given(
-    st.integers(1, 4096),
-    st.integers(1, 4096),
-    st.sampled_from([1, 2, 4, 8, 16]),
-    st.sampled_from([(82, 1536), (132, 2048)]),
+def test_a_number_alone_is_reduced_without_a_buffer():
+    assert [reduction(part, 4, 4, 4, *RTX3090, 0) for part in (0, 1)] == [0, 0]
+
+
+def test_half_of_an_odd_number_of_multiprocessors_is_rounded_down():
+    # 41 blocks of 32 columns are as many as 83 // 2
+    assert layer_norm_rows(0, 100_356, 41 * 32 - 1, 4, 4, 83, 1536) > 0
+    assert layer_norm_rows(0, 100_356, 41 * 32, 4, 4, 83, 1536) == 0
+
+
+def test_a_batch_norm_without_rows_or_channels_needs_nothing():
+    assert norm_blocks(0, 16384, 0, 16) == norm_blocks(0, 0, 64, 16) == 0
+
+
+@pytest.mark.parametrize(
+    ("samples", "expected"),
+    [
+        (1, 0),  # 100 - 3 · 100 would be less than nothing
+        (3, 0),
+        (4, 100),
+        (5, 200),
+        (7, 300),  # halfway to 400, at 9
+        (9, 400),
+        (10, 460),  # as from the first to the last: 300 in 5 samples
+        (14, 700),
+    ],
 )
-def test_a_reduction_is_never_negative_and_counts_blocks_only_with_a_buffer(rows, columns, width, card):
-    buffer = reduction(0, width, 4, 4, *card, 1, rows, columns, columns, 1)
-    counters = reduction(1, width, 4, 4, *card, 1, rows, columns, columns, 1)
-    assert buffer >= 0
-    assert bool(buffer) == bool(counters)
+def test_measured_bytes_lie_on_lines_between_measurements(samples, expected):
+    assert measured(samples, 4, 100, 5, 200, 9, 400) == expected
+
+
+def test_one_measurement_holds_for_every_batch():
+    assert [measured(samples, 4, 100) for samples in (1, 3, 4, 5, 99)] == [100] * 5
+
+
+def test_beyond_two_neighbours_each_sample_adds_as_much():
+    assert measured(7, 4, 100, 5, 110) == 110 + 2 * 10
+    assert measured(7, 4, 110, 5, 100) == 100  # and takes nothing away
+
+
+def test_a_convolution_takes_what_the_workspaces_chosen_allow():
+    # 8 images of 56 · 56 and 64 channels through 3 · 3 filters, in layouts between which cuDNN copies
+    convolution = ("convolution", 0, 86, FORWARD, 2, 0, MOVED, 8, 64, 64, 1, 56, 56, 56, 56, 3, 3, 1, 1, 1, 1, 1, 1)
+    assert kernel_bytes(convolution) == kernel_bytes(convolution, "low") == 0
+    assert 0 < kernel_bytes(convolution, "expected") < kernel_bytes(convolution, "high")
 
 
 def test_an_unknown_kernel_is_a_key_error():
     with pytest.raises(KeyError):
         kernel_bytes(("no such kernel", 1))
+    assert kernel_bytes(("measured", 4, 4, 100)) == 100
     assert sorted(KERNELS) == list(KERNELS)

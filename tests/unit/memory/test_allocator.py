@@ -190,6 +190,13 @@ def test_idle_blocks_over_max_split_size_go_back_first() -> None:
     assert replay(program, capacity=250 * MiB).reserved == 110 * MiB
 
 
+def test_an_idle_block_of_exactly_max_split_size_goes_back_first_too() -> None:
+    # Idle are 32 and 40 MiB, and 4 in 20; for 70 MiB on 110 the 40 alone are not enough, and with the 32 they are.
+    program = allocate(4 * MiB, 32 * MiB, 40 * MiB) + free(0, 1, 2) + allocate(70 * MiB, first=3)
+    result = replay(program, capacity=110 * MiB, settings=AllocatorSettings.from_text("max_split_size_mb:32"))
+    assert (result.reserved, result.retries) == ((20 + 70) * MiB, 0)
+
+
 @pytest.mark.parametrize(
     ("size", "block"),
     [
@@ -298,6 +305,86 @@ def test_granules_that_were_given_back_are_mapped_again() -> None:
     assert replay(program + allocate(20 * MiB, first=3), settings=settings).reserved == 80 * MiB
     # 25 do not lie between them: they are mapped behind the 20, where 10 MiB of granule 3 are free
     assert replay(program + allocate(25 * MiB, first=3), settings=settings).reserved == 100 * MiB
+
+
+def test_what_is_left_of_a_granule_stays_mapped_on_both_sides() -> None:
+    # 10 MiB in use, 50 idle up to 60, 20 in use up to 80: granules 1 and 2 go back, and 10 MiB of granule 0 stay
+    settings = AllocatorSettings.from_text("expandable_segments:True")
+    program = [*allocate(10 * MiB, 50 * MiB, 20 * MiB), *free(1), (0, EMPTY, 0)]
+    assert replay(program, settings=settings).reserved == 40 * MiB
+    assert replay(program + allocate(10 * MiB, first=3), settings=settings).reserved == 40 * MiB
+    # of 30 MiB 10 lie there, and the 20 behind are mapped again
+    assert replay(program + allocate(30 * MiB, first=3), settings=settings).reserved == 60 * MiB
+
+
+def test_granules_at_the_end_of_what_is_mapped_are_given_back() -> None:
+    # 50 MiB in use, then 20 idle up to 70, and 10 that were never asked for: granule 3 goes back, 50 to 60 stay
+    settings = AllocatorSettings.from_text("expandable_segments:True")
+    program = [*allocate(50 * MiB, 20 * MiB), *free(1), (0, EMPTY, 0)]
+    assert replay(program, settings=settings).reserved == 60 * MiB
+    # 10 of 25 MiB lie there, for the rest a granule is mapped, and for 145 seven: 10 + 140 = 150
+    assert replay(program + allocate(25 * MiB, first=2), settings=settings).reserved == 80 * MiB
+    program += allocate(25 * MiB, first=2) + free(2) + allocate(145 * MiB, first=3)
+    assert replay(program, settings=settings).reserved == 200 * MiB
+
+
+def test_addresses_are_of_the_whole_gpu_whatever_is_free_of_it() -> None:
+    # 160 MiB are free of a GiB. Behind 60 and 45 MiB, 95 more fit the same segment: when the 60 are given back, 15 of
+    # 120 mapped are free there, and 80 are mapped: 60 + 80.
+    settings = AllocatorSettings.from_text("expandable_segments:True")
+    program = allocate(60 * MiB, 45 * MiB) + free(0) + allocate(95 * MiB, first=2)
+    found = replay(program, capacity=160 * MiB, settings=settings, total=GiB)
+    assert (found.out_of_memory, found.reserved, found.retries) == (None, 140 * MiB, 1)
+
+
+def test_a_journal_has_every_move() -> None:
+    journal: list[Move] = []
+    program = [*allocate(0, 600, 30 * MiB), *free(0, 1), (9, EMPTY, 0), *free(2)]
+    replay(program, journal=journal)
+    small, large = journal[1].address, journal[3].address
+    assert journal == [
+        Move("alloc", 0, 0),  # a block of no bytes is nowhere
+        Move("segment_alloc", small, 2 * MiB),
+        Move("alloc", small, 1024),
+        Move("segment_alloc", large, 30 * MiB),
+        Move("alloc", large, 30 * MiB),
+        Move("free", 0, 0),
+        Move("free", small, 1024),
+        Move("segment_free", small, 2 * MiB),
+        Move("empty", 0, 0),
+        Move("free", large, 30 * MiB),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "block"),
+    [
+        ("4", 5 * MiB, 5 * MiB),  # a fourth of 4 MiB is the step
+        ("4", 5 * MiB + 1, 6 * MiB),
+        ("4", 6 * MiB - 1, 6 * MiB),
+        ("4", 512 * 4, 512 * 4),
+        ("4", 512 * 5, 512 * 5),  # a fourth of 2 KiB is 512 bytes
+        ("8", 512 * 8 - 1, 512 * 8),
+        ("[>:8]", 512, 512),  # sizes under 2 MiB have no divisions: multiples of 512
+        ("[>:8]", 513, 1024),
+        ("[>:8]", MiB + 513, MiB + 1024),
+        ("[>:8]", 2 * MiB + 1, 2 * MiB + MiB // 4),
+        ("[16384:2,>:8]", 16 * GiB + 1, 24 * GiB),  # halves of 16 GiB ...
+        ("[16384:2,>:8]", 32 * GiB + 1, 36 * GiB),  # ... eighths of 32
+        ("[16384:2,>:8]", 64 * GiB + 1, 72 * GiB),  # and of all above, though the last interval begins at 32 GiB
+    ],
+)
+def test_a_request_is_rounded_to_parts_of_the_power_of_two_below(text: str, size: int, block: int) -> None:
+    assert taken(allocate(size), f"roundup_power2_divisions:{text}")[0] == block
+
+
+def test_garbage_collection_begins_a_byte_over_the_threshold() -> None:
+    # Reserved are 74 MiB, of which the 30 are idle longest: half of 148 MiB is no less, half of 148 MiB - 2 is.
+    settings = AllocatorSettings.from_text("garbage_collection_threshold:0.5")
+    program = allocate(30 * MiB, 10 * MiB) + free(0) + allocate(34 * MiB, first=2) + free(2)
+    program += allocate(38 * MiB, first=3)
+    assert replay(program, settings=settings, fraction=148 * MiB).reserved == 112 * MiB
+    assert replay(program, settings=settings, fraction=148 * MiB - 2).reserved == 82 * MiB
 
 
 def test_an_expandable_segment_has_addresses_for_nine_eighths_of_the_gpu() -> None:

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_memplan.cuda.cudnn_process import FORWARD, MOVED
+from lightning_memplan.cuda.workspaces import taken
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.events import Event, Trace
@@ -21,6 +23,7 @@ from lightning_memplan.types import Layer
 
 MiB = 2**20
 POINTS = (2, 3, 5)
+CHOICES = ("expected", "high")
 ROWS = (Layer("conv", "Conv2d", 10, 40, 40, (4, 4), 45),)
 FORMULA = Formula(ROWS, parameter_bytes=1000, gradient_bytes=900, input_bytes=10, feature_bytes=45)
 
@@ -71,6 +74,41 @@ def test_of_a_compiled_step_both_ends_are_known(traced):
     # both are cut out of one segment of 20 MiB; the peak is the upper end
     assert compiled.reserved_range(12) == (20 * MiB, traced.peak(12), traced.peak(12))
     assert traced.allocated_range(12) == (28 * MiB, 28 * MiB)
+
+
+def test_the_upper_bound_has_a_mebibyte_for_each_block_of_more_than_one():
+    # of 1 MiB, a byte more, and 3 MiB: two may be left a MiB larger
+    sizes = (MiB, MiB + 1, 3 * MiB)
+    program = scale([Trace(2, tuple(Event(k, size) for k, size in enumerate(sizes)))])
+    estimate = Estimate("trace", FORMULA, program, least=program)
+    assert estimate.allocated_range(2) == (5 * MiB + 512, 5 * MiB + 512 + 2 * MiB)
+
+
+def test_under_a_capacity_idle_segments_are_released():
+    # 30 MiB, and when they are freed 40: with ample memory both are reserved
+    events = (Event(0, 30 * MiB, step=1), Event(0, -1, step=1), Event(1, 40 * MiB, step=1))
+    estimate = Estimate("trace", FORMULA, scale([Trace(2, events)]))
+    assert (estimate.peak(2), estimate.peak(2, 50 * MiB)) == (70 * MiB, 40 * MiB)
+    assert (estimate.steps(2)[0][1], estimate.steps(2, 50 * MiB)[0][1]) == (70 * MiB, 40 * MiB)
+    assert estimate.reserved_range(2, 50 * MiB) == (40 * MiB,) * 3
+    assert estimate.methods(2, 50 * MiB)["trace"] == estimate.row(2, 50 * MiB).peak_reserved == 40 * MiB
+
+
+def test_workspaces_widen_the_range_up_to_the_capacity():
+    # 64 images of 56 · 56 through 3 · 3 filters, in layouts between which cuDNN copies: nothing, some, or the most
+    def convolution(n):
+        return ("convolution", 0, 86, FORWARD, 2, 0, MOVED, n, 64, 64, 1, 56, 56, 56, 56, 3, 3, 1, 1, 1, 1, 1, 1)
+
+    weights = Event(0, 10 * MiB, "setup", 0)
+    traces = [Trace(n, (weights, Event(1, 0, step=1, rule=convolution(n)), Event(1, -1, step=1))) for n in POINTS]
+    estimate = Estimate("trace", FORMULA, scale(traces))
+    # beside 10 MiB of weights, a segment of the workspace's size rounded up to 2 MiB
+    expected, high = (10 * MiB + -(-taken(choice, *convolution(64)[1:]) // (2 * MiB)) * 2 * MiB for choice in CHOICES)
+    assert 10 * MiB < expected < high
+    assert estimate.reserved_range(64) == (10 * MiB, expected, high)
+    assert estimate.reserved_range(64, high) == (10 * MiB, expected, high)
+    assert estimate.reserved_range(64, high - 1) == (10 * MiB, expected, high - 1)  # no more than there is
+    assert estimate.reserved_range(64, expected - 1) == (10 * MiB, expected - 1, expected - 1)
 
 
 def test_what_is_reserved_is_in_segments(traced):

@@ -10,15 +10,20 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import lightning_memplan as mp
 from lightning_memplan.cli.main import main
+from lightning_memplan.monitor import history
 from lightning_memplan.monitor.history import (
     ENOUGH,
     LEAST,
@@ -125,6 +130,29 @@ def test_a_damaged_line_is_skipped_and_kept(tmp_path, line):
     assert path.read_bytes().split(b"\n")[1] == line
 
 
+def test_only_the_first_five_damaged_lines_are_named(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    for count, said in ((2, "lines 1, 2 of"), (5, "lines 1, 2, 3, 4, 5 of"), (6, r"lines 1, 2, 3, 4, 5, \.\.\. of")):
+        path.write_text("{\n" * count)
+        with pytest.warns(UserWarning, match=rf"^{said} {path} are damaged and skipped") as caught:
+            assert mp.load_history(path) == []
+        assert caught[0].filename == __file__
+
+
+def test_empty_lines_are_no_runs_and_no_damage(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text(f"\n  \n{json.dumps(GOOD)}\n\n{json.dumps(GOOD)}\n")
+    assert mp.load_history(path) == [run()] * 2
+
+
+def test_a_line_of_an_earlier_version_has_no_phases(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text(json.dumps({key: value for key, value in GOOD.items() if key != "phases"}) + "\n")
+    assert mp.load_history(path) == [run()]
+    path.write_text(json.dumps({**GOOD, "phases": {"forward": [1, 2]}}) + "\n")
+    assert mp.load_history(path)[0].phases == {"forward": (1, 2)}
+
+
 def test_a_line_that_was_cut_costs_only_itself(tmp_path):
     """A process that was killed half way through its line left no line break."""
     path = tmp_path / "runs.jsonl"
@@ -134,6 +162,29 @@ def test_a_line_that_was_cut_costs_only_itself(tmp_path):
     append(run(1.5), path)
     with pytest.warns(UserWarning, match="line 2 of .* is damaged"):
         assert mp.load_history(path) == [run(), run(1.5)]
+
+
+def test_a_line_that_was_cut_after_its_first_byte_costs_only_itself(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_bytes(b"{")
+    append(run(), path)
+    with pytest.warns(UserWarning, match="line 1 of .* is damaged"):
+        assert mp.load_history(path) == [run()]
+
+
+def test_a_file_is_made_in_new_folders_and_others_may_read_it(tmp_path):
+    path = tmp_path / "a" / "b" / "runs.jsonl"
+    append(run(), path)
+    assert path.stat().st_mode & 0o777 == 0o644 & ~current_umask()
+    (line,) = path.read_text().splitlines()
+    assert ", " not in line
+    assert ": " not in line
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def test_a_later_version_s_line_is_skipped_without_a_word(tmp_path):
@@ -206,6 +257,37 @@ def test_a_lock_that_is_held_for_long_is_not_waited_for(tmp_path, monkeypatch):
     assert mp.load_history(path) == [run(), run(1.5)]
 
 
+def test_a_file_system_without_locks_is_written_all_the_same(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuses(file: int, operation: int) -> None:
+        tried.append(operation)
+        raise OSError("no locks available")
+
+    tried: list[int] = []
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    append(run(), path := tmp_path / "runs.jsonl")
+    assert mp.load_history(path) == [run()]
+    assert tried == [fcntl.LOCK_EX | fcntl.LOCK_NB]  # for itself alone, and without waiting
+
+
+def test_a_lock_is_tried_often_and_for_two_seconds(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    clock, tried = [100.0], []
+
+    def held(file: int, operation: int) -> None:
+        tried.append(clock[0])
+        raise BlockingIOError
+
+    monkeypatch.setattr(fcntl, "flock", held)
+    monkeypatch.setattr(history.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(history.time, "sleep", lambda seconds: clock.append(clock.pop() + seconds))
+    append(run(), path := tmp_path / "runs.jsonl")
+    assert mp.load_history(path) == [run()]
+    assert 1.99 < tried[-1] - tried[0] <= 2.01
+    assert max(after - before for before, after in pairwise(tried)) < 0.01
+
+
 def test_a_writer_waits_for_the_lock(tmp_path):
     fcntl = pytest.importorskip("fcntl")
     path = tmp_path / "runs.jsonl"
@@ -246,8 +328,27 @@ def test_other_modules_raise_it_and_never_lower_it():
     assert taught([run(1.0, structure="b2")] * 10).margin == 0.05
     assert taught([run(1.1, structure="b2")] * 3).margin == pytest.approx(1 - 1 / 1.1)
     assert taught([run(1.1, structure="b2", method="formula")] * 3).margin == 0.05
+    assert taught([run(1.1, structure="b2")] * 3).text.startswith("3 runs of other modules took at most +10.0 %")
     # what this module itself did counts more than what others did
     assert taught([run(1.1, structure="b2")] * 3 + [run()] * 3).margin == LEAST
+
+
+def test_a_run_that_took_next_to_nothing_lowers_it_no_further():
+    nothing = run(measured={"first": (0, 0)})
+    assert residual(nothing) == 0
+    assert taught([nothing] * 3).margin == LEAST
+    assert taught([nothing]).margin == 0.05
+
+
+def test_a_margin_is_never_the_whole_gpu():
+    # a hundred times the prediction would want 99.0 % free, a thousand times 99.9 %
+    assert taught([run(1000)]).margin == 0.99
+
+
+def test_a_run_without_measurements_has_no_residual():
+    assert residual(run(measured={})) is None
+    assert residual(run(predicted={})) is None
+    assert residual(run(predicted={"steady": (0, 10)}, measured={"steady": (5, 12), "first": (1, 1)})) == 1.2
 
 
 def test_each_rank_of_a_run_is_evidence_but_no_run_of_its_own():
@@ -371,6 +472,17 @@ def test_a_record_has_the_highest_peaks_without_what_was_there_before():
     assert (found.batch_size, found.method, found.margin, found.outcome) == (8, "trace", 0.05, "done")
 
 
+def test_a_record_tells_when_and_with_which_versions_it_was_made(monkeypatch):
+    monkeypatch.setattr(history, "driver_version", lambda: "580.1")
+    before = datetime.now(timezone.utc).replace(microsecond=0)
+    found = run_record(Measured(), planned(), SETUP, "done")
+    assert before <= datetime.fromisoformat(found.time) <= datetime.now(timezone.utc)
+    assert found.time.endswith("+00:00")
+    assert found.time[19:] == "+00:00"  # whole seconds
+    versions = {"lightning-memplan": version("lightning-memplan"), "torch": torch.__version__, "driver": "580.1"}
+    assert found.versions == versions
+
+
 def test_a_run_that_failed_records_what_its_failed_step_was_predicted_to_take():
     found = run_record(Measured(1), planned(), SETUP, "out of memory")
     assert found.predicted == {"first": (10, 20), "failed": (30, 40)}  # the replayed ones', without the 5
@@ -379,7 +491,7 @@ def test_a_run_that_failed_records_what_its_failed_step_was_predicted_to_take():
 
 
 def test_settings_are_kept_as_plain_values():
-    hook = (object(), print)  # what a strategy holds may be anything
+    hook = (object(), print, (line for line in ()))  # what a strategy holds may be anything, and need not be copied
     parallel = Parallel("ddp", 4, {"gradient_as_bucket_view": True}, hook)
     setup = dataclasses.replace(SETUP, settings=StepSettings(parallel=parallel))
     settings = run_record(Measured(), planned(), setup, "done").settings
@@ -399,8 +511,10 @@ def test_what_is_remembered(tmp_path, steps, outcome, kept):
 
 
 def test_a_run_that_cannot_be_remembered_is_said(tmp_path):
-    with pytest.warns(UserWarning, match=r"this run is not kept in the history: .*; name a file by history='\.\.\.'"):
+    said = r"this run is not kept in the history: .*; name a file by history='\.\.\.', or pass history=False$"
+    with pytest.warns(UserWarning, match=said) as caught:
         remember(tmp_path, Measured(), planned(), SETUP, "done")
+    assert caught[0].filename == __file__
 
 
 # ----------------------------------------------------------------------------------------------------------- the table
@@ -452,6 +566,14 @@ def test_the_latest_of_a_runs_ranks_is_the_one_that_reserved_most():
     first, second = run(1.1, ranks=2), run(1.0, ranks=2, rank=1)
     assert latest([run(1.2, ranks=2), run(1.3, ranks=2, rank=1), first, second]) == first
     assert latest([first, second, run(structure="b2")]).structure == "b2"
+    # a run of as many ranks, and one of this module on one rank, are other runs
+    assert latest([run(2.0, structure="b2", ranks=2), second]) == latest([run(2.0), second]) == second
+
+
+def test_a_run_that_measured_nothing_is_the_latest_too():
+    nothing = run(measured={}, ranks=2)
+    assert latest([nothing]) == nothing
+    assert latest([nothing, run(measured={"first": (0, 1)}, ranks=2, rank=1)]).rank == 1
 
 
 def test_history_and_report_print_the_runs_of_a_file(tmp_path, capsys):
@@ -578,5 +700,21 @@ def test_a_margin_that_is_named_is_kept_to(tmp_path):
     assert margin(path, 0.2) == 0.2
     assert margin(None) == 0.05
     assert margin(None, 0.2) == 0.2
-    with pytest.warns(UserWarning, match="the history of earlier runs cannot be read: .*Is a directory"):
+    with pytest.warns(UserWarning, match="the history of earlier runs cannot be read: .*Is a directory") as caught:
         assert margin(tmp_path) == 0.05
+    assert caught[0].filename == __file__
+
+
+def test_a_lesson_is_of_this_gpu_and_this_method(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    for _ in range(3):
+        append(run(1.1, structure="b2"), path)
+    append(out_of_memory(), path)
+    device = mp.Device("T4", total=15 * GiB)
+    found = learn(path, "a1", device, method="trace", margin=None, prior=0.05)
+    assert found == taught(mp.load_history(path))
+    assert found.failed == 32
+    assert learn(path, "a1", mp.Device("T4", total=16 * GiB), method="trace", margin=None, prior=0.05).failed is None
+    other = learn(path, "c3", device, method="trace", margin=None, prior=0.05)
+    assert other.margin == pytest.approx(1 - 1 / 1.1)  # of another module, planned by the same method
+    assert learn(path, "c3", device, method="formula", margin=None, prior=0.05).margin == 0.05

@@ -7,10 +7,20 @@ from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_memplan.data.holders import holders_of
-from lightning_memplan.errors import ApplyError
-from lightning_memplan.planning.apply import find_holders
+from lightning_memplan.errors import ApplyError, MemplanError, PlanningFailedError
+from lightning_memplan.planning import apply
+from lightning_memplan.planning.apply import (
+    check_batches,
+    find_holders,
+    names_by_stage,
+    training_remarks,
+    write_together,
+)
+from lightning_memplan.planning.proposal import RankResult
 
 
 class Module(pl.LightningModule):
@@ -144,3 +154,236 @@ def test_what_is_held_is_no_int(value):
     module, data = Module(batch_size=value), Data(batch_size=2)  # one of two is: that one is the batch size
     write("batch_size", 64, module, data)
     assert (module.batch_size, data.batch_size) == (value, 64)
+
+
+# ------------------------------------------------------------------------------------------------- an epoch's batches
+
+
+def settings(**changes):
+    """Lightning's defaults, of what decides how many batches an epoch has."""
+    values = {
+        "world_size": 1,
+        "limit_train_batches": 1.0,
+        "overfit_batches": 0.0,
+        "limit_val_batches": 1.0,
+        "check_val_every_n_epoch": 1,
+        "val_check_interval": 1.0,
+        "_accelerator_connector": SimpleNamespace(use_distributed_sampler=changes.pop("divided", True)),
+    }
+    return SimpleNamespace(**{**values, **changes})
+
+
+LOADER = DataLoader(range(20))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(20))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # 20 samples are 5 batches of 4
+        ({"val_check_interval": 6}, r"val_check_interval=6 counts .* an epoch has 5 of .* size 4: .*max_batch_size=3$"),
+        # two ranks have 10 samples each: 3 batches, the last of 2
+        ({"val_check_interval": 4, "world_size": 2}, r"an epoch has 3 of the planned batch size 4: .*=3$"),
+        # 2 of the 5 batches are read
+        ({"val_check_interval": 3, "limit_train_batches": 2}, r"val_check_interval=3 counts .*max_batch_size=2$"),
+        # 0.6 · 5 = 3
+        ({"val_check_interval": 4, "limit_train_batches": 0.6}, r"val_check_interval=4 counts .*max_batch_size=3$"),
+        ({"val_check_interval": 100}, r"max_batch_size=1$"),  # none is small enough: one sample is the least
+        (
+            {"limit_train_batches": 0.19},
+            r"^limit_train_batches=0\.19 is a part of an epoch's batches, and an epoch has 5",
+        ),
+        ({"limit_train_batches": 0.19, "overfit_batches": 0.19}, r"^overfit_batches=0\.19 is .* \(overfit_batches=1\)"),
+    ],
+    ids=str,
+)
+def test_an_epoch_with_too_few_batches_is_refused(changes, message):
+    with pytest.raises(ApplyError, match=message):
+        check_batches(settings(**changes), LOADER, 4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"val_check_interval": 5},
+        {"val_check_interval": 3, "world_size": 2},
+        {"val_check_interval": 5, "world_size": 2, "divided": False},  # each rank has all samples
+        {"val_check_interval": 2, "limit_train_batches": 2},
+        {"val_check_interval": 3, "limit_train_batches": 0.6},
+        {"val_check_interval": 5, "limit_train_batches": 9},  # there are no more than 5
+        {"val_check_interval": 6, "limit_val_batches": 0},
+        {"val_check_interval": 6, "check_val_every_n_epoch": None},
+        {"val_check_interval": 6, "limit_train_batches": 0},  # nothing is trained
+        {"val_check_interval": 6, "limit_train_batches": 0.0},
+        {"limit_train_batches": 0.2},  # one batch
+    ],
+    ids=str,
+)
+def test_an_epoch_with_enough_batches_is_not_refused(changes):
+    check_batches(settings(**changes), LOADER, 4)
+
+
+def test_an_epoch_of_unknown_length_is_not_refused():
+    check_batches(settings(val_check_interval=6, limit_train_batches=0.1), DataLoader(Stream()), 4)
+
+
+# ----------------------------------------------------------------------------------------------------- all or nothing
+
+
+class Kept:
+    """A place that is written into a dictionary, or fails."""
+
+    def __init__(self, held, name, fails=False):
+        self.held, self.name, self.fails = held, name, fails
+
+    def write(self, size, undo):
+        undo.callback(self.held.__setitem__, self.name, self.held[self.name])
+        self.held[self.name] = size
+        if self.fails:
+            raise ApplyError(f"{self.name} cannot be set")
+
+
+@pytest.fixture
+def held():
+    return {"train": 2, "val": 3}
+
+
+def test_sizes_and_accumulation_are_written_together(held):
+    trainer = SimpleNamespace(accumulate_grad_batches=1)
+    with write_together([(Kept(held, "train"), 20), (Kept(held, "val"), 30)], trainer, 4):
+        assert (held, trainer.accumulate_grad_batches) == ({"train": 20, "val": 30}, 4)
+    assert (held, trainer.accumulate_grad_batches) == ({"train": 20, "val": 30}, 4)
+
+
+def test_what_fails_inside_undoes_all(held):
+    trainer = SimpleNamespace(accumulate_grad_batches=1)
+    with (
+        pytest.raises(KeyError, match="mine"),
+        write_together([(Kept(held, "train"), 20), (Kept(held, "val"), 30)], trainer, 4),
+    ):
+        raise KeyError("mine")
+    assert (held, trainer.accumulate_grad_batches) == ({"train": 2, "val": 3}, 1)
+
+
+def test_a_place_that_cannot_be_written_undoes_those_before_it(held):
+    trainer = SimpleNamespace(accumulate_grad_batches=1)
+    with (
+        pytest.raises(ApplyError, match="val cannot be set"),
+        write_together([(Kept(held, "train"), 20), (Kept(held, "val", fails=True), 30)], trainer, 4),
+    ):
+        pytest.fail("nothing is announced that was not set")
+    assert (held, trainer.accumulate_grad_batches) == ({"train": 2, "val": 3}, 1)
+
+
+@pytest.mark.parametrize(("fatal", "raised"), [(True, MemplanError), (False, PlanningFailedError)])
+def test_what_another_rank_cannot_write_is_written_nowhere(held, monkeypatch, fatal, raised):
+    theirs = RankResult(reason="ApplyError: theirs", fatal=fatal)
+    said = []
+    monkeypatch.setattr(apply, "over_ranks", lambda vote: said.append(vote) or [vote, theirs])
+    with (
+        pytest.raises(raised, match="rank 1: ApplyError: theirs"),
+        write_together([(Kept(held, "train"), 20)], SimpleNamespace(accumulate_grad_batches=1), 4),
+    ):
+        pytest.fail("nothing is announced that was not set")
+    assert held["train"] == 2
+    assert said == [RankResult()]
+
+
+def test_a_rank_that_cannot_write_tells_the_others_why(held, monkeypatch):
+    said = []
+    monkeypatch.setattr(apply, "over_ranks", lambda vote: said.append(vote) or [vote])
+    places = [(Kept(held, "train", fails=True), 20)]
+    with (
+        pytest.raises(PlanningFailedError, match="train cannot be set"),
+        write_together(places, SimpleNamespace(accumulate_grad_batches=1), is_fatal=lambda error: False),
+    ):
+        pytest.fail("nothing is announced that was not set")
+    (vote,) = said
+    assert "train cannot be set" in vote.reason
+    assert not vote.fatal
+
+
+def test_accumulation_is_left_where_no_size_is_set():
+    trainer = SimpleNamespace(accumulate_grad_batches=3)
+    with write_together([], trainer, 4):
+        pass
+    with write_together([(Kept({"train": 2}, "train"), 20)], trainer, None):
+        pass
+    assert trainer.accumulate_grad_batches == 3
+
+
+# ------------------------------------------------------------------------------------------------------ names by stage
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (3, r"batch_arg_name is a name such as 'batch_size', or names by stage such as .*, not 3$"),
+        ({"val": 3}, r"batch_arg_name is a name .*, not \{'val': 3\}$"),
+        ({"fit": "bs"}, r"has names for 'train', 'val', 'test', 'predict', not for 'fit'$"),
+        ({"predict": "bs"}, r"batch_arg_name\['predict'\] cannot be planned yet: leave it out$"),
+        ({"val": "batch_size"}, r"'batch_size' is training's batch size: leave batch_arg_name\['val'\] out"),
+        ({"train": "bs", "test": "bs"}, r"'bs' is training's batch size: leave batch_arg_name\['test'\] out"),
+    ],
+)
+def test_names_that_cannot_be_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        names_by_stage(given)
+
+
+def test_each_stage_has_a_name_of_its_own():
+    assert names_by_stage({"train": "bs", "test": "batch_size"}) == {"train": "bs", "test": "batch_size"}
+    assert names_by_stage({"val": "size", "test": "size"}) == {"train": "batch_size", "val": "size", "test": "size"}
+
+
+# ----------------------------------------------------------------------------------------- what a batch size changes
+
+
+def remarks(samples, own, size, parts=1, module=None, **arguments):
+    trainer = settings(accumulate_grad_batches=parts)
+    return training_remarks(trainer, module or nn.Linear(2, 2), DataLoader(range(samples)), size, own, **arguments)
+
+
+def test_an_accumulation_that_no_epoch_completes_is_said():
+    # 20 samples are 10 batches of 2, of which 4 make a step: 3 steps an epoch; and 3 batches of 8, the last of 4
+    (text,) = remarks(20, own=2, size=8, parts=4)
+    assert text.startswith(
+        "accumulate_grad_batches=4 is more than the 3 batches of an epoch at batch size 8: the optimizer steps once an "
+        "epoch, instead of 3 times with batches of 2; lower"
+    )
+    assert "more than the 1 batch of an epoch at batch size 20" in remarks(20, own=2, size=20, parts=2)[0]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"own": 2, "size": 8, "parts": 3},  # three batches are a step
+        {"own": 5, "size": 10, "parts": 4},  # 4 batches of 5 are one step too
+        {"own": 2, "size": 8, "parts": 4, "accumulates": False},  # another accumulation is planned
+        {"own": 8, "size": 8, "parts": 4},
+        {"own": None, "size": 8, "parts": 4},
+    ],
+    ids=str,
+)
+def test_an_accumulation_that_goes_on_as_before_is_not_said(case):
+    assert remarks(20, **case) == []
+
+
+def test_a_last_batch_of_one_sample_is_said_where_a_layer_may_refuse_it():
+    normed = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    # 21 samples: the last of batches of 3 has 3, of 4 one, of 2 one
+    (text,) = remarks(21, own=3, size=4, module=normed)
+    assert text.startswith("the last batch of an epoch has one sample at batch size 4, and Sequential has batch norm")
+    assert remarks(21, own=2, size=4, module=normed) == []  # as before
+    assert remarks(21, own=3, size=4) == []
+    assert remarks(22, own=3, size=4, module=normed) == []
+
+
+def test_of_an_epoch_of_unknown_length_nothing_is_said():
+    trainer = settings(accumulate_grad_batches=100)
+    assert training_remarks(trainer, nn.BatchNorm1d(2), DataLoader(Stream()), 8, 2) == []

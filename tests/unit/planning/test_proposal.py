@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,19 +27,23 @@ NET = torch.nn.Linear(1, 1000)
 class Session:
     """A session whose trials are what the test says."""
 
-    limits, index = Limits(max_batch_size=100), 0
+    index = 0
 
-    def __init__(self, trial, module_is_on_gpu=False):
-        self.trial, self.module_is_on_gpu = trial, module_is_on_gpu
+    def __init__(self, trial, limits, module_is_on_gpu=False):
+        self.trial, self.limits, self.module_is_on_gpu = trial, limits, module_is_on_gpu
         self.predictor = OneEstimate(mp.estimate(NET, torch.zeros(4, 1), method="formula"))
         self.estimate_at = self.predictor.estimate_at
+        self.retraced = []
 
     def plan(self, limits=None, *, retrace=True):
-        return make_plan(self.predictor, CARD, limits or self.limits, retrace=retrace)
+        plan = make_plan(self.predictor, CARD, limits or self.limits, retrace=retrace)
+        if retrace:
+            self.retraced.append(plan.batch_size)
+        return plan
 
 
-def draft(trial=None):
-    session = Session(trial)
+def draft(trial=None, module_is_on_gpu=False, **limits):
+    session = Session(trial, Limits(**{"max_batch_size": 100, **limits}), module_is_on_gpu)
     return Proposal(session.plan(), session)
 
 
@@ -89,6 +94,47 @@ def test_a_smallest_size_that_does_not_run_raises():
     assert caught.value.tried
 
 
+def test_the_smallest_size_that_is_allowed_is_tried_last():
+    # 100, 96 and 89 do not run; a size of 77 is not allowed, and of at least 80 in multiples of 4 the smallest is 80
+    tried, sizes = runs(82)
+    found = confirmed(draft(tried, min_batch_size=78, multiple_of=4), strict=False).plan
+    assert sizes == [100, 96, 88, 80]
+    assert (found.batch_size, found.limited_by, found.confirmed) == (80, "memory", found.peak_reserved)
+    # it is tried although its prediction is above what was there, and nothing smaller after it
+    tried, sizes = runs(79)
+    with pytest.raises(mp.DoesNotFitError, match="real steps of batch size 80 ran out of memory"):
+        confirmed(draft(tried, min_batch_size=78, multiple_of=4), strict=False)
+    assert sizes == [100, 96, 88, 80]
+
+
+def test_a_plan_that_shrinks_keeps_what_was_noted():
+    tried, _ = runs(97)
+    found = confirmed(draft(tried).noted("a note"), strict=False).plan
+    assert found.notes == ("a note", "shrunk from 100 to 96: real steps of 100 ran out of memory")
+
+
+def test_steps_that_fail_otherwise_leave_the_plan_and_give_their_memory_back(monkeypatch):
+    def fails(plan):
+        raise KeyError("theirs")
+
+    gone = []
+    monkeypatch.setattr(proposal, "give_back", gone.append)
+    found = confirmed(draft(fails), strict=False).plan
+    (note,) = found.notes
+    assert note.startswith("not confirmed by real steps, which failed on a copy: ")
+    assert "KeyError" in note
+    assert (found.batch_size, found.confirmed, gone) == (100, None, [torch.device("cuda", 0)])
+    with pytest.raises(KeyError, match="theirs"):
+        confirmed(draft(fails), strict=True)
+
+
+def test_no_real_steps_run_beside_a_module_that_is_on_the_gpu():
+    tried, sizes = runs(0)
+    found = confirmed(draft(tried, module_is_on_gpu=True), strict=False).plan
+    assert (found.batch_size, found.confirmed, sizes) == (100, None, [])
+    assert found.notes == ("not confirmed by real steps: the module is on the card already, beside a copy of it",)
+
+
 def test_a_single_sample_does_not_shrink():
     tried, sizes = runs(0)
     with pytest.raises(mp.DoesNotFitError, match="real steps of batch size 1 ran out of memory"):
@@ -121,6 +167,18 @@ def test_the_smallest_of_all_ranks_is_confirmed_by_all(monkeypatch):
     found = confirmed(on_all_ranks(lambda: draft(tried)), strict=False).plan
     assert (found.batch_size, sizes) == (60, [60])
     assert found.peak_reserved == draft().estimate.peak(60)
+    assert found.notes == ("rank 1 (other) decides for all: here alone the batch size would be 100",)
+
+
+def test_the_rank_that_decides_says_what_limits_the_size(monkeypatch):
+    monkeypatch.setattr(proposal, "over_ranks", lambda word: [word, RankResult("other", 60, "dataset")])
+    assert on_all_ranks(draft).plan.limited_by == "dataset"
+    monkeypatch.setattr(proposal, "over_ranks", lambda word: [word, RankResult("other", 101, "dataset")])
+    assert on_all_ranks(draft).plan == draft().plan
+    said = []
+    monkeypatch.setattr(proposal, "over_ranks", lambda word: said.append(word) or [word])
+    assert on_all_ranks(draft).plan == draft().plan
+    assert said == [RankResult("a card", 100, draft().plan.limited_by)]
 
 
 def test_where_another_rank_shrinks_this_one_tries_again(monkeypatch):
@@ -149,6 +207,64 @@ def test_what_is_kept_must_fit():
     assert (kept.batch_size, kept.limited_by, kept.peak_reserved) == (500, "checkpoint", draft().estimate.peak(500))
     with pytest.raises(mp.DoesNotFitError, match="the checkpoint's batch size 999999 cannot be kept; resume='plan'"):
         draft().kept(999_999)
+
+
+def test_a_kept_size_needs_no_margin_and_no_samples():
+    # Half of the GPU is the budget, which 60 MB of weights at four states nearly fill: 13 samples fit the GPU alone
+    tight = draft(max_batch_size=None, multiple_of=8, samples=16)
+    fits = tight.session.estimate_at(13).peak(13)
+    tight = replace(tight, session=Session(None, replace(tight.session.limits, budget=fits - 1)))
+    with pytest.raises(mp.DoesNotFitError):
+        tight.session.plan(tight.session.limits.exactly(13))
+    kept = tight.kept(13).plan
+    assert (kept.batch_size, kept.limited_by, kept.budget) == (13, "checkpoint", CARD.capacity)
+    assert tight.kept(17).plan.batch_size == 17  # more samples than a rank has, and no multiple of 8
+
+
+def test_a_kept_size_is_not_traced_again_and_keeps_the_notes_of_the_plan():
+    found = draft().noted("a note")
+    assert found.session.retraced == [100]
+    kept = found.kept(50)
+    assert found.session.retraced == [100]
+    assert kept.plan.notes == found.plan.notes == (*draft().plan.notes, "a note")
+    assert kept.session is found.session
+
+
+def test_a_kept_size_that_does_not_fit_says_what_is_needed():
+    with pytest.raises(mp.DoesNotFitError) as caught:
+        draft().kept(999_999)
+    assert caught.value.needed == draft().estimate.peak(999_999) > caught.value.available == CARD.capacity
+
+
+@pytest.mark.parametrize(("size", "kept"), [(20, True), (24, True), (16, False), (60, True), (240, False)])
+def test_a_kept_size_divides_the_effective_batch_size(size, kept):
+    # 240 samples on two ranks: 20 · 2 · 6 and 24 · 2 · 5, but 16 · 2 is no divisor, nor is 240 · 2
+    found = draft(effective_batch_size=240, ranks=2)
+    after = found.kept(size).plan
+    if kept:
+        assert (after.batch_size, after.accumulate_grad_batches) == (size, 120 // size)
+        assert after.notes == found.plan.notes
+    else:
+        note = f"the checkpoint's batch size {size} does not divide the effective batch size: not kept"
+        assert after == replace(found.plan, notes=(*found.plan.notes, note))
+
+
+@pytest.mark.parametrize("limits", [{}, {"effective_batch_size": 240, "ranks": 2}, {"effective_batch_size": 90}])
+def test_a_proposal_at_another_size_is_the_plan_of_that_size(limits):
+    found = draft(**limits)
+    at = found.at(30).plan
+    alone = found.session.plan(found.session.limits.exactly(30))
+    assert at == replace(alone, limited_by=found.plan.limited_by, notes=found.plan.notes)
+    # 240 samples on two ranks are 4 batches of 30 on each, where 60 were planned twice; 90 on one are 3
+    assert at.accumulate_grad_batches == {None: 1, 240: 4, 90: 3}[limits.get("effective_batch_size")]
+
+
+def test_another_size_is_not_confirmed_by_steps_of_the_first():
+    found = draft()
+    found = replace(found, plan=replace(found.plan, confirmed=2**20, accumulate_grad_batches=7))
+    assert found.at(100) is found
+    assert found.at(99).plan.confirmed is None
+    assert found.at(99).plan.accumulate_grad_batches == 7  # the Trainer's own, which nobody asked to change
 
 
 # ------------------------------------------------------------------------------------------------- on the null GPU

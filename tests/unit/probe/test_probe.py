@@ -8,115 +8,11 @@ import sys
 import pytest
 import torch
 
-from lightning_memplan.memory.alignment import aligned, doubled
-from lightning_memplan.memory.events import Event, Trace
-from lightning_memplan.memory.program import scale
 from lightning_memplan.probe.allocator_history import Mark, runs_of
 from lightning_memplan.probe.grad_scaler import UnskippedGradScaler
 from lightning_memplan.probe.out_of_memory import ran_out_of_memory
 from lightning_memplan.probe.probe import can_probe
 from tests.paths import PROGRAMS
-
-
-def trace(size, *events):
-    return Trace(size, tuple(Event(block, bytes_) for block, bytes_ in events))
-
-
-def sizes(traces):
-    return [[event.size for event in t.events] for t in traces]
-
-
-def test_traces_of_the_same_events_stay_as_they_are():
-    traces = [trace(2, (0, 20), (1, 7), (1, -1), (0, -1)), trace(3, (0, 30), (1, 9), (1, -1), (0, -1))]
-    assert aligned(traces) == traces
-
-
-def test_workspaces_that_differ_are_taken_as_measured():
-    # At 2 samples no workspace, at 3 one of 100 bytes, at 5 one of 40: on lines between; beyond 5 it goes on
-    # as from the first to the last, (40 - 0) / (5 - 2) bytes a sample: 40 + 95 · 40 / 3 = 1306 at 100.
-    traces = [
-        trace(2, (0, 20), (2, 8), (0, -1)),
-        trace(3, (0, 30), (1, 100), (1, -1), (2, 8), (0, -1)),
-        trace(5, (0, 50), (1, 40), (1, -1), (2, 8), (0, -1)),
-    ]
-    assert sizes(aligned(traces)) == [[20, 0, -1, 8, -1], [30, 100, -1, 8, -1], [50, 40, -1, 8, -1]]
-    program = scale(aligned(traces))
-    assert [program.at(n)[1][1] for n in (2, 3, 4, 5, 100)] == [0, 100, 70, 40, 1306]
-
-
-def test_a_large_batch_decides_what_a_workspace_is_there():
-    # 500 bytes at 2 and 3 samples, by an algorithm for few; at 100 samples 200 bytes: they do not grow from there on
-    traces = [trace(n, (0, size), (0, -1), (1, n)) for n, size in ((2, 500), (3, 500), (100, 200))]
-    assert [scale(aligned(traces)).at(n)[0][1] for n in (3, 100, 1000)] == [500, 200, 200]
-
-
-def test_several_workspaces_at_one_place_are_one_of_the_largest():
-    traces = [
-        trace(2, (0, 20), (1, 7), (1, -1), (2, 9), (2, -1), (3, 4), (0, -1)),
-        trace(3, (0, 30), (1, 8), (1, -1), (3, 4), (0, -1)),
-    ]
-    assert sizes(aligned(traces)) == [[20, 9, -1, 4, -1], [30, 8, -1, 4, -1]]
-    assert scale(aligned(traces)).at(50)[1][1] == 8  # what falls does not go on falling
-
-
-def test_workspaces_that_one_size_has_and_another_has_not_stay_as_they_are():
-    # a reduction's buffer of 100 bytes and its semaphores of 8, freed in the order in which they were made
-    traces = [trace(2, (0, 20), (3, 4)), trace(3, (0, 30), (1, 100), (2, 8), (1, -1), (2, -1), (3, 4))]
-    # none at 2 samples, then lines of slope 100 and 8; as one block of 108 they would want another place
-    assert sizes(aligned(traces)) == [[20, 0, 0, -1, -1, 4], [30, 100, 8, -1, -1, 4]]
-    assert [size for _, size, _ in scale(aligned(traces)).at(5)[1:3]] == [300, 24]
-
-
-def test_workspaces_within_a_workspace_count_together():
-    # nested at 3 samples, one after another at 5: one block of 100 + 8, and of the larger
-    traces = [
-        trace(2, (0, 20), (3, 4)),
-        trace(3, (0, 30), (1, 100), (2, 8), (1, -1), (2, -1), (3, 4)),
-        trace(5, (0, 50), (1, 90), (1, -1), (2, 70), (2, -1), (3, 4)),
-    ]
-    assert sizes(aligned(traces)) == [[20, 0, -1, 4], [30, 108, -1, 4], [50, 90, -1, 4]]
-
-
-def test_traces_that_differ_in_more_are_not_aligned():
-    assert aligned([trace(2, (0, 20)), trace(3, (0, 30), (1, 5), (0, -1), (1, -1))]) is None
-
-
-@pytest.mark.parametrize(
-    ("seen", "at_10"),
-    [
-        ((20, 30, 50), 100),  # 10 n
-        ((64, 144, 400), 1600),  # 16 n²: all pairs of samples
-        ((8, 24, 80), 360),  # 4 n (n - 1): all pairs of two samples
-        ((0, 0, 60), 160),  # 10 (n - 2) (n - 3) is no tensor's: 60 / 3 = 20 a sample, 60 + 5 · 20
-        ((90, 60, 0), 0),  # 150 - 30 n would be less than nothing
-        ((512, 1024, 1536), 3242),  # rounded up: 1536 + 5 · (1536 - 512) / 3, rounded down
-    ],
-)
-def test_sizes_that_are_no_tensors_go_on_as_from_the_first_to_the_last(seen, at_10):
-    traces = [trace(n, (0, size), (0, -1)) for n, size in zip((2, 3, 5), seen, strict=True)]
-    assert sizes(aligned(traces)) == [[size, -1] for size in seen]
-    assert scale(aligned(traces)).at(10)[0][1] == at_10
-
-
-def test_pairs_stay_pairs_where_workspaces_differ():
-    # 16 n² beside a workspace that there is at 3 and 5 samples only
-    traces = [
-        trace(2, (0, 64), (0, -1), (2, 8)),
-        trace(3, (0, 144), (0, -1), (2, 12), (1, 7), (1, -1)),
-        trace(5, (0, 400), (0, -1), (2, 20), (1, 7), (1, -1)),
-    ]
-    assert [events[0] for events in sizes(aligned(traces))] == [64, 144, 400]
-
-
-def test_blocks_are_numbered_anew():
-    traces = [trace(2, (7, 20), (5, 1)), trace(3, (4, 30), (9, 1), (9, -1), (3, 1))]
-    assert [[event.block for event in t.events] for t in aligned(traces)] == [[0, 1, 1, 2], [0, 1, 1, 2]]
-
-
-def test_a_prime_number_of_samples_tells_what_grows():
-    # at 7 samples: 700 bytes of them, 1000 of weights, a workspace of 64 that few samples have not: it is taken to grow
-    large, few = trace(7, (0, 700), (1, 1000), (2, 64), (2, -1)), trace(2, (0, 200), (1, 1000))
-    assert [size for _, size, _ in scale([large, doubled(large, [few])]).at(70)] == [7000, 1000, 640, -1]
 
 
 def test_an_optimizer_steps_whatever_its_gradients_are():
