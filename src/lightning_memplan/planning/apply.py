@@ -120,13 +120,19 @@ def check_batches(trainer: Any, source: Any, batch_size: int) -> None:
             f"{name}={limit} is a part of an epoch's batches, {few}, which is not one: give a number of batches "
             f"({name}=1), or a max_batch_size"
         )
-    count = min(count, limit) if isinstance(limit, int) else int(count * limit)
+    count = _taken(trainer, count)
     validates = trainer.limit_val_batches > 0 and trainer.check_val_every_n_epoch is not None
     if isinstance(interval, int) and count < interval and validates:
         raise ApplyError(
             f"val_check_interval={interval} counts batches, {few}: give a part of an epoch (val_check_interval=1.0), "
             f"pass check_val_every_n_epoch=None, or max_batch_size={max(1, batch_size * count // interval)}"
         )
+
+
+def _taken(trainer: Any, count: int) -> int:
+    """Return how many batches of an epoch a Trainer takes, of so many."""
+    limit = trainer.limit_train_batches
+    return min(count, limit) if isinstance(limit, int) else int(count * limit)
 
 
 def training_remarks(
@@ -141,9 +147,10 @@ def training_remarks(
     """
     if own is None or own == batch_size:
         return []
-    before, after = (batches_of_epoch(source, size, ranks_of(trainer)) for size in (own, batch_size))
-    if before is None or after is None:
+    counts = [batches_of_epoch(source, size, ranks_of(trainer)) for size in (own, batch_size)]
+    if None in counts:
         return []
+    before, after = (_taken(trainer, count) for count in counts if count is not None)
     remarks, parts = [], trainer.accumulate_grad_batches
     if accumulates and parts > after and -(-before // parts) > 1:
         remarks.append(
@@ -152,13 +159,20 @@ def training_remarks(
             f"times with batches of {own}; lower accumulate_grad_batches, or pass max_batch_size or "
             "effective_batch_size"
         )
-    last, last_before = (last_batch(source, size, ranks_of(trainer)) for size in (batch_size, own))
-    if last == 1 and last_before != 1 and any(isinstance(part, _BatchNorm) for part in module.modules()):
+    if leaves_one_sample(trainer, module, source, batch_size, own):
         remarks.append(
             f"the last batch of an epoch has one sample at batch size {batch_size}, and {type(module).__name__} has "
             "batch norm, which may refuse it: pass drop_last=True to the loader, or multiple_of or max_batch_size"
         )
     return remarks
+
+
+def leaves_one_sample(trainer: Any, module: Any, source: Any, batch_size: int, own: int | None) -> bool:
+    """Return True if a module with batch norm would get a last batch of one sample, and does not with the own size."""
+    if own in (None, batch_size) or not any(isinstance(part, _BatchNorm) for part in module.modules()):
+        return False
+    last, before = (last_batch(source, size, ranks_of(trainer)) for size in (batch_size, own))
+    return last == 1 and before != 1
 
 
 def ranks_of(trainer: Any) -> int:

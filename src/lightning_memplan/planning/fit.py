@@ -13,7 +13,7 @@ from torch import nn
 from lightning_memplan.checks import Method
 from lightning_memplan.data.batches import batch_size_of
 from lightning_memplan.data.holders import DEFAULT_NAME, Holder
-from lightning_memplan.errors import ApplyError, issue_warning, located
+from lightning_memplan.errors import ApplyError, MemplanError, issue_warning, located
 from lightning_memplan.lightning.compat import misconfiguration
 from lightning_memplan.lightning.loggers import say, warn
 from lightning_memplan.lightning.trainer import averaging_bytes, check_alone, cuda_index, validates
@@ -21,7 +21,14 @@ from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.structure import structure_of
 from lightning_memplan.monitor.history import Lesson, learn
 from lightning_memplan.monitor.meter import Forecast
-from lightning_memplan.planning.apply import Place, find_holders, find_place, training_remarks, write_together
+from lightning_memplan.planning.apply import (
+    Place,
+    find_holders,
+    find_place,
+    leaves_one_sample,
+    training_remarks,
+    write_together,
+)
 from lightning_memplan.planning.evaluation import agreed_plan, plan_test, plan_validation
 from lightning_memplan.planning.job import (
     DataSource,
@@ -189,7 +196,7 @@ class FitPlanner:
             options.history, self.structure, session.device, method=first.method, margin=margin, prior=MARGIN
         )
         session.limits = replace(session.limits, margin=self.lesson.margin, failed=self.lesson.failed)
-        proposal = session.propose()
+        proposal = self._without_a_last_sample(session.propose(), session)
         if stays:
             plan = replace(proposal.plan, limited_by="dataset")
             proposal = replace(proposal, plan=plan).noted(f"the batch size stays: {stays}")
@@ -197,6 +204,24 @@ class FitPlanner:
             self._validation = source_of_trainer(job, "val", options.sampling)
             self._val_place = find_place(trainer, self._validation.data, val_holders, "val")
         return proposal
+
+    def _without_a_last_sample(self, proposal: Proposal, session: PlanningSession) -> Proposal:
+        """Return the proposal, or a smaller one where a last batch of one sample would stop batch norm."""
+        if self.place is None:
+            return proposal
+        source, first = self.place.source, proposal.plan
+        plan = first
+        while leaves_one_sample(self._trainer, self._module, source, plan.batch_size, self.own_size):
+            try:
+                plan = session.plan(replace(session.limits, max_batch_size=plan.batch_size - 1))
+            except (MemplanError, ValueError):  # there is no smaller one: said in a warning, where it is set
+                return proposal
+        if plan is first:
+            return proposal
+        return replace(proposal, plan=replace(plan, limited_by=first.limited_by)).noted(
+            f"{first.batch_size} samples a batch leave a last batch of one, which batch norm may refuse: "
+            f"{plan.batch_size} do not"
+        )
 
     def _find_place(self, job: TrainingJob, holders: tuple[Holder, ...]) -> str:
         """Find the place of the batch size; where it cannot be set and stays, return why.
