@@ -17,6 +17,7 @@ NULLGPU = Path(__file__).resolve().parent / "nullgpu"
 collect_ignore = ["nullgpu"]  # its Python is run, not tested by itself
 REQUIRED = "MEMPLAN_REQUIRE_NULLGPU"  # set to 1 where a skipped test would go unseen
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side: their threads would wait for one another
 os.environ["MEMPLAN_HISTORY"] = "off"  # no test keeps a record of its runs in the user's home
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

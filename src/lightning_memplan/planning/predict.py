@@ -60,6 +60,8 @@ def predict(job: TrainingJob, largest: int | None = None) -> Estimate:
     try:
         traced = _traced(job)
     except Exception as error:
+        if probed is None and why_not and isinstance(error, TraceError):
+            raise TraceError(f"{error}; not probed: {why_not}", reason=error.reason) from error
         if probed is None or job.method != "auto":
             raise
         return replace(probed, notes=(*probed.notes, f"not traced: {located(error)}"))
@@ -138,6 +140,8 @@ def _traced(job: TrainingJob) -> Estimate:
     except TraceError:  # its layers can be counted all the same
         beginning = None
     counted = run_formula(job.setup, _batches(samples, job.begun())[0], beginning)
+    if counted.stopped and job.method == "auto" and job.trainer is not None:  # half a step is no estimate to set by
+        raise TraceError(f"{job.name} cannot be traced: {known}", reason="failed")
     return Estimate("formula", counted.formula, None, _allocator(), notes + counted.notes(known) + samples.notes)
 
 

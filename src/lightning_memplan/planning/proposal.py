@@ -238,6 +238,9 @@ def _tried(proposal: Proposal, attempt: int, strict: bool) -> Proposal:
     except Exception as error:
         if strict or isinstance(error, getattr(torch, "AcceleratorError", ())):  # a GPU that failed stays so
             raise
+        if proposal.plan.method == "formula":
+            text = f"only the formula gives a batch size, and real steps failed on a replica: {explain(error)}"
+            raise PlanningFailedError(text) from error
         proposal = proposal.noted(f"not confirmed by real steps, which failed on a copy: {explain(error)}")
         peaks = None
     if peaks is None:  # and the error is gone, with the memory that it kept

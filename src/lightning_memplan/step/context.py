@@ -83,14 +83,18 @@ def module_paths(
     stack: list[str] = []
     handles = []
     for path, child in module.named_modules():
-        if child in without:
+        if child in without or isinstance(child, torch.jit.ScriptModule):  # TorchScript takes no hooks
             continue
 
         def enter(_: Any, __: Any, path: str = path) -> None:
+            if torch.compiler.is_compiling():  # what is compiled now runs without this hook
+                return
             stack.append(context.path)
             context.update(path=path)
 
         def leave(_: Any, __: Any, ___: Any) -> None:
+            if torch.compiler.is_compiling():
+                return
             context.update(path=stack.pop() if stack else "")
 
         handles.append(child.register_forward_pre_hook(enter))

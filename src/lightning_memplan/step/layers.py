@@ -184,6 +184,8 @@ class _Recorder:
 
     def attach(self) -> None:
         for child, _ in self._layers:
+            if isinstance(child, torch.jit.ScriptModule):  # TorchScript takes no hooks
+                continue
             self._handles.append(child.register_forward_pre_hook(self._begin))
             self._handles.append(child.register_forward_hook(self._end, with_kwargs=True))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -77,6 +78,8 @@ def replicate(
 
 def _replacement(stand_in: StandInTrainer, tensor_copy: Callable[[torch.Tensor], Any], value: Any) -> Any:
     """Return what stands for an object in a replica, None for an object that is copied."""
+    if isinstance(value, torch.jit.ScriptModule):
+        return _script_copy(value)
     if isinstance(value, nn.parameter.UninitializedBuffer):  # it refuses, as lazy parameters do not
         made_lazy: Any = nn.parameter.UninitializedBuffer
         return made_lazy(device=value.device, dtype=value.dtype)
@@ -88,6 +91,17 @@ def _replacement(stand_in: StandInTrainer, tensor_copy: Callable[[torch.Tensor],
     if isinstance(value, (Dataset, DataLoader)):
         return value
     return stand_in.copied_datamodule(value) if is_datamodule(value) else None
+
+
+def _script_copy(script: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    """Return a copy of TorchScript with parameters of its own: a deep copy's are computed from the module's."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        torch.jit.save(script, file)
+        file.seek(0)
+        copied: torch.jit.ScriptModule = torch.jit.load(file)
+    return copied
 
 
 def _finish(child: nn.Module, memo: dict[int, Any], stand_in: StandInTrainer, device: torch.device) -> None:

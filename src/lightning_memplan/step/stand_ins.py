@@ -151,6 +151,11 @@ class StandInTrainer:
             return limit if isinstance(limit, int) else _STEPS
         return max(1, min(count, limit) if isinstance(limit, int) else int(count * limit))
 
+    def _batches_between_validations(self) -> float:
+        """Return what ``fit_loop.setup_data`` makes of ``val_check_interval``."""
+        interval = getattr(self._real, "val_check_interval", 1.0)
+        return interval if isinstance(interval, int) else max(1, int(self._batches() * (interval or 1.0)))
+
     def _optimizer_steps(self) -> float:
         """Return the number of optimizer steps, as ``Trainer.estimated_stepping_batches`` does."""
         real = self._real
@@ -180,6 +185,7 @@ _COMPUTED: Mapping[str, Callable[[StandInTrainer], Any]] = {
     "train_dataloader": StandInTrainer._train_loaders,
     "val_dataloaders": StandInTrainer._val_loaders,
     "num_training_batches": StandInTrainer._batches,
+    "val_check_batch": StandInTrainer._batches_between_validations,
     "estimated_stepping_batches": StandInTrainer._optimizer_steps,
     "fit_loop": StandInTrainer._fit_loop,
     "log_dir": StandInTrainer._log_dir,

@@ -9,6 +9,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ _SHARED = (
 
 _ATOMIC = (
     *(type(None), type(Ellipsis), type(NotImplemented), bool, int, float, complex, str, bytes, range, type, property),
-    *(types.FunctionType, types.BuiltinFunctionType, types.CodeType, torch.dtype, torch.device),
+    *(FunctionType, types.BuiltinFunctionType, types.CodeType, torch.dtype, torch.device),
 )
 
 _CONTAINERS = (list, tuple, set, frozenset, collections.deque)
@@ -113,7 +114,7 @@ class Preparation:
         stack = [(name, root)]
         while stack:
             path, value = stack.pop()
-            if type(value) in _ATOMIC or id(value) in self._seen or id(value) in self._memo:
+            if type(value) in _ATOMIC or isinstance(value, type) or id(value) in self._seen or id(value) in self._memo:
                 continue
             self._seen[id(value)] = value
             replacement = value if isinstance(value, _SHARED) else self._replace(value)
@@ -157,6 +158,8 @@ class Preparation:
             try:
                 reducer = copyreg.dispatch_table.get(kind)
                 reduced: Any = value.__reduce_ex__(4) if reducer is None else reducer(value)
+                if isinstance(kind.__new__, FunctionType):  # it may need arguments that a copy does not have
+                    copy.copy(value)
             except Exception:  # noqa: BLE001 - whatever a class of the user's raises
                 self._memo[id(value)] = Uncopied(path, value)
                 return
