@@ -13,6 +13,7 @@ import pickle
 import random
 import sys
 import sysconfig
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -184,7 +185,7 @@ def patched(path: str) -> Iterator[None]:
 
 def fit(settings: dict[str, Any], planner: mp.MemoryPlanner) -> dict[str, Any]:
     """How training went."""
-    seen, ended, Active.steps = Seen(), "", 0
+    seen, ended, Active.steps, began = Seen(), "", 0, time.monotonic()
     trainer = pl.Trainer(
         callbacks=[planner, seen], max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, limit_val_batches=0, **settings,
@@ -207,6 +208,7 @@ def fit(settings: dict[str, Any], planner: mp.MemoryPlanner) -> dict[str, Any]:
         "said": [text for text in said if "measures nothing" not in text],
         "measured": len(planner.measurements),
         "struck": Active.struck,
+        "seconds": round(time.monotonic() - began, 1),
     }
 
 
@@ -221,10 +223,10 @@ def error_of(place: str, number: int = 0) -> Exception:
     return kind(f"injected at {place}")
 
 
-def injected(place: str, settings: dict[str, Any], number: int = 0) -> dict[str, Any]:
-    """How training went with an exception at one place, each time that planning comes by."""
-    error = error_of(place, number)
-    Active.error, Active.struck, Active.measuring = error, 0, place in MEASURING
+def injected(place: str, settings: dict[str, Any], *, strikes: bool = True) -> dict[str, Any]:
+    """How training went with an exception at one place, each time that planning comes by: on this rank, or another."""
+    error = error_of(place)
+    Active.error, Active.struck, Active.measuring = (error if strikes else None), 0, place in MEASURING
     POINTS.armed, POINTS.strike = (place if place in USER else ""), Active.strike
     path = {**LIBRARY, **ON_GPU, **MEASURING}.get(place)
     try:
@@ -243,7 +245,8 @@ def wrong(row: dict[str, Any]) -> list[str]:
     if row["ended"]:
         found.append(f"training ended with {row['ended']}")
     size = row["planned"] or USERS
-    if row["seen"] != [size] * (SAMPLES // size) or row["size"] != size:
+    epoch = [size] * (SAMPLES // size) + ([SAMPLES % size] if SAMPLES % size else [])
+    if row["seen"] != epoch or row["size"] != size:
         found.append(f"planned {row['planned']}, set {row['size']}, seen {row['seen']}")
     if len(row["said"]) > 1 or (row["planned"] is None and not row["said"]):
         found.append(f"{len(row['said'])} warnings: {row['said']}")
