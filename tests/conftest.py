@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -48,6 +49,21 @@ def pytest_collection_finish() -> None:
 
 def _is_slow(item: pytest.Item) -> bool:
     return item.get_closest_marker("slow") is not None
+
+
+@pytest.fixture(autouse=True)
+def logged() -> Iterator[list[str]]:
+    """Warnings of the planner that were logged, since pytest makes errors of them; a test that expects them clears it.
+
+    With ``pytest.warns`` or ``warnings.catch_warnings`` they are warnings, and nothing is logged.
+    """
+    texts: list[str] = []
+    handler, logger = logging.Handler(logging.WARNING), logging.getLogger("lightning_memplan")
+    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    yield texts
+    logger.removeHandler(handler)
+    assert texts == []
 
 
 @pytest.fixture(scope="session")

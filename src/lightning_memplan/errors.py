@@ -130,7 +130,7 @@ def explain(error: BaseException, within: str = "a trace", what: str = "the step
     where = (
         f"{users[-1].filename}:{users[-1].lineno}: {users[-1].line}" if users else "no line of the module's own code"
     )
-    kind = type(error).__name__
+    kind = _kind(error)
     if _needs_value(error):
         what = f"{what} needs the value of a tensor ({kind} in {getattr(error, 'func', error)}), which a trace has not"
     else:
@@ -194,7 +194,12 @@ def located(error: BaseException) -> str:
         return text
     users = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_library(frame.filename)]
     where = f" at {users[-1].filename}:{users[-1].lineno}: {users[-1].line}" if users else ""
-    return f"{type(error).__name__}: {text}{where}"
+    return f"{_kind(error)}: {text}{where}"
+
+
+def _kind(error: BaseException) -> str:
+    """Return the name of an error's class, or of the nearest base that users meet where it is one of fake tensors'."""
+    return next(kind.__name__ for kind in type(error).__mro__ if not kind.__name__.startswith("Fake"))
 
 
 def first_line(error: BaseException) -> str:
@@ -220,8 +225,9 @@ _PLAIN = tuple(
     for words, plain in {
         r"FakeTensor\(\.\.\., device='([^']*)', size=\(([^)]*)\)[^()]*\)": r"a tensor of shape (\2) on \1",
         r"FakeTensor\(\.\.\., size=\(([^)]*)\)[^()]*\)": r"a tensor of shape (\1)",
-        r"Unhandled FakeTensor Device Propagation for (\S+), found": r"\1 found",
+        r"Unhandled FakeTensor Device Propagation for ": "",
         r"Cannot copy out of meta tensor; no data!": "the value of a tensor is not known before training",
+        r"\.numpy\(\) is not supported for tensor subclasses\.": "the value of a tensor is not known before training",
         r"(?:FunctionalTensor|FakeTensorMode|FakeTensor)\b": "tensor",
         r"\bmeta tensors?\b|'meta' tensors?": "tensor without values",
         r"\bmeta device\b|device='?meta'?|device meta|'meta'|(?<=on )meta\b": "no device",

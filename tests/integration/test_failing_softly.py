@@ -119,16 +119,7 @@ def fit(module: Net, *callbacks: pl.Callback, **settings: Any) -> list[str]:
     """Train an epoch on the CPU, and return the planner's warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        pl.Trainer(
-            accelerator="cpu",
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=list(callbacks),
-            **settings,
-        ).fit(module)
+        trainer_of(*callbacks, **settings).fit(module)
     said = [str(each.message) for each in caught]
     return [text for text in said if text.startswith("MemoryPlanner") and "measures nothing" not in text]
 
@@ -221,15 +212,62 @@ def test_warnings_of_libraries_in_planning_are_no_errors() -> None:
             warnings.warn("old", FutureWarning, stacklevel=1)
 
     module, planner = Warns(), mp.MemoryPlanner(device=CARD, apply=True, method="trace")
-    trainer = pl.Trainer(
-        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        callbacks=[planner],
-    )  # fmt: skip
+    trainer = trainer_of(planner, max_steps=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "old")
         with pytest.raises(FutureWarning):  # training's own call of the hook, after the plan
             trainer.fit(module)
     assert planner.plan is not None
+
+
+@pytest.mark.parametrize("apply", [True, False])
+def test_where_warnings_are_errors_the_plan_is_made(apply: bool, logged: list[str]) -> None:
+    """pytest makes errors of warnings."""
+
+    class Warns(Net):
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            if not isinstance(self.trainer, pl.Trainer):
+                warnings.warn("as torch does of an old argument", FutureWarning, stacklevel=1)
+            return self.layer(batch)
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            return super().training_step(self(batch), batch_idx)
+
+    module, planner = Warns(), mp.MemoryPlanner(device=CARD, apply=apply, max_batch_size=6)
+    trainer_of(planner).fit(module)
+    assert planner.plan is not None
+    assert planner.plan.method == "trace"
+    assert module.seen == ([6, 6] if apply else [4, 4, 4])
+    (text,) = logged
+    assert text.startswith("MemoryPlanner measures nothing: the Trainer runs on cpu")
+    logged.clear()
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_where_warnings_are_errors_a_failure_is_logged(kind: str, logged: list[str]) -> None:
+    make, options, reason = FAILURES[kind]
+    module = make()
+    trainer_of(mp.MemoryPlanner(**{"device": CARD, "apply": True, **options})).fit(module)
+    assert module.seen == [4, 4, 4]
+    (text,) = logged
+    assert text.startswith("MemoryPlanner: the batch size is not planned: ")
+    assert reason in text
+    logged.clear()
+
+
+def trainer_of(*callbacks: pl.Callback, **settings: Any) -> pl.Trainer:
+    return pl.Trainer(
+        **{
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": list(callbacks),
+            **settings,
+        }
+    )
 
 
 class Breaks(pl.loggers.CSVLogger):
@@ -243,10 +281,7 @@ class Breaks(pl.loggers.CSVLogger):
 @pytest.mark.parametrize("on_error", ["warn", "raise"])
 def test_a_logger_that_refuses_the_plan_stops_no_training(on_error: str, tmp_path: Any) -> None:
     module, planner = Net(), mp.MemoryPlanner(device=CARD, apply=True, max_batch_size=6, on_error=on_error)
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=1, logger=Breaks(tmp_path), enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[planner],
-    )  # fmt: skip
+    trainer = trainer_of(planner, logger=Breaks(tmp_path))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if on_error == "raise":

@@ -13,6 +13,7 @@ import torch
 from lightning_memplan.lightning import ranks
 from lightning_memplan.lightning.ranks import over_ranks, planning_together, store_of_ranks
 from tests.paths import PROGRAMS
+from tests.programs.injected_cases import LIBRARY, USER
 from tests.programs.two_ranks import KINDS, SILENCE
 
 #: by kind: what rank 0 says, or rank 1 where rank 0 is gone
@@ -90,6 +91,36 @@ def test_all_ranks_go_on_with_one_batch_size_whichever_way_one_of_them_goes() ->
     assert set(found) | set(FAST) == set(SAID) == set(KINDS)
     for kind, rows in found.items():
         check(kind, rows)
+
+
+def check_injected(ranks: list[dict[str, Any]]) -> None:
+    place, planned = ranks[0]["place"], ranks[0]["planned"]
+    assert ranks[1]["struck"], place
+    for rank in ranks:
+        assert rank["ended"] == ""
+        assert rank["planned"] == planned
+        assert rank["seen"] == ([8, 4] if planned else [2] * 6), place  # 24 samples on two ranks
+        assert rank["seconds"] < 20
+    said = [text for rank in ranks for text in rank["said"]]
+    assert len(said) <= 1
+    if not planned:
+        assert said[0].startswith("MemoryPlanner: the batch size is not planned: rank 1: ")
+        assert place in said[0] or ranks[1]["kind"] in said[0]
+
+
+def test_an_exception_in_one_of_two_ranks_leaves_none_waiting() -> None:
+    found = shown("injected", "dataset.__getitem__", "training_step", "ranks exchange", "batch_size is set")
+    assert len(found) == 4
+    for ranks_found in found.values():
+        check_injected(ranks_found)
+
+
+@pytest.mark.slow
+def test_an_exception_anywhere_in_one_of_two_ranks_leaves_none_waiting() -> None:
+    found = shown("injected", *USER, *LIBRARY)
+    assert len(found) == len({*USER, *LIBRARY})
+    for ranks_found in found.values():
+        check_injected(ranks_found)
 
 
 def test_no_wait_is_over_30_seconds() -> None:

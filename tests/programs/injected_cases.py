@@ -13,6 +13,7 @@ import pickle
 import random
 import sys
 import sysconfig
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,15 +85,16 @@ ON_GPU = {
     "nvmlInit": "pynvml:nvmlInit",
     "nvml's memory": "pynvml:nvmlDeviceGetMemoryInfo",
     "nvml's handle": "pynvml:nvmlDeviceGetHandleByUUID",
-    "nvml's driver": "pynvml:nvmlSystemGetDriverVersion",
 }
+#: without these no step is measured
+UNMEASURED = ("memory_stats", "reset_peak_memory_stats")
 #: places of measuring: the exception comes in the third step
 MEASURING = {
     "memory_stats in step 3": "lightning_memplan.devices.allocator_stats:_STATS",
     "reset_peak_memory_stats in step 3": "lightning_memplan.devices.allocator_stats:_RESET",
     "nvml in step 3": "lightning_memplan.devices.detect:NvmlMeter.read",
     "a forecast in step 3": "lightning_memplan.monitor.meter:Forecast.at",
-    "metrics in step 3": "lightning_memplan.callback:step_metrics",
+    "a remark in step 3": "lightning_memplan.monitor.meter:Meter.remark",
 }
 
 
@@ -183,7 +185,7 @@ def patched(path: str) -> Iterator[None]:
 
 def fit(settings: dict[str, Any], planner: mp.MemoryPlanner) -> dict[str, Any]:
     """How training went."""
-    seen, ended, Active.steps = Seen(), "", 0
+    seen, ended, Active.steps, began = Seen(), "", 0, time.monotonic()
     trainer = pl.Trainer(
         callbacks=[planner, seen], max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, limit_val_batches=0, **settings,
@@ -206,6 +208,7 @@ def fit(settings: dict[str, Any], planner: mp.MemoryPlanner) -> dict[str, Any]:
         "said": [text for text in said if "measures nothing" not in text],
         "measured": len(planner.measurements),
         "struck": Active.struck,
+        "seconds": round(time.monotonic() - began, 1),
     }
 
 
@@ -220,10 +223,10 @@ def error_of(place: str, number: int = 0) -> Exception:
     return kind(f"injected at {place}")
 
 
-def injected(place: str, settings: dict[str, Any], number: int = 0) -> dict[str, Any]:
-    """How training went with an exception at one place, each time that planning comes by."""
-    error = error_of(place, number)
-    Active.error, Active.struck, Active.measuring = error, 0, place in MEASURING
+def injected(place: str, settings: dict[str, Any], *, strikes: bool = True) -> dict[str, Any]:
+    """How training went with an exception at one place, each time that planning comes by: on this rank, or another."""
+    error = error_of(place)
+    Active.error, Active.struck, Active.measuring = (error if strikes else None), 0, place in MEASURING
     POINTS.armed, POINTS.strike = (place if place in USER else ""), Active.strike
     path = {**LIBRARY, **ON_GPU, **MEASURING}.get(place)
     try:
@@ -242,7 +245,8 @@ def wrong(row: dict[str, Any]) -> list[str]:
     if row["ended"]:
         found.append(f"training ended with {row['ended']}")
     size = row["planned"] or USERS
-    if row["seen"] != [size] * (SAMPLES // size) or row["size"] != size:
+    epoch = [size] * (SAMPLES // size) + ([SAMPLES % size] if SAMPLES % size else [])
+    if row["seen"] != epoch or row["size"] != size:
         found.append(f"planned {row['planned']}, set {row['size']}, seen {row['seen']}")
     if len(row["said"]) > 1 or (row["planned"] is None and not row["said"]):
         found.append(f"{len(row['said'])} warnings: {row['said']}")
@@ -252,7 +256,9 @@ def wrong(row: dict[str, Any]) -> list[str]:
             found.append(f"said {text}")
         if row["kind"] not in text and row["place"] not in text:
             found.append(f"the warning does not name the place or the error: {text}")
-    if row["gpu"] and row["measured"] != (2 if row["place"] in MEASURING and text else len(row["seen"])):
+    ends = row["place"] in MEASURING and bool(text)  # measuring ends in step 3, before or after that is measured
+    steps = 0 if row["place"] in UNMEASURED else len(row["seen"])
+    if row["gpu"] and row["measured"] not in ((2, 3) if ends else (steps,)):
         found.append(f"{row['measured']} steps measured of {len(row['seen'])}")
     return found
 
@@ -261,7 +267,7 @@ def wrong(row: dict[str, Any]) -> list[str]:
 _OURS = str(Path(mp.__file__).parent)
 _LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("purelib", "platlib"))
 _PROGRAMS = str(Path(__file__).parent)
-_STANDARD = tuple(f"/{name}" for name in ("copy.py", "pickle.py", "json/", "subprocess.py", "pathlib.py", "hashlib.py"))
+_STANDARD = ("/copy.py", "/pickle.py", "/subprocess.py", "/pathlib.py", "/hashlib.py", "/tempfile.py")
 _IN_C = ("torch", "numpy", "_io", "posix", "_pickle")
 
 
@@ -271,29 +277,51 @@ class Sweep:
     def __init__(self, target: str = "", nth: int = 1) -> None:
         self.target, self.nth = target, nth
         self.counts: dict[str, int] = {}
+        self._known: dict[Any, str] = {}
 
     def __call__(self, frame: Any, event: str, arg: Any) -> None:
-        if event == "call":
-            caller, code = frame.f_back, frame.f_code
-            ours, there = caller is not None and caller.f_code.co_filename.startswith(_OURS), code.co_filename
-            users = there.startswith(_PROGRAMS) and code.co_name not in ("reach", "strike", "hook", "raising")
-            library = ours and (there.startswith(_LIBRARIES) or there.endswith(_STANDARD))
-            if not users and not library:
-                return
-            name = f"{Path(there).name}:{getattr(code, 'co_qualname', code.co_name)}"
+        if event == "call" and frame.f_back is not None:
+            key = (frame.f_back.f_code, frame.f_code)
+            if key not in self._known:
+                self._known[key] = _python_call(*key)
         elif event == "c_call":
-            caller, ours = frame, frame.f_code.co_filename.startswith(_OURS)
-            if not ours or not str(getattr(arg, "__module__", None) or type(arg.__self__).__module__).startswith(_IN_C):
-                return
-            name = getattr(arg, "__qualname__", repr(arg))
+            key = (frame.f_code, getattr(arg, "__qualname__", ""))
+            if key not in self._known:
+                self._known[key] = _c_call(frame.f_code, arg)
         else:
             return
-        where = f"{Path(caller.f_code.co_filename).name}:{caller.f_code.co_name} → " if ours else ""
-        place = f"{'measuring: ' if Active.steps else ''}{where}{name}"
+        if not (place := self._known[key]):
+            return
+        place = f"measuring: {place}" if Active.steps else place
         self.counts[place] = self.counts.get(place, 0) + 1
         if place == self.target and self.counts[place] == self.nth and Active.error is not None:
             Active.struck += 1
             raise Active.error
+
+
+def _python_call(caller: Any, code: Any) -> str:
+    """The name of a call of a Python function; "" where it is none of the planner's or of a user's."""
+    ours, there = caller.co_filename.startswith(_OURS), code.co_filename
+    users = there.startswith(_PROGRAMS) and code.co_name not in ("reach", "strike", "hook", "raising")
+    if not users and not (ours and (there.startswith(_LIBRARIES) or there.endswith(_STANDARD))):
+        return ""
+    name = f"{Path(there).name}:{getattr(code, 'co_qualname', code.co_name)}"
+    if name == "enums.py:StrEnum.__eq__":  # asks which stage it is
+        return ""
+    return _called_from(caller, name) if ours else name
+
+
+def _c_call(caller: Any, function: Any) -> str:
+    """The name of a call of a function in C; "" where it is none of the planner's."""
+    module = getattr(function, "__module__", None) or type(getattr(function, "__self__", None)).__module__
+    if not caller.co_filename.startswith(_OURS) or not str(module).startswith(_IN_C):
+        return ""
+    return _called_from(caller, getattr(function, "__qualname__", repr(function)))
+
+
+def _called_from(caller: Any, name: str) -> str:
+    name = name.split("abi_1xxx_use_cxx11_abi_1.")[-1]  # which build of pybind11
+    return f"{Path(caller.co_filename).name}:{caller.co_name} → {name}"
 
 
 def calls(settings: dict[str, Any]) -> dict[str, int]:

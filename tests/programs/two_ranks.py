@@ -1,6 +1,7 @@
 """Two ranks on the CPU, one of which fails or goes while it plans: ``python two_ranks.py [KIND ...]``.
 
-Prints a JSON object for each kind: what each rank planned, trained with, warned of, and how long it took. Waits are
+With ``injected PLACE ...``, an exception comes at these places of the second rank (see ``injected_cases.py``). Prints a
+JSON object for each kind or place: what each rank planned, trained with, warned of, and how long it took. Waits are
 short: a rank is gone after ``SILENCE`` seconds. Run by ``test_ranks.py``.
 """
 
@@ -17,7 +18,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import lightning_memplan as mp
 from lightning_memplan.lightning import ranks
 from lightning_memplan.planning.fit import FitPlanner
+from tests.programs import injected_cases
 
 SILENCE = 4.0
-LIMIT = 60.0  # seconds for one kind
+LIMIT = 120.0  # seconds for one kind
 CARD = mp.Device("a card", total=2**33)
 
 
@@ -123,11 +125,27 @@ KINDS: dict[str, tuple[int, Callable[[], object] | None, str]] = {
 }
 
 
-def train(kind: str, rank: int, port: int, results: Path) -> None:
+def become(rank: int, port: int) -> None:
+    """Make this process one of two ranks."""
     ranks.SILENCE, ranks.BEAT = SILENCE, 0.2
     own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": 2}
     os.environ.update({name: str(value) for name, value in own.items()})
     torch.set_num_threads(1)
+
+
+def train_injected(places: Sequence[str], rank: int, port: int, results: Path) -> None:
+    """Train once for each place, in the same processes."""
+    become(rank, port)
+    settings = {"accelerator": "cpu", "devices": 2, "strategy": "ddp"}
+    rows = []
+    for place in places:
+        rows.append({"rank": rank, **injected_cases.injected(place, settings, strikes=rank == 1)})
+        (results / f"{rank}.json").write_text(json.dumps(rows))
+    os._exit(0)
+
+
+def train(kind: str, rank: int, port: int, results: Path) -> None:
+    become(rank, port)
     struck, strike, where = KINDS[kind]
     strike = strike if rank == struck else None
     module, planner = Net(strike if where == "dataset" else None), mp.MemoryPlanner(device=CARD, apply=True)
@@ -177,22 +195,31 @@ def _keys_left() -> list[str]:
         return []
 
 
-def main(*kinds: str) -> None:
+def both(target: Callable[..., None], what: object, limit: float) -> list[Any]:
+    """Run a function as two ranks; return what each has written."""
     context = multiprocessing.get_context("fork")  # what is imported here need not be imported by each
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        started = [context.Process(target=target, args=(what, rank, port, Path(folder))) for rank in range(2)]
+        for process in started:
+            process.start()
+        end = time.monotonic() + limit
+        for process in started:
+            process.join(max(0.1, end - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+        return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+
+
+def main(*kinds: str) -> None:
+    if kinds[:1] == ("injected",):
+        for rows in zip(*both(train_injected, kinds[1:], LIMIT * len(kinds)), strict=True):
+            print("SHOWN", json.dumps({"kind": rows[0]["place"], "ranks": rows}), flush=True)
+        return
     for kind in kinds or KINDS:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        with tempfile.TemporaryDirectory() as folder:
-            started = [context.Process(target=train, args=(kind, rank, port, Path(folder))) for rank in range(2)]
-            for process in started:
-                process.start()
-            for process in started:
-                process.join(LIMIT)
-                if process.is_alive():
-                    process.kill()
-            rows = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
-        print("SHOWN", json.dumps({"kind": kind, "ranks": rows}), flush=True)
+        print("SHOWN", json.dumps({"kind": kind, "ranks": both(train, kind, LIMIT)}), flush=True)
 
 
 if __name__ == "__main__":

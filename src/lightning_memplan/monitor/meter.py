@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -116,7 +117,9 @@ class Meter:
         self._every_n_steps = every_n_steps
         self._phases_every = every_n_steps * -(-APART // every_n_steps)
         self._optimizer_hook = register_optimizer_step_post_hook(lambda *_: self.enter("forward")) if manual else None
-        self._nvml: NvmlMeter | None = NvmlMeter(index)
+        self._nvml: NvmlMeter | None = None
+        with suppress(Exception):  # a driver's library that fails: the allocator's figures do without
+            self._nvml = NvmlMeter(index)
         self._margin = margin
         self._drifted = ""  # remark on a step without phases, kept until the next step adds its phases
         self._floor = Floor()
@@ -215,22 +218,28 @@ class Meter:
 
     def close(self) -> None:
         """Release NVML and the optimizer hook."""
-        if self._nvml is not None:
-            self._nvml.close()
+        self._close_nvml()
         if self._optimizer_hook is not None:
             self._optimizer_hook.remove()
             self._optimizer_hook = None
 
     def _read_nvml(self) -> tuple[int | None, int | None]:
-        """Return the bytes of this process and of the GPU, until NVML does not list the process."""
+        """Return the bytes of this process and of the GPU, until NVML fails or does not list the process."""
         if self._nvml is None:
             return None, None
-        process, used = self._nvml.read()
+        process = used = None
+        with suppress(Exception):
+            process, used = self._nvml.read()
         if process is None:
-            self._nvml.close()
-            self._nvml = None
+            self._close_nvml()
             return None, None
         return process, used
+
+    def _close_nvml(self) -> None:
+        nvml, self._nvml = self._nvml, None
+        if nvml is not None:
+            with suppress(Exception):
+                nvml.close()
 
     def _end_phase(self, stats: AllocatorStats) -> None:
         self._peaks[self.phase] = max(stats.peak_allocated, self._peaks.get(self.phase, 0))
