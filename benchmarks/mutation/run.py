@@ -123,7 +123,8 @@ class Runner:
         return total
 
     def _count(self, mutant: Mutant, tally: Tally, equivalent: set[tuple[str, ...]]) -> None:
-        key = (mutant.path.removeprefix(PACKAGE + "/"), mutant.place.name, mutant.before, mutant.after)
+        changed = _spaced(mutant.before), _spaced(mutant.after)
+        key = (mutant.path.removeprefix(PACKAGE + "/"), mutant.place.name, *changed)
         if key in equivalent:
             tally.equivalent += 1
         elif (status := self._status(mutant)) == KILLED:
@@ -220,12 +221,16 @@ def read_equivalents(text: str) -> set[tuple[str, ...]]:
     before = ""
     for line in text.splitlines():
         if line.startswith("- "):
-            before = line[2:]
+            before = _spaced(line[2:])
         elif line.startswith("+"):
-            found.add((*place, before, line[2:]))
+            found.add((*place, before, _spaced(line[2:])))
         elif line and not line.startswith((" ", "#")):
             place = line.split()
     return found
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _functions() -> dict[str, list[FunctionType]]:
