@@ -309,12 +309,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", default=[""], metavar="TEXT", help="files whose path has one of these texts"
     )
+    parser.add_argument("--tests", nargs="+", metavar="PATH", help="other tests than those of the folders")
     parser.add_argument("--per-file", type=int, default=40, help="mutants of each file; 0: all of them")
     parser.add_argument("--seconds", type=float, default=5, help="processor time of a mutant's tests, fastest first")
     parser.add_argument("--seed", type=int, default=0, help="which of them")
     options = parser.parse_args(argv)
     folders = options.folder or list(FOLDERS)
-    tests = [test for folder in folders for test in FOLDERS[folder][1]]
+    tests = options.tests or [test for folder in folders for test in FOLDERS[folder][1]]
     sources = [
         str(file) for folder in folders for pattern in FOLDERS[folder][0] for file in (ROOT / PACKAGE).glob(pattern)
     ]
