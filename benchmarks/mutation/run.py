@@ -2,7 +2,7 @@
 
     python -m benchmarks.mutation.run                       # 40 mutants of each file
     python -m benchmarks.mutation.run memory --per-file 0   # all mutants of memory/
-    python -m benchmarks.mutation.run data --only loaders   # those of one file
+    python -m benchmarks.mutation.run data --only loaders   # those of one file; --only also takes several
 
 Tests are collected once. Each mutant is a fork of that process, in which the function that was changed takes the code
 of the mutant; tests that run this function follow, the fastest first, until one of them fails or takes too long. A
@@ -79,7 +79,7 @@ HEADER = f"{'':34} {'made':>6} {'tried':>6} {'killed':>7} {'equivalent':>11} {'l
 class Runner:
     """A pytest plugin that, in place of running the tests, runs them on one mutant after another."""
 
-    def __init__(self, folders: Sequence[str], only: str, per_file: int, seconds: float, seed: int) -> None:
+    def __init__(self, folders: Sequence[str], only: Sequence[str], per_file: int, seconds: float, seed: int) -> None:
         self.folders, self.only, self.per_file, self.seed = folders, only, per_file or sys.maxsize, seed
         self.longest = seconds  # of all tests of one mutant
         self.failed = False  # of a fork: a test failed
@@ -110,7 +110,7 @@ class Runner:
         for pattern in FOLDERS[folder][0]:
             for source in sorted((ROOT / PACKAGE).glob(pattern)):
                 path = str(source.relative_to(ROOT))
-                if self.only not in path:
+                if not any(text in path for text in self.only):
                     continue
                 made, mutants = mutants_of(ROOT, path, self.per_file, self.seed)
                 tally = Tally(made)
@@ -123,7 +123,8 @@ class Runner:
         return total
 
     def _count(self, mutant: Mutant, tally: Tally, equivalent: set[tuple[str, ...]]) -> None:
-        key = (mutant.path.removeprefix(PACKAGE + "/"), mutant.place.name, mutant.before, mutant.after)
+        changed = _spaced(mutant.before), _spaced(mutant.after)
+        key = (mutant.path.removeprefix(PACKAGE + "/"), mutant.place.name, *changed)
         if key in equivalent:
             tally.equivalent += 1
         elif (status := self._status(mutant)) == KILLED:
@@ -220,12 +221,16 @@ def read_equivalents(text: str) -> set[tuple[str, ...]]:
     before = ""
     for line in text.splitlines():
         if line.startswith("- "):
-            before = line[2:]
+            before = _spaced(line[2:])
         elif line.startswith("+"):
-            found.add((*place, before, line[2:]))
+            found.add((*place, before, _spaced(line[2:])))
         elif line and not line.startswith((" ", "#")):
             place = line.split()
     return found
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _functions() -> dict[str, list[FunctionType]]:
@@ -301,13 +306,16 @@ def _fork(work: Callable[[], int], seconds: float) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="*", choices=[*FOLDERS, []], help="folders; all of them if there is none")
-    parser.add_argument("--only", default="", help="files whose path has this text")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="files whose path has one of these texts"
+    )
+    parser.add_argument("--tests", nargs="+", metavar="PATH", help="other tests than those of the folders")
     parser.add_argument("--per-file", type=int, default=40, help="mutants of each file; 0: all of them")
     parser.add_argument("--seconds", type=float, default=5, help="processor time of a mutant's tests, fastest first")
     parser.add_argument("--seed", type=int, default=0, help="which of them")
     options = parser.parse_args(argv)
     folders = options.folder or list(FOLDERS)
-    tests = [test for folder in folders for test in FOLDERS[folder][1]]
+    tests = options.tests or [test for folder in folders for test in FOLDERS[folder][1]]
     sources = [
         str(file) for folder in folders for pattern in FOLDERS[folder][0] for file in (ROOT / PACKAGE).glob(pattern)
     ]

@@ -98,7 +98,7 @@ def _search(predictor: Predictor, device: Device, limits: Limits) -> tuple[Searc
 
     def allowed(batch_size: int) -> bool:
         asked.append(batch_size)
-        return limits.failed is None or batch_size < limits.failed or batch_size == min(asked)
+        return limits.failed is None or batch_size < limits.failed or batch_size == limits.smallest
 
     sizes = SizeLimits(limits.min_batch_size, limits.max_batch_size, samples, limits.multiple_of)
     budget, capacity = limits.budget_of(device), device.capacity

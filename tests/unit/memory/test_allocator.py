@@ -409,6 +409,8 @@ def test_an_expandable_segment_has_addresses_for_nine_eighths_of_the_gpu() -> No
         ("max_non_split_rounding_mb:64", {"max_non_split_rounding": 64 * MiB}),
         ("large_segment_size_mb:32", {"large_segment_size": 32 * MiB}),
         ("per_process_memory_fraction:0.5", {"per_process_memory_fraction": 0.5}),
+        ("per_process_memory_fraction:0", {"per_process_memory_fraction": 0.0}),
+        ("per_process_memory_fraction:1", {"per_process_memory_fraction": 1.0}),
         ("roundup_power2_divisions:4", {"roundup_power2_divisions": (4,) * 16}),
         # As torch reads them: the first holds below too, what is not named has none, ">" starts after the last named.
         ("roundup_power2_divisions:[64:8,256:4]", {"roundup_power2_divisions": (8,) * 7 + (0, 4) + (0,) * 7}),
@@ -416,6 +418,9 @@ def test_an_expandable_segment_has_addresses_for_nine_eighths_of_the_gpu() -> No
         ("roundup_power2_divisions:[>:8]", {"roundup_power2_divisions": (0,) + (8,) * 15}),
         ("roundup_power2_divisions:[131072:4]", {"roundup_power2_divisions": (4,) * 16}),
         ("roundup_power2_divisions:[]", {}),
+        ("roundup_power2_divisions:1", {"roundup_power2_divisions": (1,) * 16}),
+        ("roundup_power2_divisions:[1:4]", {"roundup_power2_divisions": (4,) + (0,) * 15}),
+        ("roundup_power2_divisions:[64:0,>:2]", {"roundup_power2_divisions": (0,) * 7 + (2,) * 9}),
     ],
 )
 def test_settings_are_read_from_text(text: str, expected: dict[str, object]) -> None:
@@ -440,6 +445,13 @@ def test_settings_are_read_from_text(text: str, expected: dict[str, object]) -> 
             "garbage_collection_threshold:1",
             r"garbage_collection_threshold is a number between 0.0 and 1.0, and not '1'",
         ),
+        ("garbage_collection_threshold:0", r"garbage_collection_threshold is a number between .* and not '0'"),
+        (
+            "max_non_split_rounding_mb:19",
+            r"max_non_split_rounding_mb is a whole number of MiB, at least 20, and not '19'",
+        ),
+        ("roundup_power2_divisions:0", r"roundup_power2_divisions is made of powers of 2, and not of '0'"),
+        ("roundup_power2_divisions:[0:1]", r"roundup_power2_divisions is made of powers of 2, and not of '0'"),
         ("garbage_collection_threshold:x", r"garbage_collection_threshold is a number between .* and not 'x'"),
         ("per_process_memory_fraction:2", r"per_process_memory_fraction is a number between 0.0 and 1.0, and not '2'"),
         ("roundup_power2_divisions:3", r"roundup_power2_divisions is made of powers of 2, and not of '3'"),
@@ -456,6 +468,9 @@ def test_settings_that_are_refused(text: str, message: str) -> None:
 def test_the_older_variable_is_heard_first() -> None:
     both = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:200", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     assert AllocatorSettings.from_environment(both) == AllocatorSettings(expandable_segments=True)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        alone = AllocatorSettings.from_environment({name: "expandable_segments:True"})
+        assert alone == AllocatorSettings(expandable_segments=True)
 
 
 # ---- marks, and programs that are none

@@ -78,6 +78,19 @@ def test_what_all_have_keeps_its_place():
     }
 
 
+def test_sizes_that_grow_with_the_samples_are_polynomials_and_not_measurements():
+    def results(samples, last=512):
+        """A result of 512 bytes for each sample; the last one of another size."""
+        made = [Event(n, 512 if n + 1 < samples else last, "forward", 1, op="abs") for n in range(samples)]
+        return Trace(samples, (*made, *(Event(n, -1, "backward", 1) for n in range(samples))))
+
+    def rules(*traces):
+        return {event.rule[:1] for trace in merge_loops(traces) for event in trace.events}
+
+    assert rules(results(1), results(2), results(3)) == {()}
+    assert rules(results(1), results(2), results(3, last=2048)) == {(), ("measured",)}
+
+
 def test_a_step_that_is_no_loop_over_samples_is_told():
     # a turn more for every second sample: 1, 1, 2
     traces = [Trace(n, step(n // 2).events) for n in (2, 3, 5)]

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_memplan.memory.search import SearchResult, SizeLimits, largest_dividing, largest_fitting, largest_suited
+from lightning_memplan.memory.search import (
+    SearchResult,
+    SizeLimits,
+    lacking,
+    largest_dividing,
+    largest_fitting,
+    largest_suited,
+)
 
 positive = st.integers(1, 10**6)
 optional = st.none() | positive
@@ -180,3 +187,20 @@ def test_what_suits_is_asked_itself(below, low, multiple, most, like):
 def test_the_largest_multiple_of_a_power_of_two_suits(part):
     assert largest_suited(lambda n: n % part == 0, 1001) == 1000 // part * part
     assert largest_suited(lambda n: 2**20 % n == 0, 1001) == 512
+
+
+def test_a_size_that_suits_divides_the_whole_and_keeps_the_limits():
+    # divisors of 120 are 60, 40, 30, 24, 20, ...
+    assert largest_suited(lambda n: True, 61, whole=120) == 60
+    assert largest_suited(lambda n: True, 60, whole=120) == 40
+    assert largest_suited(lambda n: True, 61, whole=120, multiple_of=8) == 40
+    assert largest_suited(lambda n: n != 40, 61, whole=120, multiple_of=8) == 24
+    assert largest_suited(lambda n: n < 20, 61, whole=120, min_batch_size=20) == 0
+
+
+def test_as_many_bytes_are_cut_as_were_missing_at_least():
+    # of 3200 predicted bytes: what was missing, what was not reached, or a 32nd; doubled with each attempt
+    assert lacking(3200, reserved=3200, missing=500, attempt=0) == 500
+    assert lacking(3200, reserved=3100, missing=10, attempt=0) == 100
+    assert lacking(3200, reserved=3190, missing=10, attempt=1) == 200
+    assert lacking(3200, reserved=3200, missing=3000, attempt=0) == 2400

@@ -94,6 +94,99 @@ def test_expandable_segments_that_are_given_back_in_parts():
     _memory_viz.segsum(found)
 
 
+def made(program, settings=AllocatorSettings()):  # noqa: B008 - frozen
+    """The snapshot of a program whose blocks of up to 1 MiB are parameters, and all others activations of a step."""
+    events = [
+        Event(block, size, "setup", 0, "parameters", "layer.weight", "", stream)
+        if size <= MiB
+        else Event(block, size, "forward", 1, "activations", "layer", "mm", stream)
+        for block, size, stream in program
+    ]
+    journal: list[Move] = []
+    replay(program, settings=settings, journal=journal)
+    return make_snapshot(events, program, journal, settings)
+
+
+def test_each_segment_has_its_blocks_in_order():
+    found = made([(0, 600, 0), (1, 700, 0), (2, 30 * MiB, 7), (3, 11 * MiB, 7), (0, -1, 0)])
+    small, large, own = found["segments"]
+    assert [(block["size"], block["requested_size"], block["state"]) for block in small["blocks"]] == [
+        (1024, 0, "inactive"),
+        (1024, 700, "active_allocated"),
+        (2 * MiB - 2048, 0, "inactive"),
+    ]
+    assert [block["address"] - small["address"] for block in small["blocks"]] == [0, 1024, 2048]
+    kinds = [(one["total_size"], one["allocated_size"], one["requested_size"], one["stream"]) for one in (large, own)]
+    # 11 MiB leave 1 of 12, which is not split off
+    assert kinds == [(30 * MiB, 30 * MiB, 30 * MiB, 7), (12 * MiB, 12 * MiB, 11 * MiB, 7)]
+    for segment, kind in ((small, "small"), (large, "large"), (own, "large")):
+        assert segment["active_size"] == segment["allocated_size"]
+        assert (segment["segment_type"], segment["is_expandable"], segment["frames"]) == (kind, False, [])
+        assert (segment["device"], segment["segment_pool_id"]) == (0, (0, 0))
+
+
+def test_each_move_is_an_entry():
+    found = made([(0, 600, 0), (1, 30 * MiB, 0), (1, -1, 0)])
+    trace = found["device_traces"][0]
+    assert [(entry["action"], entry["size"], entry["time_us"]) for entry in trace] == [
+        ("segment_alloc", 2 * MiB, 0),
+        ("alloc", 600, 0),
+        ("segment_alloc", 30 * MiB, 1),
+        ("alloc", 30 * MiB, 1),
+        ("free_requested", 30 * MiB, 2),
+        ("free_completed", 30 * MiB, 2),
+    ]
+    assert trace[1]["addr"] == trace[0]["addr"] == found["segments"][0]["address"]
+    assert [frame["name"] for frame in trace[3]["frames"]] == ["mm", "layer", "forward", "activations"]
+    assert [(note["stage"], note["name"], note["time_us"]) for note in found["external_annotations"]] == [
+        ("START", "setup", 0),
+        ("END", "setup", 0),
+        ("START", "step 1 forward", 1),
+        ("END", "step 1 forward", 1),
+        ("START", "setup", 2),
+        ("END", "setup", 2),
+    ]
+
+
+def test_what_is_unmapped_parts_an_expandable_segment_until_it_is_mapped_again():
+    settings = AllocatorSettings(expandable_segments=True)
+    program = [*((block, 30 * MiB, 7) for block in range(3)), (1, -1, 7), (9, -2, 7)]
+    first, second = made(program, settings)["segments"]
+    # 100 MiB in granules of 20: of those from 30 to 60 one granule lies wholly within, from 40 to 60
+    assert [one["total_size"] for one in (first, second)] == [40 * MiB, 40 * MiB]
+    assert second["address"] - first["address"] == 60 * MiB
+    for segment in (first, second):
+        assert (segment["stream"], segment["segment_type"], segment["is_expandable"]) == (7, "large", True)
+        assert [block["size"] for block in segment["blocks"]] == [30 * MiB, 10 * MiB]
+    (whole,) = made([*program, (3, 25 * MiB, 7)], settings)["segments"]
+    assert [block["size"] // MiB for block in whole["blocks"]] == [30, 25, 5, 30, 10]
+    assert whole["segment_type"] == "large"
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed"),
+    [
+        (AllocatorSettings(), {}),
+        (AllocatorSettings(max_split_size=32 * MiB), {"max_split_size": 32 * MiB}),
+        (AllocatorSettings(expandable_segments=True), {"expandable_segments": True}),
+        (AllocatorSettings(garbage_collection_threshold=0.5), {"garbage_collection_threshold": 0.5}),
+        (
+            AllocatorSettings(roundup_power2_divisions=(1, *(4,) * 15)),
+            {"roundup_power2_divisions": {"1": 1} | {str(2**k): 4 for k in range(1, 16)}},
+        ),
+    ],
+)
+def test_the_allocators_settings_are_as_torch_writes_them(settings, changed):
+    assert made([(0, 600, 0)], settings)["allocator_settings"] == {
+        "PYTORCH_CUDA_ALLOC_CONF": "",
+        "max_split_size": -1,
+        "garbage_collection_threshold": 0.0,
+        "expandable_segments": False,
+        "roundup_power2_divisions": {str(2**k): 0 for k in range(16)},
+        **changed,
+    }
+
+
 def test_the_formula_has_none(tmp_path):
     by_formula = mp.estimate(net(), torch.zeros(4, 1024), method="formula")
     with pytest.raises(ValueError, match="the formula has no events to replay: ask for method='trace'"):
