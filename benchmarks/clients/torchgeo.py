@@ -14,15 +14,15 @@ from benchmarks.clients.job import job
 class Scenes(Dataset[Any]):
     """Random scenes of four channels, with masks and labels."""
 
-    def __init__(self, length: int = 40, **_: Any) -> None:
+    def __init__(self, length: int = 24, **_: Any) -> None:
         self.length = length
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        mask = torch.randint(0, 3, (64, 64))
-        return {"image": torch.rand(4, 64, 64), "mask": mask, "label": torch.tensor(index % 3)}
+        mask = torch.randint(0, 3, (32, 32))
+        return {"image": torch.rand(4, 32, 32), "mask": mask, "label": torch.tensor(index % 3)}
 
 
 def _data(**_: Any) -> Any:
@@ -32,7 +32,7 @@ def _data(**_: Any) -> Any:
         mean, std = torch.tensor(0.5), torch.tensor(0.25)
 
         def setup(self, stage: str) -> None:
-            self.train_dataset = self.dataset_class(40)
+            self.train_dataset = self.dataset_class(24)
             self.val_dataset = self.dataset_class(8)
 
     return SceneData(Scenes, batch_size=4, num_workers=0)
