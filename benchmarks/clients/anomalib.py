@@ -48,7 +48,7 @@ def anomalib_padim(callbacks: list[Any]) -> None:
     """Nothing is optimized: one epoch of features, then a fit."""
     from anomalib.models import Padim
 
-    _train(lambda: Padim(backbone="resnet18", layers=["layer1"], pre_trained=False, n_features=8), callbacks)
+    _train(lambda: Padim(backbone="resnet18", layers=["layer1"], pre_trained=False, n_features=8, evaluator=False), callbacks)
 
 
 @job(size=4, count=samples)
@@ -56,7 +56,7 @@ def anomalib_fastflow(callbacks: list[Any]) -> None:
     """A normalizing flow on features."""
     from anomalib.models import Fastflow
 
-    _train(lambda: Fastflow(backbone="resnet18", pre_trained=False, flow_steps=2), callbacks, max_epochs=2)
+    _train(lambda: Fastflow(backbone="resnet18", pre_trained=False, flow_steps=2, evaluator=False), callbacks, max_epochs=2)
 
 
 @job(size=4, count=samples)
@@ -71,7 +71,7 @@ def anomalib_stfpm(callbacks: list[Any]) -> None:
         return extractor(**{**options, "pre_trained": False})
 
     with mock.patch.object(torch_model, "TimmFeatureExtractor", untrained):
-        model = Stfpm()
+        model = Stfpm(evaluator=False)
     _train(lambda: model, callbacks, max_epochs=2)
 
 
@@ -80,4 +80,4 @@ def anomalib_ganomaly(callbacks: list[Any]) -> None:
     """An adversarial autoencoder by manual optimization."""
     from anomalib.models import Ganomaly
 
-    _train(lambda: Ganomaly(batch_size=4, n_features=8, latent_vec_size=8), callbacks, max_epochs=2)
+    _train(lambda: Ganomaly(batch_size=4, n_features=8, latent_vec_size=8, evaluator=False), callbacks, max_epochs=2)

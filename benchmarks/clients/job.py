@@ -111,8 +111,10 @@ def run(job: Job, mode: str) -> Outcome:
         with _noted(said):
             job.train([witness] if planner is None else [planner, witness])
     except BaseException as error:  # noqa: BLE001
-        lines = "".join(traceback.format_exception(error)).strip().splitlines()
-        outcome.error = "\n".join(lines[-12:])
+        frames = traceback.extract_tb(error.__traceback__)[-6:]
+        said_first = (str(error).strip().splitlines() or [""])[0]
+        calls = [f"{frame.filename}:{frame.lineno}: {frame.line}" for frame in frames]
+        outcome.error = "\n".join([*calls, f"{type(error).__name__}: {said_first}"])
         if isinstance(error, KeyboardInterrupt):
             raise
     outcome.sizes = witness.sizes

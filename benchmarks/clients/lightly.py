@@ -110,15 +110,13 @@ class DINO(pl.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        import copy
-
         from lightly.loss import DINOLoss
         from lightly.models.modules import DINOProjectionHead
         from lightly.models.utils import deactivate_requires_grad
 
         self.student_backbone, self.teacher_backbone = backbone(), backbone()
         self.student_head = DINOProjectionHead(16, 32, 16, 32, freeze_last_layer=1)
-        self.teacher_head = copy.deepcopy(self.student_head)
+        self.teacher_head = DINOProjectionHead(16, 32, 16, 32)
         deactivate_requires_grad(self.teacher_backbone)
         deactivate_requires_grad(self.teacher_head)
         self.criterion = DINOLoss(output_dim=32, warmup_teacher_temp_epochs=5)

@@ -24,10 +24,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 NULLGPU = ROOT / "tests" / "nullgpu" / "nullgpu"
-GPU = {  # 4 GiB, and every value that is read from it is 0
+GPU = {  # 4 GiB, and every value that is read from it is 0, but for flags
     "NULLGPU_MEMORY": str(4 * 2**30),
     "NULLGPU_CONTEXT": str(100 * 2**20),
-    "NULLGPU_KEPT": "0",
+    "NULLGPU_KEPT": "1",
 }
 LIMIT = 600  # seconds for the three trainings of a job
 

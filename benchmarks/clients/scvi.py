@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.clients.job import job
 
@@ -21,6 +22,7 @@ def _cells(cells: int = 96, genes: int = 40) -> Any:
 
 
 def _settings(callbacks: list[Any]) -> dict[str, Any]:
+    torch.distributions.Distribution.set_default_validate_args(False)  # which Pyro turns on when it is imported
     return {
         "max_epochs": 2, "accelerator": "gpu", "devices": 1, "batch_size": 16, "train_size": 0.8, "callbacks": callbacks,
     }  # fmt: skip
