@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -74,6 +77,7 @@ class Outcome:
     warnings: list[str] = field(default_factory=list)  #: the planner's own
     measured: int = 0  #: steps
     predicted: bool = False  #: whether the steps have predictions
+    seconds: float = 0.0
 
 
 class Witness(Callback):
@@ -100,15 +104,28 @@ def _noted(said: list[str]) -> Iterator[None]:
         warnings.showwarning = show
 
 
+@contextmanager
+def _elsewhere() -> Iterator[None]:
+    """Work in a temporary folder: Trainers write where they are started."""
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(here)
+
+
 def run(job: Job, mode: str) -> Outcome:
     """Train the job in one mode, and tell what became of it."""
     planner = {"without": None, "default": mp.MemoryPlanner, "apply=False": lambda: mp.MemoryPlanner(apply=False)}[mode]
     planner = planner and planner()
     witness, outcome, said = Witness(job.count), Outcome(), []
+    started = time.monotonic()
     torch.manual_seed(0)
     torch.distributions.Distribution.set_default_validate_args(False)  # of the null GPU's values, which are all 0
     try:
-        with _noted(said):
+        with _elsewhere(), _noted(said):
             job.train([witness] if planner is None else [planner, witness])
     except BaseException as error:  # noqa: BLE001
         frames = traceback.extract_tb(error.__traceback__)[-6:]
@@ -117,6 +134,7 @@ def run(job: Job, mode: str) -> Outcome:
         outcome.error = "\n".join([*calls, f"{type(error).__name__}: {said_first}"])
         if isinstance(error, KeyboardInterrupt):
             raise
+    outcome.seconds = time.monotonic() - started
     outcome.sizes = witness.sizes
     if planner is not None:
         plan = planner.plan

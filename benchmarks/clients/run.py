@@ -17,6 +17,8 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ GPU = {  # 4 GiB, and every value that is read from it is 0, but for flags
     "NULLGPU_CONTEXT": str(100 * 2**20),
     "NULLGPU_KEPT": "1",
 }
-LIMIT = 600  # seconds for the three trainings of a job
+LIMIT = 300  # seconds for one training
 
 
 def modules() -> list[str]:
@@ -58,41 +60,61 @@ def train_here(module: str, names: list[str]) -> None:
         print(json.dumps(as_row(JOBS[name], outcomes)), flush=True)
 
 
-def train(module: str, names: list[str], python: str = sys.executable) -> Iterator[dict[str, Any]]:
+def printed(command: list[str], env: dict[str, str]) -> Iterator[str]:
+    """Run a command and yield the lines it prints; at last say how it ended, if it did not end well."""
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        late: list[bool] = []
+
+        def end() -> None:
+            late.append(True)
+            process.kill()
+
+        assert process.stdout is not None
+        while True:
+            timer = threading.Timer(LIMIT, end)
+            timer.start()
+            line = process.stdout.readline()
+            timer.cancel()
+            if not line:
+                break
+            yield line
+        if process.wait() or late:
+            errors.seek(0)
+            said = errors.read().strip().splitlines()[-3:]
+            yield f"still running after {LIMIT} s" if late else f"exit status {process.returncode}: {' | '.join(said)}"
+
+
+def train(module: str, names: list[str]) -> Iterator[dict[str, Any]]:
     """Train some jobs of one module on the null GPU, in one process; yield their rows."""
-    command = [str(NULLGPU), python, "-m", "benchmarks.clients.run", "--here", module, *names]
     path = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
     env = {**os.environ, **GPU, "PYTHONPATH": path, "MEMPLAN_HISTORY": "off", "MPLBACKEND": "Agg"}
-    try:
-        done = subprocess.run(
-            command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=LIMIT, check=False,
-        )  # fmt: skip
-        printed, ended = done.stdout, f"exit status {done.returncode}: " + done.stderr[-2000:]
-    except subprocess.TimeoutExpired as late:
-        printed, ended = (late.stdout or b"").decode(), f"still running after {LIMIT} s"
-    mode, left = "start", list(names)
-    for line in printed.splitlines():
+    mode, ended, left = "start", "ended early", list(names)
+    for line in printed([str(NULLGPU), sys.executable, "-m", "benchmarks.clients.run", "--here", module, *names], env):
         if line.startswith('{"started"'):
             mode = json.loads(line)["mode"]
         elif line.startswith('{"job"'):
             row = json.loads(line)
             left.remove(row["job"])
             yield row
+        else:
+            ended = line
     if left:
         yield {"job": left[0], "faults": [f"{mode}: {ended}"]}
     if left[1:]:
-        yield from train(module, left[1:], python)
+        yield from train(module, left[1:])
 
 
 def as_text(row: dict[str, Any]) -> str:
     """Return a row of the table, and the faults below it."""
     default = row.get("default", {})
-    informs = row.get("apply=False", {})
     planned = f"{default['planned']} by {default['method']}" if default.get("planned") else "-"
     had, own = default.get("sizes", [])[:1], row.get("without", {}).get("sizes", [])[:1]
     steps = f"{default.get('measured', 0)}/{len(default.get('sizes', []))}"
-    text = f"{row['job']:28} {planned:>20} {own!s:>8} {had!s:>10} {steps:>8}"
+    seconds = " + ".join(f"{row[mode]['seconds']:.0f}" for mode in ("without", "default") if mode in row)
+    text = f"{row['job']:28} {planned:>16} {own!s:>8} {had!s:>10} {steps:>8} {seconds:>8}"
     said = [text for text in default.get("warnings", []) if "measures nothing" not in text]
     notes = [f"FAULT {fault}" for fault in row["faults"]] + ([] if row["faults"] else said)
     return "\n".join([text, *(f"    {note}" for note in notes)])
@@ -108,7 +130,7 @@ def main() -> None:
         return train_here(options.here[0], options.here[1:])
     kept = options.out.read_text().splitlines() if options.out and options.out.exists() else []
     seen = {json.loads(line)["job"] for line in kept}
-    print(f"{'job':28} {'planned':>20} {'own':>8} {'had':>10} {'measured':>8}")
+    print(f"{'job':28} {'planned':>16} {'own':>8} {'had':>10} {'measured':>8} {'seconds':>8}")
     for module in modules():
         names = [name for name in jobs_in(module) if name not in seen and re.search(options.only, f"{module}.{name}")]
         for row in train(module, names) if names else ():
