@@ -18,7 +18,9 @@ def _pictures(folder: Path, count: int) -> None:
 
     folder.mkdir(parents=True)
     for index in range(count):
-        Image.fromarray(np.random.default_rng(index).integers(0, 255, (64, 64, 3), np.uint8)).save(folder / f"{index}.png")
+        Image.fromarray(np.random.default_rng(index).integers(0, 255, (64, 64, 3), np.uint8)).save(
+            folder / f"{index}.png"
+        )
 
 
 def _train(make: Callable[[], Any], callbacks: list[Any], **settings: Any) -> None:
@@ -48,7 +50,10 @@ def anomalib_padim(callbacks: list[Any]) -> None:
     """Nothing is optimized: one epoch of features, then a fit."""
     from anomalib.models import Padim
 
-    _train(lambda: Padim(backbone="resnet18", layers=["layer1"], pre_trained=False, n_features=8, evaluator=False), callbacks)
+    _train(
+        lambda: Padim(backbone="resnet18", layers=["layer1"], pre_trained=False, n_features=8, evaluator=False),
+        callbacks,
+    )
 
 
 @job(size=4, count=samples)
@@ -56,7 +61,9 @@ def anomalib_fastflow(callbacks: list[Any]) -> None:
     """A normalizing flow on features."""
     from anomalib.models import Fastflow
 
-    _train(lambda: Fastflow(backbone="resnet18", pre_trained=False, flow_steps=2, evaluator=False), callbacks, max_epochs=2)
+    _train(
+        lambda: Fastflow(backbone="resnet18", pre_trained=False, flow_steps=2, evaluator=False), callbacks, max_epochs=2
+    )
 
 
 @job(size=4, count=samples)

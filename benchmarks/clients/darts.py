@@ -1,4 +1,4 @@
-"""darts: forecasting models that make their Trainer and their loaders themselves; callbacks by ``pl_trainer_kwargs``."""
+"""darts: forecasting models that make their Trainer and loaders themselves; callbacks by ``pl_trainer_kwargs``."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def run(job: Job, mode: str) -> Outcome:
     try:
         with _elsewhere(), _noted(said):
             job.train([witness] if planner is None else [planner, witness])
-    except BaseException as error:  # noqa: BLE001
+    except BaseException as error:
         frames = traceback.extract_tb(error.__traceback__)[-6:]
         said_first = (str(error).strip().splitlines() or [""])[0]
         calls = [f"{frame.filename}:{frame.lineno}: {frame.line}" for frame in frames]

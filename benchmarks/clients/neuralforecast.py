@@ -24,7 +24,7 @@ def _fit(name: str, callbacks: list[Any], **options: Any) -> None:
         h=6, input_size=12, max_steps=6, batch_size=4, windows_batch_size=32, callbacks=callbacks, accelerator="gpu",
         devices=1, enable_progress_bar=False, logger=False, **options,
     )  # fmt: skip
-    NeuralForecast([model], freq="D").fit(pd.concat(series), val_size=6)
+    NeuralForecast([model], freq="D").fit(pd.concat(series))
 
 
 @job(size=4, count=samples)
@@ -42,4 +42,6 @@ def neuralforecast_lstm(callbacks: list[Any]) -> None:
 @job(size=4, count=samples)
 def neuralforecast_patchtst(callbacks: list[Any]) -> None:
     """A transformer on patches."""
-    _fit("PatchTST", callbacks, hidden_size=16, n_heads=2, encoder_layers=1, patch_len=4, stride=2, linear_hidden_size=16)
+    _fit(
+        "PatchTST", callbacks, hidden_size=16, n_heads=2, encoder_layers=1, patch_len=4, stride=2, linear_hidden_size=16
+    )

@@ -14,6 +14,9 @@ def samples(batch: Any) -> int:
     return len(batch[0]["encoder_cont"])
 
 
+KNOWN = {"static_categoricals": ["series"], "time_varying_known_reals": ["time"], "add_relative_time_idx": True}
+
+
 def _fit(name: str, callbacks: list[Any], known: bool, **options: Any) -> None:
     import lightning.pytorch
     import pandas as pd
@@ -23,7 +26,7 @@ def _fit(name: str, callbacks: list[Any], known: bool, **options: Any) -> None:
     data = pf.TimeSeriesDataSet(
         pd.DataFrame(rows), "time", "value", ["series"], max_encoder_length=16, max_prediction_length=4,
         time_varying_unknown_reals=["value"],
-        **({"static_categoricals": ["series"], "time_varying_known_reals": ["time"], "add_relative_time_idx": True} if known else {}),
+        **(KNOWN if known else {}),
     )  # fmt: skip
     model = getattr(pf, name).from_dataset(data, learning_rate=0.01, **options)
     runs = trainer(callbacks, module=lightning.pytorch, gradient_clip_val=0.1)

@@ -22,7 +22,9 @@ def tabular_category_embedding(callbacks: list[Any]) -> None:
     from pytorch_tabular.models import CategoryEmbeddingModelConfig
 
     random = np.random.default_rng(0)
-    table = pd.DataFrame({"x": random.random(80), "kind": random.choice(list("abc"), 80), "y": random.choice([0, 1], 80)})
+    table = pd.DataFrame(
+        {"x": random.random(80), "kind": random.choice(list("abc"), 80), "y": random.choice([0, 1], 80)}
+    )
     model = TabularModel(
         data_config=DataConfig(target=["y"], continuous_cols=["x"], categorical_cols=["kind"], num_workers=0),
         model_config=CategoryEmbeddingModelConfig(task="classification", layers="16-16"),

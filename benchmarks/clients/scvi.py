@@ -23,9 +23,8 @@ def _cells(cells: int = 96, genes: int = 40) -> Any:
 
 def _settings(callbacks: list[Any]) -> dict[str, Any]:
     torch.distributions.Distribution.set_default_validate_args(False)  # which Pyro turns on when it is imported
-    return {
-        "max_epochs": 2, "accelerator": "gpu", "devices": 1, "batch_size": 16, "train_size": 0.8, "callbacks": callbacks,
-    }  # fmt: skip
+    trainer = {"max_epochs": 2, "accelerator": "gpu", "devices": 1, "callbacks": callbacks}
+    return {**trainer, "batch_size": 16, "train_size": 0.8}
 
 
 @job(size=16)

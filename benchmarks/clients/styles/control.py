@@ -35,11 +35,15 @@ class Pole:
         self.steps += 1
         return self.random.random(4, dtype=np.float32), float(action), self.left == 0
 
+
+class Simulator(Pole):
+    """A pole of which there is one."""
+
     def __deepcopy__(self, memo: Any) -> Any:
         raise TypeError("a simulator cannot be copied")
 
 
-# -------------------------------------------------------------------------------------- values from a memory of replays
+# ------------------------------------------------------------------------------- values from a memory of replays
 class ReplayBuffer:
     def __init__(self, capacity: int) -> None:
         self.buffer: deque[Experience] = deque(maxlen=capacity)
@@ -89,13 +93,13 @@ class DeepQ(pl.LightningModule):
 
     def __init__(
         self, batch_size: int = 16, lr: float = 1e-2, gamma: float = 0.99, sync_rate: int = 10, warm_start: int = 64,
-        replay_size: int = 1000, episode_length: int = 48,
+        replay_size: int = 1000, episode_length: int = 48, env: type[Pole] = Pole,
     ) -> None:  # fmt: skip
         super().__init__()
         self.save_hyperparameters()
         self.net, self.target_net = self.make(), self.make()
         self.buffer = ReplayBuffer(replay_size)
-        self.env = Pole()
+        self.env = env()
         self.agent = Agent(self.env, self.buffer)
         self.total_reward, self.episode_reward = 0.0, 0.0
         for _ in range(warm_start):
@@ -134,16 +138,25 @@ class DeepQ(pl.LightningModule):
         return DataLoader(Replays(self.buffer, self.hparams.episode_length), batch_size=self.hparams.batch_size)
 
 
-@job(size=16)
-def deep_q(callbacks: list[Any]) -> None:
-    """DQN: the environment cannot be copied, and must not be acted in by planning."""
-    module = DeepQ()
+def _fit(module: DeepQ, callbacks: list[Any]) -> None:
     trainer(callbacks).fit(module)
     steps = module.env.steps - module.hparams.warm_start
     assert steps == module.global_step, f"the environment was acted in {steps} times in {module.global_step} steps"
 
 
-# ------------------------------------------------------------------------------- a policy, by hand, on rollouts of its own
+@job(size=16)
+def deep_q(callbacks: list[Any]) -> None:
+    """DQN: planning must not act in the environment."""
+    _fit(DeepQ(), callbacks)
+
+
+@job(size=16, keeps="self.agent.env")
+def deep_q_simulator(callbacks: list[Any]) -> None:
+    """The same with an environment that cannot be copied."""
+    _fit(DeepQ(env=Simulator), callbacks)
+
+
+# --------------------------------------------------------------------- a policy, by hand, on rollouts of its own
 class Rollouts(IterableDataset[Any]):
     """Runs a function that plays an epoch, each time it is iterated."""
 

@@ -29,7 +29,7 @@ class Shapes(Dataset[Any]):
         return torch.rand(3, 64, width, generator=generator), target
 
 
-# ---------------------------------------------------------------------------------- a set of boxes, matched on the host
+# --------------------------------------------------------------------------- a set of boxes, matched on the host
 class Nested(NamedTuple):
     """Pictures padded to the largest of their batch, and where they are padding."""
 
@@ -145,7 +145,7 @@ def set_detector(callbacks: list[Any]) -> None:
     )
 
 
-# ----------------------------------------------------------------------- targets in one tensor, with the picture's index
+# --------------------------------------------------------------- targets in one tensor, with the picture's index
 def collate_flat(samples: list[Any]) -> dict[str, Any]:
     images = [F.interpolate(image[None], (64, 64))[0] for image, _ in samples]
     targets = {"batch_idx": [], "cls": [], "bboxes": []}

@@ -16,7 +16,7 @@ from benchmarks.clients.job import job
 from benchmarks.clients.styles.common import trainer
 
 
-# ------------------------------------------------------------------------------- speech, with a configuration for all
+# -------------------------------------------------------------------------- speech, with a configuration for all
 class AttrDict(dict[str, Any]):
     """A configuration whose keys are attributes."""
 
@@ -116,7 +116,7 @@ def speech(callbacks: list[Any]) -> None:
     runs.fit(SpeechRecognizer(AttrDict(CONFIG), trainer=runs))
 
 
-# ------------------------------------------------------------------------- batches by tokens, from a sampler of batches
+# ------------------------------------------------------------------ batches by tokens, from a sampler of batches
 class BucketSampler(Sampler[list[int]]):
     """Batches of similar lengths, at most so many tokens each: their sizes differ."""
 
@@ -168,7 +168,7 @@ class MaskingCollator:
 
 
 class MaskedLanguageModel(pl.LightningModule):
-    """A model of transformers made in ``configure_model``; groups of decay; a warm-up over the Trainer's own estimate."""
+    """A model of transformers made in ``configure_model``; a warm-up over the Trainer's own estimate of its steps."""
 
     def __init__(self, warmup_ratio: float = 0.1, weight_decay: float = 0.01) -> None:
         super().__init__()
@@ -244,7 +244,7 @@ def buckets(callbacks: list[Any]) -> None:
     trainer(callbacks).fit(MaskedLanguageModel(), loader)
 
 
-# -------------------------------------------------------------------------------------- fine-tuning with low-rank adapters
+# ---------------------------------------------------------------------------- fine-tuning with low-rank adapters
 class FineTuning(pl.LightningModule):
     """A causal model with low-rank adapters, whose checkpoint leaves the frozen weights out."""
 

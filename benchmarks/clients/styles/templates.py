@@ -18,7 +18,7 @@ from benchmarks.clients.job import job
 from benchmarks.clients.styles.common import trainer
 
 
-# -------------------------------------------------------------------- the template: everything made outside, by partials
+# ------------------------------------------------------------ the template: everything made outside, by partials
 class SimpleDenseNet(nn.Module):
     def __init__(self, input_size: int = 784, width: int = 64, output_size: int = 10) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def hydra_template_compiled(callbacks: list[Any]) -> None:
     trainer(callbacks).fit(template(True), datamodule=TemplateData())
 
 
-# --------------------------------------------------------------------------------------- several tasks, a loader for each
+# ------------------------------------------------------------------------------ several tasks, a loader for each
 class ManyTasks(pl.LightningModule):
     """A trunk with a head a task; losses weighted by learned uncertainty; metrics by task."""
 
@@ -206,7 +206,7 @@ def many_tasks_cycled(callbacks: list[Any]) -> None:
     trainer(callbacks).fit(ManyTasks({"colour": 3, "shape": 5}), datamodule=TasksInTurn())
 
 
-# ------------------------------------------------------------------------------------------------------------- graphs
+# -------------------------------------------------------------------------------------------------------- graphs
 class Graph:
     """A graph, or several as one: nodes, edges and the graph of each node; moved by ``to``, as a batch of graphs is."""
 
@@ -281,7 +281,7 @@ def graphs(callbacks: list[Any]) -> None:
     trainer(callbacks).fit(GraphNetwork(), GraphLoader(Molecules(), 4, shuffle=True))
 
 
-# ------------------------------------------------------------------------------------------------------------- series
+# -------------------------------------------------------------------------------------------------------- series
 class Windows(Dataset[Any]):
     """Windows of a long series, kept as a dictionary and a pair of target and weight."""
 
@@ -297,7 +297,8 @@ class Windows(Dataset[Any]):
         return x, (self.series[middle : middle + self.decoder], None)
 
     def to_dataloader(self, train: bool = True, batch_size: int = 4, **kwargs: Any) -> DataLoader[Any]:
-        return DataLoader(self, shuffle=train, drop_last=train and len(self) > batch_size, collate_fn=collate, batch_size=batch_size, **kwargs)  # fmt: skip
+        drop_last = train and len(self) > batch_size
+        return DataLoader(self, batch_size, train, collate_fn=collate, drop_last=drop_last, **kwargs)
 
 
 def collate(samples: list[Any]) -> Any:

@@ -29,7 +29,7 @@ class Pictures(Dataset[Any]):
         return torch.rand(self.shape, generator=torch.Generator().manual_seed(index))
 
 
-# ---------------------------------------------------------------------------------- segmentation with deep supervision
+# ---------------------------------------------------------------------------- segmentation with deep supervision
 class PolynomialLR(torch.optim.lr_scheduler.LRScheduler):
     """Set the rate of an epoch that the training loop names."""
 
@@ -194,7 +194,7 @@ def augmenter(callbacks: list[Any]) -> None:
     trainer(callbacks, **settings).fit(Segmenter(PLANS), *loaders)
 
 
-# --------------------------------------------------------------------------------------------- adversarial, by hand
+# ------------------------------------------------------------------------------------------ adversarial, by hand
 class Adversaries(pl.LightningModule):
     """Two optimizers by hand, a fixed noise as example, toggled, with a moving average of the generator."""
 
@@ -258,7 +258,7 @@ def adversaries(callbacks: list[Any]) -> None:
     trainer(callbacks).fit(Adversaries(), DataLoader(Pictures(48), 4, shuffle=True))
 
 
-# --------------------------------------------------------------------------------------- contrastive, with a queue
+# ------------------------------------------------------------------------------------- contrastive, with a queue
 class MomentumContrast(pl.LightningModule):
     """A queue of keys, which must be a multiple of the batch size, and a momentum encoder."""
 
@@ -317,7 +317,7 @@ def contrast(callbacks: list[Any]) -> None:
     trainer(callbacks).fit(MomentumContrast(), DataLoader(Views(96), 4, shuffle=True, drop_last=True))
 
 
-# ------------------------------------------------------------------------------------ diffusion, with a moving average
+# ------------------------------------------------------------------------------ diffusion, with a moving average
 class MovingAverage(nn.Module):
     """A moving average of a model, kept as buffers whose names have no dots."""
 
