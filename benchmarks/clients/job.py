@@ -38,13 +38,14 @@ class Job:
     """A way to train, with batches of ``size`` samples by the user's own choice.
 
     ``keeps`` is empty where the job can be planned; else a part of the warning with which its own size is kept.
-    ``changes`` is a part of the warning where the step takes another number of samples than the loader gives.
+    ``differs`` is a part of the warning where the loader has fewer samples than the plan, which nobody can know before.
     """
 
     name: str
     train: Train
     size: int
     keeps: str = ""
+    differs: str = ""
     count: Callable[[Any], int] = first_dimension
     lightning: str = "pytorch_lightning"
 
@@ -168,7 +169,9 @@ def faults(job: Job, outcomes: dict[str, Outcome]) -> list[str]:
     elif not default.error:
         if not default.planned:
             found.append("not planned: " + " | ".join(default.warnings))
-        elif default.sizes[:1] != [default.planned]:
+        elif job.differs and not any(job.differs in text for text in default.warnings):
+            found.append(f"no warning tells {job.differs!r}")
+        elif not job.differs and default.sizes[:1] != [default.planned]:
             found.append(f"announced {default.planned}, had {default.sizes[:3]}: " + " | ".join(default.warnings))
         elif not default.predicted:
             found.append("measured without predictions")

@@ -144,9 +144,9 @@ def _fit(module: DeepQ, callbacks: list[Any]) -> None:
     assert steps == module.global_step, f"the environment was acted in {steps} times in {module.global_step} steps"
 
 
-@job(size=16)
+@job(size=16, differs="the first batch has 48")
 def deep_q(callbacks: list[Any]) -> None:
-    """DQN: planning must not act in the environment."""
+    """DQN: planning must not act in the environment; an epoch's sample has no length, and is a batch at most."""
     _fit(DeepQ(), callbacks)
 
 
