@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
 import traceback
 import warnings
@@ -105,18 +103,6 @@ def _noted(said: list[str]) -> Iterator[None]:
         warnings.showwarning = show
 
 
-@contextmanager
-def _elsewhere() -> Iterator[None]:
-    """Work in a temporary folder: Trainers write where they are started."""
-    here = os.getcwd()
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            yield
-        finally:
-            os.chdir(here)
-
-
 def run(job: Job, mode: str) -> Outcome:
     """Train the job in one mode, and tell what became of it."""
     planner = {"without": None, "default": mp.MemoryPlanner, "apply=False": lambda: mp.MemoryPlanner(apply=False)}[mode]
@@ -126,7 +112,7 @@ def run(job: Job, mode: str) -> Outcome:
     torch.manual_seed(0)
     torch.distributions.Distribution.set_default_validate_args(False)  # of the null GPU's values, which are all 0
     try:
-        with _elsewhere(), _noted(said):
+        with _noted(said):
             job.train([witness] if planner is None else [planner, witness])
     except BaseException as error:
         frames = traceback.extract_tb(error.__traceback__)[-6:]

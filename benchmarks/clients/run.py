@@ -52,12 +52,15 @@ def train_here(module: str, names: list[str]) -> None:
     from benchmarks.clients.job import JOBS, MODES, as_row, run
 
     importlib.import_module(module)
-    for name in names:
-        outcomes = {}
-        for mode in MODES:
-            print(json.dumps({"started": name, "mode": mode}), flush=True)
-            outcomes[mode] = run(JOBS[name], mode)
-        print(json.dumps(as_row(JOBS[name], outcomes)), flush=True)
+    with tempfile.TemporaryDirectory() as folder:  # Trainers write where they are started
+        os.chdir(folder)
+        for name in names:
+            outcomes = {}
+            for mode in MODES:
+                print(json.dumps({"started": name, "mode": mode}), flush=True)
+                outcomes[mode] = run(JOBS[name], mode)
+            print(json.dumps(as_row(JOBS[name], outcomes)), flush=True)
+        os.chdir(ROOT)
 
 
 def printed(command: list[str], env: dict[str, str]) -> Iterator[str]:
