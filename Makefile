@@ -5,7 +5,7 @@ pip := $(bin)/pip
 nullgpu := tests/nullgpu/nullgpu $(bin)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test mutants lint docs bench
+.PHONY: help demo test mutants lint docs bench clients
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 14
@@ -37,6 +37,16 @@ docs: $(pip)  ## draw the figures again, and print what docs/walkthrough.md show
 bench: $(pip)  ## list the suites of accuracy and speed; SUITE="accuracy.nullgpu --only own.mlp" runs one
 	$(pip) install -q -e '.[test]'
 	$(bin)/python -m benchmarks$(if $(SUITE),.$(SUITE))
+
+# The clients bring a hundred packages, and have a virtual environment of their own; CLIENTS=FOLDER puts it elsewhere.
+CLIENTS ?= .venv-clients
+
+clients: $(CLIENTS)/bin/pip  ## train darts, anomalib, scvi-tools and others beside the planner; ONLY="darts|scvi" runs some
+	$(CLIENTS)/bin/pip install -q -e '.[clients]'
+	$(CLIENTS)/bin/python -m benchmarks.clients.run --only "$(ONLY)"
+
+$(CLIENTS)/bin/pip:
+	$(PYTHON) -m venv $(CLIENTS)
 
 $(pip):
 	$(PYTHON) -m venv .venv

@@ -17,7 +17,7 @@
 
 static pthread_mutex_t mu = PTHREAD_MUTEX_INITIALIZER;
 enum { CARDS = 16 };
-static size_t total[CARDS], used[CARDS], context, others, reserved;
+static size_t total[CARDS], used[CARDS], context, others, reserved, kept;
 static int live[CARDS];                                    // does this process have a context on the card?
 static int cc_major = 8, cc_minor = 6, sms = 82, ndev = 1, verbose;
 static const char *gname = "NVIDIA GeForce RTX 3090";
@@ -54,6 +54,7 @@ __attribute__((constructor)) static void init(void) {
   sms = number("NULLGPU_SMS", sms);
   ndev = number("NULLGPU_COUNT", ndev);
   verbose = getenv("NULLGPU_VERBOSE") != 0;
+  kept = number("NULLGPU_KEPT", 1 << 16);
   e = getenv("NULLGPU_CC"); if (e) { cc_major = atoi(e); cc_minor = atoi(strchr(e, '.') + 1); }
   e = getenv("NULLGPU_NAME"); if (e) gname = e;
   e = getenv("CUDA_VISIBLE_DEVICES");
@@ -124,10 +125,10 @@ cudaError_t cudaFreeHost(void*p){
   pthread_mutex_unlock(&mu); free(p); return 0;}
 cudaError_t cudaMemcpyAsync(void*d,const void*s,size_t n,enum cudaMemcpyKind k,cudaStream_t st){
   int dd=isdev(d),sd=isdev(s);
-  if(dd&&n>(1<<16)) return 0;     // large copies to the device leave its pages untouched
+  if(dd&&n>kept) return 0;        // large copies to the device leave its pages untouched
   memcpy(d,s,n); return 0;}
 cudaError_t cudaMemcpy(void*d,const void*s,size_t n,enum cudaMemcpyKind k){return cudaMemcpyAsync(d,s,n,k,0);}
-cudaError_t cudaMemsetAsync(void*d,int v,size_t n,cudaStream_t s){if(n<=(1<<16))memset(d,v,n);return 0;}
+cudaError_t cudaMemsetAsync(void*d,int v,size_t n,cudaStream_t s){if(n<=kept)memset(d,v,n);return 0;}
 cudaError_t cudaMemset(void*d,int v,size_t n){return cudaMemsetAsync(d,v,n,0);}
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes*a,const void*p){memset(a,0,sizeof*a);int d=isdev(p);a->type=d?cudaMemoryTypeDevice:ispinned(p)?cudaMemoryTypeHost:cudaMemoryTypeUnregistered;a->device=a->type==cudaMemoryTypeHost?cur:-2;for(int i=0;d&&i<nvisible;i++)if(visible[i]==d-1)a->device=i;a->devicePointer=d?(void*)p:0;a->hostPointer=d?0:(void*)p;return 0;}
 static char symbols[1<<20];
@@ -189,6 +190,7 @@ int cuDevicePrimaryCtxGetState(int d,unsigned*f,int*a){if(f)*f=0;*a=live[visible
 int cuDeviceGetAttribute(int*v,int a,int d){return cudaDeviceGetAttribute(v,a,d);}
 int cuGetErrorString(int e,const char**s){*s="null driver error";return 0;}
 int cuGetErrorName(int e,const char**s){*s="CUDA_ERROR";return 0;}
+int cuGetExportTable(const void**t,const void*id){*t=0;return 500;} // NVRTC, which compiles lgamma and others, does without
 int cuModuleLoadData(void**m,const void*i){*m=handle();return 0;}
 int cuModuleLoadDataEx(void**m,const void*i,unsigned n,void*o,void*v){*m=handle();return 0;}
 int cuModuleLoad(void**m,const char*f){*m=handle();return 0;}

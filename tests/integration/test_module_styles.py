@@ -1,0 +1,29 @@
+"""Modules as larger code bases write them: each trains as it does without the planner, planned where it can be."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from benchmarks.clients import run
+
+STYLES = [module for module in run.modules() if ".styles." in module]
+JOBS = [(module, name) for module in STYLES for name in run.jobs_in(module)]
+
+
+@cache
+def rows(module: str) -> dict[str, Any]:
+    """Train the jobs of a module, each without the planner, with it, and with ``apply=False``."""
+    return {row["job"]: row for row in run.train(module, run.jobs_in(module))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("module", "name"), JOBS, ids=[name for _, name in JOBS])
+def test_a_style_trains_with_the_planned_size_or_its_own(module: str, name: str, nullgpu: Any) -> None:
+    assert rows(module)[name]["faults"] == []
+
+
+def test_there_are_styles_of_many_fields() -> None:
+    assert len(JOBS) >= 25
