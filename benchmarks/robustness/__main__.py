@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -94,6 +95,7 @@ def parsed() -> argparse.Namespace:
 
 def main() -> int:
     options = parsed()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the processes of jobs end as well
     names = sample(options.sample) if options.sample else list(JOBS)
     if options.only:
         names = [n for n in names if re.search(options.only, n) or re.search(options.only, JOBS[n].kind)]

@@ -111,7 +111,7 @@ class ComparedByIdentity:
 
 
 class Point(ctypes.Structure):
-    _fields_ = [("x", ctypes.c_double), ("next", ctypes.c_void_p)]  # noqa: RUF012 - as ctypes has it
+    _fields_ = [("x", ctypes.c_double), ("next", ctypes.c_void_p)]
 
 
 held(SHARED, "lock", threading.Lock, entered)
