@@ -2,10 +2,12 @@
 
 from benchmarks.robustness.job import JOBS
 from benchmarks.robustness.jobs import (
+    batches,
     callbacks,
     datamodules,
-    domains,
+    fields,
     hooks,
+    language,
     loaders,
     modules,
     objects,
@@ -14,14 +16,18 @@ from benchmarks.robustness.jobs import (
     steps,
     surface,
     tensors,
+    values,
+    vision,
 )
 
 __all__ = [
     "JOBS",
+    "batches",
     "callbacks",
     "datamodules",
-    "domains",
+    "fields",
     "hooks",
+    "language",
     "loaders",
     "modules",
     "objects",
@@ -30,4 +36,6 @@ __all__ = [
     "steps",
     "surface",
     "tensors",
+    "values",
+    "vision",
 ]

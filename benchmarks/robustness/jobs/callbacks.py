@@ -38,7 +38,9 @@ class Validated(Net):
 def beside(name: str, make: Callable[[], Any], kind: str = LIGHTNING, samples: Any = "same", **settings: Any) -> None:
     def training() -> Training:
         made = make()
-        return Training(Validated(), callbacks=made if isinstance(made, list) else [made], settings=settings)
+        return Training(
+            Validated(), callbacks=made if isinstance(made, list) else [made], settings=copy.deepcopy(settings)
+        )
 
     job(kind, samples, name=name)(training)
 

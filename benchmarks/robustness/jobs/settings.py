@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Tested(Net):
 
 
 def flags(name: str, kind: str = FLAGS, samples: Any = "same", **settings: Any) -> None:
-    job(kind, samples, name=name)(lambda: Training(Tested(), settings=settings))
+    job(kind, samples, name=name)(lambda: Training(Tested(), settings=copy.deepcopy(settings)))
 
 
 flags("barebones", barebones=True, logger=None, enable_checkpointing=None)
