@@ -22,7 +22,7 @@ import types
 import weakref
 import zipfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -100,7 +100,7 @@ class RefusesPickling:
 class ComparedByIdentity:
     """Registered by identity, as handles of native libraries are."""
 
-    known: weakref.WeakSet[Any] = weakref.WeakSet()
+    known: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
 
     def __init__(self) -> None:
         self.known.add(self)
@@ -111,7 +111,7 @@ class ComparedByIdentity:
 
 
 class Point(ctypes.Structure):
-    _fields_ = [("x", ctypes.c_double), ("next", ctypes.c_void_p)]
+    _fields_ = (("x", ctypes.c_double), ("next", ctypes.c_void_p))
 
 
 held(SHARED, "lock", threading.Lock, entered)

@@ -141,7 +141,7 @@ def masked_autoencoder() -> Any:
 def contrastive_views() -> Any:
     class Contrast(Bare):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            (a, b, *small), _, names = batch
+            (a, b, *small), _, _ = batch
             z = F.normalize(torch.cat([self(a), self(b)]), dim=1)
             logits = (z @ z.T / 0.1).fill_diagonal_(-1e9)
             labels = torch.arange(len(z), device=z.device).roll(len(a))
