@@ -56,10 +56,9 @@ def doubts(runs: Runs) -> list[str]:
     epochs = [epoch for epoch in found["epochs"] if epoch]
     if found.get("method") and epochs and epochs[0][0] != found["batch_size"]:
         said.append(f"announced {found['batch_size']}, trained {epochs[0][0]}")
-    unmeasured = [
-        way for way in ("default", "apply=False") if runs[way].get("measured") == 0 and not runs[way]["error"]
-    ]
-    said += [f"{way}: no step is measured" for way in unmeasured if epochs]
+    for way in ("default", "apply=False") if epochs else ():
+        if runs[way].get("measured") == 0 and not runs[way]["error"]:
+            said += [f"{way}: no step is measured"]
     unplanned = [text for text in runs["apply=False"]["said"] if "is not planned" in text]
     if unplanned and found.get("method"):
         said.append(f"apply=False alone: {unplanned[0][:200]}")
