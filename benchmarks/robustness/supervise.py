@@ -19,6 +19,7 @@ from benchmarks.robustness.worker import WAYS
 ROOT = Path(__file__).resolve().parents[2]
 NULLGPU = ROOT / "tests" / "nullgpu" / "nullgpu"
 LIMIT = 120.0  #: seconds for one run
+CARD = {"NULLGPU_MEMORY": str(2**31), "NULLGPU_CONTEXT": str(100 * 2**20)}  #: 2 GiB
 Runs = dict[str, dict[str, Any]]
 
 
@@ -62,7 +63,7 @@ class _Worker:
     def __init__(self, names: Sequence[str], on_gpu: bool) -> None:
         command = [sys.executable, "-m", "benchmarks.robustness.worker", *names]
         own = os.pathsep.join([str(ROOT), str(ROOT / "src")])
-        env = {**os.environ, "PYTHONPATH": own, "MEMPLAN_HISTORY": "off", "MPLBACKEND": "Agg"}
+        env = {**os.environ, **CARD, "PYTHONPATH": own, "MEMPLAN_HISTORY": "off", "MPLBACKEND": "Agg"}
         self._process = subprocess.Popen(
             command if on_gpu else [str(NULLGPU), *command],
             cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
