@@ -27,7 +27,7 @@ from benchmarks.robustness.jobs import JOBS
 from benchmarks.robustness.supervise import LIMIT, run_jobs
 from benchmarks.robustness.verdict import doubts, failure, outcome
 
-GROUP = 30  # jobs in one process, which spares its start
+GROUP = 60  # jobs in one process, which spares its start
 
 Row = dict[str, Any]
 

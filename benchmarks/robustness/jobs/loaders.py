@@ -29,6 +29,7 @@ from benchmarks.robustness.job import WIDTH, Bare, Rows, Training, job, loader
 LOADERS = "loaders, several loaders, workers"
 SAMPLERS = "samplers and batch samplers"
 STREAMS = "iterable data"
+SMALL = {"max_batch_size": 64}  #: millions of the tiny samples of a stream would fit
 
 
 class On(Bare):
@@ -43,10 +44,19 @@ class On(Bare):
 
 
 def on(
-    kind: str, name: str, make: Callable[[], Any], rows: Callable[[Any], Any] = lambda b: b, samples: Any = "same"
+    kind: str,
+    name: str,
+    make: Callable[[], Any],
+    rows: Callable[[Any], Any] = lambda b: b,
+    samples: Any = "same",
+    **options: Any,
 ) -> None:
     """Register a loader's job; ``rows`` finds a tensor with a row a sample in a batch."""
-    job(kind, samples, name=name)(lambda: Training(On(rows), make(), count=lambda batch: len(rows(batch))))
+
+    def training() -> Training:
+        return Training(On(rows), make(), count=lambda batch: len(rows(batch)), options=options)
+
+    job(kind, samples, name=name)(training)
 
 
 # ------------------------------------------------------------------------------------------------------- loaders
@@ -299,7 +309,7 @@ on(STREAMS, "stream_read_once", lambda: loader(Once()))
 on(STREAMS, "stream_of_batches", lambda: DataLoader(OwnBatches(), batch_size=None))
 on(STREAMS, "stream_from_a_buffer", lambda: loader(Shuffled()))
 on(STREAMS, "chained_streams", lambda: loader(ChainDataset([Stream(10), Stream(14)])))
-on(STREAMS, "stream_of_dictionaries", lambda: loader(Named()), lambda batch: batch["x"])
+on(STREAMS, "stream_of_dictionaries", lambda: loader(Named()), lambda batch: batch["x"], **SMALL)
 
 
 class Named(Stream):
@@ -314,7 +324,7 @@ def endless_stream_with_limit() -> Any:
             while True:
                 yield torch.ones(WIDTH)
 
-    return Training(On(), loader(Endless()), settings={"limit_train_batches": 5}, count=lambda batch: 1)
+    return Training(On(), loader(Endless()), options=SMALL, settings={"limit_train_batches": 5}, count=lambda batch: 1)
 
 
 @job(STREAMS)
@@ -324,4 +334,5 @@ def endless_stream_with_max_steps() -> Any:
             while True:
                 yield torch.ones(WIDTH)
 
-    return Training(On(), loader(Endless()), settings={"max_steps": 5, "max_epochs": -1}, count=lambda batch: 1)
+    settings = {"max_steps": 5, "max_epochs": -1}
+    return Training(On(), loader(Endless()), options=SMALL, settings=settings, count=lambda batch: 1)
