@@ -199,7 +199,13 @@ on(COLLATES, "fixed_sizes_only", lambda: loader(Rows(22), collate_fn=of_one_size
 on(COLLATES, "drops_broken_samples", lambda: loader(Of(lambda n: ROW if n % 3 else None), collate_fn=drops_broken))
 on(COLLATES, "two_views_of_each", lambda: loader(collate_fn=two_views))
 on(COLLATES, "draws_a_size", lambda: loader(collate_fn=draws_size), samples="same")
-on(COLLATES, "packs_into_one_row", lambda: loader(collate_fn=packs_tokens), lambda batch: batch[0], "same")
+on(
+    COLLATES,
+    "packs_into_one_row",
+    lambda: loader(Of(lambda n: torch.ones(1, WIDTH)), collate_fn=packs_tokens),
+    lambda batch: batch[0],
+    "same",
+)
 on(COLLATES, "item_is_a_batch", lambda: loader(Of(lambda n: torch.ones(5, WIDTH)), 1, collate_fn=lambda s: s[0]))
 
 

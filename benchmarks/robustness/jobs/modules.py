@@ -188,8 +188,7 @@ def mixture_of_experts() -> Any:
             weight, chosen = self.router(batch).softmax(1).max(1)
             out = torch.zeros_like(batch)
             for k, expert in enumerate(self.experts):
-                rows = torch.where(chosen == k)[0]
-                out = out.index_add(0, rows, expert(batch[rows]) * weight[rows, None])
+                out = out + expert(batch) * (weight * (chosen == k))[:, None]
             return self(out).mean()
 
     return Experts()
@@ -285,16 +284,10 @@ job(TEACHERS, name="frozen_copy")(lambda: Student(lambda body: copy.deepcopy(bod
 job(TEACHERS, name="teacher_in_a_list")(lambda: Student(lambda body: Outside([copy.deepcopy(body)][0])))
 job(TEACHERS, name="teacher_in_a_closure")(lambda: Student(lambda body: closed_over(copy.deepcopy(body))))
 job(TEACHERS, name="teacher_is_the_student")(lambda: Student(lambda body: functools.partial(nn.Linear.forward, body)))
-job(TEACHERS, name="teacher_in_inference_mode")(lambda: Student(in_inference_mode))
 
 
 def closed_over(teacher: Any) -> Any:
     return lambda x: teacher.to(x.device)(x)
-
-
-def in_inference_mode(body: Any) -> Any:
-    with torch.inference_mode():
-        return copy.deepcopy(body)
 
 
 @job(TEACHERS)
