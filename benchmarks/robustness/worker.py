@@ -98,7 +98,7 @@ def seed() -> None:
 
 def main(names: Sequence[str]) -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    home = os.getcwd()
+    home, environment = os.getcwd(), dict(os.environ)
     for name in names:
         for way, options in WAYS.items():
             print("BEGIN", name, way, flush=True)
@@ -106,12 +106,14 @@ def main(names: Sequence[str]) -> None:
                 os.chdir(folder)
                 found = run(JOBS[name], options)
                 os.chdir(home)
-            clean_up()
+            clean_up(environment)
             print("RAN", json.dumps({"name": name, "way": way, **found}), flush=True)
 
 
-def clean_up() -> None:
+def clean_up(environment: dict[str, str]) -> None:
     """Put back what a job may leave behind in the process."""
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
     torch.use_deterministic_algorithms(False)
