@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +34,12 @@ def test_the_sample_has_most_kinds() -> None:
 def test_there_are_jobs_enough() -> None:
     assert ALL is JOBS
     assert len(ALL) >= 150
+
+
+@pytest.mark.parametrize("kind", sorted({each.kind for each in ALL.values()}))
+def test_every_kind_stands_in_the_docs(kind: str) -> None:
+    page = Path(__file__).parents[2] / "docs" / "never_worse.md"
+    assert f"\n| {kind} | " in page.read_text()
 
 
 def test_two_jobs_of_one_name_are_refused() -> None:

@@ -197,7 +197,7 @@ on(COLLATES, "even_numbers_only", lambda: loader(collate_fn=in_pairs))
 on(COLLATES, "at_least_two", lambda: loader(collate_fn=with_negatives))
 on(COLLATES, "fixed_sizes_only", lambda: loader(Rows(22), collate_fn=of_one_size))
 on(COLLATES, "drops_broken_samples", lambda: loader(Of(lambda n: ROW if n % 3 else None), collate_fn=drops_broken))
-on(COLLATES, "two_views_of_each", lambda: loader(collate_fn=two_views))
+on(COLLATES, "two_views_of_each", lambda: loader(collate_fn=two_views), lambda batch: batch.chunk(2)[0])
 on(COLLATES, "draws_a_size", lambda: loader(collate_fn=draws_size), samples="same")
 on(
     COLLATES,

@@ -152,7 +152,6 @@ on(
     lambda: CombinedLoader({"a": loader(), "b": loader(Rows(12))}, "max_size_cycle"),
     lambda batch: batch["a"],
 )
-on(LOADERS, "one_after_the_other", lambda: CombinedLoader([loader(), loader(Rows(12))], "sequential"), samples="any")
 on(LOADERS, "shortest_of_two", lambda: CombinedLoader([loader(), loader(Rows(12))], "min_size"), lambda b: b[0], "any")
 on(LOADERS, "nested_loaders", lambda: {"a": [loader(), loader()], "b": {"c": loader()}}, lambda b: b["b"]["c"], "any")
 on(LOADERS, "subset_of_a_dataset", lambda: loader(random_split(Rows(30), [24, 6])[0], shuffle=True))
