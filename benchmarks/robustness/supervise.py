@@ -71,8 +71,9 @@ class _Worker:
         )  # fmt: skip
         self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._said: list[str] = []
-        for target in (self._read, self._read_errors):
-            threading.Thread(target=target, daemon=True).start()
+        self._readers = [threading.Thread(target=target) for target in (self._read, self._read_errors)]
+        for reader in self._readers:
+            reader.start()
 
     def answer(self, limit: float) -> dict[str, Any] | None:
         """Return what the next run found; None where the process has ended.
@@ -103,3 +104,8 @@ class _Worker:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        for reader in self._readers:
+            reader.join()
+        for pipe in (self._process.stdout, self._process.stderr):
+            assert pipe is not None
+            pipe.close()

@@ -37,12 +37,12 @@ def text_with_padding() -> Any:
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             tokens, lengths = batch
-            packed = pack_padded_sequence(self.table(tokens.T), lengths.cpu(), enforce_sorted=False)
+            packed = pack_padded_sequence(self.table(tokens.T), lengths, enforce_sorted=False)
             states, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0])
             return F.cross_entropy(self.out(states).flatten(0, 1), tokens.T.flatten(), ignore_index=0)
 
     def pad(samples: Any) -> Any:
-        return pad_sequence(samples, batch_first=True), torch.tensor([len(s) for s in samples])
+        return pad_sequence(samples, batch_first=True), [len(s) for s in samples]
 
     data = loader(Of(lambda n: torch.arange(1, 4 + n % 9)), collate_fn=pad)
     return Training(Language(), data, count=lambda batch: len(batch[0]))
