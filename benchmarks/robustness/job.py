@@ -30,12 +30,11 @@ class Rows(Dataset):
         return torch.ones(self.width)
 
 
-class Net(pl.LightningModule):
-    """Two layers; the module keeps the batch size and makes the loader."""
+class Bare(pl.LightningModule):
+    """Two layers, with no loader of its own, and no attribute that keeps the batch size."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.batch_size = BATCH_SIZE
         self.body, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -47,18 +46,16 @@ class Net(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         return torch.optim.Adam(self.parameters(), lr=1e-3)
 
-    def train_dataloader(self) -> Any:
-        return DataLoader(Rows(), batch_size=self.batch_size)
 
-
-class Bare(Net):
-    """The network with no loader of its own, and no attribute that keeps the batch size."""
-
-    train_dataloader = pl.LightningModule.train_dataloader
+class Net(Bare):
+    """The same network; it keeps the batch size and makes the loader."""
 
     def __init__(self) -> None:
         super().__init__()
-        del self.batch_size
+        self.batch_size = BATCH_SIZE
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(Rows(), batch_size=self.batch_size)
 
 
 def loader(dataset: Any = None, batch_size: int = BATCH_SIZE, **options: Any) -> DataLoader[Any]:
