@@ -63,7 +63,14 @@ class _Worker:
     def __init__(self, names: Sequence[str], on_gpu: bool) -> None:
         command = [sys.executable, "-m", "benchmarks.robustness.worker", *names]
         own = os.pathsep.join([str(ROOT), str(ROOT / "src")])
-        env = {**os.environ, **CARD, "PYTHONPATH": own, "MEMPLAN_HISTORY": "off", "MPLBACKEND": "Agg"}
+        env = {
+            **os.environ,
+            **CARD,
+            "PYTHONPATH": own,
+            "MEMPLAN_HISTORY": "off",
+            "MPLBACKEND": "Agg",
+            "OMP_NUM_THREADS": "1",
+        }
         self._process = subprocess.Popen(
             command if on_gpu else [str(NULLGPU), *command],
             cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:MemoryPlanner measures nothing"),  # the CPU does not tell its peaks
     pytest.mark.filterwarnings("ignore:Found . module.s. in eval mode"),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads only wait for one another with tensors this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Noisy(Dataset):

@@ -32,7 +32,7 @@ def boolean_mask(net: Any, batch: Any) -> Any:
 
 @step(VALUES)
 def asserts_on_values(net: Any, batch: Any) -> Any:
-    assert torch.isfinite(batch).all(), "broken data"
+    assert not torch.isinf(batch).any(), "broken data"
     assert not torch.isnan(net.head.weight).any()
     return net(batch).mean()
 
