@@ -35,12 +35,6 @@ class Sample:
     name: str = "a"
 
 
-@dataclasses.dataclass(frozen=True)
-class Frozen:
-    x: Any
-    names: tuple[str, ...] = ()
-
-
 class Plain:
     def __init__(self, x: Any) -> None:
         self.x = x
@@ -77,7 +71,6 @@ of(
 )
 of("user_lists", lambda n: ROW, lambda batch: batch[0], lambda s: UserList([torch.stack(s)]))
 of("dataclasses", lambda n: Sample(ROW), lambda batch: batch.x, lambda s: Sample(torch.stack([i.x for i in s])))
-of("frozen_dataclasses", lambda n: ROW, lambda batch: batch.x.cuda(), lambda s: Frozen(torch.stack(s), ("a",) * len(s)))
 of("numpy_samples", lambda n: np.ones(WIDTH, np.float32), lambda batch: batch)
 of(
     "numpy_batches",

@@ -23,6 +23,8 @@ OWN = "callbacks with state of their own"
 class Validated(Net):
     """Validates, and logs what callbacks monitor."""
 
+    lr = 1e-3
+
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
         self.log("loss", loss)
@@ -60,7 +62,7 @@ beside("progress_bar", lambda: plc.TQDMProgressBar(2), enable_progress_bar=True)
 beside("rich_progress_bar", plc.RichProgressBar, enable_progress_bar=True)
 beside("timer", lambda: plc.Timer(duration="00:01:00:00"))
 beside("lambda_callback", lambda: plc.LambdaCallback(on_train_start=lambda trainer, module: module.train()))
-beside("model_pruning", lambda: plc.ModelPruning("l1_unstructured", amount=0.5, parameters_to_prune=None))
+beside("model_pruning", lambda: plc.ModelPruning("random_unstructured", use_global_unstructured=False, amount=0.5))
 beside("learning_rate_finder", lambda: plc.LearningRateFinder(num_training_steps=3), samples="more")
 beside("batch_size_finder", lambda: plc.BatchSizeFinder(max_trials=2), samples="more", accelerator="gpu")
 beside("on_exception_checkpoint", lambda: plc.OnExceptionCheckpoint("e"), **CHECKPOINTS)
