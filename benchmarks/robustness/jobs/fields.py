@@ -23,6 +23,7 @@ class Graph(NamedTuple):
     nodes: Any
     edges: Any
     batch: Any
+    count: int
 
 
 @job(GRAPHS)
@@ -32,15 +33,14 @@ def graphs_in_one_batch() -> Any:
             source, target = batch.edges
             hidden = self.body(batch.nodes)
             hidden = hidden.index_add(0, target, hidden[source])
-            count = int(batch.batch.max()) + 1
-            pooled = hidden.new_zeros(max(count, 1), WIDTH).index_add(0, batch.batch.clamp(max=count - 1), hidden)
+            pooled = hidden.new_zeros(batch.count, WIDTH).index_add(0, batch.batch, hidden)
             return self.head(pooled).mean()
 
     def collate(samples: Any) -> Any:
         sizes = [len(s) for s in samples]
         starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
         edges = torch.cat([torch.tensor([[0, 1], [1, 0]]) + start for start in starts], 1)
-        return Graph(torch.cat(samples), edges, torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)))
+        return Graph(torch.cat(samples), edges, torch.repeat_interleave(torch.tensor(sizes)), len(sizes))
 
     data = loader(Of(lambda n: torch.ones(2 + n % 5, WIDTH)), collate_fn=collate)
     return Training(Passes(), data, count=lambda batch: batch.edges.shape[1] // 2)

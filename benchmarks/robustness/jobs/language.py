@@ -130,8 +130,8 @@ def audio_of_varied_lengths() -> Any:
                 waves, 64, window=torch.hann_window(64, device=waves.device), return_complex=True
             ).abs()
             logits = self.out(self.features(spectrum).transpose(1, 2)).log_softmax(2).transpose(0, 1)
-            frames = tuple(min(len(logits), n // 16 + 1) for n in lengths)
-            return F.ctc_loss(logits, targets, frames, target_lengths, zero_infinity=True)
+            frames = [logits[: n // 16 + 1, k].mean(0) for k, n in enumerate(lengths)]
+            return F.nll_loss(torch.stack(frames), targets[:, 0].clamp(0, 4)) + sum(target_lengths)
 
     def collate(samples: Any) -> Any:
         waves, targets = zip(*samples, strict=True)
@@ -155,7 +155,7 @@ def forecasting_with_windows() -> Any:
             scale = past.abs().mean(1, keepdim=True).clamp(min=1e-3)
             states, self.state = self.rnn(past[..., None] / scale[..., None])
             mean, spread = self.out(states[:, -1:]).chunk(2, -1)
-            distribution = torch.distributions.StudentT(3.0, mean, F.softplus(spread) + 1e-3, validate_args=False)
+            distribution = torch.distributions.Laplace(mean, F.softplus(spread) + 1e-3, validate_args=False)
             return -distribution.log_prob(future[..., None] / scale[..., None]).mean()
 
     series = torch.arange(64.0)
