@@ -569,6 +569,38 @@ def test_the_first_batch_of_a_sampler_tells_the_size_that_is_had():
     assert yielded_size(DataLoader(Rows(), batch_sampler=MostNodes())) == 3
 
 
+class Tiles(Sampler):
+    """Parts of large images: 30 of 3."""
+
+    def __init__(self, batch_size):
+        self.batch_size = batch_size
+
+    def __len__(self):
+        return 30 // self.batch_size
+
+    def __iter__(self):
+        keys = iter((image, part) for image in range(3) for part in range(10))
+        return iter(list(itertools.islice(keys, self.batch_size)) for _ in range(len(self)))
+
+
+class Images(Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, key):
+        image, part = key
+        return rows[10 * image + part]
+
+
+def test_a_sampler_may_yield_more_keys_than_the_dataset_has_samples():
+    loader = DataLoader(Images(), batch_sampler=Tiles(5))
+    assert dataset_size(loader) == 30
+    assert batches_of_epoch(loader, 10) == 3
+    assert made(loader).shape == (7, 4)
+    check_resizable(loader, 30)
+    assert [len(batch) for batch in resized_loaders(loader, [15])] == [15, 15]
+
+
 def test_a_sampler_that_drops_all_it_has_is_refused():
     class Few(Sampler):  # without a length
         def __iter__(self):
