@@ -661,7 +661,7 @@ def test_the_last_batch_of_an_epoch():
 def test_a_batch_that_is_not_tiled_is_not_collated_from_many_samples():
     samples = read_samples(DataLoader(Rows(), batch_size=4, collate_fn=torch.cat))
     assert samples.batch(100).shape == (400,)
-    with pytest.raises(TraceError, match="a batch of 70000 samples takes too long to collate on the host") as caught:
+    with pytest.raises(TraceError, match="a batch of 70000 samples takes too long to make on the host") as caught:
         samples.batch(70_000)
     assert caught.value.reason == "too_large"
 
@@ -673,8 +673,13 @@ def test_a_batch_that_is_tiled_is_made_at_once():
         calls.append(len(samples))
         return torch.stack(samples), ["a name"] * len(samples)
 
-    x, names = read_samples(DataLoader(Rows(), batch_size=4, collate_fn=collate)).batch(1_000_000)
-    assert (x.shape, len(names), max(calls)) == ((1_000_000, 4), 1_000_000, max(SIZES))
+    samples = read_samples(DataLoader(Rows(), batch_size=4, collate_fn=collate))
+    x, names = samples.batch(60_000)
+    assert (x.shape, len(names), max(calls)) == ((60_000, 4), 60_000, max(SIZES))
+    with pytest.raises(TraceError, match="a batch of 1000000 samples takes too long to make on the host"):
+        samples.batch(1_000_000)  # a text for each of them would be looked at
+    assert samples.large(1_000_000).size == 1_000_000
+    assert read_samples(DataLoader(Rows(), batch_size=4)).batch(1_000_000).shape == (1_000_000, 4)
 
 
 def test_torch_ends_workers_where_it_is_asked_to():
