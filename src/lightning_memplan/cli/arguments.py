@@ -27,7 +27,7 @@ def add_job(parser: argparse.ArgumentParser, option: str | None = None) -> None:
     job.add_argument("--data-arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of it")
     job.add_argument("--input", metavar="SHAPE", help="in place of --data, one sample: 3x224x224, 512:int64")
     job.add_argument("--labels", nargs="?", const="", metavar="SHAPE", help="with --input, whole-numbered labels")
-    job.add_argument("--samples", choices=("first", "largest"), help="which samples make the batch (default: first)")
+    job.add_argument("--samples", choices=("first", "largest"), help="which samples make the batch (default: auto)")
     job.add_argument("--config", metavar="YAML", help="a LightningCLI's: module, data and Trainer")
     _add_training(parser)
     _add_device(parser)

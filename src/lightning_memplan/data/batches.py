@@ -142,3 +142,18 @@ def tensor_bytes(batch: object) -> int:
     12
     """
     return sum(t.numel() * t.element_size() for t in tensors_of(batch))
+
+
+def part_count(thing: object) -> int:
+    """Return the number of parts of a sample or batch: its tensors, arrays, texts and the like.
+
+    >>> part_count((torch.ones(3), ["one", "two"]))
+    3
+    """
+    if isinstance(thing, Mapping):
+        return sum(map(part_count, thing.values()))
+    if isinstance(thing, (list, tuple)):
+        return sum(map(part_count, thing))
+    if is_dataclass(thing) and not isinstance(thing, type):
+        return sum(part_count(getattr(thing, entry.name, None)) for entry in fields(thing))
+    return 1

@@ -174,19 +174,23 @@ def samples_of_loader(loader: object, ranks: int = 1) -> int | None:
     """
     if not isinstance(loader, DataLoader):
         return None
-    batches = batching_sampler(loader)
+    batches, stream = batching_sampler(loader), isinstance(loader.dataset, IterableDataset)
     sampler = loader.sampler if batches is None else getattr(batches, "sampler", None)
-    stream = isinstance(loader.dataset, IterableDataset)
-    for sized in (loader.dataset,) if stream else (sampler, loader.dataset):  # the sampler of a stream is endless
-        try:
-            if sized is not None:
-                count = len(sized)  # type: ignore[arg-type]
-        except (TypeError, NotImplementedError):
-            continue
-        if sized is not None:
-            whole = stream or any(isinstance(each, DistributedSampler) for each in (sampler, loader.sampler))
-            return count if whole else -(-count // ranks)
-    return None
+    count = _length_of(sampler) if sampler is not None and not stream else None  # the sampler of a stream is endless
+    if count is None and sampler is None and not stream and (size := batch_size_of_loader(loader)):
+        count = _length_of(batches)  # it may yield other keys than the dataset has samples, as of parts of large images
+        count = None if count is None else count * size
+    if count is None:
+        count = _length_of(loader.dataset)
+    whole = stream or any(isinstance(each, DistributedSampler) for each in (sampler, loader.sampler))
+    return count if count is None or whole else -(-count // ranks)
+
+
+def _length_of(sized: Any) -> int | None:
+    try:
+        return len(sized)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def batches_of_epoch(source: Any, batch_size: int, ranks: int = 1) -> int | None:

@@ -16,6 +16,7 @@ from lightning_memplan.data.batches import (
     hidden_tensors,
     kind,
     outline,
+    part_count,
     resized,
     tensor_bytes,
     tensors,
@@ -43,7 +44,7 @@ SAMPLE_SIZE = 64  #: default number of samples that ``"largest"`` looks at
 
 _FIRST = max(SIZES)  #: number of samples that ``"first"`` looks at
 
-MOST = 2**16  #: samples that are collated for one batch, at most, where it cannot be made by repeating a small one
+MOST = 2**16  #: samples from which a batch is made one by one, at most, where a small batch cannot be repeated
 
 _Make = Callable[[int], Any]  #: makes a batch of a number of samples
 
@@ -92,16 +93,20 @@ class Samples:
         """Return a batch of ``size`` samples on the host.
 
         Raises:
-            TraceError: it would have to be collated from too many samples.
+            TraceError: it would have to be made from too many samples, one by one.
         """
         made = self.large(size)
-        return made.whole() if isinstance(made, TiledBatch) else made
+        if not isinstance(made, TiledBatch):
+            return made
+        if size > MOST and part_count(made.few) > part_count(self.make(self.multiple)):  # a part for each sample
+            raise _too_large(size)
+        return made.whole()
 
     def large(self, size: int) -> Any:
         """Return a batch of ``size`` samples, as a ``TiledBatch`` if that is the same and saves time.
 
         Raises:
-            TraceError: it would have to be collated from too many samples.
+            TraceError: it would have to be made from too many samples, one by one.
         """
         if self.fixed is not None or size <= 2 * max(SIZES) * self.multiple:
             return self.make(size)
@@ -110,11 +115,15 @@ class Samples:
         if tile is not None:
             return TiledBatch(few[-1][1], few[-1][0], size, tile)
         if size > MOST:
-            raise TraceError(f"a batch of {size} samples takes too long to collate on the host", reason="too_large")
+            raise _too_large(size)
         return self.make(size)
 
     def _sizes(self, sizes: Sequence[int]) -> list[int]:
         return [size * self.multiple for size in sizes] if self.fixed is None else [self.fixed]
+
+
+def _too_large(size: int) -> TraceError:
+    return TraceError(f"a batch of {size} samples takes too long to make on the host", reason="too_large")
 
 
 def read_samples(source: Any, sample: Which = "first", sample_size: int = SAMPLE_SIZE) -> Samples:

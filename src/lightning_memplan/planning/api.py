@@ -73,8 +73,8 @@ def estimate(
         strategy: How they train together: ``"ddp"`` (the default), ``"fsdp"``, ``"fsdp2"`` for a module that calls
             ``fully_shard`` in ``configure_model``, or one of Lightning's strategies
             (``FSDPStrategy(auto_wrap_policy={Block})``).
-        samples: Samples of a loader's dataset that batches are made of: the first five (``"auto"``, ``"first"``), or
-            copies of the largest of 64 that are spread over it (``"largest"``), where samples differ in size.
+        samples: Samples of a loader's dataset that batches are made of: the first five (``"first"``), or copies of the
+            largest of 64 that are spread over it (``"largest"``; ``"auto"`` where the first five differ in size).
         max_batch_size: Largest batch size of interest. No larger batch is probed.
 
     Raises:

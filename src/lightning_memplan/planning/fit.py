@@ -16,6 +16,7 @@ from lightning_memplan.data.holders import DEFAULT_NAME, Holder
 from lightning_memplan.errors import ApplyError, MemplanError, issue_warning, located
 from lightning_memplan.lightning.compat import misconfiguration
 from lightning_memplan.lightning.loggers import say, warn
+from lightning_memplan.lightning.ranks import over_ranks
 from lightning_memplan.lightning.trainer import averaging_bytes, check_alone, cuda_index, validates
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.structure import structure_of
@@ -107,7 +108,7 @@ class FitPlanner:
         options = self.options
         proposal = on_all_ranks(self._propose, options.is_fatal)
         confirm = options.confirm or (options.confirm is None and options.device is None and self._index is not None)
-        if confirm and not self._stays:
+        if confirm and not any(over_ranks(self._stays)):
             proposal = confirmed(proposal, strict=options.confirm is True, is_fatal=options.is_fatal)
         self._proposal = proposal
         self._write(proposal, describe)

@@ -569,6 +569,38 @@ def test_the_first_batch_of_a_sampler_tells_the_size_that_is_had():
     assert yielded_size(DataLoader(Rows(), batch_sampler=MostNodes())) == 3
 
 
+class Tiles(Sampler):
+    """Parts of large images: 30 of 3."""
+
+    def __init__(self, batch_size):
+        self.batch_size = batch_size
+
+    def __len__(self):
+        return 30 // self.batch_size
+
+    def __iter__(self):
+        keys = iter((image, part) for image in range(3) for part in range(10))
+        return iter(list(itertools.islice(keys, self.batch_size)) for _ in range(len(self)))
+
+
+class Images(Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, key):
+        image, part = key
+        return rows[10 * image + part]
+
+
+def test_a_sampler_may_yield_more_keys_than_the_dataset_has_samples():
+    loader = DataLoader(Images(), batch_sampler=Tiles(5))
+    assert dataset_size(loader) == 30
+    assert batches_of_epoch(loader, 10) == 3
+    assert made(loader).shape == (7, 4)
+    check_resizable(loader, 30)
+    assert [len(batch) for batch in resized_loaders(loader, [15])] == [15, 15]
+
+
 def test_a_sampler_that_drops_all_it_has_is_refused():
     class Few(Sampler):  # without a length
         def __iter__(self):
@@ -629,7 +661,7 @@ def test_the_last_batch_of_an_epoch():
 def test_a_batch_that_is_not_tiled_is_not_collated_from_many_samples():
     samples = read_samples(DataLoader(Rows(), batch_size=4, collate_fn=torch.cat))
     assert samples.batch(100).shape == (400,)
-    with pytest.raises(TraceError, match="a batch of 70000 samples takes too long to collate on the host") as caught:
+    with pytest.raises(TraceError, match="a batch of 70000 samples takes too long to make on the host") as caught:
         samples.batch(70_000)
     assert caught.value.reason == "too_large"
 
@@ -641,8 +673,13 @@ def test_a_batch_that_is_tiled_is_made_at_once():
         calls.append(len(samples))
         return torch.stack(samples), ["a name"] * len(samples)
 
-    x, names = read_samples(DataLoader(Rows(), batch_size=4, collate_fn=collate)).batch(1_000_000)
-    assert (x.shape, len(names), max(calls)) == ((1_000_000, 4), 1_000_000, max(SIZES))
+    samples = read_samples(DataLoader(Rows(), batch_size=4, collate_fn=collate))
+    x, names = samples.batch(60_000)
+    assert (x.shape, len(names), max(calls)) == ((60_000, 4), 60_000, max(SIZES))
+    with pytest.raises(TraceError, match="a batch of 1000000 samples takes too long to make on the host"):
+        samples.batch(1_000_000)  # a text for each of them would be looked at
+    assert samples.large(1_000_000).size == 1_000_000
+    assert read_samples(DataLoader(Rows(), batch_size=4)).batch(1_000_000).shape == (1_000_000, 4)
 
 
 def test_torch_ends_workers_where_it_is_asked_to():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
+import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_memplan.data.holders import holders_of
 from lightning_memplan.errors import ApplyError, MemplanError, PlanningFailedError
@@ -16,6 +18,7 @@ from lightning_memplan.planning import apply
 from lightning_memplan.planning.apply import (
     check_batches,
     find_holders,
+    find_place,
     names_by_stage,
     training_remarks,
     write_together,
@@ -387,3 +390,84 @@ def test_a_last_batch_of_one_sample_is_said_where_a_layer_may_refuse_it():
 def test_of_an_epoch_of_unknown_length_nothing_is_said():
     trainer = settings(accumulate_grad_batches=100)
     assert training_remarks(trainer, nn.BatchNorm1d(2), DataLoader(Stream()), 8, 2) == []
+
+
+# ------------------------------------------------------------------------------------------- what a size changes beside
+
+
+class Rows(Dataset[torch.Tensor]):
+    def __init__(self, count: int = 577) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.ones(4)
+
+
+def trainer_of(**settings: Any) -> Any:
+    return pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **settings)
+
+
+@pytest.mark.parametrize(
+    ("parts", "size", "steps"),
+    [
+        (1, 577, None),  # every batch is a step
+        (4, 100, None),  # 6 batches of 100, four a step
+        (8, 100, 15),  # 577 / 5 = 116 batches, eight a step
+        (8, 577, 15),
+        (200, 577, None),  # longer than an epoch before
+    ],
+)
+def test_accumulation_that_an_epoch_cannot_hold(parts: int, size: int, steps: int | None) -> None:
+    said = training_remarks(trainer_of(accumulate_grad_batches=parts), nn.Linear(4, 4), DataLoader(Rows()), size, 5)
+    assert len(said) == (steps is not None)
+    if steps is not None:
+        assert f"instead of {steps} times with batches of 5" in said[0]
+
+
+def test_accumulation_that_the_plan_sets_is_no_surprise() -> None:
+    trainer = trainer_of(accumulate_grad_batches=8)
+    assert training_remarks(trainer, nn.Linear(4, 4), DataLoader(Rows()), 577, 5, accumulates=False) == []
+
+
+def test_accumulation_of_a_limited_epoch() -> None:
+    trainer = trainer_of(accumulate_grad_batches=8, limit_train_batches=8)
+    assert training_remarks(trainer, nn.Linear(4, 4), DataLoader(Rows()), 50, 5) == []  # 8 batches of 50 as well
+
+
+@pytest.mark.parametrize(
+    ("layer", "size", "own", "drops", "said"),
+    [
+        (nn.BatchNorm1d(4), 64, 5, False, True),  # 577 = 9 · 64 + 1
+        (nn.BatchNorm1d(4), 64, 8, False, False),  # 577 = 72 · 8 + 1: as before
+        (nn.BatchNorm1d(4), 64, 5, True, False),
+        (nn.BatchNorm1d(4), 63, 5, False, False),
+        (nn.LayerNorm(4), 64, 5, False, False),
+    ],
+)
+def test_a_last_batch_of_one_sample_before_batch_norm(
+    layer: nn.Module, size: int, own: int, drops: bool, said: bool
+) -> None:
+    remarks = training_remarks(trainer_of(), nn.Sequential(layer), DataLoader(Rows(), drop_last=drops), size, own)
+    assert ["the last batch of an epoch has one sample at batch size 64" in remark for remark in remarks] == [
+        True
+    ] * said
+
+
+def test_a_holder_that_does_not_hold_the_loaders_size() -> None:
+    class Own(pl.LightningModule):
+        batch_size = 8
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(Rows(), batch_sampler=[[0, 1, 2]])
+
+    trainer, module = trainer_of(), Own()
+    trainer.fit_loop._data_source.instance = module
+    loader, holders = module.train_dataloader(), find_holders("batch_size", module)
+    assert find_place(trainer, loader, holders, own=8).own == 8
+    with pytest.raises(
+        ApplyError, match=r"^Own\.batch_size is 8, and the loaders' batches have 3 samples: it does not"
+    ):
+        find_place(trainer, loader, holders, own=3)
