@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_memplan.data.holders import holders_of
 from lightning_memplan.errors import ApplyError, MemplanError, PlanningFailedError
-from lightning_memplan.planning import apply
+from lightning_memplan.planning import proposal
 from lightning_memplan.planning.apply import (
     check_batches,
     find_holders,
@@ -287,7 +287,7 @@ def test_a_place_that_cannot_be_written_undoes_those_before_it(held):
 def test_what_another_rank_cannot_write_is_written_nowhere(held, monkeypatch, fatal, raised):
     theirs = RankResult(reason="ApplyError: theirs", fatal=fatal)
     said = []
-    monkeypatch.setattr(apply, "over_ranks", lambda vote: said.append(vote) or [vote, theirs])
+    monkeypatch.setattr(proposal, "over_ranks", lambda vote: said.append(vote) or [vote, theirs])
     with (
         pytest.raises(raised, match="rank 1: ApplyError: theirs"),
         write_together([(Kept(held, "train"), 20)], SimpleNamespace(accumulate_grad_batches=1), 4),
@@ -299,7 +299,7 @@ def test_what_another_rank_cannot_write_is_written_nowhere(held, monkeypatch, fa
 
 def test_a_rank_that_cannot_write_tells_the_others_why(held, monkeypatch):
     said = []
-    monkeypatch.setattr(apply, "over_ranks", lambda vote: said.append(vote) or [vote])
+    monkeypatch.setattr(proposal, "over_ranks", lambda vote: said.append(vote) or [vote])
     places = [(Kept(held, "train", fails=True), 20)]
     with (
         pytest.raises(PlanningFailedError, match="train cannot be set"),

@@ -57,6 +57,7 @@ class Plans(pl.Callback):
 
     def announce(self, *shown):
         self.shown.append(shown)
+        return []
 
     def setup(self, trainer, module, stage):
         self.planner = FitPlanner(trainer, module, self.options)
