@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_memplan.data.holders import holders_of
+from lightning_memplan.data.holders import Holder, holders_of
 from lightning_memplan.errors import ApplyError, MemplanError, PlanningFailedError
-from lightning_memplan.planning import proposal
+from lightning_memplan.planning import apply, proposal
 from lightning_memplan.planning.apply import (
     check_batches,
     find_holders,
@@ -471,3 +472,63 @@ def test_a_holder_that_does_not_hold_the_loaders_size() -> None:
         ApplyError, match=r"^Own\.batch_size is 8, and the loaders' batches have 3 samples: it does not"
     ):
         find_place(trainer, loader, holders, own=3)
+
+
+# -------------------------------------------------------------------------------------------------- where it is written
+
+
+class Batches(IterableDataset):
+    """A dataset that makes the batches: its loader does not know their size."""
+
+    def __iter__(self):
+        return iter(torch.zeros(3, 8, 2))
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Loaders that a hook makes anew from the attribute."""
+    monkeypatch.setattr(apply, "loaders_are_made", lambda trainer, phase: True)
+    monkeypatch.setattr(apply, "change_loaders", lambda *arguments: None)
+    monkeypatch.setattr(apply, "kept_loaders", lambda *arguments: lambda: None)
+
+
+@pytest.mark.parametrize(("held", "follows"), [(8, True), (16, True), (4, False), (32, False)])
+def test_an_attribute_that_the_loaders_do_not_follow_is_no_place(made, held, follows):
+    # batches of 8 samples on each of two ranks: the attribute is 8, or 16 for both
+    holders, own = (Holder(Data(batch_size=held), "batch_size"),), DataLoader(Batches(), batch_size=None)
+    if follows:
+        assert find_place(settings(world_size=2), own, holders, own=8).before == (held,)
+    else:
+        with pytest.raises(ApplyError, match=rf"^Data\.batch_size is {held}, and the loaders' batches have 8 samples"):
+            find_place(settings(world_size=2), own, holders, own=8)
+    # where nobody knows the size of a batch, or the loaders tell it, the attribute may be anything
+    assert find_place(settings(world_size=2), own, holders).before == (held,)
+    assert find_place(settings(world_size=2), DataLoader(range(20), batch_size=2), holders, own=8).before == (held,)
+
+
+def test_an_attribute_keeps_its_ratio_to_the_loaders_batches(made):
+    data = Data(batch_size=16)
+    place = find_place(settings(), DataLoader(range(90), batch_size=4), (Holder(data, "batch_size"),))
+    with ExitStack() as undo:
+        place.write(6, undo)
+        assert (data.batch_size, place.held(6)) == (24, 24)  # 16 for batches of 4
+    assert data.batch_size == 16
+
+
+def test_loaders_that_cannot_be_resized_are_no_place():
+    for source in (iter([]), DataLoader(Batches(), batch_size=None)):
+        with pytest.raises(ApplyError, match="cannot be set"):
+            find_place(settings(), source, ())
+
+
+def test_what_cannot_be_described_is_not_set(held):
+    def fails():
+        raise KeyError("mine")
+
+    trainer = SimpleNamespace(accumulate_grad_batches=1)
+    with (
+        pytest.raises(KeyError, match="mine"),
+        write_together([(Kept(held, "train"), 20)], trainer, 4, describe=fails),
+    ):
+        pytest.fail("nothing is said that was not set")
+    assert (held["train"], trainer.accumulate_grad_batches) == (2, 1)
