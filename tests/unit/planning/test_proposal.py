@@ -119,13 +119,23 @@ def test_steps_that_fail_otherwise_leave_the_plan_and_give_their_memory_back(mon
 
     gone = []
     monkeypatch.setattr(proposal, "give_back", gone.append)
-    found = confirmed(draft(fails), strict=False).plan
+    traced = draft(fails)
+    traced = replace(traced, plan=replace(traced.plan, method="trace"))
+    found = confirmed(traced, strict=False).plan
     (note,) = found.notes
     assert note.startswith("not confirmed by real steps, which failed on a copy: ")
     assert "KeyError" in note
     assert (found.batch_size, found.confirmed, gone) == (100, None, [torch.device("cuda", 0)])
     with pytest.raises(KeyError, match="theirs"):
         confirmed(draft(fails), strict=True)
+
+
+def test_a_formula_alone_sets_no_size_at_which_real_steps_failed():
+    def fails(plan):
+        raise KeyError("theirs")
+
+    with pytest.raises(PlanningFailedError, match="only the formula gives a batch size, and real steps failed"):
+        confirmed(draft(fails), strict=False, is_fatal=lambda error: False)
 
 
 def test_no_real_steps_run_beside_a_module_that_is_on_the_gpu():
