@@ -146,6 +146,8 @@ def _most_of_a_batch(loader: Any, ranks: int) -> int | None:
     count: int | None = samples_of_loader(loader, ranks)
     if not count:
         return count
+    if batching_sampler(loader) is None:
+        return None  # the dataset makes the batches: it counts those
     if isinstance(loader.dataset, IterableDataset):
         workers: int = loader.num_workers
         return max(1, count // max(1, workers))
@@ -202,7 +204,7 @@ def batches_of_epoch(source: Any, batch_size: int, ranks: int = 1) -> int | None
     counts = []
     for loader, size in zip(loaders_in(source), planned_sizes(source, batch_size), strict=True):
         samples, workers = samples_of_loader(loader, ranks), 1
-        if samples is None:
+        if samples is None or batching_sampler(loader) is None:
             return None
         if isinstance(loader.dataset, IterableDataset) and loader.num_workers:
             workers = loader.num_workers
@@ -222,7 +224,7 @@ def last_batch(source: Any, batch_size: int, ranks: int = 1) -> int | None:
     lasts = []
     for loader, size in zip(loaders_in(source), planned_sizes(source, batch_size), strict=True):
         samples = samples_of_loader(loader, ranks)
-        if samples and not getattr(batching_sampler(loader), "drop_last", False):
+        if samples and not getattr(batching_sampler(loader), "drop_last", True):
             lasts.append(samples % size or size)
     return min(lasts, default=None)
 

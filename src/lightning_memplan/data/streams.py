@@ -7,7 +7,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lightning_memplan.data.batches import tensor_bytes
-from lightning_memplan.data.loaders import batching_sampler, loaders_in, samples_of_loader
+from lightning_memplan.data.loaders import batching_sampler, dataset_size, loaders_in
 from lightning_memplan.data.samples import MOST, Samples
 from lightning_memplan.devices.detect import cpu_device
 
@@ -16,15 +16,19 @@ _OBJECT = 1024  #: bytes of a sample on the host, beside those of its tensors
 _HOST = 4  #: the part of the host's memory that batches may take: a quarter
 
 
-def unsized_loaders(source: Any) -> list[DataLoader[Any]]:
-    """Return the loaders of a collection, if none of them has a length.
+def unsized_loaders(source: Any, samples: Samples) -> list[Any]:
+    """Return the loaders and other iterables of a collection, if no number of samples is known of any of them.
 
-    >>> unsized_loaders(DataLoader([1, 2, 3]))
+    >>> import torch
+    >>> from lightning_memplan.data.samples import read_samples
+    >>> loader = DataLoader([torch.ones(2)])
+    >>> unsized_loaders(loader, read_samples(loader))
     []
     """
     loaders = loaders_in(source)
-    known = any(not isinstance(loader, DataLoader) or samples_of_loader(loader) is not None for loader in loaders)
-    return [] if known else loaders
+    if samples.own is None or samples.count is not None or dataset_size(source) is not None:
+        return []
+    return loaders
 
 
 def most_of_a_stream(source: Any, samples: Samples, max_batch_size: int | None) -> int | None:
@@ -34,10 +38,11 @@ def most_of_a_stream(source: Any, samples: Samples, max_batch_size: int | None) 
     more, a batch has at most 65,536 samples; where a last batch that is not full would be dropped, and nothing trained
     if that is the first one, it has as many as now.
     """
-    loaders = unsized_loaders(source)
+    loaders = unsized_loaders(source, samples)
     if not loaders:
         return None
-    ahead = sum(1 + loader.num_workers * (loader.prefetch_factor or 0) for loader in loaders)
+    ahead = sum(1 + loader.num_workers * (loader.prefetch_factor or 0) for loader in _with_workers(loaders))
+    ahead += sum(not isinstance(loader, DataLoader) for loader in loaders)
     each = tensor_bytes(samples.batch(samples.multiple)) // samples.multiple + _OBJECT
     most = max(1, cpu_device().total // _HOST // ahead // each)
     if max_batch_size is not None:
@@ -48,14 +53,18 @@ def most_of_a_stream(source: Any, samples: Samples, max_batch_size: int | None) 
 def note_on_stream(source: Any, most: int) -> str:
     """Explain the bound of a stream without a length.
 
-    >>> note_on_stream([], 65536)
+    >>> note_on_stream(DataLoader([]), 65536)
     'the length of the data is not known: at most 65536 samples are planned for; max_batch_size allows more'
     """
-    why = ", and a last batch that is not full is dropped" if _drops_last(unsized_loaders(source)) else ""
+    why = ", and a last batch that is not full is dropped" if _drops_last(loaders_in(source)) else ""
     return (
         f"the length of the data is not known{why}: at most {most} samples are planned for; max_batch_size allows more"
     )
 
 
-def _drops_last(loaders: list[DataLoader[Any]]) -> bool:
-    return any(getattr(batching_sampler(loader), "drop_last", False) for loader in loaders)
+def _with_workers(loaders: list[Any]) -> list[DataLoader[Any]]:
+    return [loader for loader in loaders if isinstance(loader, DataLoader)]
+
+
+def _drops_last(loaders: list[Any]) -> bool:
+    return any(getattr(batching_sampler(loader), "drop_last", False) for loader in _with_workers(loaders))

@@ -134,7 +134,7 @@ class DataSource:
         """Return the plan with what the data say of its limit: the only size that can be had, or a length unknown."""
         if self.samples.fixed is not None:
             return replace(plan, limited_by="dataset")
-        if plan.limited_by != "dataset" or self.samples.count is not None or not unsized_loaders(self.data):
+        if plan.limited_by != "dataset" or not unsized_loaders(self.data, self.samples):
             return plan
         return replace(plan, notes=(*plan.notes, note_on_stream(self.data, plan.batch_size)))
 

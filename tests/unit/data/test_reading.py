@@ -493,6 +493,32 @@ def test_a_stream_is_bounded_by_the_hosts_memory_where_more_is_allowed():
     assert most_of_a_stream(more, read_samples(more), 10**9) == pytest.approx(few / 7, rel=0.01)  # 1 + 2 · 3 batches
 
 
+class OfBatches:
+    """Begun anew by each epoch: no DataLoader."""
+
+    def __iter__(self):
+        return iter([rows[:20]] * 3)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        OfBatches,
+        lambda: DataLoader([rows[:20]] * 3, batch_size=None),
+        lambda: DataLoader(Ends(40), batch_size=None),
+        lambda: DataLoader(Sized(40), batch_size=None),
+    ],
+    ids=["no DataLoader", "a dataset of batches", "a stream of batches", "a stream of known length"],
+)
+def test_batches_that_are_made_already_tell_no_number_of_samples(make):
+    source = make()
+    samples = read_samples(source)
+    assert samples.own == (20 if not isinstance(getattr(source, "dataset", None), Ends) else 4)
+    assert (samples.fixed, dataset_size(source), batches_of_epoch(source, 10)) == (None, None, None)
+    assert most_of_a_stream(source, samples, None) == MOST
+    assert most_of_a_stream(rows, read_samples(rows), None) is None  # a batch
+
+
 @pytest.mark.parametrize(("workers", "most"), [(0, 29), (1, 29), (2, 14)])
 def test_workers_share_a_stream(workers, most):
     loader = DataLoader(Sized(29), batch_size=4, num_workers=workers, drop_last=True)
