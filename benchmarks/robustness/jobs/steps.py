@@ -85,7 +85,7 @@ def returns_a_dictionary() -> Any:
     return Dictionary()
 
 
-@job(SIGNATURES)
+@job(SIGNATURES, "any")
 def skips_epochs_by_minus_one() -> Any:
     class Skips(Net):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
