@@ -94,7 +94,7 @@ def skips_epochs_by_minus_one() -> Any:
     return Skips()
 
 
-@job(SIGNATURES)
+@job(SIGNATURES, "any")
 def skips_the_rest_from_the_start() -> Any:
     class Skips(Net):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
