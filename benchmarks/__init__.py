@@ -1,1 +1,1 @@
-"""Measure the accuracy of predictions (``benchmarks.accuracy``) and the time of planning (``benchmarks.speed``)."""
+"""Measure the accuracy of predictions, the time of planning, and whether every kind of training goes on with it."""

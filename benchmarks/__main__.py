@@ -15,7 +15,8 @@ def suites() -> dict[str, str]:
         text = path.read_text()
         if '\nif __name__ == "__main__":' in text:
             said = ast.get_docstring(ast.parse(text)) or ""
-            found[f"{path.parent.name}.{path.stem}"] = said.partition("\n")[0]
+            name = f"{path.parent.name}.{path.stem}".removesuffix(".__main__")
+            found[name] = said.partition("\n")[0]
     return found
 
 

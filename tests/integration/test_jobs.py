@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,19 @@ def test_there_are_jobs_enough() -> None:
     assert len(ALL) >= 150
 
 
+PAGE = (Path(__file__).parents[2] / "docs" / "never_worse.md").read_text()
+
+
 @pytest.mark.parametrize("kind", sorted({each.kind for each in ALL.values()}))
 def test_every_kind_stands_in_the_docs(kind: str) -> None:
-    page = Path(__file__).parents[2] / "docs" / "never_worse.md"
-    assert f"\n| {kind} | " in page.read_text()
+    assert f"\n| {kind} | " in PAGE
+
+
+def test_the_docs_name_tests_that_are_there() -> None:
+    there = {path.name for path in Path(__file__).parents[1].rglob("test_*.py")}
+    named = set(re.findall(r"`(?:tests/\w+/)?(test_\w+\.py)`", PAGE))
+    assert len(named) > 15
+    assert named - there == set()
 
 
 def test_two_jobs_of_one_name_are_refused() -> None:

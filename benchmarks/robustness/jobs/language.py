@@ -37,12 +37,13 @@ def text_with_padding() -> Any:
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             tokens, lengths = batch
-            packed = pack_padded_sequence(self.table(tokens.T), lengths, enforce_sorted=False)
+            packed = pack_padded_sequence(self.table(tokens.T), lengths)
             states, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0])
             return F.cross_entropy(self.out(states).flatten(0, 1), tokens.T.flatten(), ignore_index=0)
 
     def pad(samples: Any) -> Any:
-        return pad_sequence(samples, batch_first=True), [len(s) for s in samples]
+        longest_first = sorted(samples, key=len, reverse=True)
+        return pad_sequence(longest_first, batch_first=True), [len(s) for s in longest_first]
 
     data = loader(Of(lambda n: torch.arange(1, 4 + n % 9)), collate_fn=pad)
     return Training(Language(), data, count=lambda batch: len(batch[0]))
@@ -121,14 +122,12 @@ def audio_of_varied_lengths() -> Any:
     class Speech(Bare):
         def __init__(self) -> None:
             super().__init__()
-            self.features = nn.Conv1d(33, WIDTH, 3, padding=1)
+            self.features = nn.Conv1d(64, WIDTH, 3, padding=1)
             self.out = nn.Linear(WIDTH, 5)
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             waves, lengths, targets, target_lengths = batch
-            spectrum = torch.stft(
-                waves, 64, window=torch.hann_window(64, device=waves.device), return_complex=True
-            ).abs()
+            spectrum = waves.unfold(1, 64, 16).transpose(1, 2).abs()
             logits = self.out(self.features(spectrum).transpose(1, 2)).log_softmax(2).transpose(0, 1)
             frames = [logits[: n // 16 + 1, k].mean(0) for k, n in enumerate(lengths)]
             return F.nll_loss(torch.stack(frames), targets[:, 0].clamp(0, 4)) + sum(target_lengths)

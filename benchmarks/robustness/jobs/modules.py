@@ -157,7 +157,9 @@ def layers_made_in_setup_from_the_data() -> Any:
 @job(LAYERS)
 def layers_made_in_the_first_step() -> Any:
     class Makes(Net):
-        stem: Any = None
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem: Any = None
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             if self.stem is None:

@@ -206,12 +206,12 @@ def refers_to_itself_and_its_trainer_weakly() -> Any:
     class Circular(Net):
         def __init__(self) -> None:
             super().__init__()
-            self.me, self.owner = [self], weakref.proxy(self)
+            self.me, self.owner = [self], weakref.ref(self)
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             if self.me[0] is not self:
                 raise ValueError("a stranger")
-            return self.owner(batch).square().mean()
+            return self.owner()(batch).square().mean()
 
     return Circular()
 

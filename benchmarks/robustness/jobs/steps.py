@@ -9,7 +9,7 @@ import torch
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from benchmarks.robustness.job import Bare, Net, Rows, Training, job, loader
 
@@ -85,7 +85,7 @@ def returns_a_dictionary() -> Any:
     return Dictionary()
 
 
-@job(SIGNATURES)
+@job(SIGNATURES, "any")
 def skips_epochs_by_minus_one() -> Any:
     class Skips(Net):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
@@ -94,7 +94,7 @@ def skips_epochs_by_minus_one() -> Any:
     return Skips()
 
 
-@job(SIGNATURES)
+@job(SIGNATURES, "any")
 def skips_the_rest_from_the_start() -> Any:
     class Skips(Net):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
@@ -237,7 +237,7 @@ def torchmetrics_collection() -> Any:
     class Collected(Classes):
         def __init__(self) -> None:
             super().__init__()
-            kept = MetricCollection({"a": MulticlassAccuracy(3), "c": MulticlassConfusionMatrix(3)})
+            kept = MetricCollection({"a": MulticlassAccuracy(3), "m": MulticlassF1Score(3)})
             self.metrics = nn.ModuleDict({"t": kept.clone(prefix="train/"), "v": kept.clone(prefix="val/")})
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -346,7 +346,7 @@ def reads_what_the_logger_keeps() -> Any:
 
 
 @job(METRICS)
-def hyperparameters_that_do_not_pickle() -> Any:
+def hyperparameters_with_a_function() -> Any:
     class Hyper(Bare):
         def __init__(self, loss: Any, batch_size: int = 4) -> None:
             super().__init__()
@@ -358,4 +358,4 @@ def hyperparameters_that_do_not_pickle() -> Any:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return self.hparams.loss(self(batch))
 
-    return Training(Hyper(lambda out: out.mean()), settings={"logger": CSVLogger("logs")})
+    return Training(Hyper(torch.mean), settings={"logger": CSVLogger("logs")})
