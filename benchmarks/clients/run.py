@@ -30,6 +30,7 @@ GPU = {  # 4 GiB, and every value that is read from it is 0, but for flags
     "NULLGPU_MEMORY": str(4 * 2**30),
     "NULLGPU_CONTEXT": str(100 * 2**20),
     "NULLGPU_KEPT": "1",
+    "OMP_NUM_THREADS": "1",
 }
 LIMIT = 300  # seconds for one training
 
