@@ -52,7 +52,7 @@ LIBRARY: dict[str, str] = {
     "random states are put back": "lightning_fabric.utilities.seed:_set_rng_states",
     "optimizers are parsed": "pytorch_lightning.core.optimizer:_configure_optimizers",
     "the plan is printed": "pytorch_lightning.utilities.rank_zero:rank_zero_info",
-    "the plan's table": "lightning_memplan.callback:plan_table",
+    "the plan's table": "lightning_memplan.planning.fit:plan_texts",
     "ranks exchange": "lightning_memplan.planning.proposal:over_ranks",
     "a kernel is registered": "torch.library:Library.impl",
     "backward": "torch:Tensor.backward",
