@@ -44,7 +44,6 @@ from lightning_memplan.report.metrics import (
     step_metrics,
     validation_metrics,
 )
-from lightning_memplan.report.plans import plan_table, validation_text
 from lightning_memplan.report.runs import measurement_summary
 from lightning_memplan.settings import MARGIN
 from lightning_memplan.types import Device, Measurement, Outcome, Peaks, Plan
@@ -249,7 +248,7 @@ class MemoryPlanner(CallbackBase):
         self._index, self._log = cuda_index(trainer), RunLog(trainer, strict=self.on_error == "raise")
         with planning_together(), planning_warnings():
             fit = FitPlanner(trainer, module, options, self._accumulated)
-            fit.run(partial(self._described, fit))
+            fit.run()
             self._take_plan(fit)
         if self._index is not None:
             self._log.layout(scalars_layout(PHASES))
@@ -257,12 +256,6 @@ class MemoryPlanner(CallbackBase):
     def _options_on(self, trainer: Any) -> FitOptions:
         self._applies = cuda_index(trainer) is not None if self.apply is None else self.apply
         return self._options()
-
-    @staticmethod
-    def _described(fit: FitPlanner, plan: Plan, val_plan: Plan | None, val_size: int) -> list[str]:
-        lesson = fit.lesson.text
-        table = plan_table(plan, [("earlier runs", lesson)] if lesson else ())
-        return [table, validation_text(val_size, plan, val_plan)] if val_size else [table]
 
     def _take_plan(self, fit: FitPlanner) -> None:
         self._fit, self.plan, self.val_plan, self.estimate = fit, fit.plan, fit.val_plan, fit.estimate
@@ -304,21 +297,25 @@ class MemoryPlanner(CallbackBase):
         return {} if self.plan is None or not self._applies else {"batch_size": self.plan.batch_size}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        size = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("batch_size")
         fit, planned = self._fit, None if self._fit is None else self._fit.planned_size
-        if fit is None or planned is None or size in (None, planned):
+        if fit is None or planned is None:
             return
-        if self.resume == "keep":
-            what, planned_size = f"the checkpoint's batch size {size} is not kept", f"the planned batch size {planned}"
-            with self._softly(what, "Training resumes", planned_size), planning_together(), planning_warnings():
-                fit.keep(size, partial(self._described, fit))
-                self._take_plan(fit)
-        elif count := batches_into_epoch(checkpoint):
-            warn(
-                f"the checkpoint was made within an epoch, after {count} batches of {size}, and resume='plan' goes on "
-                f"with batches of {planned}: some of that epoch's samples are left out or seen again, as its loader "
-                "may have it; resume='keep' goes on at the same sample"
-            )
+        with self._softly(
+            "the checkpoint's batch size is not kept", "Training resumes", f"the planned batch size {planned}"
+        ):
+            size = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("batch_size")
+            if size in (None, planned):
+                return
+            if self.resume == "keep":
+                with planning_together(), planning_warnings():
+                    fit.keep(size, lambda _: self.on_error == "raise")
+                    self._take_plan(fit)
+            elif count := batches_into_epoch(checkpoint):
+                warn(
+                    f"the checkpoint was made within an epoch, after {count} batches of {size}, and resume='plan' goes "
+                    f"on with batches of {planned}: some of that epoch's samples are left out or seen again, as its "
+                    "loader may have it; resume='keep' goes on at the same sample"
+                )
 
     @_measures
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:

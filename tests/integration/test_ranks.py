@@ -14,7 +14,7 @@ from lightning_memplan.lightning import ranks
 from lightning_memplan.lightning.ranks import over_ranks, planning_together, store_of_ranks
 from tests.paths import PROGRAMS
 from tests.programs.injected_cases import LIBRARY, USER
-from tests.programs.two_ranks import KINDS, SILENCE
+from tests.programs.two_ranks import KINDS, RESUMED, SILENCE
 
 #: by kind: what rank 0 says, or rank 1 where rank 0 is gone
 GONE = "rank 1 is gone: it has given no sign of life for 4 seconds"
@@ -91,6 +91,37 @@ def test_all_ranks_go_on_with_one_batch_size_whichever_way_one_of_them_goes() ->
     assert set(found) | set(FAST) == set(SAID) == set(KINDS)
     for kind, rows in found.items():
         check(kind, rows)
+
+
+REFUSED = "rank {}: the checkpoint's batch size does not fit here"
+RESUMED_WITH = {  # the batch size, and what is said
+    "kept": (4, ""),
+    "the second refuses": (8, REFUSED.format(1)),
+    "the first refuses": (8, REFUSED.format(0)),
+    "the second cannot set it": (8, "rank 1: RuntimeError: it is read only"),
+}
+
+
+@pytest.mark.slow
+def test_a_checkpoints_batch_size_is_kept_by_all_ranks_or_by_none() -> None:
+    found = shown(*RESUMED)
+    assert set(found) == set(RESUMED)
+    for rank in found.pop("the second refuses, and that is raised"):
+        error = ("StoppedByRankError: ", "DoesNotFitError: ")[rank["rank"]]  # as the other rank sees it, and its own
+        assert rank["ended"].startswith(error)
+        assert "the checkpoint's batch size does not fit here" in rank["ended"]
+    for kind, rows in found.items():
+        size, reason = RESUMED_WITH[kind]
+        for rank in rows:
+            assert (rank["ended"], rank["planned"], rank["size"]) == ("", size, size)
+            assert rank["seen"] == [size] * (24 // size)  # 48 samples on two ranks
+        said = [text for rank in rows for text in rank["said"]]
+        if reason:
+            (text,) = said
+            assert text.startswith(f"MemoryPlanner: the checkpoint's batch size is not kept: {reason}")
+            assert "Training resumes with the planned batch size 8" in text
+        else:
+            assert said == []
 
 
 def check_injected(ranks: list[dict[str, Any]]) -> None:

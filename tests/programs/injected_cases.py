@@ -52,7 +52,7 @@ LIBRARY: dict[str, str] = {
     "random states are put back": "lightning_fabric.utilities.seed:_set_rng_states",
     "optimizers are parsed": "pytorch_lightning.core.optimizer:_configure_optimizers",
     "the plan is printed": "pytorch_lightning.utilities.rank_zero:rank_zero_info",
-    "the plan's table": "lightning_memplan.callback:plan_table",
+    "the plan's table": "lightning_memplan.planning.fit:plan_texts",
     "ranks exchange": "lightning_memplan.planning.proposal:over_ranks",
     "a kernel is registered": "torch.library:Library.impl",
     "backward": "torch:Tensor.backward",
@@ -268,6 +268,8 @@ _OURS = str(Path(mp.__file__).parent)
 _LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("purelib", "platlib"))
 _PROGRAMS = str(Path(__file__).parent)
 _STANDARD = ("/copy.py", "/pickle.py", "/subprocess.py", "/pathlib.py", "/hashlib.py", "/tempfile.py")
+#: the question which stage it is, and a function that torch calls in C++, which ends the process where it raises
+_NOT_THESE = ("enums.py:StrEnum.__eq__", "simple_registry.py:find_torch_dispatch_rule")
 _IN_C = ("torch", "numpy", "_io", "posix", "_pickle")
 
 
@@ -306,7 +308,7 @@ def _python_call(caller: Any, code: Any) -> str:
     if not users and not (ours and (there.startswith(_LIBRARIES) or there.endswith(_STANDARD))):
         return ""
     name = f"{Path(there).name}:{getattr(code, 'co_qualname', code.co_name)}"
-    if name == "enums.py:StrEnum.__eq__":  # asks which stage it is
+    if name in _NOT_THESE:
         return ""
     return _called_from(caller, name) if ours else name
 

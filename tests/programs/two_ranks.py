@@ -30,7 +30,9 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import lightning_memplan as mp
 from lightning_memplan.lightning import ranks
+from lightning_memplan.planning.apply import Place
 from lightning_memplan.planning.fit import FitPlanner
+from lightning_memplan.planning.proposal import Proposal
 from tests.programs import injected_cases
 
 SILENCE = 4.0
@@ -144,6 +146,67 @@ def train_injected(places: Sequence[str], rank: int, port: int, results: Path) -
     os._exit(0)
 
 
+def quiet(*callbacks: pl.Callback, **settings: Any) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks), **settings,
+    )  # fmt: skip
+
+
+def refuse(*_: Any) -> None:
+    raise mp.DoesNotFitError("the checkpoint's batch size does not fit here", needed=2, available=1)
+
+
+#: by kind: the rank that refuses the checkpoint's batch size, by which method, and what failures do
+RESUMED: dict[str, tuple[int, str, Any]] = {
+    "kept": (-1, "", "warn"),
+    "the second refuses": (1, "kept", "warn"),
+    "the first refuses": (0, "kept", "warn"),
+    "the second cannot set it": (1, "write", "warn"),
+    "the second refuses, and that is raised": (1, "kept", "raise"),
+}
+
+
+def resume(kind: str, rank: int, port: int, results: Path) -> None:
+    """Resume from a checkpoint of batch size 4, on GPUs for which 8 is planned."""
+    become(rank, port)
+    refuses, method, on_error = RESUMED[kind]
+    where, ended = results / "saved.ckpt", ""
+    first = quiet(mp.MemoryPlanner(device=CARD, apply=True, max_batch_size=4), max_epochs=1)
+    first.fit(Net(None))
+    first.save_checkpoint(where)
+    module, planner = Net(None), mp.MemoryPlanner(device=CARD, apply=True, max_batch_size=8, on_error=on_error)
+    module.batch_size = 2
+    original = Place.write
+    if rank == refuses and method == "kept":
+        Proposal.kept = refuse  # type: ignore[method-assign, assignment]
+    if rank == refuses and method == "write":
+
+        def write(self: Place, batch_size: int, undo: Any) -> None:
+            original(self, batch_size, undo)
+            if batch_size == 4:
+                raise RuntimeError("it is read only")
+
+        Place.write = write  # type: ignore[method-assign]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            quiet(planner, max_epochs=2).fit(module, ckpt_path=where)
+        except BaseException as error:  # noqa: BLE001 - whatever was raised
+            ended = f"{type(error).__name__}: {error}"
+    said = [str(each.message) for each in caught if str(each.message).startswith("MemoryPlanner")]
+    result = {
+        "rank": rank,
+        "ended": ended,
+        "planned": planner.plan and planner.plan.batch_size,
+        "size": module.batch_size,
+        "seen": module.seen,
+        "said": [text for text in said if "measures nothing" not in text],
+    }
+    (results / f"{rank}.json").write_text(json.dumps(result))
+    os._exit(0)
+
+
 def train(kind: str, rank: int, port: int, results: Path) -> None:
     become(rank, port)
     struck, strike, where = KINDS[kind]
@@ -161,10 +224,7 @@ def train(kind: str, rank: int, port: int, results: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            pl.Trainer(
-                accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False, enable_checkpointing=False,
-                enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
-            ).fit(module)  # fmt: skip
+            quiet(*callbacks, max_epochs=1).fit(module)
         except BaseException as error:  # noqa: BLE001 - whatever was raised
             ended = f"{type(error).__name__}: {error}"
     said = [str(each.message) for each in caught if str(each.message).startswith("MemoryPlanner")]
@@ -219,7 +279,8 @@ def main(*kinds: str) -> None:
             print("SHOWN", json.dumps({"kind": rows[0]["place"], "ranks": rows}), flush=True)
         return
     for kind in kinds or KINDS:
-        print("SHOWN", json.dumps({"kind": kind, "ranks": both(train, kind, LIMIT)}), flush=True)
+        target = resume if kind in RESUMED else train
+        print("SHOWN", json.dumps({"kind": kind, "ranks": both(target, kind, LIMIT)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -42,11 +42,9 @@ from lightning_memplan.planning.job import (
 from lightning_memplan.planning.limits import Limits
 from lightning_memplan.planning.proposal import IsFatal, Proposal, always, confirmed, on_all_ranks
 from lightning_memplan.planning.session import PlanningSession, allocated_on, check_effective_batch_size
+from lightning_memplan.report.plans import plan_texts
 from lightning_memplan.settings import MARGIN, StepSettings
 from lightning_memplan.types import Device, Plan
-
-#: Describe a plan, validation's plan, and validation's batch size, in texts to print
-Describe = Callable[[Plan, "Plan | None", int], "Sequence[str]"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ class FitPlanner:
         """The proposed batch size, as long as another can be set in its place."""
         return None if self._proposal is None or self.place is None else self._proposal.plan.batch_size
 
-    def run(self, describe: Describe) -> None:
+    def run(self) -> None:
         """Propose a plan on all ranks, confirm it by real steps, and write it.
 
         Raises:
@@ -111,16 +109,16 @@ class FitPlanner:
         if confirm and not any(over_ranks(self._stays)):
             proposal = confirmed(proposal, strict=options.confirm is True, is_fatal=options.is_fatal)
         self._proposal = proposal
-        self._write(proposal, describe)
+        self._write(proposal, options.is_fatal)
 
-    def keep(self, batch_size: int, describe: Describe) -> None:
+    def keep(self, batch_size: int, is_fatal: IsFatal = always) -> None:
         """Set a checkpoint's batch size in place of the planned one, on all ranks.
 
         Raises:
-            PlanningFailedError: it cannot be had here; what was planned stays.
+            PlanningFailedError: it cannot be had here, which is not fatal; what was planned stays.
         """
         assert self._proposal is not None
-        self._write(on_all_ranks(partial(self._proposal.kept, batch_size), self.options.is_fatal), describe)
+        self._write(on_all_ranks(partial(self._proposal.kept, batch_size), is_fatal), is_fatal)
 
     def forecast(self, batch_size: int | None = None) -> Forecast:
         """Return the predicted peaks of each batch, at the planned batch size or at another."""
@@ -250,15 +248,13 @@ class FitPlanner:
             return ()
         return find_holders(self.options.names[stage], self._module, getattr(self._trainer, "datamodule", None))
 
-    def _write(self, proposal: Proposal, describe: Describe) -> None:
+    def _write(self, proposal: Proposal, is_fatal: IsFatal) -> None:
         """Set all that is planned, or nothing; say so, once it is set on all ranks."""
         plan, val_plan, val_size, estimate = proposal.plan, None, 0, proposal.estimate
         if self._validation is not None:
             assert self._session is not None
             make = partial(plan_validation, self._session, plan, self._validation)
-            val_plan, val_size = agreed_plan(
-                make, "validation", otherwise=plan.batch_size, is_fatal=self.options.is_fatal
-            )
+            val_plan, val_size = agreed_plan(make, "validation", otherwise=plan.batch_size, is_fatal=is_fatal)
         accumulate = None if plan.effective_batch_size is None else plan.accumulate_grad_batches
         sizes = [(self.place, plan.batch_size), (self._val_place, val_size)]
         written = [(place, size) for place, size in sizes if place is not None]
@@ -266,24 +262,25 @@ class FitPlanner:
         remarks: list[str] = []
 
         def prepare() -> None:
-            texts.extend(describe(plan, val_plan, val_size))
+            texts.extend(plan_texts(plan, self.lesson.text, val_plan, val_size))
             remarks.extend(self._remarks(plan))
 
-        with write_together(written, self._trainer, accumulate, self.options.is_fatal, prepare):
-            self._say(texts)
+        with write_together(written, self._trainer, accumulate, is_fatal, prepare):
+            self._say(texts, is_fatal)
         for remark in remarks:
             warn(remark)
         if self.place is not None and accumulate is not None:
             self.accumulated = accumulate
         self.plan, self.val_plan, self.estimate = plan, val_plan, estimate
 
-    def _say(self, texts: Sequence[str]) -> None:
+    @staticmethod
+    def _say(texts: Sequence[str], is_fatal: IsFatal) -> None:
         """Print texts. What is set on all ranks stays so where one of them cannot print."""
         try:
             for text in texts:
                 say(text)
         except Exception as error:
-            if self.options.is_fatal(error):
+            if is_fatal(error):
                 raise
             warn(f"the plan is not printed: {located(error)}")
 

@@ -108,6 +108,19 @@ def _reserved_rows(plan: Plan) -> list[str]:
     return lines
 
 
+def plan_texts(plan: Plan, lesson: str, val_plan: Plan | None, val_size: int) -> list[str]:
+    """Return all that is printed of a plan: its table with what earlier runs teach, and validation's batch size if any.
+
+    >>> card = Device("my card", total=2**35)
+    >>> plan = Plan(batch_size=8, device=card, budget=2**34, margin=0.5, limited_by="memory", method="trace",
+    ...             peak_reserved=2**32, peak_allocated=2**31, formula_peak=2**31)
+    >>> plan_texts(plan, "", None, 4)[1]
+    "MemoryPlanner: validation's batch size is 4"
+    """
+    table = plan_table(plan, [("earlier runs", lesson)] if lesson else ())
+    return [table, validation_text(val_size, plan, val_plan)] if val_size else [table]
+
+
 def validation_text(batch_size: int, training: Plan, both: Plan | None) -> str:
     """Return validation's batch size, and which of the two has the peak; ``both`` plans a validation within training.
 
