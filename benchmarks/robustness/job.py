@@ -113,13 +113,14 @@ class Job:
     make: Callable[[], Training]
     samples: Samples = "same"
     alone: bool = False  #: in a process of its own: it leaves state behind
+    limit: str = ""  #: why it may fail: what docs/never_worse.md names as outside a replica
 
 
 JOBS: dict[str, Job] = {}
 
 
 def job(
-    kind: str, samples: Samples = "same", *, alone: bool = False, name: str = ""
+    kind: str, samples: Samples = "same", *, alone: bool = False, name: str = "", limit: str = ""
 ) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
     """Register a function that makes a ``Training``, or the module alone, as the job of its name."""
 
@@ -131,7 +132,7 @@ def job(
         own = name or make.__name__
         if own in JOBS:
             raise ValueError(f"two jobs are named {own}")
-        JOBS[own] = Job(own, kind, training, samples, alone)
+        JOBS[own] = Job(own, kind, training, samples, alone, limit)
         return make
 
     return register

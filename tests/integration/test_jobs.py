@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.robustness.__main__ import Row, rows_of, sample
+from benchmarks.robustness.__main__ import Row, counted, rows_of, sample
 from benchmarks.robustness.job import JOBS, job
 from benchmarks.robustness.jobs import JOBS as ALL
 from benchmarks.robustness.supervise import run_jobs
@@ -30,6 +30,16 @@ def test_a_job_trains_with_the_planner(rows: dict[str, Row], name: str) -> None:
 def test_the_sample_has_most_kinds() -> None:
     assert len(SAMPLE) == len(set(SAMPLE)) == 24
     assert len({ALL[name].kind for name in SAMPLE}) >= 20
+
+
+def test_known_limits_are_few_and_counted_apart() -> None:
+    limits = [name for name, each in ALL.items() if each.limit]
+    assert len(limits) <= 5
+    assert not set(limits) & set(SAMPLE)
+    row = {"limit": "a hook twice", "outcome": "stopped", "failed": "default: OSError"}
+    assert counted(row) == "stopped, a known limit"
+    assert counted({**row, "failed": "", "outcome": "planned by probe"}) == "planned by probe: no limit any longer"
+    assert counted({**row, "limit": ""}) == "stopped"
 
 
 def test_there_are_jobs_enough() -> None:

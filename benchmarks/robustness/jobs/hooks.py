@@ -14,6 +14,7 @@ from benchmarks.robustness.job import WIDTH, Bare, Net, Rows, Training, job, loa
 
 EFFECTS = "hooks that write files, count calls, load weights"
 COUNTS = "class attributes and globals that count"
+TWICE = "what a hook does outside the module cannot be done twice"
 TRANSFERS = "overridden transfer of batches"
 
 
@@ -31,7 +32,7 @@ def setup_writes_a_file_once() -> Any:
     return Writes()
 
 
-@job(EFFECTS)
+@job(EFFECTS, limit=TWICE)
 def fit_start_makes_a_folder() -> Any:
     """A folder that exists is the mark of a run before: refused."""
 
@@ -42,7 +43,7 @@ def fit_start_makes_a_folder() -> Any:
     return Makes()
 
 
-@job(EFFECTS)
+@job(EFFECTS, limit=TWICE)
 def setup_makes_a_folder() -> Any:
     class Makes(Net):
         def setup(self, stage: str) -> None:
@@ -106,7 +107,7 @@ def configure_optimizers_may_be_called_once() -> Any:
     return Once()
 
 
-@job(EFFECTS)
+@job(EFFECTS, limit=TWICE)
 def start_removes_a_file() -> Any:
     class Removes(Net):
         def __init__(self) -> None:

@@ -398,7 +398,8 @@ class RefusesNewAttributes(Net):
         self.ready = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self.ready and name not in self.__dict__ and not name.startswith("_") and not isinstance(value, nn.Module):
+        declared = name in self.__dict__ or name == "trainer" or name.startswith("_")
+        if self.ready and not declared and not isinstance(value, nn.Module):
             raise AttributeError(f"{name} is not declared")
         super().__setattr__(name, value)
 

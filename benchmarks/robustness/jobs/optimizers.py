@@ -142,7 +142,7 @@ class Warmup(lrs.LRScheduler):
 SCHEDULER_KINDS: dict[str, Callable[[Any], Any]] = {
     "one_cycle": scheduled(lambda o, t: lrs.OneCycleLR(o, 0.1, t.estimated_stepping_batches), interval="step"),
     "one_cycle_by_hand": scheduled(
-        lambda o, t: lrs.OneCycleLR(o, 0.1, epochs=t.max_epochs, steps_per_epoch=t.num_training_batches or 1),
+        lambda o, t: lrs.OneCycleLR(o, 0.1, epochs=t.max_epochs, steps_per_epoch=100),
         interval="epoch",
     ),
     "cosine_of_max_epochs": scheduled(lambda o, t: lrs.CosineAnnealingLR(o, t.max_epochs)),
