@@ -62,6 +62,8 @@ def replicate(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             replica = copy.deepcopy(module, memo)
+            for value in preparation.closed_over:
+                copy.deepcopy(value, memo)
     except Exception as error:
         raise TraceError(
             f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}): "
@@ -143,15 +145,18 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
-    """Return a function whose closure (a hook that names ``self``) has the copies of what was copied."""
-    cells = function.__closure__ or ()
+    """Return a function whose closure (a hook that names ``self``) and defaults have the copies of what was copied."""
+    cells, defaults, named = function.__closure__ or (), function.__defaults__ or (), function.__kwdefaults__ or {}
     memo.setdefault(id(function), function)  # it may close over itself
     changed = tuple(_copied_cell(cell, memo) for cell in cells)
-    if all(a is b for a, b in zip(cells, changed, strict=True)):
+    own_defaults = tuple(_copied(value, memo) for value in defaults)
+    own_named = {name: _copied(value, memo) for name, value in named.items()}
+    pairs = zip((*cells, *defaults, *named.values()), (*changed, *own_defaults, *own_named.values()), strict=True)
+    if all(a is b for a, b in pairs):
         return function
-    own = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, changed)
+    own = FunctionType(function.__code__, function.__globals__, function.__name__, own_defaults or None, changed)
     memo[id(function)] = own
-    own.__kwdefaults__ = function.__kwdefaults__
+    own.__kwdefaults__ = own_named or None
     own.__dict__.update(function.__dict__)
     for name in _OF_COMPILED:
         if name in own.__dict__:

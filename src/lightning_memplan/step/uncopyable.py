@@ -9,6 +9,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
+from multiprocessing.synchronize import SemLock
 from types import FunctionType
 from typing import Any
 
@@ -21,6 +22,7 @@ from lightning_memplan.errors import TraceError
 _SHARED = (
     type(threading.Lock()),
     type(threading.RLock()),
+    SemLock,
     types.ModuleType,
     threading.Thread,
     *(getattr(torch, name) for name in ("Stream", "Event") if hasattr(torch, name)),
@@ -29,7 +31,7 @@ _SHARED = (
 
 _ATOMIC = (
     *(type(None), type(Ellipsis), type(NotImplemented), bool, int, float, complex, str, bytes, range, type, property),
-    *(FunctionType, types.BuiltinFunctionType, types.CodeType, torch.dtype, torch.device),
+    *(types.BuiltinFunctionType, types.CodeType, torch.dtype, torch.device),
 )
 
 _CONTAINERS = (list, tuple, set, frozenset, collections.deque)
@@ -108,12 +110,16 @@ class Preparation:
         self._seen: dict[int, Any] = {}  # and so their ids stay theirs
         self._copied_by_themselves: list[tuple[str, Any]] = []
         self._references: list[_Reference] = []
+        self.closed_over: list[Any] = []  #: modules and tensors to which a function refers, that are copied as well
 
     def visit(self, root: Any, name: str) -> None:
         """Prepare the copy of an object that messages call ``name``."""
         stack = [(name, root)]
         while stack:
             path, value = stack.pop()
+            if type(value) is FunctionType:
+                stack += self._closed_over(path, value)
+                continue
             if type(value) in _ATOMIC or isinstance(value, type) or id(value) in self._seen or id(value) in self._memo:
                 continue
             self._seen[id(value)] = value
@@ -142,6 +148,22 @@ class Preparation:
         for reference in self._references:
             reference.follow(self._memo)
 
+    def _closed_over(self, path: str, function: FunctionType) -> Iterator[tuple[str, Any]]:
+        """Find modules and tensors on the host to which a function refers, by closure or by default."""
+        if id(function) in self._seen:
+            return
+        self._seen[id(function)] = function
+        for value in referred(function):
+            found = value.__self__ if isinstance(value, types.MethodType) else value
+            tensors = [found] if isinstance(found, torch.Tensor) else []
+            if isinstance(found, nn.Module):
+                tensors = [*found.parameters(), *found.buffers()]
+            if tensors and all(tensor.device.type == "cpu" for tensor in tensors):
+                self.closed_over.append(found)
+                yield path, found
+            elif type(found) is FunctionType:
+                yield path, found
+
     def _parts(self, path: str, value: Any) -> Iterator[tuple[str, Any]]:
         kind = type(value)
         if kind is dict or kind in _CONTAINERS:
@@ -158,8 +180,9 @@ class Preparation:
             try:
                 reducer = copyreg.dispatch_table.get(kind)
                 reduced: Any = value.__reduce_ex__(4) if reducer is None else reducer(value)
-                if isinstance(kind.__new__, FunctionType):  # it may need arguments that a copy does not have
+                if isinstance(kind.__new__, FunctionType) or hasattr(kind, "__setstate__"):  # they may refuse a copy
                     copy.copy(value)
+                _check_iterated(reduced)
             except Exception:  # noqa: BLE001 - whatever a class of the user's raises
                 self._memo[id(value)] = Uncopied(path, value)
                 return
@@ -172,6 +195,24 @@ class Preparation:
                     yield from _attributes(path, state)
                 elif state is not None:
                     yield path, state
+
+
+def _check_iterated(reduced: Any) -> None:
+    """Raise for an iterator over another one that cannot be copied (``map`` over a generator)."""
+    for iterated in reduced[1] if isinstance(reduced, tuple) else ():
+        if hasattr(type(iterated), "__next__"):
+            _check_iterated(iterated.__reduce_ex__(4))
+
+
+def referred(function: FunctionType) -> Iterator[Any]:
+    """Yield the values in a function's closure and its defaults."""
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # it is empty as yet
+            continue
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
 
 
 def _items(path: str, value: Any) -> Iterator[tuple[str, Any]]:

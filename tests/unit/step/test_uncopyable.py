@@ -7,6 +7,7 @@ import copy
 import functools
 import itertools
 import math
+import multiprocessing
 import random
 import socket
 import sqlite3
@@ -49,6 +50,7 @@ SHARED: dict[str, Callable[[], Any]] = {
     "a lock that is taken": lambda: _taken(threading.RLock()),
     "a module object": lambda: math,
     "a thread": threading.Thread,
+    "a semaphore between processes": multiprocessing.Semaphore,
     "a stream": lambda: torch.Stream(device="cpu"),
 }
 
@@ -190,3 +192,37 @@ def test_a_copy_that_fails_half_way_leaves_nothing_behind():
     assert isinstance(replica.own[0], Uncopied)
     assert replica.own[1] == [1, 2]
     assert replica.own[1] is not shared
+
+
+def test_a_module_that_a_function_closes_over_is_copied():
+    teacher = nn.Linear(2, 1)
+    replica = replica_with(lambda x: teacher.to("meta")(x))
+    with pytest.raises(RuntimeError, match="on device meta"):
+        replica.own(torch.zeros(1, 2))
+    assert teacher.weight.device == CPU  # it was the copy that moved
+
+
+def test_a_module_that_is_a_default_argument_is_the_replica():
+    net = nn.Linear(2, 1)
+    net.own = lambda x, module=net, *, also=net: (module, also)
+    replica = replicate(net, {}, trainer=None, device=CPU)
+    assert replica.own(None) == (replica, replica)
+    assert net.own(None) == (net, net)
+
+
+def test_an_iterator_over_what_cannot_be_copied_is_replaced():
+    assert isinstance(replica_with(map(int, numbers())).own, Uncopied)
+
+
+def test_classes_of_any_kind_and_handles_of_hooks_are_kept():
+    class WithArguments:
+        def __new__(cls, value):
+            return super().__new__(cls)
+
+        def __init__(self, value):
+            self.value = value
+
+    handle = nn.Linear(2, 2).register_forward_hook(lambda *_: None)  # of a module that is gone
+    found = replica_with([Refuses, contextvars.Context, handle, WithArguments(1)]).own
+    assert found[:2] == [Refuses, contextvars.Context]
+    assert isinstance(found[3], Uncopied)
