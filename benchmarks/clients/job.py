@@ -45,7 +45,6 @@ class Job:
     keeps: str = ""
     differs: str = ""
     count: Callable[[Any], int] = first_dimension
-    lightning: str = "pytorch_lightning"
 
 
 JOBS: dict[str, Job] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytorch_lightning as pl
+import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 
@@ -46,7 +46,7 @@ def geometric_graphs(callbacks: list[Any]) -> None:
     """Graphs by its loader."""
     from torch_geometric.loader import DataLoader
 
-    trainer(callbacks).fit(GraphClassifier(), DataLoader(_graphs(), batch_size=4, shuffle=True))
+    trainer(callbacks, module=pl).fit(GraphClassifier(), DataLoader(_graphs(), batch_size=4, shuffle=True))
 
 
 @job(size=4, count=lambda batch: batch.num_graphs)
@@ -56,4 +56,4 @@ def geometric_datamodule(callbacks: list[Any]) -> None:
 
     graphs = _graphs()
     data = LightningDataset(graphs[:32], graphs[32:], batch_size=4, num_workers=0, persistent_workers=False)
-    trainer(callbacks).fit(GraphClassifier(), datamodule=data)
+    trainer(callbacks, module=pl).fit(GraphClassifier(), datamodule=data)
