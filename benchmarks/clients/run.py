@@ -85,6 +85,7 @@ def printed(command: list[str], env: dict[str, str]) -> Iterator[str]:
             if not line:
                 break
             yield line
+        process.stdout.close()
         if process.wait() or late:
             errors.seek(0)
             said = errors.read().strip().splitlines()[-3:]
