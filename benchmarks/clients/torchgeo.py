@@ -1,4 +1,7 @@
-"""torchgeo: tasks on samples that are dictionaries, with datamodules that augment on the GPU after the transfer."""
+"""torchgeo: tasks on samples that are dictionaries, with datamodules that augment on the GPU after the transfer.
+
+Tasks whose augmentations check values on the GPU (SimCLR, BYOL) do not train on the null GPU.
+"""
 
 from __future__ import annotations
 
@@ -63,20 +66,3 @@ def torchgeo_classification(callbacks: list[Any]) -> None:
 
     task = ClassificationTask("resnet18", weights=None, in_channels=4, num_classes=3)
     _trainer(callbacks).fit(task, datamodule=_data())
-
-
-@job(size=4, count=samples)
-def torchgeo_simclr(callbacks: list[Any]) -> None:
-    """Two views by augmentations within the step."""
-    from torchgeo.trainers import SimCLRTask
-
-    task = SimCLRTask("resnet18", weights=None, in_channels=4, size=32, memory_bank_size=0)
-    _trainer(callbacks).fit(task, datamodule=_data())
-
-
-@job(size=4, count=samples)
-def torchgeo_byol(callbacks: list[Any]) -> None:
-    """A momentum encoder, whose features a hook keeps."""
-    from torchgeo.trainers import BYOLTask
-
-    _trainer(callbacks).fit(BYOLTask("resnet18", weights=None, in_channels=4, size=32), datamodule=_data())
