@@ -993,9 +993,9 @@ def test_an_effective_batch_size_that_fits_is_one_batch():
 def test_it_is_traced_with_accumulation_only_where_it_has_to_be(monkeypatch):
     traced = []
 
-    def trace_counted(module, batches, settings, **kwargs):
-        traced.append(settings.accumulate_grad_batches)
-        return original(module, batches, settings, **kwargs)
+    def trace_counted(setup, batches, **kwargs):
+        traced.append(setup.settings.accumulate_grad_batches)
+        return original(setup, batches, **kwargs)
 
     original = tracer.trace_counted
     monkeypatch.setattr(predict, "trace_counted", trace_counted)

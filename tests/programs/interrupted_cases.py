@@ -42,14 +42,14 @@ class Mistake(Exception):
 
 
 class Points:
-    """Where planning is. At the point that is armed something happens, once."""
+    """Where planning is. At the point that is armed something happens: once, or a mistake each time."""
 
     def __init__(self) -> None:
         self.armed, self.strike = "", lambda: None
         self.struck = False
 
     def reach(self, name: str) -> None:
-        if name == self.armed and not self.struck:
+        if name == self.armed and (not self.struck or self.strike is raise_mistake):
             self.struck = True
             self.strike()
 

@@ -103,7 +103,12 @@ def resized(batch: Any, size: int, wanted: int) -> Any:
 def tensors(batch: object) -> list[torch.Tensor]:
     """Return the tensors that ``resized`` can cut."""
     found: list[torch.Tensor] = []
-    apply_to_collection(batch, torch.Tensor, lambda t: found.append(t))
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:  # it stays: a dataclass may check what it is made of
+        found.append(tensor)
+        return tensor
+
+    apply_to_collection(batch, torch.Tensor, note, allow_frozen=True)
     return found
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_memplan.data.batches import tensors
 from lightning_memplan.errors import TraceError
 from lightning_memplan.lightning.compat import (
     apply_to_collection,
@@ -308,10 +309,9 @@ def _sample_size(batch: Any) -> tuple[int, ...]:
     >>> _sample_size((torch.zeros(2, 3, 64, 96), torch.zeros(2))), _sample_size({"ids": torch.zeros(2, 128).long()})
     ((64, 96), (128,))
     """
-    tensors: list[torch.Tensor] = []
-    apply_to_collection(batch, torch.Tensor, tensors.append, allow_frozen=True)
-    images = [t.shape[2:] for t in tensors if t.dim() >= 4 and t.is_floating_point()]
-    tokens = [t.shape[1:] for t in tensors if t.dim() == 2 and not t.is_floating_point()]
+    found = tensors(batch)
+    images = [t.shape[2:] for t in found if t.dim() >= 4 and t.is_floating_point()]
+    tokens = [t.shape[1:] for t in found if t.dim() == 2 and not t.is_floating_point()]
     size = max(images or tokens, key=lambda size: size.numel(), default=())
     return tuple(size) if size and min(size) >= _SMALLEST else ()
 

@@ -140,8 +140,6 @@ def _traced(job: TrainingJob) -> Estimate:
     except TraceError:  # its layers can be counted all the same
         beginning = None
     counted = run_formula(job.setup, _batches(samples, job.begun())[0], beginning)
-    if counted.stopped and job.method == "auto" and job.trainer is not None:  # half a step is no estimate to set by
-        raise TraceError(f"{job.name} cannot be traced: {known}", reason="failed")
     return Estimate("formula", counted.formula, None, _allocator(), notes + counted.notes(known) + samples.notes)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from lightning_memplan.data.batches import batch_size_of, tensors
 from lightning_memplan.data.tiling import tiling
 
 SIZES = (2, 3, 5)
@@ -41,3 +43,17 @@ KEPT = Unequal()
 def test_a_leaf_that_is_no_tensor_is_kept_where_it_is_alike_at_each_size(leaf: Any, expected: bool) -> None:
     made = tiling([(n, {"x": torch.zeros(n, 3), "other": leaf(n)}) for n in SIZES])
     assert (made is not None) is expected
+
+
+def test_a_dataclass_that_checks_what_it_is_made_of_tells_its_tensors():
+    @dataclass
+    class Checked:
+        image: torch.Tensor
+
+        def __setattr__(self, name, value):
+            assert isinstance(value, torch.Tensor), f"{name} is no tensor"
+            super().__setattr__(name, value)
+
+    batch = Checked(torch.zeros(4, 3))
+    assert [tensor.shape for tensor in tensors(batch)] == [(4, 3)]
+    assert batch_size_of(batch) == 4

@@ -167,7 +167,9 @@ def test_how_optimizers_are_parsed(flavour):
     assert parse(optimizer) == ([optimizer], [], None)
     assert parse(([optimizer], [schedule]))[:2] == ([optimizer], [schedule])
     module.configure_optimizers = lambda: {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule}}
-    assert compat.configured_optimizers(module) == ([optimizer], [schedule])
+    optimizers, configs = compat.configured_optimizers(module)
+    assert (optimizers, [config.scheduler for config in configs]) == ([optimizer], [schedule])
+    assert (configs[0].interval, configs[0].frequency) == ("epoch", 1)
     module.configure_optimizers = lambda: None
     assert compat.configured_optimizers(module) == ([], [])
 
