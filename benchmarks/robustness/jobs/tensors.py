@@ -34,11 +34,11 @@ class Of(Net):
         return self.step(self, batch)
 
 
-def step(kind: str) -> Callable[[Step], Step]:
+def step(kind: str, **training: Any) -> Callable[[Step], Step]:
     """Register a function of module and batch as the step of a job of its name."""
 
     def register(function: Step) -> Step:
-        job(kind, name=function.__name__)(lambda: Of(function))
+        job(kind, name=function.__name__)(lambda: Training(Of(function), **training))
         return function
 
     return register
