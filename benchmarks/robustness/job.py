@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_memplan import Device
+
 WIDTH, ROWS, BATCH_SIZE = 16, 24, 4
 
 #: samples of an epoch with the planner, beside those without: the same number, at least as many, or any number
@@ -61,6 +63,12 @@ class Net(Bare):
 def loader(dataset: Any = None, batch_size: int = BATCH_SIZE, **options: Any) -> DataLoader[Any]:
     return DataLoader(Rows() if dataset is None else dataset, batch_size=batch_size, **options)
 
+
+#: Trains on the CPU and plans for a GPU: where shapes depend on values, which a null GPU does not have
+ON_CPU: dict[str, Any] = {
+    "settings": {"accelerator": "cpu"},
+    "options": {"device": Device("a card", total=2**31), "apply": True},
+}
 
 Run = Callable[[Sequence[pl.Callback]], pl.Trainer]  #: train with these callbacks more
 

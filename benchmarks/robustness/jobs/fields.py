@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from benchmarks.robustness.job import WIDTH, Bare, Training, job, loader
+from benchmarks.robustness.job import ON_CPU, WIDTH, Bare, Training, job, loader
 from benchmarks.robustness.jobs.language import Of
 
 GRAPHS = "graphs, points, tables, recommendations"
@@ -54,7 +54,7 @@ def one_graph_of_all_nodes() -> Any:
             return self(adjacency @ self.body(x))[mask].sum() / len(x)
 
     whole = (torch.ones(10, WIDTH), torch.eye(10).to_sparse(), torch.ones(10, dtype=torch.bool))
-    return Training(Whole(), DataLoader([whole], batch_size=None), count=lambda batch: 1)
+    return Training(Whole(), DataLoader([whole], batch_size=None), **ON_CPU, count=lambda batch: 1)
 
 
 @job(GRAPHS)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.robustness.job import WIDTH
+from benchmarks.robustness.job import ON_CPU, WIDTH
 from benchmarks.robustness.jobs.tensors import step
 
 VALUES = "steps that read values"
@@ -24,7 +24,7 @@ def item_in_the_step(net: Any, batch: Any) -> Any:
     return loss
 
 
-@step(VALUES)
+@step(VALUES, **ON_CPU)
 def boolean_mask(net: Any, batch: Any) -> Any:
     out = net(batch)
     return out[out > out.detach().mean()].sum() + out.sum()
@@ -43,14 +43,14 @@ def branches_on_values(net: Any, batch: Any) -> Any:
     return out.mean() if out.sum() > 0 else -out.mean()
 
 
-@step(VALUES)
+@step(VALUES, **ON_CPU)
 def nonzero_and_index(net: Any, batch: Any) -> Any:
     out = net(batch)
     rows = (out.sum(1) > -1e9).nonzero().flatten()
     return out[rows].sum() / max(1, len(rows))
 
 
-@step(VALUES)
+@step(VALUES, **ON_CPU)
 def unique_labels(net: Any, batch: Any) -> Any:
     labels = batch.sum(1).long()
     loss = net(batch).mean()

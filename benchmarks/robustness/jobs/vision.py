@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.robustness.job import WIDTH, Bare, Training, job, loader
+from benchmarks.robustness.job import ON_CPU, WIDTH, Bare, Training, job, loader
 from benchmarks.robustness.jobs.language import Of
 
 VISION = "vision, detection, generation"
@@ -58,7 +58,7 @@ def torchvision_detector() -> Any:
         return torch.ones(3, 64, 64), {"boxes": torch.tensor([[1.0, 1.0, 9.0, 9.0]]), "labels": torch.ones(1).long()}
 
     data = loader(Of(sample, 8), 2, collate_fn=lambda samples: tuple(zip(*samples, strict=True)))
-    return Training(Detects(), data, settings={"max_epochs": 1}, count=lambda batch: len(batch[0]))
+    return Training(Detects(), data, **ON_CPU, count=lambda batch: len(batch[0]))
 
 
 @job(VISION)
