@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from typing import Any
 
 import torch
@@ -53,7 +54,42 @@ def _part(value: Any, memo: dict[int, Any]) -> Any:
         return type(value)(_borrowed(v, memo) if isinstance(v, _READ) else v for v in value)
     if type(value) is dict:
         return {k: _borrowed(v, memo) if isinstance(v, _READ) else v for k, v in value.items()}
+    if hasattr(type(value), "__next__") and not hasattr(type(value), "fileno"):
+        return memo.setdefault(id(value), _copied_iterator(value))
     return copy.copy(value) if type(value) is set else value
+
+
+def _copied_iterator(iterator: Any) -> Any:
+    """Return an iterator at the same place, or one that cannot be read, where no copy can be made."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # itertools are copied up to Python 3.13
+            return copy.deepcopy(iterator)
+    except Exception:  # noqa: BLE001 - whatever a class of the user's raises
+        return Unread(type(iterator).__name__)
+
+
+class Unread:
+    """Stand in a borrowed dataset for an iterator that planning would advance for training.
+
+    >>> next(Unread("generator"))
+    Traceback (most recent call last):
+    ...
+    ValueError: the dataset reads a generator, and what planning reads of it would be lost to training: begin it in \
+__iter__(), or keep the rows in a list
+    """
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def __iter__(self) -> Unread:
+        return self
+
+    def __next__(self) -> Any:
+        raise ValueError(
+            f"the dataset reads a {self._kind}, and what planning reads of it would be lost to training: begin it in "
+            "__iter__(), or keep the rows in a list"
+        )
 
 
 _READ = (Dataset, Sampler, DataLoader)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -127,6 +128,36 @@ def check_batches(trainer: Any, source: Any, batch_size: int) -> None:
             f"val_check_interval={interval} counts batches, {few}: give a part of an epoch (val_check_interval=1.0), "
             f"pass check_val_every_n_epoch=None, or max_batch_size={max(1, batch_size * count // interval)}"
         )
+
+
+def most_within_epochs(trainer: Any, source: Any, most: int, own: int | None) -> int:
+    """Return the largest batch size, ``most`` at most, with which epochs have the batches that the Trainer needs.
+
+    These are the batches of ``check_batches``, and those up to the first validation, where it comes with the user's
+    ``own`` size. Where no size has them, ``most`` stays, and ``check_batches`` says why.
+    """
+
+    def enough(batch_size: int) -> bool:
+        try:
+            check_batches(trainer, source, batch_size)
+        except ApplyError:
+            return False
+        return own is None or _validates(trainer, source, batch_size) or not _validates(trainer, source, own)
+
+    if enough(most) or not enough(1):
+        return most
+    return bisect_left(range(1, most + 1), x=True, key=lambda size: not enough(size))  # larger sizes have fewer batches
+
+
+def _validates(trainer: Any, source: Any, batch_size: int) -> bool:
+    """Tell whether training comes to its first validation, where this is counted in batches of all epochs."""
+    interval, count = trainer.val_check_interval, batches_of_epoch(source, batch_size, ranks_of(trainer))
+    if trainer.check_val_every_n_epoch is not None or not isinstance(interval, int) or count is None:
+        return True
+    epochs, steps = trainer.max_epochs or -1, trainer.max_steps
+    batches = [_taken(trainer, count) * epochs] if epochs > 0 else []
+    batches += [steps * trainer.accumulate_grad_batches] if steps > 0 else []
+    return min(batches, default=interval) >= interval
 
 
 def _taken(trainer: Any, count: int) -> int:

@@ -27,6 +27,7 @@ from lightning_memplan.planning.apply import (
     find_holders,
     find_place,
     leaves_one_sample,
+    most_within_epochs,
     training_remarks,
     write_together,
 )
@@ -184,6 +185,10 @@ class FitPlanner:
         stays = self._find_place(job, holders)
         if stays:
             session.limits = session.limits.exactly(self.own_size or 1)
+        elif self.place is not None and (most := session.limits.largest) is not None and most > 1:
+            within = most_within_epochs(trainer, job.source.data, most, self.own_size)
+            if session.limits.smallest <= within < most:
+                session.limits = replace(session.limits, max_batch_size=within)
         first = session.estimate_at((whole or job.ranks) // job.ranks)
         session.extra_bytes = averaging_bytes(trainer, job.begun) if self._index is not None else 0
         if options.method == "auto" and first.method == "formula" and trainer.is_global_zero:

@@ -172,7 +172,7 @@ class Preparation:
             yield path, value.__self__
         elif isinstance(value, (nn.Module, torch.optim.Optimizer)):
             yield from _attributes(path, value.__dict__)
-        elif hasattr(kind, "fileno"):  # a copy would close what it refers to, when it is collected
+        elif hasattr(kind, "fileno") or hasattr(kind, "__del__"):  # a copy would release what it refers to, at its end
             self._memo[id(value)] = Uncopied(path, value)
         elif hasattr(kind, "__deepcopy__"):
             self._copied_by_themselves.append((path, value))

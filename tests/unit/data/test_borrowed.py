@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -76,3 +77,31 @@ def test_a_copied_loader_has_no_workers_of_the_users():
     loader._iterator = workers = object()
     assert borrowed(loader)._iterator is None
     assert loader._iterator is workers
+
+
+class Draws(Dataset):
+    """A dataset that draws its samples from an iterator."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        return next(self.rows)
+
+
+@pytest.mark.parametrize("rows", [itertools.cycle(range(24)), iter(list(range(24))), itertools.count(), zip(range(24))])
+def test_an_iterator_of_a_dataset_is_read_from_a_copy(rows):
+    dataset = Draws(rows)
+    first = [borrowed(dataset)[0] for _ in range(3)]
+    assert first[0] == first[1] == first[2] == dataset[0]
+
+
+@pytest.mark.parametrize("rows", [(row for row in range(24)), map(int, (row for row in range(24)))], ids=str)
+def test_an_iterator_that_cannot_be_copied_is_not_read(rows):
+    dataset = Draws(rows)
+    with pytest.raises(ValueError, match="what planning reads of it would be lost to training"):
+        borrowed(dataset)[0]
+    assert dataset[0] == 0

@@ -20,6 +20,7 @@ from lightning_memplan.planning.apply import (
     check_batches,
     find_holders,
     find_place,
+    most_within_epochs,
     names_by_stage,
     training_remarks,
     write_together,
@@ -230,6 +231,32 @@ def test_an_epoch_with_too_few_batches_is_refused(changes, message):
 )
 def test_an_epoch_with_enough_batches_is_not_refused(changes):
     check_batches(settings(**changes), LOADER, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 20),
+        ({"val_check_interval": 3}, 9),  # 20 samples are 3 batches of 9, and 2 of 10
+        ({"limit_train_batches": 0.5}, 19),  # half of two batches is one
+        ({"limit_train_batches": 0.25}, 6),  # a quarter of four batches
+        ({"overfit_batches": 0.5, "limit_train_batches": 0.5}, 19),
+        (
+            {"val_check_interval": 9, "check_val_every_n_epoch": None, "max_epochs": 2},
+            4,
+        ),  # 5 batches twice, not 4 twice
+        (
+            {"val_check_interval": 9, "check_val_every_n_epoch": None, "max_epochs": 1},
+            20,
+        ),  # 4 samples have 5: none anyway
+        ({"val_check_interval": 9, "check_val_every_n_epoch": None, "max_epochs": -1}, 20),
+        ({"val_check_interval": 30}, 20),  # no size has so many: the check says so
+    ],
+    ids=str,
+)
+def test_a_batch_size_leaves_the_batches_that_an_epoch_needs(changes, expected):
+    values = {"max_epochs": 1, "max_steps": -1, "accumulate_grad_batches": 1, **changes}
+    assert most_within_epochs(settings(**values), LOADER, 20, 4) == expected
 
 
 def test_an_epoch_of_unknown_length_is_not_refused():

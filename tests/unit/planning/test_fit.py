@@ -18,6 +18,7 @@ from lightning_memplan.planning import fit as fitting
 from lightning_memplan.planning.fit import FitOptions, FitPlanner
 from lightning_memplan.planning.limits import Limits
 from lightning_memplan.planning.session import Allocated
+from lightning_memplan.step.patch import patched
 from lightning_memplan.types import RunRecord
 
 CARD = mp.Device("a card", total=2**30)
@@ -54,15 +55,20 @@ class Plans(pl.Callback):
         self.options, self.then, self.shown = options, then, []
         self.planner = None
 
-    def announce(self, *shown):
-        self.shown.append(shown)
+    def announce(self, plan, lesson, val_plan, val_size):
+        self.shown.append((plan, val_plan, val_size))
         return []
 
     def setup(self, trainer, module, stage):
         self.planner = FitPlanner(trainer, module, self.options)
-        self.planner.run(self.announce)
+        with patched(fitting, "plan_texts", self.announce):
+            self.planner.run()
         if self.then is not None:
             self.then(self)
+
+    def keep(self, batch_size):
+        with patched(fitting, "plan_texts", self.announce):
+            self.planner.keep(batch_size)
 
 
 def fit(plans, data=None, **settings):
@@ -116,7 +122,7 @@ def test_what_an_earlier_plan_accumulates_is_no_obstacle():
     def again(plans):
         trainer, planner = plans.planner._trainer, plans.planner
         second = FitPlanner(trainer, planner._module, plans.options, planner.accumulated)
-        second.run(plans.announce)
+        second.run()
         plans.second = second
 
     plans = Plans(options(effective_batch_size=48), again)
@@ -127,7 +133,7 @@ def test_what_an_earlier_plan_accumulates_is_no_obstacle():
 
 
 def test_a_kept_size_is_set_in_place_of_the_planned_one():
-    plans = Plans(options(), lambda plans: plans.planner.keep(6, plans.announce))
+    plans = Plans(options(), lambda plans: plans.keep(6))
     module, data, _ = fit(plans)
     planner = plans.planner
     assert (planner.plan.batch_size, planner.plan.limited_by, data.batch_size) == (6, "checkpoint", 6)
@@ -139,7 +145,7 @@ def test_a_kept_size_is_set_in_place_of_the_planned_one():
 def test_a_kept_size_that_does_not_fit_leaves_what_was_planned():
     def keep(plans):
         with pytest.raises(mp.DoesNotFitError):
-            plans.planner.keep(10**7, plans.announce)
+            plans.keep(10**7)
 
     plans = Plans(options(), keep)
     module, *_ = fit(plans)
@@ -208,10 +214,10 @@ def test_real_steps_need_a_gpu():
 def test_a_failure_of_what_is_announced_leaves_everything_as_it_was():
     class Fails(Plans):
         def announce(self, *shown):
-            raise RuntimeError("no logger")
+            raise RuntimeError("no text")
 
     plans, data = Fails(options(effective_batch_size=48)), Data()
-    with pytest.raises(RuntimeError, match="no logger"):
+    with pytest.raises(RuntimeError, match="no text"):
         fit(plans, data)
     assert (data.batch_size, plans.planner._trainer.accumulate_grad_batches) == (4, 1)
     assert plans.planner.plan is None

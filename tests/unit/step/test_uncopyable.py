@@ -226,3 +226,17 @@ def test_classes_of_any_kind_and_handles_of_hooks_are_kept():
     found = replica_with([Refuses, contextvars.Context, handle, WithArguments(1)]).own
     assert found[:2] == [Refuses, contextvars.Context]
     assert isinstance(found[3], Uncopied)
+
+
+def test_an_object_that_releases_something_at_its_end_is_not_copied():
+    released = []
+
+    class Handle:
+        def __del__(self):
+            released.append(1)
+
+    handle = Handle()
+    replica = replica_with([handle])
+    assert isinstance(replica.own[0], Uncopied)
+    del replica
+    assert released == []
