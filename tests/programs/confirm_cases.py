@@ -8,7 +8,7 @@ import random
 import traceback
 import warnings
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader
 
 import lightning_memplan as mp
 
+COPIES: list[int] = []  #: batch sizes of real steps on a copy: planning restores attributes of classes
+
 
 class Net(pl.LightningModule):
-    """A small CNN; ``copies`` are the batch sizes of real steps on a copy, ``fails`` is what such a step does."""
-
-    copies: ClassVar[list[int]] = []
+    """A small CNN; ``fails`` is what a real step on a copy does."""
 
     def __init__(self, fails: Any = None) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Net(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         if type(batch[0]) is torch.Tensor and not isinstance(self.trainer, pl.Trainer):  # neither a trace nor training
-            self.copies.append(len(batch[0]))
+            COPIES.append(len(batch[0]))
             if self.fails is not None:
                 self.fails(len(batch[0]))
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
@@ -83,7 +83,7 @@ class Watched(mp.MemoryPlanner):
 
 
 def fit(module: Net, steps: int = 3, **planner: Any) -> dict[str, Any]:
-    Net.copies = []
+    COPIES.clear()
     torch.cuda.empty_cache()
     callback = Watched(method="trace", **{"max_batch_size": 512, **planner})
     trainer = pl.Trainer(
@@ -110,7 +110,7 @@ def fit(module: Net, steps: int = 3, **planner: Any) -> dict[str, Any]:
         "predicted": plan.peak_reserved,
         "confirmed": plan.confirmed,
         "notes": plan.notes,
-        "copies": Net.copies,
+        "copies": list(COPIES),
         "reserved": max(m.reserved for m in measured),
         "steps": trainer.global_step,
         "unchanged": callback.unchanged,

@@ -114,7 +114,7 @@ def probe(net: nn.Module, side: int = 64, **kwargs: Any) -> list[int]:
 
 def tried(net: nn.Module, size: int = 512) -> TrialPeaks:
     batch = (torch.zeros(size, 3, 64, 64), torch.zeros(size, dtype=torch.long))
-    return try_step(TrainingSetup(net, StepSettings(gradient_clip_val=1.0)), batch, 0)
+    return try_step(TrainingSetup(net, StepSettings(gradient_clip_val=1.0)), (size, batch), 0)
 
 
 def main() -> None:
@@ -126,7 +126,7 @@ def main() -> None:
 
     shown["tried"] = tried(Net())
     rows = read_samples((torch.zeros(5, 3, 64, 64), torch.zeros(5, dtype=torch.long)))
-    shown["repeated"] = try_step(TrainingSetup(Net(), StepSettings(gradient_clip_val=1.0)), rows.large(512), 0)
+    shown["repeated"] = try_step(TrainingSetup(Net(), StepSettings(gradient_clip_val=1.0)), (512, rows.large(512)), 0)
     free = torch.cuda.mem_get_info()[0]
     shown["tried too much"] = tried(Net(width=1024))
     shown["free"] = [free, torch.cuda.mem_get_info()[0]]

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_memplan.checks import Method
 from lightning_memplan.data.batches import batch_size_of
 from lightning_memplan.data.holders import DEFAULT_NAME, Holder
-from lightning_memplan.errors import ApplyError, MemplanError, issue_warning, located
+from lightning_memplan.errors import ApplyError, MemplanError, located
 from lightning_memplan.lightning.compat import misconfiguration
 from lightning_memplan.lightning.loggers import say, warn
 from lightning_memplan.lightning.ranks import over_ranks
@@ -86,6 +86,7 @@ class FitPlanner:
         self.place: Place | None = None
         self.own_size: int | None = None  #: number of samples in a batch of the user's, where it is known
         self._stays = False  # the batch size cannot be set
+        self._doubts: tuple[str, ...] = ()  # notes on a plan by the formula
         self._rows_are_samples = True
         self._trainer, self._module, self._index = trainer, module, cuda_index(trainer)
         self._val_place: Place | None = None
@@ -191,8 +192,7 @@ class FitPlanner:
                 session.limits = replace(session.limits, max_batch_size=within)
         first = session.estimate_at((whole or job.ranks) // job.ranks)
         session.extra_bytes = averaging_bytes(trainer, job.begun) if self._index is not None else 0
-        if options.method == "auto" and first.method == "formula" and trainer.is_global_zero:
-            issue_warning(f"MemoryPlanner: {'; '.join(first.notes)}")
+        self._doubts = first.notes if options.method == "auto" and first.method == "formula" else ()
         self._session, self.settings, self.already_allocated = session, job.settings, session.already_allocated
         self.structure = structure_of(first, job.name, job.settings, job.ranks)
         margin = None if options.learns_margin else options.limits.margin
@@ -268,7 +268,7 @@ class FitPlanner:
 
         def prepare() -> None:
             texts.extend(plan_texts(plan, self.lesson.text, val_plan, val_size))
-            remarks.extend(self._remarks(plan))
+            remarks.extend([*(["; ".join(self._doubts)] if self._doubts else []), *self._remarks(plan)])
 
         with write_together(written, self._trainer, accumulate, is_fatal, prepare):
             self._say(texts, is_fatal)

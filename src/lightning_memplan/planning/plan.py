@@ -33,7 +33,7 @@ def make_plan(
         MemplanError: the step refuses all allowed batch sizes that fit.
         ValueError: the limits leave no batch size.
     """
-    budget, only = limits.budget_of(device), predictor.estimate_at(limits.smallest).only_at
+    budget, only = limits.budget_of(device), predictor.estimate_at(limits.share or limits.smallest).only_at
     if only is not None:
         limits = _only(limits, only)
     search, smallest = _search(predictor, device, limits)

@@ -238,10 +238,12 @@ def _tried(proposal: Proposal, attempt: int, strict: bool) -> Proposal:
     except Exception as error:
         if strict or isinstance(error, getattr(torch, "AcceleratorError", ())):  # a GPU that failed stays so
             raise
+        why = explain(error, "real steps")
         if proposal.plan.method == "formula":
-            text = f"only the formula gives a batch size, and real steps failed on a replica: {explain(error)}"
-            raise PlanningFailedError(text) from error
-        proposal = proposal.noted(f"not confirmed by real steps, which failed on a copy: {explain(error)}")
+            raise PlanningFailedError(
+                f"only the formula gives a batch size, and no real step confirms it: {why}"
+            ) from error
+        proposal = proposal.noted(f"not confirmed by real steps, which failed on a copy: {why}")
         peaks = None
     if peaks is None:  # and the error is gone, with the memory that it kept
         give_back(torch.device("cuda", proposal.session.index))
