@@ -226,7 +226,7 @@ class TrainingJob:
         It has real tensors where steps run on the GPU, and fake ones where they are only traced.
         """
         found = self.replicas.set_up(self.module, self.settings, self.trainer, self.stage, real=self.is_probed)
-        if not has_lazy_layers(found):
+        if self.source.data is None or not has_lazy_layers(found):  # without data, it is asked for its loaders
             return found
         return self.replicas.initialized(self._setup_of(self.module), self.stage, self.source)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import warnings
 import weakref
@@ -61,9 +60,7 @@ def replicate(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            replica = copy.deepcopy(module, memo)
-            for value in preparation.closed_over:
-                copy.deepcopy(value, memo)
+            replica = preparation.copied(module)
     except Exception as error:
         raise TraceError(
             f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}): "

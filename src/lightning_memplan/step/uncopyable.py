@@ -6,6 +6,7 @@ import collections
 import copy
 import copyreg
 import threading
+import traceback
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -108,6 +109,7 @@ class Preparation:
     def __init__(self, memo: dict[int, Any], replace: Callable[[Any], Any] = lambda value: None) -> None:
         self._memo, self._replace = memo, replace
         self._seen: dict[int, Any] = {}  # and so their ids stay theirs
+        self._paths: dict[int, str] = {}
         self._copied_by_themselves: list[tuple[str, Any]] = []
         self._references: list[_Reference] = []
         self.closed_over: list[Any] = []  #: modules and tensors to which a function refers, that are copied as well
@@ -122,7 +124,7 @@ class Preparation:
                 continue
             if type(value) in _ATOMIC or isinstance(value, type) or id(value) in self._seen or id(value) in self._memo:
                 continue
-            self._seen[id(value)] = value
+            self._seen[id(value)], self._paths[id(value)] = value, path
             replacement = value if isinstance(value, _SHARED) else self._replace(value)
             if replacement is not None:
                 self._memo[id(value)] = replacement
@@ -142,6 +144,26 @@ class Preparation:
                 self._memo.clear()
                 self._memo.update(before)
                 self._memo[id(value)] = Uncopied(path, value)
+
+    def copied(self, root: Any) -> Any:
+        """Return a copy of an object, and copy what functions close over. What fails only now is replaced, too."""
+        for _ in range(_LATE_FAILURES):
+            before = dict(self._memo)
+            try:
+                made = copy.deepcopy(root, self._memo)
+                for value in self.closed_over:
+                    copy.deepcopy(value, self._memo)
+            except Exception as error:
+                value = _refuses_late(error)
+                if value is None or value is root:
+                    raise
+                self._memo.clear()
+                self._memo.update(before)
+                self._seen[id(value)] = value
+                self._memo[id(value)] = Uncopied(self._paths.get(id(value), "self"), value)
+            else:
+                return made
+        raise TypeError(f"more than {_LATE_FAILURES} of its parts cannot be copied")
 
     def follow_references(self) -> None:
         """Let weak references refer to copies, now that these are there."""
@@ -195,6 +217,20 @@ class Preparation:
                     yield from _attributes(path, state)
                 elif state is not None:
                     yield path, state
+
+
+_LATE_FAILURES = 20
+
+
+def _refuses_late(error: Exception) -> Any:
+    """Return the object whose copy failed: the innermost one that is no plain container."""
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code is copy.deepcopy.__code__:
+            value = frame.f_locals.get("x")
+            if type(value) not in (dict, *_CONTAINERS):
+                found = value
+    return found
 
 
 def _check_iterated(reduced: Any) -> None:

@@ -99,7 +99,9 @@ def test_an_iterator_of_a_dataset_is_read_from_a_copy(rows):
     assert first[0] == first[1] == first[2] == dataset[0]
 
 
-@pytest.mark.parametrize("rows", [(row for row in range(24)), map(int, (row for row in range(24)))], ids=str)
+@pytest.mark.parametrize(
+    "rows", [(row for row in range(24)), map(int, (row for row in range(24)))], ids=["generator", "map"]
+)
 def test_an_iterator_that_cannot_be_copied_is_not_read(rows):
     dataset = Draws(rows)
     with pytest.raises(ValueError, match="what planning reads of it would be lost to training"):

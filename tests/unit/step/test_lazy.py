@@ -76,3 +76,22 @@ def test_layers_that_stay_lazy_are_named():
 
     with pytest.raises(mp.TraceError, match=r"'other\.weight' has no shape yet"):
         mp.estimate(Unused(), torch.zeros(4, 3, 8, 8), method="trace")
+
+
+@pytest.mark.filterwarnings("ignore:MemoryPlanner measures nothing")
+def test_a_lazy_module_that_makes_its_own_loader_is_planned():
+    class Makes(Net):
+        batch_size = 4
+
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(torch.zeros(8, 3, 8, 8), batch_size=self.batch_size)
+
+    planner = mp.MemoryPlanner("trace", device=mp.Device("a card", total=2**31), apply=True)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[planner], **quiet).fit(Makes())
+    assert planner.plan.batch_size == 8  # the whole dataset

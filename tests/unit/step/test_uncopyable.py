@@ -240,3 +240,18 @@ def test_an_object_that_releases_something_at_its_end_is_not_copied():
     assert isinstance(replica.own[0], Uncopied)
     del replica
     assert released == []
+
+
+def test_what_refuses_only_when_it_is_copied_is_replaced():
+    class Wrapper:  # as tempfile's wrap a file
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getattr__(self, name):
+            return getattr(self.__dict__["inner"], name)
+
+    replica = replica_with({"wrapped": Wrapper(1), "list": [1]})
+    assert isinstance(replica.own["wrapped"], Uncopied)
+    assert replica.own["list"] == [1]
+    with pytest.raises(TraceError, match=r"the step uses self\.own\['wrapped'\], of type Wrapper"):
+        replica.own["wrapped"].read()
