@@ -60,7 +60,7 @@ def replicate(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            replica = preparation.copied(module)
+            replica: nn.Module = preparation.copied(module)
     except Exception as error:
         raise TraceError(
             f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}): "

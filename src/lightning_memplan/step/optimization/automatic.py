@@ -38,7 +38,8 @@ class AutomaticStep(PlainStep):
         """Raise TraceError for an optimizer that would change the user's own module."""
         setup = self._setup
         users = (setup.module, getattr(setup.trainer, "lightning_module", None))
-        theirs = {id(p) for module in users if module is not None for p in module.parameters()}
+        others = [module for module in users if module is not None and module is not self.replica]
+        theirs = {id(p) for module in others for p in module.parameters()}
         for optimizer in optimizers:
             if any(id(p) in theirs for group in optimizer.param_groups for p in group["params"]):
                 raise TraceError(
