@@ -15,7 +15,6 @@ from benchmarks.robustness.job import WIDTH, Bare, Net, Rows, Training, job, loa
 
 DATAMODULES = "datamodules with state"
 MADE = "loaders that hooks make"
-ONCE = "a dataset that gives each item once has given those that planning reads"
 
 
 class Data(pl.LightningDataModule):
@@ -243,7 +242,7 @@ def dataset_can_be_read_once() -> Any:
     return Training(Bare(), loader(Metered()))
 
 
-@job(MADE, limit=ONCE)
+@job(MADE)
 def dataset_asserts_its_order() -> Any:
     class Ordered(Rows):
         """Sequential storage: rows come in order, epoch after epoch."""
@@ -371,7 +370,7 @@ def train_and_validation_are_one_loader() -> Any:
     return Training(Same(), both, both)
 
 
-@job(MADE, limit=ONCE)
+@job(MADE)
 def items_made_by_a_generator_of_the_dataset() -> Any:
     class Draws(Dataset):
         def __init__(self) -> None:
