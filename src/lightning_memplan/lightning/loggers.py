@@ -25,10 +25,14 @@ def silent_logger(real: Any = None) -> Logger:
     Source: pytorch_lightning/loggers/logger.py (2.6.6), ``DummyLogger``.
     """
     silent = importlib.import_module(f"{FLAVOURS[0].__name__}.loggers.logger").DummyLogger
-    folders = {}
-    for name in ("save_dir", "root_dir", "log_dir"):
+    folders: dict[str, Any] = {}
+    on_disk = tuple(
+        getattr(flavour.loggers, kind) for flavour in FLAVOURS for kind in ("TensorBoardLogger", "CSVLogger")
+    )
+    numbered = ("name", "version") if isinstance(real, on_disk) else ()  # others may begin a run to tell theirs
+    for name in ("save_dir", "root_dir", "log_dir", *numbered):
         with suppress(Exception):  # a logger of the user's may need a connection for it
-            if isinstance(folder := getattr(real, name, None), (str, os.PathLike)):
+            if isinstance(folder := getattr(real, name, None), (str, int, os.PathLike)):
                 folders[name] = folder
     return type("SilentLogger", (silent,), folders)()  # type: ignore[no-any-return]
 

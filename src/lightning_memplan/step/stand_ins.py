@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightning_memplan.data.loaders import batches_of_epoch, planned_sizes, resized_loaders, unit_of
+from lightning_memplan.data.loaders import batches_of_epoch, loaders_in, planned_sizes, resized_loaders, unit_of
 from lightning_memplan.errors import ApplyError
 from lightning_memplan.lightning.compat import is_combined_loader, is_datamodule
 from lightning_memplan.lightning.data_source import loader_source
@@ -139,6 +139,17 @@ class StandInTrainer:
                     own["val_dataloaders"] = made.iterables if is_combined_loader(made) else made
         return own["val_dataloaders"]
 
+    def _val_batches(self) -> list[float]:
+        """Return the number of batches of each validation loader, infinite where it is not known."""
+        found = self._val_loaders()
+        counts: list[float] = []
+        for loader in [] if found is None else loaders_in(found):
+            try:
+                counts.append(len(loader))
+            except (TypeError, NotImplementedError):
+                counts.append(math.inf)
+        return counts
+
     def _batches(self) -> int:
         """Return the number of batches in an epoch, as far as it is known."""
         count = None
@@ -184,6 +195,7 @@ class StandInTrainer:
 _COMPUTED: Mapping[str, Callable[[StandInTrainer], Any]] = {
     "train_dataloader": StandInTrainer._train_loaders,
     "val_dataloaders": StandInTrainer._val_loaders,
+    "num_val_batches": StandInTrainer._val_batches,
     "num_training_batches": StandInTrainer._batches,
     "val_check_batch": StandInTrainer._batches_between_validations,
     "estimated_stepping_batches": StandInTrainer._optimizer_steps,

@@ -47,7 +47,7 @@ class Uncopied:
     Traceback (most recent call last):
     ...
     lightning_memplan.errors.TraceError: the step uses self.rows, of type generator, which cannot be copied: make it \
-in setup() or on_fit_start(), where a replica makes its own
+in on_train_epoch_start(), where a replica makes its own
     """
 
     def __init__(self, path: str, value: object) -> None:
@@ -69,7 +69,7 @@ in setup() or on_fit_start(), where a replica makes its own
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise TraceError(
-            f"the step uses {self.__dict__['_what']}, which cannot be copied: make it in setup() or on_fit_start(), "
+            f"the step uses {self.__dict__['_what']}, which cannot be copied: make it in on_train_epoch_start(), "
             "where a replica makes its own",
             reason="not_copyable",
         )

@@ -744,8 +744,12 @@ def test_training_and_validation_of_planned_sizes_fit_the_card(nullgpu):
 def test_settings_that_ask_for_more_batches_than_an_epoch_has(settings, message):
     module, arguments = attribute_of_the_datamodule(KINDS["plain"])
     with pytest.raises(mp.ApplyError, match=message):
-        fit(module, arguments, planner_of(), **settings)
+        fit(module, arguments, planner_of(min_batch_size=7), **settings)
     assert arguments["datamodule"].batch_size == 2
+    module, arguments = attribute_of_the_datamodule(KINDS["plain"])
+    planner = planner_of()
+    fit(module, arguments, planner, **settings)
+    assert planner.plan.batch_size == 6  # 21 samples are 4 batches of 6, of which 0.3 are one
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ def test_loaders_have_the_batch_size_that_is_traced(tmp_path):
     assert stand_in.train_dataloader.batch_size == 10
     assert len(stand_in.train_dataloader) == stand_in.num_training_batches == 2  # 20 rows
     assert [len(batch) for batch in stand_in.val_dataloaders] == [3, 3]
+    assert stand_in.num_val_batches == [2]  # 6 rows
 
 
 def test_a_loader_without_a_length_has_many_batches(tmp_path):
@@ -109,6 +110,7 @@ def test_what_is_read_of_a_trainer_is_there(tmp_path):
     assert [type(each) for each in stand_in.callbacks] == [type(each) for each in real.callbacks]
     assert str(stand_in.log_dir).startswith(str(tmp_path))
     assert stand_in.logger.save_dir == str(tmp_path)
+    assert (stand_in.logger.name, stand_in.logger.version) == (real.logger.name, real.logger.version)
     stand_in.logger.experiment.add_image("nothing", None)  # kept nowhere
     stand_in.fit_loop.setup_data()  # builds no loader
     assert stand_in.fit_loop.max_batches == 5

@@ -136,7 +136,7 @@ def test_what_can_be_copied_is_copied(name, kind):
     [next, iter, len, list, lambda it: it(), lambda it: it[0], lambda it: 1 in it, lambda it: it.__enter__()],
 )
 def test_every_use_of_a_stand_in_is_an_error(use):
-    with pytest.raises(TraceError, match=r"make it in setup\(\) or on_fit_start\(\)"):
+    with pytest.raises(TraceError, match=r"make it in on_train_epoch_start\(\)"):
         use(Uncopied("self.file", numbers()))
 
 
