@@ -64,7 +64,7 @@ def test_any_call_may_fail() -> None:
     rows = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("SHOWN ")]
     assert len(rows) == COUNT
     assert [(row["place"], row["nth"], row["kind"], row["wrong"]) for row in rows if row["wrong"]] == []
-    assert sum(row["struck"] for row in rows) >= 0.8 * len(rows)  # it is the same run, but for what is cached
+    assert sum(row["struck"] for row in rows) >= 0.6 * len(rows)  # it is the same run, but for what is cached
 
 
 def test_the_sweep_finds_the_calls_that_planning_makes() -> None:

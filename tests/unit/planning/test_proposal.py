@@ -134,7 +134,7 @@ def test_a_formula_alone_sets_no_size_at_which_real_steps_failed():
     def fails(plan):
         raise KeyError("theirs")
 
-    with pytest.raises(PlanningFailedError, match="only the formula gives a batch size, and real steps failed"):
+    with pytest.raises(PlanningFailedError, match="only the formula gives a batch size, and no real step confirms it"):
         confirmed(draft(fails), strict=False, is_fatal=lambda error: False)
 
 
