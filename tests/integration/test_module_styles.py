@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from benchmarks.clients import run
 
 STYLES = [module for module in run.modules() if ".styles." in module]
+if os.environ.get("MEMPLAN_STYLES") != "all":  # a file of them takes half a minute
+    STYLES = STYLES[::3]
 JOBS = [(module, name) for module in STYLES for name in run.jobs_in(module)]
 
 KEPT = {  # what keeps the user's size though it could be planned

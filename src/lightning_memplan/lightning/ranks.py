@@ -147,9 +147,17 @@ class _Session:
             if self._store.add(f"{name}/read", 1) == self._ranks:
                 for key in (*keys, decision, f"{name}/read"):
                     self._store.delete_key(key)
+            elif self._rank == 0:  # it may hold the store, and be about to end
+                self._until_read(f"{name}/read")
         if decided != _ALL:
             raise RankGoneError(decided, is_first=decided.startswith("rank 0 "))
         return values
+
+    def _until_read(self, read: str) -> None:
+        """Wait a few seconds until the last rank has read, which removes the key."""
+        until = time.monotonic() + 5 * BEAT
+        while self._store.check([read]) and time.monotonic() < until:
+            time.sleep(0.01)
 
     def _wait(self, keys: Sequence[str], decision: str) -> str:
         """Wait until all keys are there, or a rank is gone; return ``_ALL``, or why there is no value of which rank."""
