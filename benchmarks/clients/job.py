@@ -65,7 +65,7 @@ def job(size: int, **options: Any) -> Callable[[Train], Train]:
 
 @dataclass
 class Outcome:
-    """What became of a job in one mode."""
+    """Record how a job ended in one mode."""
 
     error: str = ""  #: the end of the traceback, if training stopped
     sizes: list[int] = field(default_factory=list)  #: samples of each batch that training had

@@ -74,6 +74,24 @@ class TraceError(MemplanError):
         return cls(explain(error), reason="data_dependent" if _needs_value(error) else reason)
 
 
+@contextmanager
+def as_trace_errors() -> Iterator[None]:
+    """Turn an error of the user's code into a TraceError that names its line.
+
+    >>> with as_trace_errors():
+    ...     [][1]
+    Traceback (most recent call last):
+    ...
+    lightning_memplan.errors.TraceError: the step failed in a trace (IndexError: list index out of range); at ...
+    """
+    try:
+        yield
+    except TraceError:
+        raise
+    except Exception as error:
+        raise TraceError.of(error) from error
+
+
 class DoesNotFitError(MemplanError):
     """The smallest batch size does not fit.
 

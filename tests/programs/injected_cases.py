@@ -99,7 +99,7 @@ MEASURING = {
 
 
 class Active:
-    """Whether planning or measuring is running, and what it is to meet there."""
+    """Note whether planning or measuring is running, and the error that it is to meet there."""
 
     in_planner = False
     steps = 0
@@ -184,7 +184,7 @@ def patched(path: str) -> Iterator[None]:
 
 
 def fit(settings: dict[str, Any], planner: mp.MemoryPlanner) -> dict[str, Any]:
-    """How training went."""
+    """Train, and return how that went."""
     seen, ended, Active.steps, began = Seen(), "", 0, time.monotonic()
     trainer = pl.Trainer(
         callbacks=[planner, seen], max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -224,7 +224,7 @@ def error_of(place: str, number: int = 0) -> Exception:
 
 
 def injected(place: str, settings: dict[str, Any], *, strikes: bool = True) -> dict[str, Any]:
-    """How training went with an exception at one place, each time that planning comes by: on this rank, or another."""
+    """Train with an exception at one place, each time that planning comes by: on this rank, or another."""
     error = error_of(place)
     Active.error, Active.struck, Active.measuring = (error if strikes else None), 0, place in MEASURING
     POINTS.armed, POINTS.strike = (place if place in USER else ""), Active.strike
@@ -238,7 +238,7 @@ def injected(place: str, settings: dict[str, Any], *, strikes: bool = True) -> d
 
 
 def wrong(row: dict[str, Any]) -> list[str]:
-    """What is wrong with how training went."""
+    """Return the faults of a training: an empty list where it went on as it should."""
     found = []
     if not row["struck"]:
         found.append("planning never comes by")
@@ -336,7 +336,7 @@ def calls(settings: dict[str, Any]) -> dict[str, int]:
 
 
 def swept(place: str, nth: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """How training went with an exception at the n-th time of one call."""
+    """Train with an exception at the n-th time of one call, and return how that went."""
     planner, Active.error, Active.struck = planner_on(settings), error_of(place, nth), 0
     kind = type(Active.error).__name__
     planner.profile = Sweep(place, nth)
@@ -348,7 +348,7 @@ def swept(place: str, nth: int, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def sampled(seed: int, count: int, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """How training went with each of ``count`` calls."""
+    """Train once for each of ``count`` calls, and return how each went."""
     draw, found = random.Random(seed), calls(settings)
     places = sorted(found)
     for place in draw.sample(places, min(count, len(places))):
@@ -357,7 +357,7 @@ def sampled(seed: int, count: int, settings: dict[str, Any]) -> Iterator[dict[st
 
 
 def wrong_in_sweep(row: dict[str, Any]) -> list[str]:
-    """What is wrong, where an exception came once: another rung may have planned, and measuring may have ended."""
+    """Return the faults where an exception came once: another way may have planned, and measuring may have ended."""
     found = wrong({**row, "gpu": False})
     return [text for text in found if "never comes by" not in text]  # not every run makes as many calls
 

@@ -225,7 +225,7 @@ def check_sample(sample: object, sample_size: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """Which samples to look at."""
+    """Choose the samples to look at."""
 
     sample: Which
     sample_size: int

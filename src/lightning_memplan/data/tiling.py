@@ -17,7 +17,7 @@ from lightning_memplan.lightning.compat import move_to_device
 
 
 class Goal(NamedTuple):
-    """What a small batch is repeated to: ``size`` samples on ``device``.
+    """Ask for a batch of ``size`` samples on ``device``, made by repeating a small one.
 
     >>> Goal(7, torch.device("cpu")).size
     7

@@ -255,7 +255,8 @@ class FitPlanner:
 
     def _write(self, proposal: Proposal, is_fatal: IsFatal) -> None:
         """Set all that is planned, or nothing; say so, once it is set on all ranks."""
-        plan, val_plan, val_size, estimate = proposal.plan, None, 0, proposal.estimate
+        plan, val_plan, val_size = proposal.plan, None, 0
+        estimate = proposal.estimate  # before anything is set: it may have to be made
         if self._validation is not None:
             assert self._session is not None
             make = partial(plan_validation, self._session, plan, self._validation)
@@ -268,7 +269,7 @@ class FitPlanner:
 
         def prepare() -> None:
             texts.extend(plan_texts(plan, self.lesson.text, val_plan, val_size))
-            remarks.extend([*(["; ".join(self._doubts)] if self._doubts else []), *self._remarks(plan)])
+            remarks.extend(self._remarks(plan))
 
         with write_together(written, self._trainer, accumulate, is_fatal, prepare):
             self._say(texts, is_fatal)
@@ -290,11 +291,13 @@ class FitPlanner:
             warn(f"the plan is not printed: {located(error)}")
 
     def _remarks(self, plan: Plan) -> list[str]:
-        """Return what the plan changes in training beside memory; accumulation that the plan sets is no surprise."""
+        """Return doubts about the plan, and what it changes in training beside memory."""
+        remarks = ["; ".join(self._doubts)] if self._doubts else []
         if self.place is None:
-            return []
-        own, accumulates = self.own_size, plan.effective_batch_size is None
-        return training_remarks(self._trainer, self._module, self.place.source, plan.batch_size, own, accumulates)
+            return remarks
+        own, accumulates = self.own_size, plan.effective_batch_size is None  # what the plan sets is no surprise
+        source = self.place.source
+        return remarks + training_remarks(self._trainer, self._module, source, plan.batch_size, own, accumulates)
 
 
 def plan_and_set_test(trainer: Any, module: nn.Module, options: FitOptions) -> tuple[Plan | None, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_memplan.errors import TraceError
-from lightning_memplan.lightning.compat import is_overridden, isolated_random_state
+from lightning_memplan.lightning.compat import isolated_random_state
 from lightning_memplan.memory.events import Event, Trace, labelled
 from lightning_memplan.memory.formula import Formula
 from lightning_memplan.probe.allocator_history import recording
@@ -27,13 +26,12 @@ from lightning_memplan.step.begun import Begun
 from lightning_memplan.step.compiled_regions import TRIED, as_written, forget_compiled, within_graphs
 from lightning_memplan.step.context import EventContext, module_paths
 from lightning_memplan.step.fake_cuda import DEVICE
+from lightning_memplan.step.first_hooks import call_first_hooks, has_first_hooks
 from lightning_memplan.step.module_copy import replicate
 from lightning_memplan.step.precision import TRUE_DTYPE
-from lightning_memplan.step.quiet import leaving_no_trace
 from lightning_memplan.step.runner import StepRunner
 from lightning_memplan.step.setup import TrainingSetup, traced_microbatches
 from lightning_memplan.step.stand_ins import StandInTrainer
-from lightning_memplan.step.strategies.choose import choose_strategy
 
 
 def real_replica(
@@ -51,25 +49,11 @@ def real_replica(
     Raises:
         TraceError: a hook fails; says by which error, and at which line.
     """
-    strategy = choose_strategy(settings.parallel)
-    sets_up = stage is not None and is_overridden("setup", module)
-    configures = is_overridden("configure_model", module) and not strategy.calls_configure_model
-    if not sets_up and not configures and not copied:
+    if not copied and not has_first_hooks(module, settings, stage):
         return module
-    replica: Any = replicate(module, {}, trainer=trainer, device=torch.device("cpu"))
-    try:
-        with isolated_random_state(), leaving_no_trace(module), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they come when the hooks really run
-            if sets_up:
-                replica.setup(stage)
-            if configures:
-                with strategy.note_units():
-                    replica.configure_model()
-    except TraceError:
-        raise
-    except Exception as error:
-        raise TraceError.of(error) from error
-    return replica  # type: ignore[no-any-return]
+    replica = replicate(module, {}, trainer=trainer, device=torch.device("cpu"))
+    call_first_hooks(replica, settings, stage)
+    return replica
 
 
 @dataclass(frozen=True)

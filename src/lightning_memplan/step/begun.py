@@ -41,16 +41,7 @@ class Begun:
         parts = [*(vars(optimizer) for optimizer in self.optimizers), self.schedulers]
         trainer = self.replica.__dict__["_trainer"]
         replica = replicate(self.replica, memo, trainer=trainer, device=device, beside=parts, tensor_copy=tensor_copy)
-        try:
-            for optimizer, own in zip(self.optimizers, made, strict=True):
-                _fill(own, vars(optimizer), memo)
-            schedulers = copy.deepcopy(self.schedulers, memo)
-        except Exception as error:
-            raise TraceError(
-                f"the optimizers of {type(self.replica).__name__} cannot be copied ({type(error).__name__}: {error})",
-                reason="not_copyable",
-            ) from error
-        return Begun(replica, made, schedulers, self.left_out)
+        return Begun(replica, *self._filled(made, memo), self.left_out)
 
     def with_new_optimizers(self) -> Begun:
         """Return the same replica with copies of its optimizers, as they are before their first step.
@@ -63,13 +54,21 @@ class Begun:
         shared = (*replica.modules(), *replica.parameters(), *replica.buffers(), *trained, replica._trainer)
         memo: dict[int, Any] = {id(each): each for each in shared}
         made = [_unmade(optimizer, memo) for optimizer in self.optimizers]
+        return Begun(replica, *self._filled(made, memo), self.left_out)
+
+    def _filled(
+        self, made: list[torch.optim.Optimizer], memo: dict[int, Any]
+    ) -> tuple[list[torch.optim.Optimizer], list[Any]]:
+        """Fill the empty copies of the optimizers, and return them with copies of the schedulers."""
         try:
             for optimizer, own in zip(self.optimizers, made, strict=True):
                 _fill(own, vars(optimizer), memo)
-            schedulers = copy.deepcopy(self.schedulers, memo)
+            return made, copy.deepcopy(self.schedulers, memo)
         except Exception as error:
-            raise TraceError(f"optimizers cannot be copied: {error}", reason="not_copyable") from error
-        return Begun(replica, made, schedulers, self.left_out)
+            raise TraceError(
+                f"the optimizers of {type(self.replica).__name__} cannot be copied ({type(error).__name__}: {error})",
+                reason="not_copyable",
+            ) from error
 
 
 def _unmade(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> torch.optim.Optimizer:

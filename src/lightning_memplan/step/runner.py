@@ -123,7 +123,7 @@ class StepRunner:
         setup, replica = self._setup, self.replica
         unit = None if setup.loaders is None else unit_of(setup.loaders)
         trainer = getattr(replica, "_trainer", None)
-        hold_batch_size(setup.batch_size, batch_size, unit, replica, getattr(trainer, "datamodule", None))
+        hold_batch_size(setup.batch_size_name, batch_size, unit, replica, getattr(trainer, "datamodule", None))
         if isinstance(trainer, StandInTrainer):
             trainer.train_batches_of(batch_size)
 

@@ -31,7 +31,7 @@ class TrainingSetup:
     """A module and how it is trained: all that its steps need beside a batch and a device.
 
     ``optimizer`` makes the optimizer of a module that is no LightningModule. ``loaders`` are those of training, which
-    a step may ask its Trainer for; ``batch_size`` is the name of the attribute or hyperparameter that holds their
+    a step may ask its Trainer for; ``batch_size_name`` is the name of the attribute or hyperparameter that holds their
     batch size.
 
     >>> TrainingSetup(nn.Linear(4, 2)).settings.precision
@@ -44,4 +44,4 @@ class TrainingSetup:
     datamodule: Any = None
     optimizer: MakeOptimizer | None = None
     loaders: Any = None
-    batch_size: str = "batch_size"
+    batch_size_name: str = "batch_size"

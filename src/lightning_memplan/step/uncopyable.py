@@ -37,6 +37,8 @@ _ATOMIC = (
 
 _CONTAINERS = (list, tuple, set, frozenset, collections.deque)
 
+_LATE_FAILURES = 20  #: objects that may refuse only while they are copied
+
 
 class Uncopied:
     """Stand in a replica for an object of the module that cannot be copied. Any use of it raises a TraceError.
@@ -108,8 +110,7 @@ class Preparation:
 
     def __init__(self, memo: dict[int, Any], replace: Callable[[Any], Any] = lambda value: None) -> None:
         self._memo, self._replace = memo, replace
-        self._seen: dict[int, Any] = {}  # and so their ids stay theirs
-        self._paths: dict[int, str] = {}
+        self._seen: dict[int, tuple[str, Any]] = {}  # path and object, whose id stays its own so
         self._copied_by_themselves: list[tuple[str, Any]] = []
         self._references: list[_Reference] = []
         self.closed_over: list[Any] = []  #: modules and tensors to which a function refers, that are copied as well
@@ -124,7 +125,7 @@ class Preparation:
                 continue
             if type(value) in _ATOMIC or isinstance(value, type) or id(value) in self._seen or id(value) in self._memo:
                 continue
-            self._seen[id(value)], self._paths[id(value)] = value, path
+            self._seen[id(value)] = path, value
             replacement = value if isinstance(value, _SHARED) else self._replace(value)
             if replacement is not None:
                 self._memo[id(value)] = replacement
@@ -159,8 +160,8 @@ class Preparation:
                     raise
                 self._memo.clear()
                 self._memo.update(before)
-                self._seen[id(value)] = value
-                self._memo[id(value)] = Uncopied(self._paths.get(id(value), "self"), value)
+                path, _ = self._seen.setdefault(id(value), ("self", value))
+                self._memo[id(value)] = Uncopied(path, value)
             else:
                 return made
         raise TypeError(f"more than {_LATE_FAILURES} of its parts cannot be copied")
@@ -174,7 +175,7 @@ class Preparation:
         """Find modules and tensors on the host to which a function refers, by closure or by default."""
         if id(function) in self._seen:
             return
-        self._seen[id(function)] = function
+        self._seen[id(function)] = path, function
         for value in referred(function):
             found = value.__self__ if isinstance(value, types.MethodType) else value
             tensors = [found] if isinstance(found, torch.Tensor) else []
@@ -209,7 +210,7 @@ class Preparation:
                 self._memo[id(value)] = Uncopied(path, value)
                 return
             if isinstance(reduced, tuple):
-                self._seen[id(reduced)] = reduced  # its parts may be made for it alone
+                self._seen[id(reduced)] = path, reduced  # its parts may be made for it alone
                 _, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
                 for made in (arguments, list(items or ()), list(pairs or ())):
                     yield from _items(path, made)
@@ -217,9 +218,6 @@ class Preparation:
                     yield from _attributes(path, state)
                 elif state is not None:
                     yield path, state
-
-
-_LATE_FAILURES = 20
 
 
 def _refuses_late(error: Exception) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,16 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from lightning_memplan.cuda.recurrent import flatten_weights
 from lightning_memplan.cuda.rule_set import Rules
 from lightning_memplan.errors import TraceError
-from lightning_memplan.lightning.compat import is_overridden, isolated_random_state
 from lightning_memplan.memory.events import Category
 from lightning_memplan.settings import StepSettings
 from lightning_memplan.step.fake_cuda import DEVICE
+from lightning_memplan.step.first_hooks import call_first_hooks, has_first_hooks
 from lightning_memplan.step.module_copy import metric_states, replicate
 from lightning_memplan.step.precision import TRUE_DTYPE
-from lightning_memplan.step.quiet import leaving_no_trace
-from lightning_memplan.step.strategies.choose import choose_strategy
 from lightning_memplan.trace.fake_tensors import FakeCopies, fake_copy, fake_mode
-from lightning_memplan.trace.isolation import no_warnings
 from lightning_memplan.trace.known_values import remember
 from lightning_memplan.trace.recorder import Recorder
 
@@ -84,25 +82,11 @@ def prepared(module: nn.Module, settings: StepSettings, *, trainer: Any = None, 
     Raises:
         TraceError: a hook fails; says by which error, and at which line.
     """
-    strategy = choose_strategy(settings.parallel)
-    calls_setup = stage is not None and is_overridden("setup", module)
-    # a strategy that calls configure_model itself needs a mesh for it, which is there when the step runs
-    configures = is_overridden("configure_model", module) and not strategy.calls_configure_model
-    if not calls_setup and not configures:
+    if not has_first_hooks(module, settings, stage):
         return module
     mode, dtype = fake_mode(), TRUE_DTYPE.get(settings.precision)
     copied: Any = detached_copy(module, mode, dtype=dtype, trainer=trainer)
-    try:
-        with isolated_random_state(), leaving_no_trace(module), no_warnings():
-            if calls_setup:
-                copied.setup(stage)
-            if configures:
-                with Recorder(mode, Rules()), DEVICE, strategy.note_units():
-                    copied.configure_model()
-    except TraceError:
-        raise
-    except Exception as error:
-        raise TraceError.of(error) from error
+    call_first_hooks(copied, settings, stage, _making_fakes(mode))
     for child in copied.modules():
         for name, parameter in child._parameters.items():
             if parameter is not None and not isinstance(parameter, FakeTensor):
@@ -112,6 +96,13 @@ def prepared(module: nn.Module, settings: StepSettings, *, trainer: Any = None, 
             if buffer is not None and not isinstance(buffer, FakeTensor):
                 child._buffers[name] = fake_copy(buffer, mode, DEVICE, dtype)
     return copied  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _making_fakes(mode: FakeTensorMode) -> Iterator[None]:
+    """Make tensors on the fake device, which takes no memory for them."""
+    with Recorder(mode, Rules()), DEVICE:
+        yield
 
 
 def setup_order(module: nn.Module) -> Iterator[tuple[torch.Tensor, Category, str]]:

@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_memplan.cuda.dispatch import cuda_semantics
-from lightning_memplan.errors import TraceError
+from lightning_memplan.errors import as_trace_errors
 from lightning_memplan.lightning.compat import isolated_random_state
 from lightning_memplan.step.compiled_regions import as_written
 from lightning_memplan.step.quiet import leaving_no_trace
@@ -57,11 +57,8 @@ def as_on_gpu(module: nn.Module, capability: tuple[int, int]) -> Iterator[None]:
 def explained(recorder: Recorder) -> Iterator[None]:
     """Record until the end, and turn an error of the user's code into a TraceError that names its line."""
     try:
-        yield
-    except TraceError:
-        raise
-    except Exception as error:
-        raise TraceError.of(error) from error
+        with as_trace_errors():
+            yield
     finally:
         recorder.stop()
 

@@ -19,7 +19,7 @@ from lightning_memplan.cuda.dispatch import foreach_by_default
 from lightning_memplan.cuda.rule_set import Gpu
 from lightning_memplan.cuda.rules import rules_for
 from lightning_memplan.data.batches import sample_bytes
-from lightning_memplan.errors import TraceError, explain
+from lightning_memplan.errors import TraceError, as_trace_errors, explain
 from lightning_memplan.lightning.compat import is_lightning_module, isolated_random_state, random_states
 from lightning_memplan.memory.events import Trace, labelled
 from lightning_memplan.memory.formula import Formula
@@ -344,15 +344,10 @@ class _Run:
         """Return the replica at its first step. This run is over then."""
         recorder, states = self.recorder, random_states()
         capability = self.setup.settings.capability
-        try:
-            with isolated_random_state(), fake_cuda(recorder, capability), recorder:
-                self._adopt()
-                begun = self.runner.begin()
-                drew = random_states() != states
-        except TraceError:
-            raise
-        except Exception as error:
-            raise TraceError.of(error) from error
+        with as_trace_errors(), isolated_random_state(), fake_cuda(recorder, capability), recorder:
+            self._adopt()
+            begun = self.runner.begin()
+            drew = random_states() != states
         return Beginning(replace(begun, stands_for=self.stands_for), recorder, drew)
 
     def _adopt(self) -> None:

@@ -19,6 +19,7 @@ from lightning_memplan.step.module_copy import replicate
 from lightning_memplan.step.precision import FakeGradScaler
 from lightning_memplan.step.runner import StepRunner
 from lightning_memplan.step.setup import TrainingSetup
+from lightning_memplan.step.uncopyable import Uncopied
 from lightning_memplan.trace.tracer import begin_training, trace_steps
 
 CPU = torch.device("cpu")
@@ -66,7 +67,7 @@ OPTIMIZERS = {
     "Adam": torch.optim.Adam,
     "LBFGS": torch.optim.LBFGS,
     "a schedule that wraps step": with_schedule,
-    "two": lambda p: [torch.optim.SGD(list(p), 0.1)] * 1,
+    "one in a list": lambda p: [torch.optim.SGD(p, 0.1)],
     "groups": lambda p: torch.optim.AdamW([{"params": [each], "lr": 0.1} for each in p]),
     "a hook": lambda p: _hooked(torch.optim.SGD(p, 0.1)),
     "a lock": lambda p: _with(torch.optim.SGD(p, 0.1), "lock", threading.Lock()),
@@ -141,20 +142,15 @@ def test_a_tensor_that_is_no_parameter_stays_the_one_that_is_trained():
     assert again.optimizers[0].param_groups[0]["params"][0] is copied.replica.alpha
 
 
-def test_optimizers_that_refuse_to_be_copied_are_named():
-    class Refuses(torch.optim.SGD):
-        def __setattr__(self, name, value):
-            super().__setattr__(name, value)
-
-    class Key:
+def test_what_an_optimizer_holds_that_refuses_to_be_copied_is_replaced():
+    class Table:
         def __deepcopy__(self, memo):
             raise TypeError("no copies of me")
 
-        def __hash__(self):
-            return 1
-
-    first = begun(Net(lambda p: _with(Refuses(p, 0.1), "table", {Key(): 1})))
-    assert first.copied(CPU, lambda tensor: None).optimizers  # what it cannot copy is replaced
+    first = begun(Net(lambda p: _with(torch.optim.SGD(p, 0.1), "table", Table())))
+    (copied,) = first.copied(CPU, lambda tensor: None).optimizers
+    assert isinstance(copied.table, Uncopied)
+    assert isinstance(first.optimizers[0].table, Table)
 
 
 def test_hooks_before_the_first_step_run_once_for_all_runs():

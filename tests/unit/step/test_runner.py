@@ -135,9 +135,9 @@ def test_the_replicas_trainer_has_the_replica_as_its_model(module):
 
 
 class FromIterator(pl.LightningModule):
-    def __init__(self, *, moves: bool):
+    def __init__(self):
         super().__init__()
-        self.layer, self.moves = nn.Linear(1000, 10), moves
+        self.layer = nn.Linear(1000, 10)
 
     def training_step(self, dataloader_iter):
         batch, batch_idx, dataloader_idx = next(dataloader_iter)
@@ -155,6 +155,6 @@ class FromBatch(FromIterator):
 
 def test_a_step_that_takes_its_batch_from_an_iterator_needs_what_one_that_is_given_it_needs():
     batch = torch.zeros(4, 1000)
-    taken, given = (mp.estimate(kind(moves=True), batch, method="trace") for kind in (FromIterator, FromBatch))
+    taken, given = (mp.estimate(kind(), batch, method="trace") for kind in (FromIterator, FromBatch))
     # the batch that is given stays until the step is over; the one that is taken is kept for the weight's gradient
     assert taken.peak_allocated(100) == given.peak_allocated(100) >= 4 * (100 * 1000 + 2 * 1000 * 10)
