@@ -17,6 +17,7 @@ import json
 import re
 import signal
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -83,9 +84,10 @@ def table(rows: Sequence[Row]) -> str:
 def line(row: Row) -> str:
     found = row["runs"]["default"]
     mark = "ok" if not row["failed"] else "lim" if row["limit"] else "FAIL"
-    text = f"{mark:4} {row['name']:36} {row['outcome']:28} {found['seconds']:6.1f} s  "
+    text = f"{mark:4} {row['name']:36} {row['outcome']:27} {found['seconds']:6.1f} s"
     warned = next(iter(found["said"]), "").partition(": ")[2]
-    return text + (row["failed"] or "; ".join(row["doubts"]) or warned)[:150]
+    why = row["failed"] or "; ".join(row["doubts"]) or warned
+    return f"{text}\n     {textwrap.shorten(why, 74)}" if why else text
 
 
 def parsed() -> argparse.Namespace:

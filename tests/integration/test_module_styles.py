@@ -15,7 +15,6 @@ TESTED = STYLES if os.environ.get("MEMPLAN_STYLES") == "all" else STYLES[::3]  #
 JOBS = [(module, name) for module in STYLES for name in run.jobs_in(module)]
 
 KEPT = {  # what keeps the user's size though it could be planned
-    "contrast": "the step takes divisors of its queue, and traces are made of 2, 3 and 5 samples",
     "proximal_policy": "samples are made by the replica's network before it is on the GPU",
 }
 

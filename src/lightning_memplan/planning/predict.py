@@ -65,12 +65,13 @@ def predict(job: TrainingJob, largest: int | None = None) -> Estimate:
         if probed is None or job.method != "auto":
             raise
         return replace(probed, notes=(*probed.notes, f"not traced: {located(error)}"))
-    if refused is not None and not is_of_many(traced, job.source.samples):  # no size suits the step: it is wrong
+    suits = traced.only_at is not None or is_of_many(traced, job.source.samples)
+    if refused is not None and not suits:  # the step is wrong, whatever the batch size
         raise refused
     if probed is None:
         notes = (f"not planned by a probe: {why_not}",) if why_not else ()
         return replace(traced, notes=notes + traced.notes)
-    if traced.method != "trace":
+    if traced.method != "trace" or traced.only_at is not None:
         return probed
     first, second = probed, traced
     if probed.largest_seen <= max(SIZES[0]):  # only the trace knows which kernels a large batch gets

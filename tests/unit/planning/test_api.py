@@ -195,6 +195,35 @@ def probed(monkeypatch):
     return does
 
 
+class TakesEight(nn.Module):
+    """A step that refuses every batch size but one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1024, 1024)
+
+    def forward(self, batch):
+        assert len(batch) == 8, "a batch has eight rows"
+        return self.layer(batch)
+
+
+def test_a_step_that_takes_its_own_batch_size_alone_is_planned_at_that_size():
+    plan = mp.plan(TakesEight(), torch.zeros(8, 1024), device="T4")
+    assert (plan.batch_size, plan.limited_by, plan.method) == (8, "step", "trace")
+    assert plan.notes[0].startswith("the step takes its own batch size 8 alone (")
+    exactly = mp.plan(nn.Linear(1024, 1024), torch.zeros(8, 1024), device="T4", min_batch_size=8, max_batch_size=8)
+    assert plan.peak_reserved == exactly.peak_reserved
+    with pytest.raises(ValueError, match=r"takes batch size 8 alone, which .* max_batch_size=4, .* do not allow"):
+        mp.plan(TakesEight(), torch.zeros(8, 1024), device="T4", max_batch_size=4)
+
+
+def test_a_probe_that_is_refused_leaves_the_trace_of_the_users_own_batch(probed):
+    probed(AssertionError("a batch has eight rows"))
+    plan = mp.plan(TakesEight(), torch.zeros(8, 1024), device=GPU)
+    assert (plan.batch_size, plan.limited_by) == (8, "step")
+    assert plan.notes[0].startswith("not planned by a probe: the step failed in a probe (AssertionError: a batch has")
+
+
 def test_auto_probes_a_card_of_this_machine_and_traces_too(probed):
     probed("a step")
     plan = mp.plan(Module(), torch.zeros(4, 1024), device=GPU)
