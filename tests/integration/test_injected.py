@@ -81,11 +81,11 @@ def test_what_ends_a_process_is_passed_on(place: str, kind: type[BaseException])
         if Active.in_planner:
             raise kind("now")
 
-    POINTS.armed, POINTS.strike, POINTS.struck = place, strike, False
+    POINTS.arm(place, strike, again=True)
     try:
         row = fit(CPU, planner_on(CPU))
     finally:
-        POINTS.armed = ""
+        POINTS.disarm()
     ended = "SystemExit" if kind is KeyboardInterrupt else kind.__name__  # Lightning ends the process on Ctrl+C
     assert row["ended"].startswith(ended)
     assert row["seen"] == []

@@ -97,7 +97,7 @@ def test_loaders_that_were_passed_are_there_again():
         "trace", CARD, max_batch_size=8, batch_arg_name={"val": "val_size"}, apply=True, on_error="raise"
     )
     trainer = pl.Trainer(callbacks=[planner, Sees()], **QUIET)
-    POINTS.armed, POINTS.strike, POINTS.struck = "val_size is set", raise_mistake, False
+    POINTS.arm("val_size is set", raise_mistake, again=True)
     with pytest.raises(mp.ApplyError, match=r"Own\.val_size cannot be set to 8 \(Mistake: a mistake of the user's\)"):
         trainer.fit(module, loader)
     assert seen[0] is loader

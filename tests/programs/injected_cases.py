@@ -110,7 +110,6 @@ class Active:
     @classmethod
     def strike(cls) -> None:
         """Raise where it is time to."""
-        POINTS.struck = False  # each time
         if cls.in_planner and cls.error is not None and cls.measuring == (cls.steps == 3):
             cls.struck += 1
             raise cls.error
@@ -227,13 +226,14 @@ def injected(place: str, settings: dict[str, Any], *, strikes: bool = True) -> d
     """Train with an exception at one place, each time that planning comes by: on this rank, or another."""
     error = error_of(place)
     Active.error, Active.struck, Active.measuring = (error if strikes else None), 0, place in MEASURING
-    POINTS.armed, POINTS.strike = (place if place in USER else ""), Active.strike
+    POINTS.arm(place if place in USER else "", Active.strike, again=True)
     path = {**LIBRARY, **ON_GPU, **MEASURING}.get(place)
     try:
         with patched(path) if path else contextlib.nullcontext():
             found = fit(settings, planner_on(settings))
     finally:
-        Active.error, POINTS.armed = None, ""
+        Active.error = None
+        POINTS.disarm()
     return {"place": place, "kind": type(error).__name__, "gpu": settings["accelerator"] == "gpu", **found}
 
 

@@ -42,14 +42,22 @@ class Mistake(Exception):
 
 
 class Points:
-    """Where planning is. At the point that is armed something happens: once, or a mistake each time."""
+    """Note where planning is. Something happens at the point that is armed."""
 
     def __init__(self) -> None:
-        self.armed, self.strike = "", lambda: None
-        self.struck = False
+        self.arm("", lambda: None)
+
+    def arm(self, name: str, strike: Callable[[], None], *, again: bool = False) -> None:
+        """Let ``strike`` happen at a point: once, or each time that it is reached."""
+        self.armed, self.strike, self.again, self.struck = name, strike, again, False
+
+    def disarm(self) -> None:
+        """Let nothing happen from here on."""
+        self.armed = ""
 
     def reach(self, name: str) -> None:
-        if name == self.armed and (not self.struck or self.strike is raise_mistake):
+        """Come by a point."""
+        if name == self.armed and (self.again or not self.struck):
             self.struck = True
             self.strike()
 
@@ -368,7 +376,7 @@ def press_ctrl_c() -> None:
 
 def planned(callback: mp.MemoryPlanner, point: str, strike: Callable[[], None], **settings: Any) -> None:
     """Planning, at one point of which ``strike`` is called."""
-    POINTS.armed, POINTS.strike, POINTS.struck = point, strike, False
+    POINTS.arm(point, strike, again=strike is raise_mistake)
     trainer = pl.Trainer(
         callbacks=[callback],
         max_epochs=1,
