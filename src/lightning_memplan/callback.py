@@ -9,8 +9,6 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
-
 from lightning_memplan.checks import check_choice, check_count, check_method
 from lightning_memplan.data.holders import DEFAULT_NAME
 from lightning_memplan.errors import (
@@ -35,7 +33,7 @@ from lightning_memplan.planning.apply import names_by_stage
 from lightning_memplan.planning.fit import FitOptions, FitPlanner, plan_and_set_test
 from lightning_memplan.planning.job import WhichSamples, named_device, sampling_of
 from lightning_memplan.planning.limits import Limits
-from lightning_memplan.probe.out_of_memory import ran_out_of_memory
+from lightning_memplan.probe.out_of_memory import gpu_failed, ran_out_of_memory
 from lightning_memplan.report.figures import plot_timeline
 from lightning_memplan.report.metrics import (
     plan_hparams,
@@ -264,7 +262,7 @@ class MemoryPlanner(CallbackBase):
 
     def _is_fatal(self, error: Exception) -> bool:
         """Decide whether an error of planning stops training: an unmet demand does, and a GPU that failed."""
-        if self.on_error == "raise" or isinstance(error, getattr(torch, "AcceleratorError", ())):
+        if self.on_error == "raise" or gpu_failed(error):
             return True
         if not self._applies:
             return False

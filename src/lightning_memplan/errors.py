@@ -220,16 +220,25 @@ def _kind(error: BaseException) -> str:
     return next(kind.__name__ for kind in type(error).__mro__ if not kind.__name__.startswith("Fake"))
 
 
+def message_of(error: BaseException) -> str:
+    """Return an error's message, which may be the work of a class of the user's.
+
+    >>> message_of(ValueError("a prime"))
+    'a prime'
+    """
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - whatever its __str__ raises
+        return "its message cannot be read"
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, in the words of training: without fake tensors and their device.
 
     >>> first_line(RuntimeError("FakeTensor(..., device='cuda:0', size=(2, 3)) is no index"))
     'a tensor of shape (2, 3) on cuda:0 is no index'
     """
-    try:
-        lines = str(error).strip().splitlines()
-    except Exception:  # noqa: BLE001 - the message is the user's own code
-        return "its message cannot be read"
+    lines = message_of(error).strip().splitlines()
     text = lines[0] if lines else ""
     for words, plain in _PLAIN:
         text = words.sub(plain, text)

@@ -23,6 +23,7 @@ from lightning_memplan.memory.program import interleaved, scale
 from lightning_memplan.memory.search import SizeLimits, largest_fitting
 from lightning_memplan.planning.job import DataSource, TrainingJob
 from lightning_memplan.planning.retrace import MANY, MAY_TAKE_MORE, batches_of_many, is_of_many
+from lightning_memplan.probe.out_of_memory import gpu_failed
 from lightning_memplan.probe.probe import SIZES, probe_steps
 from lightning_memplan.step.compiled_regions import COMPILED_SIZES, compiled_parts
 from lightning_memplan.trace.compiled import Graphs
@@ -52,7 +53,7 @@ def predict(job: TrainingJob, largest: int | None = None) -> Estimate:
                 raise
             why_not = str(error) if isinstance(error, TraceError) else explain(error, "a probe")
         except REFUSALS as error:
-            if job.method == "probe" or _gpu_failed(error):
+            if job.method == "probe" or gpu_failed(error):
                 raise
             refused, why_not = error, explain(error, "a probe")
     if probed is not None and job.method == "probe":
@@ -77,11 +78,6 @@ def predict(job: TrainingJob, largest: int | None = None) -> Estimate:
     if probed.largest_seen <= max(SIZES[0]):  # only the trace knows which kernels a large batch gets
         first, second = _tightest_first((probed, traced), job.device)
     return replace(first, alternatives=(second,), notes=tuple(dict.fromkeys(probed.notes + traced.notes)))
-
-
-def _gpu_failed(error: Exception) -> bool:
-    """Tell an error after which the GPU fails in every call of this process."""
-    return isinstance(error, getattr(torch, "AcceleratorError", ()))
 
 
 def _probed(job: TrainingJob, largest: int | None) -> Estimate:

@@ -18,6 +18,7 @@ from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.search import MEMORY, LimitedBy, lacking
 from lightning_memplan.planning.limits import Limits
 from lightning_memplan.probe.clean_up import give_back
+from lightning_memplan.probe.out_of_memory import gpu_failed
 from lightning_memplan.probe.probe import TrialPeaks
 from lightning_memplan.types import Plan
 from lightning_memplan.units import format_bytes
@@ -236,7 +237,7 @@ def _tried(proposal: Proposal, attempt: int, strict: bool) -> Proposal:
     try:
         peaks = proposal.session.trial(proposal.plan)
     except Exception as error:
-        if strict or isinstance(error, getattr(torch, "AcceleratorError", ())):  # a GPU that failed stays so
+        if strict or gpu_failed(error):  # a GPU that failed stays so
             raise
         why = explain(error, "real steps")
         if proposal.plan.method == "formula":

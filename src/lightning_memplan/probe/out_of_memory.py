@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from lightning_memplan.errors import message_of
 from lightning_memplan.units import parse_bytes
 
 
@@ -25,7 +26,7 @@ def ran_out_of_memory(error: BaseException | None, *, refused: bool = False) -> 
     (False, True)
     """
     for one in exception_chain(error):
-        text = str(one)
+        text = message_of(one)
         if isinstance(one, torch.OutOfMemoryError):
             return True
         if isinstance(one, RuntimeError) and any(part in text for part in _OUT_OF_MEMORY):
@@ -33,6 +34,15 @@ def ran_out_of_memory(error: BaseException | None, *, refused: bool = False) -> 
         if refused and any(part in text for part in _PERHAPS_OUT_OF_MEMORY):
             return True
     return False
+
+
+def gpu_failed(error: BaseException) -> bool:
+    """Tell an error after which the GPU fails in every call of this process (torch 2.8 and later name it).
+
+    >>> gpu_failed(RuntimeError("out of memory"))
+    False
+    """
+    return isinstance(error, getattr(torch, "AcceleratorError", ()))
 
 
 def exception_chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -77,7 +87,7 @@ def missing_bytes(error: BaseException | None) -> int:
     2097152
     """
     for one in exception_chain(error):
-        found = re.search(r"Tried to allocate (\S+ \w+?)\. .*?of which (\S+ \w+) is free", str(one), re.DOTALL)
+        found = re.search(r"Tried to allocate (\S+ \w+?)\. .*?of which (\S+ \w+) is free", message_of(one), re.DOTALL)
         if found is not None:
             return max(1, parse_bytes(found[1].replace("bytes", "B")) - parse_bytes(found[2].replace("bytes", "B")))
     return 1

@@ -18,7 +18,7 @@ from lightning_memplan.memory.formula import Formula
 from lightning_memplan.memory.program import scale
 from lightning_memplan.probe.allocator_history import GpuContext, records_already
 from lightning_memplan.probe.clean_up import as_found, give_back
-from lightning_memplan.probe.out_of_memory import missing_bytes, ran_out_of_memory, refusals
+from lightning_memplan.probe.out_of_memory import gpu_failed, missing_bytes, ran_out_of_memory, refusals
 from lightning_memplan.probe.run import ProbeRun
 from lightning_memplan.step.begun import Begun
 from lightning_memplan.step.quiet import leaving_no_trace
@@ -72,14 +72,20 @@ def probe_steps(
     run = ProbeRun(setup, device, begun)
     with as_found(device), leaving_no_trace(setup.module):
         for sizes in SIZES:
-            found = _unless_out_of_memory(device, partial(_record, run, sample, sizes))
+            try:
+                found = _unless_out_of_memory(device, partial(_record, run, sample, sizes))
+            except REFUSALS as error:
+                if sizes == SIZES[0] or gpu_failed(error):
+                    raise
+                # larger batches ran out of memory: that so few are refused is no mistake of the user's
+                raise TraceError(explain(error, f"a probe of {sizes[0]} samples"), reason="refused") from error
             if found is not None:
                 traces, formula = found
                 limit = _limit(run, traces, formula, capacity, largest)
                 try:
                     more = _record_large(run, sample, traces, limit, largest)
                 except Exception as error:  # of a batch that no plan may come to: real steps confirm the one that does
-                    if isinstance(error, getattr(torch, "AcceleratorError", ())):  # the GPU stays in its failed state
+                    if gpu_failed(error):
                         raise
                     note = f"no large batch was probed: {explain(error, f'a probe of up to {limit} samples')}"
                     traces, more = [replace(trace, notes=(*trace.notes, note)) for trace in traces], None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_memplan.errors import TraceError
+from lightning_memplan.errors import TraceError, message_of
 from lightning_memplan.step.module_copy import rebound, replicate
 
 TensorCopy = Callable[[torch.Tensor], "torch.Tensor | None"]  #: return what stands for a tensor; None: a copy does
@@ -66,7 +66,8 @@ class Begun:
             return made, copy.deepcopy(self.schedulers, memo)
         except Exception as error:
             raise TraceError(
-                f"the optimizers of {type(self.replica).__name__} cannot be copied ({type(error).__name__}: {error})",
+                f"the optimizers of {type(self.replica).__name__} cannot be copied ({type(error).__name__}: "
+                f"{message_of(error)})",
                 reason="not_copyable",
             ) from error
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_memplan.errors import TraceError
+from lightning_memplan.errors import TraceError, message_of
 from lightning_memplan.lightning.compat import is_datamodule, is_lightning_module
 from lightning_memplan.step.stand_ins import StandInTrainer
 from lightning_memplan.step.uncopyable import Preparation
@@ -63,7 +63,7 @@ def replicate(
             replica: nn.Module = preparation.copied(module)
     except Exception as error:
         raise TraceError(
-            f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}): "
+            f"{type(module).__name__} cannot be copied ({type(error).__name__}: {message_of(error)}): "
             "what cannot be copied should be made in setup() or training_step(), not kept on the module",
             reason="not_copyable",
         ) from error
