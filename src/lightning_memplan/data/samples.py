@@ -9,7 +9,7 @@ from math import lcm
 from typing import Any, Literal, get_args
 
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_memplan.data.batches import (
     batch_size_of,
@@ -151,6 +151,8 @@ def read_samples(source: Any, sample: Which = "first", sample_size: int = SAMPLE
         make = _maker(source, look)
         found = Samples(make, common_multiple(source) if _is_collection(source) else 1)
         found = replace(found, own=_own_size(source, look), count=min(look.counts.values(), default=None))
+        if found.own is not None and found.count is None:
+            found = replace(found, count=_samples_of_all(source, found.own))
         if _is_collection(source):
             found = _with_sizes_that_can_be_had(found, source)
     return replace(found, notes=(*look.notes, *found.notes))
@@ -165,6 +167,26 @@ def _own_size(source: Any, look: _Look) -> int | None:
         sizes = [yielded_size(loader) for loader in loaders_in(source)]
         return min(filter(None, sizes), default=look.rows.get("batch"))
     return smallest
+
+
+def _samples_of_all(batches: Any, each: int) -> int | None:
+    """Return how many samples batches have that are no DataLoader's, by their number; None if it is not known.
+
+    Where a last batch that is not full is dropped, there are no fewer. Otherwise they all come in one batch of as many.
+    """
+    workers = 1
+    if isinstance(batches, DataLoader):
+        if batching_sampler(batches) is not None:
+            return None
+        if isinstance(batches.dataset, IterableDataset):
+            workers = max(1, batches.num_workers)  # each makes batches of its share
+        batches = batches.dataset
+    elif _is_collection(batches):
+        return None
+    try:
+        return max(1, len(batches) // workers) * each
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _with_sizes_that_can_be_had(samples: Samples, source: Any) -> Samples:
@@ -309,7 +331,7 @@ def _kept(loader: DataLoader[Any], count: int, look: _Look, *, spread: bool) -> 
         raise ValueError(_EMPTY)
     if kept.ended:
         look.counts[id(loader)] = max(1, len(kept.indices) // max(1, loader.num_workers))
-    return kept.where_it_works(yielded_size(loader) or 1)
+    return kept.where_it_works(yielded_size(loader) or 1).in_batches()
 
 
 # ---------------------------------------------------------------------------------------------------- several loaders
