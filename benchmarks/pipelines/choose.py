@@ -231,16 +231,21 @@ def _training(p: Pipeline) -> dict[str, Any]:
         changed |= {"accumulate": 1, "combined": "", "overfit": 0}
     if p.combined:
         changed |= {"overfit": 0, "loader": "plain" if p.loader == "wrapper" else p.loader}
-    if p.interval == 0.5 and p.streams and p.data != "sized_stream":
-        changed["interval"] = 1.0
+    if p.streams and p.data != "sized_stream":  # which have no part
+        changed |= {name: AXES[name][0] for name in ("limit", "interval", "overfit") if getattr(p, name) == 0.5}
+    if 0.5 in (p.limit, p.overfit):
+        changed |= {
+            "batch_size": min(p.batch_size, 3),
+            "count": max(p.count, 24),
+        }
     if p.overfit:
         changed |= {"limit": 1.0, "validates": False}
     if not p.validates or p.overfit:
         changed |= {"interval": 1.0, "every": 1, "sanity": 0}
     if p.reload and p.holder in ("passed", "attribute_passed"):
         changed["reload"] = 0
-    if p.holder == "ratio":
-        changed["batch_size"] = max(2, p.batch_size)
+    if p.holder == "ratio" and p.batch_size == 1:
+        changed["batch_size"] = 4
     return changed
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from math import lcm
 from typing import Any, Literal, get_args
 
@@ -23,7 +24,6 @@ from lightning_memplan.data.batches import (
 )
 from lightning_memplan.data.loaders import (
     batching_sampler,
-    common_multiple,
     loaders_in,
     share_of,
     unit_of,
@@ -60,7 +60,7 @@ class Samples:
     """
 
     make: _Make  #: makes a batch of a number of samples
-    multiple: int = 1  #: sizes are multiples of it: 1 unless loaders of a collection differ (see ``common_multiple``)
+    multiple: int = 1  #: sizes are multiples of it: 1 unless loaders of a collection differ, as 4 and 6
     notes: tuple[str, ...] = ()  #: remarks that belong into a plan
     accepts: int = 1  #: ``collate_fn`` makes batches of multiples of it alone
     fixed: int | None = None  #: the only batch size, where no other can be had
@@ -149,7 +149,7 @@ def read_samples(source: Any, sample: Which = "first", sample_size: int = SAMPLE
     look = _Look(sample, sample_size, {}, {})
     with isolated_random_state():
         make = _maker(source, look)
-        found = Samples(make, common_multiple(source) if _is_collection(source) else 1)
+        found = Samples(make, lcm(*look.multiples))
         found = replace(found, own=_own_size(source, look), count=min(look.counts.values(), default=None))
         if found.own is not None and found.count is None:
             found = replace(found, count=_samples_of_all(source, found.own))
@@ -254,6 +254,7 @@ class _Look:
     notes: dict[str, None]  #: remarks that were made while looking, in order
     counts: dict[int, int]  #: samples of a pass, where all of them were read
     rows: dict[str, int] = field(default_factory=dict)  #: number of rows of a batch that was read
+    multiples: list[int] = field(default_factory=list)  #: batch sizes at which a loader yields whole samples
 
     @property
     def count(self) -> int:
@@ -342,7 +343,8 @@ def _is_collection(source: Any) -> bool:
 def _from_collection(source: Any, look: _Look) -> _Make:
     """Make a batch of each loader, in the shape of the collection; the largest one if loaders are read in sequence."""
     loaders = source.iterables if is_combined_loader(source) else source
-    makers = [(_maker(loader, look), share_of(loader, source)) for loader in tree_leaves(loaders)]
+    makers = [(_maker(loader, look), _share_of(loader, source, look)) for loader in tree_leaves(loaders)]
+    look.multiples.extend(share.denominator for _, share in makers)
 
     def make(size: int) -> Any:
         batches = iter([one(max(1, int(size * share))) for one, share in makers])
@@ -352,3 +354,13 @@ def _from_collection(source: Any, look: _Look) -> _Make:
         largest, share = max(makers, key=lambda maker: tensor_bytes(maker[0](1)) * maker[1])
         return lambda size: largest(max(1, int(size * share)))
     return make
+
+
+def _share_of(loader: Any, source: Any, look: _Look) -> Fraction:
+    """Return ``share_of``; by the rows that were read of a loader that tells no batch size, beside one that does."""
+    unit = unit_of(source)
+    if unit is None or unit_of(loader) is not None:
+        return share_of(loader, source)
+    told = isinstance(loader, DataLoader) and batching_sampler(loader) is not None
+    rows = yielded_size(loader) if told else look.rows.get("batch")
+    return Fraction(rows or unit, unit)

@@ -629,6 +629,33 @@ class Buckets(Sampler):
             yield from (list(kind)[k : k + self.batch_size] for k in range(0, len(kind), self.batch_size))
 
 
+class ShufflesBatches(Sampler):
+    """Whole batches in another order: the rest comes first."""
+
+    def __init__(self, batch_size):
+        self.batch_size = batch_size
+
+    def __iter__(self):
+        return iter([list(range(k, min(k + self.batch_size, 40))) for k in range(0, 40, self.batch_size)][::-1])
+
+
+@pytest.mark.parametrize("size", [3, 7, 24, 40])  # which leave 1, 5, 16 and none
+def test_a_rest_that_comes_first_is_no_other_batch_size(size):
+    loader = DataLoader(Rows(), batch_sampler=ShufflesBatches(3))
+    assert yielded_size(loader) == 3
+    check_resizable(loader, size)
+    assert max(map(len, resized_loaders(loader, [size]))) == size
+
+
+def test_a_sampler_of_larger_batches_does_not_follow_its_size():
+    class Descends(ShufflesBatches):
+        def __iter__(self):
+            return iter([[0] * count for count in range(5, 0, -1)])
+
+    with pytest.raises(ApplyError, match="set to 1, it makes a batch of 5"):
+        check_resizable(DataLoader(Rows(), batch_sampler=Descends(3)))
+
+
 class MadeBefore(Sampler):
     """Its batches are made when it is."""
 
