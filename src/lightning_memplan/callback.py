@@ -30,7 +30,7 @@ from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.monitor.history import RunSetup, history_path, remember
 from lightning_memplan.monitor.meter import PHASES, Forecast, Meter
 from lightning_memplan.planning.apply import names_by_stage
-from lightning_memplan.planning.fit import FitOptions, FitPlanner, plan_and_set_test
+from lightning_memplan.planning.fit import FitOptions, FitPlanner, SizeOfTest, plan_and_set_test
 from lightning_memplan.planning.job import WhichSamples, named_device, sampling_of
 from lightning_memplan.planning.limits import Limits
 from lightning_memplan.probe.out_of_memory import gpu_failed, ran_out_of_memory
@@ -177,7 +177,8 @@ class MemoryPlanner(CallbackBase):
         self._formula_peak = 0
         self._index: int | None = None
         self._applies = False  # whether this run's batch size is set
-        self._sets_test = False
+        self._test: SizeOfTest | None = None  # as long as it runs
+        self._planned_for: int | None = None  # samples of the batches that are predicted, once training has begun
         self._accumulated = 1  # batches, as an earlier plan has set
         self._check()
 
@@ -234,9 +235,9 @@ class MemoryPlanner(CallbackBase):
         if "test" in options.names and self._applies and not trainer.fast_dev_run:
             self.test_plan = None
             with planning_together(), planning_warnings():
-                self.test_plan, size = plan_and_set_test(trainer, module, options)
-            self._sets_test = True
-            say(f"MemoryPlanner: the batch size of the test is {size}")
+                self._test = plan_and_set_test(trainer, module, options)
+            self.test_plan = self._test.plan
+            say(f"MemoryPlanner: the batch size of the test is {self._test.batch_size}")
 
     def _plan_fit(self, trainer: Any, module: Any) -> None:
         options = self._options_on(trainer)
@@ -287,7 +288,7 @@ class MemoryPlanner(CallbackBase):
 
     def _forget_plan(self) -> None:
         self.plan = self.val_plan = self.estimate = self._fit = self._meter = self._measured = None
-        self._index, self._formula_peak = None, 0
+        self._index, self._formula_peak, self._planned_for = None, 0, None
 
     # -- resume: Lightning restores after setup, and before any loader is built
 
@@ -388,26 +389,34 @@ class MemoryPlanner(CallbackBase):
 
     @_measures
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self._fit is not None and self.plan is not None:
+            first = self._planned_for is None
+            if first or (not batch_idx and trainer.reload_dataloaders_every_n_epochs):
+                self._follow(self._fit, self.plan, self._fit.size_of(batch), first)
         if self._meter is not None:
-            if not self._meter.step and self.plan is not None:
-                self._predict_for(batch, self._meter, self.plan)
             self._meter.begin()
 
-    def _predict_for(self, batch: Any, meter: Meter, plan: Plan) -> None:
-        """Predict for batches of as many samples as the first one has; say where another number was set."""
-        assert self._fit is not None
-        size = self._fit.size_of(batch)
-        if size is None or size == plan.batch_size or self.estimate is None:  # the planned size is as good a guess
+    def _follow(self, fit: FitPlanner, plan: Plan, size: int | None, first: bool) -> None:
+        """Predict for batches of as many samples as this one has; say of the first whether that is what was set.
+
+        The loaders may be made anew in later epochs, with other batches.
+        """
+        planned, is_set = self._planned_for or plan.batch_size, fit.place is not None
+        self._planned_for = size or planned  # the planned size is as good a guess as any
+        if first and is_set and size == planned:
+            say(f"MemoryPlanner: batch size {size} is set")
+        if self._planned_for == planned or self.estimate is None:
             return
-        meter.forecast = self._forecast(size)
-        self._formula_peak = self.estimate.formula.memory(size)
-        if self._fit.place is None:
-            say(f"MemoryPlanner predicts for batches of {size}, as training has them")
-        else:
+        if self._meter is not None:
+            self._meter.forecast = self._forecast(size)
+        self._formula_peak = self.estimate.formula.memory(self._planned_for)
+        if first and is_set:
             warn(
-                f"{plan.batch_size} samples a batch were planned and set, and the first batch has {size}: its "
-                "loader decides otherwise. Predictions follow the batch"
+                f"{planned} samples a batch were planned and set, and the first batch has {size}: its loader decides "
+                "otherwise. Predictions follow the batch"
             )
+        elif self._meter is not None:
+            say(f"MemoryPlanner predicts for batches of {size}, as training has them")
 
     @_measures
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
@@ -485,9 +494,11 @@ class MemoryPlanner(CallbackBase):
         self._release(trainer)
 
     def _release(self, trainer: Any) -> None:
-        if self._sets_test or (self._fit is not None and self._fit.place is not None):
+        test, self._test = self._test, None
+        if test is not None or (self._fit is not None and self._fit.place is not None):
             release_loaders(trainer)
-        self._sets_test = False
+        if test is not None:
+            test.put_back()
         if self._fit is not None:
             self._fit.place = None
             self._fit.release()
