@@ -106,7 +106,7 @@ class MemoryPlanner(CallbackBase):
             batch size ran out of memory.
         resume: Where training resumes from a checkpoint: ``"keep"`` its batch size, so that a resumed epoch goes on at
             the same sample, or ``"plan"`` again.
-        every_n_steps: Log the measurements of every n-th step; all are kept in ``measurements``.
+        every_n_steps: Log the measurements of every n-th step.
         prog_bar: ``False``: metrics go to loggers alone.
         history: Keep a line of each run on a CUDA device (predicted and measured peaks, versions, settings): ``True``
             in ``~/.local/share/lightning-memplan/history.jsonl`` or where ``MEMPLAN_HISTORY`` says, or the path of a
@@ -117,7 +117,8 @@ class MemoryPlanner(CallbackBase):
         val_plan: The plan of validation, where it has a batch size of its own.
         test_plan: The plan of the last ``trainer.test``, where tests have a batch size of their own.
         estimate: The ``Estimate`` behind the plan.
-        measurements: One ``Measurement`` for each CUDA step.
+        measurements: One ``Measurement`` for each CUDA step: of a long run the first three steps, the highest, and the
+            last 1,000.
         validations: The ``Peaks`` of each validation on a CUDA device.
 
     Raises:
@@ -465,7 +466,9 @@ class MemoryPlanner(CallbackBase):
         if len(ranks) > 1 and self._log is not None:
             self._log.metrics(ranks_metrics(ranks))
         if self.measurements:
-            say(measurement_summary(self.measurements, ranks, self.validations))
+            meter = self._measured
+            assert meter is not None
+            say(measurement_summary(meter.measurements, ranks, meter.validations, meter.step, meter.retries))
         self._remember(trainer, pl_module, "done")
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

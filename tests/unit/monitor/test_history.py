@@ -440,6 +440,7 @@ class Measured:
             Measurement(1, 35, 45, 33, 50, {"forward": 30}, {"forward": 31, "backward": 33}),
             Measurement(2, 35, 45, 34, 45, retries=2),
         ][:steps]
+        self.step, self.retries = steps, 3
 
 
 def planned(**changes: Any) -> Plan:

@@ -362,6 +362,14 @@ def test_the_worst_error_may_be_too_low() -> None:
     assert "median -15.0 %, worst -50.0 % in step 5" in measurement_summary(steps)
 
 
+def test_a_long_run_of_which_not_all_is_kept() -> None:
+    # 52,000 steps ran, and the allocator retried in five of them
+    text = measurement_summary([Measurement(4, 12, 12, 10, 12)] * 3, steps=52_000, retries=5)
+    assert text.startswith("memory over 52,000 measured steps")
+    assert "error of allocated, 3 steps: median" in text
+    assert "the allocator gave its cache back 5 times" in text
+
+
 def test_no_measurements_are_said_to_be_none() -> None:
     assert measurement_summary([]) == "memory: no step was measured"
     # a step that allocated nothing has no error
