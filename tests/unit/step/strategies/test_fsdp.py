@@ -369,6 +369,7 @@ def test_layers_that_configure_model_wraps_are_units():
 
 
 @pytest.mark.slow
+@pytest.mark.further
 def test_seven_billion_parameters_are_planned_without_one():
     """On 8 cards of 80 GB, in a process that shows what of the host's memory it took."""
     source = str(Path(mp.__file__).parents[1])
