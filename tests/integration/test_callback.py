@@ -366,7 +366,7 @@ def test_an_unknown_method():
 def test_an_unknown_card_names_the_near_ones():
     with pytest.raises(ValueError, match=r"'RTX 3091' is not in the catalogue of GPUs: near are .*'RTX 3090'"):
         mp.MemoryPlanner(device="RTX 3091")
-    with pytest.raises(TypeError, match=r"device is the name of a card or a Device, not 3090"):
+    with pytest.raises(TypeError, match=r"device is the name of a GPU or a Device, not 3090"):
         mp.MemoryPlanner(device=3090)
 
 

@@ -61,9 +61,19 @@ def make_plan(
         accumulate_grad_batches=accumulate_grad_batches if whole is None else whole // (size * ranks),
         notes=(*found.notes, *notes),
         effective_batch_size=whole,
+        needed=needed_bytes(found, size, budget, device.capacity),
         reserved_range=found.reserved_range(size, device.capacity),
         nccl=nccl,
     )
+
+
+def needed_bytes(estimate: Estimate, batch_size: int, budget: int, capacity: int) -> int:
+    """Return the peak bytes that an allocator reserves which has no more than the budget: it keeps less in its cache.
+
+    ``estimate`` fits in the budget; where it does not, return what it reserves in ``capacity``.
+    """
+    peak = estimate.peak(batch_size, capacity)
+    return estimate.peak(batch_size, budget) if peak > budget and estimate.fits(batch_size, budget) else peak
 
 
 def _only(limits: Limits, batch_size: int) -> Limits:

@@ -32,18 +32,17 @@ def few_steps(trainer: Any, source: Any, batch_size: int, own: int) -> str:
     many = batch_size > MANY_TIMES * own
     if not (few or many):
         return ""
-    told = []
+    told = [f"is {batch_size / own:.3g} times yours ({own})"] if many else []
     if few:
-        told.append(f"leaves {after} optimizer {'step' if after == 1 else 'steps'} an epoch, where {own} had {before}")
-    if many:
-        told.append(f"is {batch_size // own} times yours ({own})")
+        told.append(f"leaves {after} optimizer {'step' if after == 1 else 'steps'} an epoch in place of {before}")
     within = range(own, max(own, min(batch_size - 1, MANY_TIMES * own)) + 1)
     enough = bisect_left(within, x=True, key=lambda size: (steps(size) or FEW_STEPS) < FEW_STEPS)  # larger: fewer steps
     largest = within[max(0, enough - 1)]
+    whole = own * trainer.accumulate_grad_batches * trainer.world_size
     return (
-        f"batch size {batch_size} {' and '.join(told)}. To stay closer to your training pass max_batch_size={largest}, "
-        f"or effective_batch_size={own * trainer.accumulate_grad_batches * trainer.world_size} to keep its optimizer "
-        "steps; else raise the learning rate"
+        f"batch size {batch_size} {', and '.join(told)}. To stay closer to your training pass "
+        f"max_batch_size={largest}, or effective_batch_size={whole} to keep its optimizer steps; else raise the "
+        "learning rate"
     )
 
 

@@ -93,7 +93,7 @@ def _error_lines(measurements: Sequence[Measurement], which: str) -> list[str]:
 def _card_line(reserved: int, total: int) -> str:
     """Return how much of the GPU was reserved at most."""
     bar = draw_bar(reserved, total, fill=".")
-    return format_row("card", format_bytes(total), f"{percent(reserved, total)} of it reserved  [{bar}]")
+    return format_row("GPU", format_bytes(total), f"{percent(reserved, total)} of it reserved  [{bar}]")
 
 
 def _peak_lines(reserved: _Peak, allocated: _Peak, phases: Mapping[str, _Peak]) -> list[str]:
@@ -126,7 +126,7 @@ def _planned(method: str, margin: float) -> str:
 
 def _retried(times: int) -> str:
     often = "once" if times == 1 else f"{times} times"
-    return f"the allocator gave its cache back {often} to serve a request, which takes time: the card was full"
+    return f"the allocator gave its cache back {often} to serve a request, which takes time: the GPU was full"
 
 
 # --- history
@@ -185,7 +185,7 @@ def run_report(run: RunRecord, lesson: str = "") -> str:
       peak reserved     2.00 GiB     2.00 GiB     +0.0 %
       peak allocated    1.00 GiB     1.00 GiB     +0.0 %
         backward        1.00 GiB     1.00 GiB     +0.0 %
-      card             16.00 GiB   12 % of it reserved  [##..................]
+      GPU              16.00 GiB   12 % of it reserved  [##..................]
     """
     when = f", {_when(run)} UTC" if run.time else ""
     ended = {"done": "done,", "stopped": "stopped after"}.get(run.outcome)

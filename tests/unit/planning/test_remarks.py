@@ -32,14 +32,20 @@ def advice(samples: int, own: int, size: int, loader: Any = None, **settings: An
         ({"own": 4, "size": 32}, ""),
         ({"own": 10, "size": 50}, ""),
         ({"own": 10, "size": 52}, ""),  # 20 batches, the last of 12
-        ({"own": 10, "size": 53}, "batch size 53 leaves 19 optimizer steps an epoch, where 10 had 100."),
-        ({"own": 4, "size": 34}, "batch size 34 is 8 times yours (4)."),
-        ({"own": 4, "size": 500}, "batch size 500 leaves 2 optimizer steps an epoch, where 4 had 250 and is 125 times"),
-        ({"own": 100, "size": 1000}, "batch size 1000 leaves 1 optimizer step an epoch, where 100 had 10 and is 10"),
+        ({"own": 10, "size": 53}, "batch size 53 leaves 19 optimizer steps an epoch in place of 100."),
+        ({"own": 4, "size": 34}, "batch size 34 is 8.5 times yours (4)."),
+        (
+            {"own": 4, "size": 500},
+            "500 is 125 times yours (4), and leaves 2 optimizer steps an epoch in place of 250.",
+        ),
+        (
+            {"own": 100, "size": 1000},
+            "is 10 times yours (100), and leaves 1 optimizer step an epoch in place of 10.",
+        ),
         ({"own": 100, "size": 100}, ""),  # ten steps, as before
         ({"own": 100, "size": 80}, ""),
         # two batches a step: 500 samples are 25 steps of 40, 1,000 are 13
-        ({"own": 10, "size": 40, "accumulate_grad_batches": 2}, "leaves 13 optimizer steps an epoch, where 10 had 50"),
+        ({"own": 10, "size": 40, "accumulate_grad_batches": 2}, "leaves 13 optimizer steps an epoch in place of 50."),
         ({"own": 10, "size": 50, "limit_train_batches": 19}, ""),  # 19 batches of either
     ],
     ids=str,
@@ -65,7 +71,7 @@ def test_what_is_advised_is_neither_few_steps_nor_far() -> None:
 
 def test_of_a_stream_only_the_ratio_is_known() -> None:
     assert advice(0, own=4, size=32, loader=DataLoader(Stream())) == ""
-    assert "batch size 33 is 8 times yours (4). To stay closer to your training pass max_batch_size=32," in advice(
+    assert "batch size 33 is 8.25 times yours (4). To stay closer to your training pass max_batch_size=32," in advice(
         0, own=4, size=33, loader=DataLoader(Stream())
     )
 
