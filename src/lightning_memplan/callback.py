@@ -33,6 +33,7 @@ from lightning_memplan.planning.apply import names_by_stage
 from lightning_memplan.planning.fit import FitOptions, FitPlanner, SizeOfTest, plan_and_set_test
 from lightning_memplan.planning.job import WhichSamples, named_device, sampling_of
 from lightning_memplan.planning.limits import Limits
+from lightning_memplan.planning.shortage import note_shortage
 from lightning_memplan.probe.out_of_memory import gpu_failed, ran_out_of_memory
 from lightning_memplan.report.figures import plot_timeline
 from lightning_memplan.report.metrics import (
@@ -341,7 +342,7 @@ class MemoryPlanner(CallbackBase):
                 "devices tell their peak memory; use Trainer(accelerator='gpu') on a machine that has one"
             )
         if self._fit is not None and self.plan is not None and self._log is not None:
-            self._check_loaders(self._fit, self.plan)
+            self._fit.check_loaders(self.plan, strict=self.on_error == "raise")
             self._log.hyperparams(plan_hparams(self.plan) | self._fit.hyperparameters())
             self._log.figure("memplan/timeline", partial(self._drawn, self.plan))
 
@@ -362,16 +363,6 @@ class MemoryPlanner(CallbackBase):
             return plot_timeline(self.estimate, plan.batch_size, device=plan.device, budget=plan.budget)
         except (ModuleNotFoundError, ValueError):  # by the formula; or a checkpoint's size, which does not fit
             return None
-
-    def _check_loaders(self, fit: FitPlanner, plan: Plan) -> None:
-        """See that the loaders have the planned size, now that they are there."""
-        try:
-            if fit.place is not None:
-                fit.place.check(plan.batch_size)
-        except Exception as error:
-            if self.on_error == "raise":
-                raise
-            warn(f"the loaders may not give the planned batch size {plan.batch_size}: {located(error)}")
 
     @property
     def measurements(self) -> list[Measurement]:
@@ -476,6 +467,9 @@ class MemoryPlanner(CallbackBase):
             if self._meter is not None:
                 out = ran_out_of_memory(exception) and not self._meter.validates
                 self._remember(trainer, pl_module, "out of memory" if out else "stopped")
+        with suppress(Exception):
+            if self._index is not None and self._fit is not None and ran_out_of_memory(exception):
+                note_shortage(exception, trainer.lightning_module, self._fit, self._meter, self._index)
         with suppress(Exception):
             self._release(trainer)
 

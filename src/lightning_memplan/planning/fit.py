@@ -41,6 +41,7 @@ from lightning_memplan.planning.job import (
     source_of_trainer,
 )
 from lightning_memplan.planning.limits import Limits
+from lightning_memplan.planning.plan import RISES
 from lightning_memplan.planning.proposal import IsFatal, Proposal, always, confirmed, on_all_ranks
 from lightning_memplan.planning.remarks import few_steps, smaller_gpu
 from lightning_memplan.planning.session import PlanningSession, allocated_on, check_effective_batch_size
@@ -143,6 +144,16 @@ class FitPlanner:
             return batch_size_of(batch)
         except ValueError:
             return None
+
+    def check_loaders(self, plan: Plan, *, strict: bool) -> None:
+        """See that the loaders have the planned size, now that they are there; warn where they have not, or raise."""
+        try:
+            if self.place is not None:
+                self.place.check(plan.batch_size)
+        except Exception as error:
+            if strict:
+                raise
+            warn(f"the loaders may not give the planned batch size {plan.batch_size}: {located(error)}")
 
     def hyperparameters(self) -> dict[str, int]:
         """Return what was set, under the names that the user knows."""
@@ -298,6 +309,7 @@ class FitPlanner:
     def _remarks(self, plan: Plan) -> list[str]:
         """Return doubts about the plan, and what it changes in training beside memory."""
         remarks = ["; ".join(self._doubts)] if self._doubts else []
+        remarks += [note for note in plan.notes if note.startswith(RISES)]
         if self.place is None:
             return remarks
         own, accumulates = self.own_size, plan.effective_batch_size is None  # what the plan sets is no surprise
