@@ -17,6 +17,7 @@ import pytest
 NULLGPU = Path(__file__).resolve().parent / "nullgpu"
 collect_ignore = ["nullgpu"]  # its Python is run, not tested by itself
 REQUIRED = "MEMPLAN_REQUIRE_NULLGPU"  # set to 1 where a skipped test would go unseen
+TESTS = "MEMPLAN_TESTS"  # set to "all" to run further cases too
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side: their threads would wait for one another
 os.environ["MEMPLAN_HISTORY"] = "off"  # no test keeps a record of its runs in the user's home
@@ -33,8 +34,12 @@ def _builder() -> ModuleType:
     return module
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what uses the null GPU, and run it after everything that does not."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what uses the null GPU, and run it after everything that does not; leave further cases out."""
+    if os.environ.get(TESTS) != "all":
+        further = [item for item in items if item.get_closest_marker("further")]
+        items[:] = [item for item in items if not item.get_closest_marker("further")]
+        config.hook.pytest_deselected(items=further)
     for item in items:
         if "nullgpu" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.nullgpu)

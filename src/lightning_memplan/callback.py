@@ -30,9 +30,10 @@ from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.monitor.history import RunSetup, history_path, remember
 from lightning_memplan.monitor.meter import PHASES, Forecast, Meter
 from lightning_memplan.planning.apply import names_by_stage
-from lightning_memplan.planning.fit import FitOptions, FitPlanner, plan_and_set_test
+from lightning_memplan.planning.fit import FitOptions, FitPlanner, SizeOfTest, plan_and_set_test
 from lightning_memplan.planning.job import WhichSamples, named_device, sampling_of
 from lightning_memplan.planning.limits import Limits
+from lightning_memplan.planning.shortage import note_shortage
 from lightning_memplan.probe.out_of_memory import gpu_failed, ran_out_of_memory
 from lightning_memplan.report.figures import plot_timeline
 from lightning_memplan.report.metrics import (
@@ -106,7 +107,7 @@ class MemoryPlanner(CallbackBase):
             batch size ran out of memory.
         resume: Where training resumes from a checkpoint: ``"keep"`` its batch size, so that a resumed epoch goes on at
             the same sample, or ``"plan"`` again.
-        every_n_steps: Log the measurements of every n-th step; all are kept in ``measurements``.
+        every_n_steps: Log the measurements of every n-th step.
         prog_bar: ``False``: metrics go to loggers alone.
         history: Keep a line of each run on a CUDA device (predicted and measured peaks, versions, settings): ``True``
             in ``~/.local/share/lightning-memplan/history.jsonl`` or where ``MEMPLAN_HISTORY`` says, or the path of a
@@ -117,7 +118,8 @@ class MemoryPlanner(CallbackBase):
         val_plan: The plan of validation, where it has a batch size of its own.
         test_plan: The plan of the last ``trainer.test``, where tests have a batch size of their own.
         estimate: The ``Estimate`` behind the plan.
-        measurements: One ``Measurement`` for each CUDA step.
+        measurements: One ``Measurement`` for each CUDA step: of a long run the first three steps, the highest, and the
+            last 1,000.
         validations: The ``Peaks`` of each validation on a CUDA device.
 
     Raises:
@@ -177,7 +179,8 @@ class MemoryPlanner(CallbackBase):
         self._formula_peak = 0
         self._index: int | None = None
         self._applies = False  # whether this run's batch size is set
-        self._sets_test = False
+        self._test: SizeOfTest | None = None  # as long as it runs
+        self._planned_for: int | None = None  # samples of the batches that are predicted, once training has begun
         self._accumulated = 1  # batches, as an earlier plan has set
         self._check()
 
@@ -234,9 +237,9 @@ class MemoryPlanner(CallbackBase):
         if "test" in options.names and self._applies and not trainer.fast_dev_run:
             self.test_plan = None
             with planning_together(), planning_warnings():
-                self.test_plan, size = plan_and_set_test(trainer, module, options)
-            self._sets_test = True
-            say(f"MemoryPlanner: the batch size of the test is {size}")
+                self._test = plan_and_set_test(trainer, module, options)
+            self.test_plan = self._test.plan
+            say(f"MemoryPlanner: the batch size of the test is {self._test.batch_size}")
 
     def _plan_fit(self, trainer: Any, module: Any) -> None:
         options = self._options_on(trainer)
@@ -287,7 +290,7 @@ class MemoryPlanner(CallbackBase):
 
     def _forget_plan(self) -> None:
         self.plan = self.val_plan = self.estimate = self._fit = self._meter = self._measured = None
-        self._index, self._formula_peak = None, 0
+        self._index, self._formula_peak, self._planned_for = None, 0, None
 
     # -- resume: Lightning restores after setup, and before any loader is built
 
@@ -339,7 +342,7 @@ class MemoryPlanner(CallbackBase):
                 "devices tell their peak memory; use Trainer(accelerator='gpu') on a machine that has one"
             )
         if self._fit is not None and self.plan is not None and self._log is not None:
-            self._check_loaders(self._fit, self.plan)
+            self._fit.check_loaders(self.plan, strict=self.on_error == "raise")
             self._log.hyperparams(plan_hparams(self.plan) | self._fit.hyperparameters())
             self._log.figure("memplan/timeline", partial(self._drawn, self.plan))
 
@@ -361,16 +364,6 @@ class MemoryPlanner(CallbackBase):
         except (ModuleNotFoundError, ValueError):  # by the formula; or a checkpoint's size, which does not fit
             return None
 
-    def _check_loaders(self, fit: FitPlanner, plan: Plan) -> None:
-        """See that the loaders have the planned size, now that they are there."""
-        try:
-            if fit.place is not None:
-                fit.place.check(plan.batch_size)
-        except Exception as error:
-            if self.on_error == "raise":
-                raise
-            warn(f"the loaders may not give the planned batch size {plan.batch_size}: {located(error)}")
-
     @property
     def measurements(self) -> list[Measurement]:
         return [] if self._measured is None else self._measured.measurements
@@ -388,26 +381,34 @@ class MemoryPlanner(CallbackBase):
 
     @_measures
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self._fit is not None and self.plan is not None:
+            first = self._planned_for is None
+            if first or (not batch_idx and trainer.reload_dataloaders_every_n_epochs):
+                self._follow(self._fit, self.plan, self._fit.size_of(batch), first)
         if self._meter is not None:
-            if not self._meter.step and self.plan is not None:
-                self._predict_for(batch, self._meter, self.plan)
             self._meter.begin()
 
-    def _predict_for(self, batch: Any, meter: Meter, plan: Plan) -> None:
-        """Predict for batches of as many samples as the first one has; say where another number was set."""
-        assert self._fit is not None
-        size = self._fit.size_of(batch)
-        if size is None or size == plan.batch_size or self.estimate is None:  # the planned size is as good a guess
+    def _follow(self, fit: FitPlanner, plan: Plan, size: int | None, first: bool) -> None:
+        """Predict for batches of as many samples as this one has; say of the first whether that is what was set.
+
+        The loaders may be made anew in later epochs, with other batches.
+        """
+        planned, is_set = self._planned_for or plan.batch_size, fit.place is not None
+        self._planned_for = size or planned  # the planned size is as good a guess as any
+        if first and is_set and size == planned:
+            say(f"MemoryPlanner: batch size {size} is set")
+        if self._planned_for == planned or self.estimate is None:
             return
-        meter.forecast = self._forecast(size)
-        self._formula_peak = self.estimate.formula.memory(size)
-        if self._fit.place is None:
-            say(f"MemoryPlanner predicts for batches of {size}, as training has them")
-        else:
+        if self._meter is not None:
+            self._meter.forecast = self._forecast(size)
+        self._formula_peak = self.estimate.formula.memory(self._planned_for)
+        if first and is_set:
             warn(
-                f"{plan.batch_size} samples a batch were planned and set, and the first batch has {size}: its "
-                "loader decides otherwise. Predictions follow the batch"
+                f"{planned} samples a batch were planned and set, and the first batch has {size}: its loader decides "
+                "otherwise. Predictions follow the batch"
             )
+        elif self._meter is not None:
+            say(f"MemoryPlanner predicts for batches of {size}, as training has them")
 
     @_measures
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
@@ -456,7 +457,9 @@ class MemoryPlanner(CallbackBase):
         if len(ranks) > 1 and self._log is not None:
             self._log.metrics(ranks_metrics(ranks))
         if self.measurements:
-            say(measurement_summary(self.measurements, ranks, self.validations))
+            meter = self._measured
+            assert meter is not None
+            say(measurement_summary(meter.measurements, ranks, meter.validations, meter.step, meter.retries))
         self._remember(trainer, pl_module, "done")
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -464,6 +467,9 @@ class MemoryPlanner(CallbackBase):
             if self._meter is not None:
                 out = ran_out_of_memory(exception) and not self._meter.validates
                 self._remember(trainer, pl_module, "out of memory" if out else "stopped")
+        with suppress(Exception):
+            if self._index is not None and self._fit is not None and ran_out_of_memory(exception):
+                note_shortage(exception, trainer.lightning_module, self._fit, self._meter, self._index)
         with suppress(Exception):
             self._release(trainer)
 
@@ -485,9 +491,11 @@ class MemoryPlanner(CallbackBase):
         self._release(trainer)
 
     def _release(self, trainer: Any) -> None:
-        if self._sets_test or (self._fit is not None and self._fit.place is not None):
+        test, self._test = self._test, None
+        if test is not None or (self._fit is not None and self._fit.place is not None):
             release_loaders(trainer)
-        self._sets_test = False
+        if test is not None:
+            test.put_back()
         if self._fit is not None:
             self._fit.place = None
             self._fit.release()

@@ -141,6 +141,7 @@ class Plan:
     methods: Mapping[str, int] = field(default_factory=dict)  #: peak bytes reserved by each method that ran
     effective_batch_size: int | None = None  #: samples in each optimizer step, over all devices, if one was asked for
     confirmed: int | None = None  #: peak bytes reserved in real steps of that batch size, if they were run
+    needed: int = 0  #: peak bytes reserved by an allocator that has no more than the budget; 0 where it is not known
     reserved_range: Range | None = None  #: peak bytes reserved, by the workspaces of cuDNN's convolutions
     nccl: int = 0  #: bytes left to NCCL beside the allocator, an allowance that is part of ``device.context``
 

@@ -317,9 +317,23 @@ def test_the_attribute_has_another_name():
     assert module.seen == [7, 7, 7]
 
 
-def test_a_batch_size_that_is_no_int():
-    with pytest.raises(TypeError, match=r"Data\.batch_size should be an int, the batch size, and is '32'"):
-        trainer(planner_of()).fit(Net(), datamodule=Data(batch_size="32"))
+def test_a_named_batch_size_that_is_no_int():
+    data = Data()
+    data.per_gpu = "32"
+    with pytest.raises(TypeError, match=r"Data\.per_gpu should be an int, the batch size, and is '32'"):
+        trainer(planner_of(batch_arg_name="per_gpu")).fit(Net(), datamodule=data)
+
+
+@pytest.mark.parametrize("value", [None, "auto", {"train": 4}])
+def test_a_batch_size_of_another_kind_is_no_holder(value):
+    class Otherwise(Data):
+        def train_dataloader(self):
+            return DataLoader(self.dataset, batch_size=2)
+
+    module = Net()
+    module.batch_size = value
+    fit(module, Otherwise(batch_size=value), planner_of())
+    assert (module.seen, module.batch_size) == ([7, 7, 7], value)
 
 
 def test_an_empty_dataset():
@@ -352,7 +366,7 @@ def test_an_unknown_method():
 def test_an_unknown_card_names_the_near_ones():
     with pytest.raises(ValueError, match=r"'RTX 3091' is not in the catalogue of GPUs: near are .*'RTX 3090'"):
         mp.MemoryPlanner(device="RTX 3091")
-    with pytest.raises(TypeError, match=r"device is the name of a card or a Device, not 3090"):
+    with pytest.raises(TypeError, match=r"device is the name of a GPU or a Device, not 3090"):
         mp.MemoryPlanner(device=3090)
 
 

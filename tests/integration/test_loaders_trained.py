@@ -91,3 +91,21 @@ def test_for_information_the_loaders_own_size_is_predicted(trained: dict[str, An
     assert found["sizes"] == found["own"]
     assert set(found["sizes"]) == {8}
     assert found["errors"] < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("held", [False, True])
+def test_other_batches_of_a_later_epoch_stay(trained: dict[str, Any], held: bool) -> None:
+    found = trained[f"later batches of 12, {held}"]
+    assert found["planned"] == 60
+    assert found["sizes"] == [60] * 20 + [12] * 50  # two epochs of 600 rows, then one
+    assert found["same"]
+    assert found["predicted"] > 1
+    assert found["errors"] < 0.01  # predictions follow
+
+
+@pytest.mark.slow
+def test_a_plan_for_a_larger_gpu_than_the_one_that_trains_is_said(trained: dict[str, Any]) -> None:
+    (said,) = trained["for a larger GPU"]["said"]
+    assert "batch size 600 is planned for RTX 3090 (23.70 GiB), and set here on " in said
+    assert "(2.00 GiB): it reserves" in said

@@ -147,6 +147,7 @@ def test_an_exception_in_one_of_two_ranks_leaves_none_waiting() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.further
 def test_an_exception_anywhere_in_one_of_two_ranks_leaves_none_waiting() -> None:
     found = shown("injected", *USER, *LIBRARY)
     assert len(found) == len({*USER, *LIBRARY})

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections import Counter, UserDict
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,21 @@ def rows_of(batch: Any) -> torch.Tensor:
     if dataclasses.is_dataclass(batch):
         return batch.x  # type: ignore[attr-defined, no-any-return]
     return rows_of(batch["x"] if hasattr(batch, "keys") else torch.stack(batch) if len(batch) > 3 else batch[0])
+
+
+class Scheduled(pl.LightningDataModule):
+    """Makes batches of 8 in the first two epochs, then of ``later``."""
+
+    def __init__(self, later: int, held: bool) -> None:
+        super().__init__()
+        self.later = later
+        if held:
+            self.batch_size = 8
+
+    def train_dataloader(self) -> Any:
+        assert self.trainer is not None
+        later = self.trainer.current_epoch > 1
+        return DataLoader(Rows(), batch_size=self.later if later else getattr(self, "batch_size", 8))
 
 
 class Net(pl.LightningModule):
@@ -239,6 +255,10 @@ STAYS: dict[str, tuple[Callable[[], dict[str, Any]], int]] = {
 rows = torch.arange(20.0)[:, None].expand(-1, WIDTH).contiguous()
 
 
+def scheduled(later: int, held: bool) -> dict[str, Any]:
+    return {"datamodule": Scheduled(later, held)}
+
+
 def fit(data: dict[str, Any], planner: mp.MemoryPlanner | None, **settings: Any) -> Net:
     net = Net(settings.pop("normalized", False))
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -252,7 +272,8 @@ def fit(data: dict[str, Any], planner: mp.MemoryPlanner | None, **settings: Any)
 
 def result(make: Callable[[], dict[str, Any]], apply: bool | None = None, **settings: Any) -> dict[str, Any]:
     """Train an epoch without the planner and one with it."""
-    planner = mp.MemoryPlanner(apply=apply, max_batch_size=settings.pop("max_batch_size", None))
+    options = {name: settings.pop(name) for name in ("max_batch_size", "device") if name in settings}
+    planner = mp.MemoryPlanner(apply=apply, **options)
     without = fit(make(), None, **settings)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -285,6 +306,10 @@ def main() -> None:
         passed(lambda: DataLoader(Rows(), batch_size=8, collate_fn=lambda samples: torch.cat(samples).view(-1, WIDTH))),
         apply=False,
     )
+    reloads = {"reload_dataloaders_every_n_epochs": 1, "max_epochs": 3}
+    for held in (False, True):
+        found[f"later batches of 12, {held}"] = result(partial(scheduled, 12, held), max_batch_size=60, **reloads)
+    found["for a larger GPU"] = result(plain, device="RTX 3090")
     json.dump(found, sys.stdout)
 
 

@@ -40,7 +40,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--optimizer-arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of it")
     how.add_argument("--accumulate-grad-batches", type=int, metavar="N", help="as a Trainer's")
     how.add_argument("--gradient-clip-val", type=float, metavar="X", help="as a Trainer's")
-    how.add_argument("--devices", type=int, metavar="N", help="cards that train together (default: 1)")
+    how.add_argument("--devices", type=int, metavar="N", help="GPUs that train together (default: 1)")
     how.add_argument(
         "--strategy",
         metavar="NAME",
@@ -51,10 +51,10 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
-    card = parser.add_argument_group("the card; the first of this machine where none is named")
+    card = parser.add_argument_group("the GPU; the first of this machine where none is named")
     which = card.add_mutually_exclusive_group()
-    which.add_argument("--gpu", metavar="NAME", help="a card that need not be here, such as 'A100 80GB'")
-    which.add_argument("--memory", metavar="SIZE", help="any card of so much memory, such as 24GiB")
+    which.add_argument("--gpu", metavar="NAME", help="a GPU that need not be here, such as 'A100 80GB'")
+    which.add_argument("--memory", metavar="SIZE", help="any GPU of so much memory, such as 24GiB")
     card.add_argument("--margin", type=float, default=MARGIN, help=f"the part to leave free (default: {MARGIN})")
 
 

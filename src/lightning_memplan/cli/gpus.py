@@ -11,11 +11,11 @@ from lightning_memplan.devices.catalogue import gpus
 from lightning_memplan.report.plans import cards_table, devices_table
 from lightning_memplan.types import Device, as_dict
 
-HELP = "the cards that can be named; with --for, the largest batch size of each"
+HELP = "the GPUs that can be named; with --for, the largest batch size of each"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", nargs="*", help="words of the cards' names")
+    parser.add_argument("words", nargs="*", help="words of the GPUs' names")
     add_job(parser, option="--for")
     add_limits(parser)
 
@@ -47,5 +47,5 @@ def _with_words(text: str) -> list[Device]:
     words = text.lower().split()
     found = [device for device in gpus() if all(word in device.name.lower() for word in words)]
     if not found:
-        raise UsageError(f"no card of the catalogue has {text!r} in its name: memplan gpus lists all")
+        raise UsageError(f"no GPU of the catalogue has {text!r} in its name: memplan gpus lists all")
     return found

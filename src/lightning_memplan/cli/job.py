@@ -139,13 +139,13 @@ def named_device(args: argparse.Namespace) -> Device | None:
     if args.memory:
         if (total := parse_bytes(args.memory)) < MiB:
             raise UsageError(f"--memory {args.memory} are {total} bytes: write a unit, such as --memory 24GiB")
-        return Device(f"a card of {args.memory}", total=total)
+        return Device(f"a GPU of {args.memory}", total=total)
     if args.gpu:
         try:
             return gpu(args.gpu)
         except ValueError as error:
             text = str(error).partition("; gpus()")[0]
-            raise UsageError(f"{text}; memplan gpus lists it, and --memory 24GiB stands for any card") from error
+            raise UsageError(f"{text}; memplan gpus lists it, and --memory 24GiB stands for any GPU") from error
     return None
 
 

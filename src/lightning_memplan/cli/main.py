@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
     >>> main(["gpus", "rtx 3090"])
-    card         for training  compute capability
+    GPU          for training  compute capability
     RTX 3090        23.26 GiB                 8.6
     RTX 3090 Ti     22.94 GiB                 8.6
     0

@@ -16,7 +16,7 @@ HELP = "the largest batch size that fits"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_job(parser)
     add_limits(parser)
-    parser.add_argument("--effective-batch-size", type=int, metavar="N", help="of an optimizer's step, on all cards")
+    parser.add_argument("--effective-batch-size", type=int, metavar="N", help="of an optimizer's step, on all GPUs")
     parser.add_argument("--advice", action="store_true", help="and what would take less memory, as memplan advise")
 
 

@@ -19,7 +19,7 @@ HELP = "a run, predicted against actual, and what earlier runs teach the next pl
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_history_file(parser)
-    text = "words of a module's or card's name (default: the last run on record)"
+    text = "words of a module's or GPU's name (default: the last run on record)"
     parser.add_argument("words", nargs="*", metavar="RUN", help=text)
 
 
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     words = text.lower().split()
     named = [each for each in runs if all(word in f"{each.model} {each.device}".lower() for word in words)]
     if text and not named:
-        raise UsageError(f"no module or card on record is called {text!r}: memplan history lists the runs")
+        raise UsageError(f"no module or GPU on record is called {text!r}: memplan history lists the runs")
     if not named:
         show({"run": None, "lessons": []} if args.json else NO_RUNS, as_json=args.json)
         return

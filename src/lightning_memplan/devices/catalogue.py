@@ -140,7 +140,7 @@ def gpu(name: str, context: int | None = None) -> Device:
     >>> gpu("A100")
     Traceback (most recent call last):
     ...
-    ValueError: 'A100' is more than one card: say 'A100 40GB' or 'A100 80GB'
+    ValueError: 'A100' is more than one GPU: say 'A100 40GB' or 'A100 80GB'
 
     Args:
         name: Name as sold, or as ``nvidia-smi`` shows it, with or without the memory in GB as sold.
@@ -161,11 +161,11 @@ def gpu(name: str, context: int | None = None) -> Device:
         near = difflib.get_close_matches(" ".join(sorted(words)) + (f" {size}" if size else ""), plain, n=4, cutoff=0.5)
         hint = f": near are {_listed([plain[key] for key in near], 'and')}" if near else ""
         raise ValueError(
-            f"{name!r} is not in the catalogue of GPUs{hint}; gpus() lists it, and any other card is "
+            f"{name!r} is not in the catalogue of GPUs{hint}; gpus() lists it, and any other GPU is "
             "Device(name, total=bytes)"
         )
     if len(choices) > 1:
-        raise ValueError(f"{name!r} is more than one card: say {_listed([entry.name for entry in choices], 'or')}")
+        raise ValueError(f"{name!r} is more than one GPU: say {_listed([entry.name for entry in choices], 'or')}")
     return _catalogued(choices[0], CONTEXT if context is None else context)
 
 

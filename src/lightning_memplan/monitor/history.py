@@ -338,8 +338,8 @@ def run_record(meter: Meter, plan: Plan, setup: RunSetup, outcome: Outcome) -> R
         predicted=predicted,
         measured={kind: highest((m.allocated, m.reserved) for m in measured) for kind, measured in ran.items()},
         outcome=outcome,
-        steps=len(meter.measurements),
-        retries=sum(m.retries for m in meter.measurements),
+        steps=meter.step,
+        retries=meter.retries,
         margin=plan.margin,
         settings=_recorded_settings(setup.settings),
         versions={

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from lightning_memplan.devices.allocator_stats import AllocatorStats, read_stats, reset_peaks
 from lightning_memplan.devices.detect import NvmlMeter
 from lightning_memplan.memory.estimate import Estimate
+from lightning_memplan.monitor.record import Record
 from lightning_memplan.types import Measurement, Peaks
 from lightning_memplan.units import MiB, format_bytes
 
@@ -18,6 +20,15 @@ FIRST = 3
 
 #: Least distance in steps between later measurements of the phases: Lightning's default interval for logging.
 APART = 50
+
+#: A measurement is kept where it is the highest by one of these
+_HEIGHTS: tuple[Callable[[Measurement], float], ...] = (
+    lambda m: m.reserved,
+    lambda m: m.allocated,
+    lambda m: m.predicted_reserved,
+    lambda m: m.predicted_allocated,
+    lambda m: abs(m.error_percent),
+)
 
 PHASES = ("forward", "backward", "optimizer")  #: the phases that hooks can tell apart
 
@@ -111,9 +122,10 @@ class Meter:
     ) -> None:
         self.index = index
         self.forecast = forecast
-        self.measurements: list[Measurement] = []
-        self.validations: list[Peaks] = []
+        self.retries = 0  #: of all steps
         self.validates = False
+        self._steps = Record[Measurement](*_HEIGHTS, first=FIRST)
+        self._validations = Record[Peaks](lambda peaks: peaks.allocated, lambda peaks: peaks.reserved)
         self._every_n_steps = every_n_steps
         self._phases_every = every_n_steps * -(-APART // every_n_steps)
         self._optimizer_hook = register_optimizer_step_post_hook(lambda *_: self.enter("forward")) if manual else None
@@ -129,9 +141,19 @@ class Meter:
         self._before = AllocatorStats()
 
     @property
+    def measurements(self) -> list[Measurement]:
+        """The measurements that are kept: the first steps, the highest, and the last thousand."""
+        return self._steps.kept
+
+    @property
+    def validations(self) -> list[Peaks]:
+        """The peaks of validations that are kept: the first, the highest, and the last thousand."""
+        return self._validations.kept
+
+    @property
     def step(self) -> int:
-        """The step that runs or comes next, counted from 0."""
-        return len(self.measurements)
+        """The step that runs or comes next, counted from 0: so many were measured."""
+        return self._steps.count
 
     @property
     def predicted(self) -> Peaks:
@@ -189,7 +211,8 @@ class Meter:
             card=card,
         )
         self.phase, self._before = "", stats
-        self.measurements.append(measured)
+        self.retries += measured.retries
+        self._steps.add(measured)
         return measured
 
     def remark(self) -> str | None:
@@ -213,7 +236,7 @@ class Meter:
         """End a validation and return its peaks."""
         self.validates = False
         stats = read_stats(self.index)
-        self.validations.append(Peaks(stats.peak_allocated, stats.peak_reserved))
+        self._validations.add(Peaks(stats.peak_allocated, stats.peak_reserved))
         return self.validations[-1]
 
     def close(self) -> None:
@@ -296,6 +319,8 @@ class Floor:
 
     def add(self, floor: int) -> str | None:
         """Add the floor of one step, in bytes; return one sentence once the rise is certain, and only once."""
+        if self._said:
+            return None
         self._window.append(floor)
         if len(self._window) < self._length:
             return None
@@ -305,7 +330,7 @@ class Floor:
             self._lows, self._spread = [], max(window) - low
         self._lows.append(low)
         rise = low - self._lows[0]
-        if self._said or len(self._lows) < self.WINDOWS or rise < max(MiB, self._spread):
+        if len(self._lows) < self.WINDOWS or rise < max(MiB, self._spread):
             return None
         self._said = True
         rate = rise / ((len(self._lows) - 1) * self.WINDOW)

@@ -265,7 +265,7 @@ def cards_for(
 
     Args:
         module: as for ``estimate``, and so are ``batch`` and ``settings``.
-        cards: those to look at, in place of ``gpus()``.
+        cards: GPUs to look at, in place of ``gpus()``.
         margin: as for ``plan``, and so are the limits of the batch size.
     """
     check_method(method)

@@ -24,6 +24,8 @@ from lightning_memplan.data.loaders import (
 )
 from lightning_memplan.errors import ApplyError
 from lightning_memplan.lightning.data_source import Phase, change_loaders, kept_loaders, loaders_are_made, train_loaders
+from lightning_memplan.lightning.loggers import say, warn
+from lightning_memplan.lightning.ranks import over_ranks
 from lightning_memplan.lightning.trainer import divides_samples
 from lightning_memplan.planning.proposal import IsFatal, RankResult, always, on_each_rank
 
@@ -56,12 +58,45 @@ def names_by_stage(batch_arg_name: object) -> dict[str, str]:
     return found
 
 
+class LoaderSizes:
+    """Give the loaders that a hook makes their planned sizes, as long as the hook asks for what it asked for first.
+
+    A hook may make other batches in later epochs: these stay, except where ``fits`` says that they would run out of
+    memory.
+
+    >>> from torch.utils.data import DataLoader
+    >>> hook = LoaderSizes([8], lambda batch_size: batch_size <= 8)
+    >>> [hook(DataLoader(range(32), batch_size=size)).batch_size for size in (2, 2, 4, 16)]
+    [8, 8, 4, 8]
+    """
+
+    def __init__(self, sizes: Sequence[int], fits: Callable[[int], bool]) -> None:
+        self._sizes, self._fits = sizes, fits
+        self._asked: list[int | None] = []  # for, the first time
+        self._said: set[int | None] = set()
+
+    def __call__(self, loaders: Any) -> Any:
+        asked = [batch_size_of_loader(loader) for loader in loaders_in(loaders)]
+        self._asked = self._asked or asked
+        if asked == self._asked:
+            return resized_loaders(loaders, self._sizes)
+        size, planned = unit_of(loaders), min(self._sizes)
+        too_large = size is not None and size > planned and not all(over_ranks(self._fits(size)))
+        if size not in self._said:
+            self._said.add(size)
+            if too_large:
+                warn(f"the loaders now have batches of {size}, which do not fit: they get the planned {planned}")
+            else:
+                say(f"MemoryPlanner: the loaders now have batches of {size}: they stay")
+        return resized_loaders(loaders, self._sizes) if too_large else loaders
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """The places that keep the batch size of a fit, found before planning and written after it.
 
     ``source`` is what gives the loaders of a phase. An attribute that differs from their batch size keeps its ratio to
-    it (``self.batch_size // 4`` in the hook of a run on four cards).
+    it (``self.batch_size // 4`` in the hook of a run on four GPUs). ``fits`` tells whether another batch size fits.
     """
 
     holders: tuple[Holder, ...]
@@ -70,6 +105,7 @@ class Place:
     before: tuple[int, ...]  #: what the holders held
     phase: Phase = "train"
     own: int | None = None  #: number of samples that a batch has before, where the loaders do not say
+    fits: Callable[[int], bool] = bool
 
     def write(self, batch_size: int, undo: ExitStack) -> None:
         """Set it on all holders and on the Trainer's loaders; ``undo`` puts all of it back.
@@ -81,13 +117,22 @@ class Place:
             check_batches(self.trainer, self.source, batch_size)
         if not self.holders or not loaders_are_made(self.trainer, self.phase):
             check_resizable(self.source, batch_size)
-        unit = unit_of(self.source) or self.own
-        sizes = planned_sizes(self.source, batch_size)
-        for holder, old in zip(self.holders, self.before, strict=True):
+        for holder, value in zip(self.holders, self._values(batch_size), strict=True):
             undo.callback(holder.restore, holder.read())
-            holder.write(max(1, batch_size * old // unit) if unit else batch_size)
+            holder.write(value)
         undo.callback(kept_loaders(self.trainer, self.phase))
-        change_loaders(self.trainer, lambda loaders: resized_loaders(loaders, sizes), self.phase)
+        change_loaders(self.trainer, LoaderSizes(planned_sizes(self.source, batch_size), self.fits), self.phase)
+
+    def put_back(self, batch_size: int) -> None:
+        """Give the holders what they held before this batch size was written; one that was set since stays."""
+        for holder, old, value in zip(self.holders, self.before, self._values(batch_size), strict=True):
+            if holder.read() == value:
+                holder.restore(old)
+
+    def _values(self, batch_size: int) -> list[int]:
+        """Return what each holder holds at a batch size."""
+        unit = unit_of(self.source) or self.own
+        return [max(1, batch_size * old // unit) if unit else batch_size for old in self.before]
 
     def held(self, batch_size: int) -> int:
         """Return the value of the attribute, or ``batch_size`` where no attribute holds it."""
@@ -121,7 +166,7 @@ def check_batches(trainer: Any, source: Any, batch_size: int) -> None:
             f"{name}={limit} is a part of an epoch's batches, {few}, which is not one: give a number of batches "
             f"({name}=1), or a max_batch_size"
         )
-    count = _taken(trainer, count)
+    count = batches_taken(trainer, count)
     validates = trainer.limit_val_batches > 0 and trainer.check_val_every_n_epoch is not None
     if isinstance(interval, int) and count < interval and validates:
         raise ApplyError(
@@ -155,12 +200,12 @@ def _validates(trainer: Any, source: Any, batch_size: int) -> bool:
     if trainer.check_val_every_n_epoch is not None or not isinstance(interval, int) or count is None:
         return True
     epochs, steps = trainer.max_epochs or -1, trainer.max_steps
-    batches = [_taken(trainer, count) * epochs] if epochs > 0 else []
+    batches = [batches_taken(trainer, count) * epochs] if epochs > 0 else []
     batches += [steps * trainer.accumulate_grad_batches] if steps > 0 else []
     return min(batches, default=interval) >= interval
 
 
-def _taken(trainer: Any, count: int) -> int:
+def batches_taken(trainer: Any, count: int) -> int:
     """Return how many batches of an epoch a Trainer takes, of so many."""
     limit = trainer.limit_train_batches
     return min(count, limit) if isinstance(limit, int) else int(count * limit)
@@ -181,7 +226,7 @@ def training_remarks(
     counts = [batches_of_epoch(source, size, ranks_of(trainer)) for size in (own, batch_size)]
     if None in counts:
         return []
-    before, after = (_taken(trainer, count) for count in counts if count is not None)
+    before, after = (batches_taken(trainer, count) for count in counts if count is not None)
     remarks, parts = [], trainer.accumulate_grad_batches
     if accumulates and parts > after and -(-before // parts) > 1:
         remarks.append(
@@ -212,15 +257,15 @@ def ranks_of(trainer: Any) -> int:
 
 
 def find_holders(name: str, *owners: Any) -> tuple[Holder, ...]:
-    """Find the attributes and hyperparameters of that name; with the default name there may be none.
+    """Find the attributes and hyperparameters of that name that are an int; with the default name there may be none.
 
     Raises:
         ApplyError: nothing has an attribute or hyperparameter of that name.
-        TypeError: it is not an int.
+        TypeError: it is not an int, and was named.
     """
     found = holders_of(name, *owners)
     whole = tuple(holder for holder in found if type(holder.read()) is int)
-    if found and not whole:
+    if found and not whole and name != DEFAULT_NAME:
         raise TypeError(f"{found[-1]} should be an int, the batch size, and is {found[-1].read()!r}")
     if not found and name != DEFAULT_NAME:
         owners_named = " or ".join(type(owner).__name__ for owner in owners if owner is not None)

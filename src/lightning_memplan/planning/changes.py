@@ -30,7 +30,7 @@ from lightning_memplan.trace.detached import detached_copy
 from lightning_memplan.trace.fake_tensors import fake_mode
 from lightning_memplan.trace.tracer import trace_steps
 
-_MUCH = 0.1  #: what takes more cards saves as much, or makes a batch fit
+_MUCH = 0.1  #: what takes more GPUs saves as much, or makes a batch fit
 
 
 _CARDS = (2, 4, 8)
@@ -78,7 +78,7 @@ class _Change:
     cost: str
     make: Callable[[], Estimate]
     parts: int = 1  #: into how many the batch is divided
-    nccl: int = 0  #: bytes of the card that are no longer there for the allocator
+    nccl: int = 0  #: bytes of the GPU that are no longer there for the allocator
 
 
 class DoesNotApplyError(Exception):
@@ -262,9 +262,9 @@ def _in_formats(job: TracedJob, formats: Sequence[str]) -> Estimate:
     return job.again(module=replica)
 
 
-# --- more cards
+# --- more GPUs
 def sharding_changes(job: TracedJob, batch_size: int, budget: int) -> Iterator[_Change]:
-    """FSDP on the fewest cards with which the batch fits, else on the most; on as many as there are, with DDP.
+    """FSDP on the fewest GPUs with which the batch fits, else on the most; on as many as there are, with DDP.
 
     Where all that is sharded is no more than what NCCL takes and what would be worth it, nothing is traced.
     """
@@ -293,8 +293,8 @@ def sharding_changes(job: TracedJob, batch_size: int, budget: int) -> Iterator[_
         if helps and (fits or cards == counts[-1]):
             names = ", ".join(sorted(kind.__name__ for kind in units))
             policy = f"auto_wrap_policy={{{names}}}" if units else ""
-            text = f"sharded over {cards} cards: strategy=FSDPStrategy({policy}), devices={cards}"
-            cost = "cards, which wait for one another's parameters in each forward and backward pass"
+            text = f"sharded over {cards} GPUs: strategy=FSDPStrategy({policy}), devices={cards}"
+            cost = "GPUs, which wait for one another's parameters in each forward and backward pass"
             yield _Change("sharding", text, cost, lambda after=after: after, nccl=nccl)  # type: ignore[misc]
             return
 

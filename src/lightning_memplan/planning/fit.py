@@ -41,7 +41,9 @@ from lightning_memplan.planning.job import (
     source_of_trainer,
 )
 from lightning_memplan.planning.limits import Limits
+from lightning_memplan.planning.plan import RISES
 from lightning_memplan.planning.proposal import IsFatal, Proposal, always, confirmed, on_all_ranks
+from lightning_memplan.planning.remarks import few_steps, smaller_gpu
 from lightning_memplan.planning.session import PlanningSession, allocated_on, check_effective_batch_size
 from lightning_memplan.report.plans import plan_texts
 from lightning_memplan.settings import MARGIN, StepSettings
@@ -142,6 +144,16 @@ class FitPlanner:
             return batch_size_of(batch)
         except ValueError:
             return None
+
+    def check_loaders(self, plan: Plan, *, strict: bool) -> None:
+        """See that the loaders have the planned size, now that they are there; warn where they have not, or raise."""
+        try:
+            if self.place is not None:
+                self.place.check(plan.batch_size)
+        except Exception as error:
+            if strict:
+                raise
+            warn(f"the loaders may not give the planned batch size {plan.batch_size}: {located(error)}")
 
     def hyperparameters(self) -> dict[str, int]:
         """Return what was set, under the names that the user knows."""
@@ -262,6 +274,8 @@ class FitPlanner:
             make = partial(plan_validation, self._session, plan, self._validation)
             val_plan, val_size = agreed_plan(make, "validation", otherwise=plan.batch_size, is_fatal=is_fatal)
         accumulate = None if plan.effective_batch_size is None else plan.accumulate_grad_batches
+        if self.place is not None:
+            self.place = replace(self.place, fits=lambda size: estimate.fits(size, plan.budget))
         sizes = [(self.place, plan.batch_size), (self._val_place, val_size)]
         written = [(place, size) for place, size in sizes if place is not None]
         texts: list[str] = []
@@ -275,6 +289,8 @@ class FitPlanner:
             self._say(texts, is_fatal)
         for remark in remarks:
             warn(remark)
+        if advice := self._advice(plan):
+            say(f"MemoryPlanner: {advice}")
         if self.place is not None and accumulate is not None:
             self.accumulated = accumulate
         self.plan, self.val_plan, self.estimate = plan, val_plan, estimate
@@ -293,15 +309,39 @@ class FitPlanner:
     def _remarks(self, plan: Plan) -> list[str]:
         """Return doubts about the plan, and what it changes in training beside memory."""
         remarks = ["; ".join(self._doubts)] if self._doubts else []
+        remarks += [note for note in plan.notes if note.startswith(RISES)]
         if self.place is None:
             return remarks
         own, accumulates = self.own_size, plan.effective_batch_size is None  # what the plan sets is no surprise
         source = self.place.source
-        return remarks + training_remarks(self._trainer, self._module, source, plan.batch_size, own, accumulates)
+        remarks += training_remarks(self._trainer, self._module, source, plan.batch_size, own, accumulates)
+        if self._index is not None and self.options.device is not None:
+            remarks += smaller_gpu(plan, device_of_trainer(self._trainer))
+        return remarks
+
+    def _advice(self, plan: Plan) -> str:
+        """Return what to do where the batch size makes the training another one, as a text to print; "" where not."""
+        asked_for = plan.effective_batch_size is not None or plan.limited_by == "checkpoint"
+        if self.place is None or self.own_size is None or asked_for:
+            return ""
+        return few_steps(self._trainer, self.place.source, plan.batch_size, self.own_size)
 
 
-def plan_and_set_test(trainer: Any, module: nn.Module, options: FitOptions) -> tuple[Plan | None, int]:
-    """Plan the batch size of the test that is to come, write it, and return both.
+@dataclass(frozen=True, slots=True)
+class SizeOfTest:
+    """The batch size of a test, as it was set; ``plan`` is None where the test cannot be traced."""
+
+    plan: Plan | None
+    batch_size: int
+    place: Place
+
+    def put_back(self) -> None:
+        """Give the attributes what they held before the test."""
+        self.place.put_back(self.batch_size)
+
+
+def plan_and_set_test(trainer: Any, module: nn.Module, options: FitOptions) -> SizeOfTest:
+    """Plan the batch size of the test that is to come, write it, and return what was set.
 
     Raises:
         PlanningFailedError: a rank has failed, for no fatal reason.
@@ -315,4 +355,4 @@ def plan_and_set_test(trainer: Any, module: nn.Module, options: FitOptions) -> t
     make = partial(plan_test, job, replace(device, context=device.context + held), limits)
     plan, size = agreed_plan(make, "a test", is_fatal=options.is_fatal)
     with write_together([(place, size)], trainer, is_fatal=options.is_fatal):
-        return plan, size
+        return SizeOfTest(plan, size, place)

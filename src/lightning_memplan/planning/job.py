@@ -374,7 +374,7 @@ def named_device(device: Device | str | None) -> Device | None:
         return device
     if isinstance(device, str):
         return gpu(device)
-    raise TypeError(f"device is the name of a card or a Device, not {device!r}")
+    raise TypeError(f"device is the name of a GPU or a Device, not {device!r}")
 
 
 def default_device() -> Device:

@@ -6,12 +6,19 @@ from lightning_memplan.devices.catalogue import gpus
 from lightning_memplan.errors import DoesNotFitError, UnmetDemandError
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.fitting import largest_on_device
+from lightning_memplan.memory.growth import rise
 from lightning_memplan.memory.search import SearchResult, SizeLimits
 from lightning_memplan.planning.limits import Limits
 from lightning_memplan.planning.predictor import OneEstimate, Predictor
 from lightning_memplan.planning.retrace import accepted_size
 from lightning_memplan.report.plans import advice_lines, does_not_fit_message
 from lightning_memplan.types import Device, Plan
+from lightning_memplan.units import MiB, format_bytes
+
+#: Bytes a batch from which on a rise is said: a metric's scalars are less
+LEAST_RISE = MiB // 16
+
+RISES = "memory rises"  #: how the note begins
 
 
 def make_plan(
@@ -59,11 +66,34 @@ def make_plan(
         phase=found.phase(size),
         breakdown=found.breakdown(size),
         accumulate_grad_batches=accumulate_grad_batches if whole is None else whole // (size * ranks),
-        notes=(*found.notes, *notes),
+        notes=(*found.notes, *notes, *growth_notes(found, size, device.capacity)),
         effective_batch_size=whole,
+        needed=needed_bytes(found, size, budget, device.capacity),
         reserved_range=found.reserved_range(size, device.capacity),
         nccl=nccl,
     )
+
+
+def growth_notes(estimate: Estimate, batch_size: int, capacity: int) -> tuple[str, ...]:
+    """Say by how much memory rises in each batch, if it does, and for how many batches it fits."""
+    rate = 0 if estimate.program is None else rise(estimate.program, batch_size)
+    if rate < LEAST_RISE:
+        return ()
+    fit = max(0, capacity - estimate.peak(batch_size, capacity)) // rate
+    text = (
+        f"{RISES} by {format_bytes(rate)} a batch: batch size {batch_size} fits for about {fit} batches. Something "
+        "keeps tensors from step to step, such as a list of losses that were not detached"
+    )
+    return (text,)
+
+
+def needed_bytes(estimate: Estimate, batch_size: int, budget: int, capacity: int) -> int:
+    """Return the peak bytes that an allocator reserves which has no more than the budget: it keeps less in its cache.
+
+    ``estimate`` fits in the budget; where it does not, return what it reserves in ``capacity``.
+    """
+    peak = estimate.peak(batch_size, capacity)
+    return estimate.peak(batch_size, budget) if peak > budget and estimate.fits(batch_size, budget) else peak
 
 
 def _only(limits: Limits, batch_size: int) -> Limits:

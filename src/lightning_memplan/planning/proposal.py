@@ -17,6 +17,7 @@ from lightning_memplan.lightning.ranks import over_ranks
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.search import MEMORY, LimitedBy, lacking
 from lightning_memplan.planning.limits import Limits
+from lightning_memplan.planning.plan import needed_bytes
 from lightning_memplan.probe.clean_up import give_back
 from lightning_memplan.probe.out_of_memory import gpu_failed
 from lightning_memplan.probe.probe import TrialPeaks
@@ -83,6 +84,7 @@ class Proposal:
             methods=estimate.methods(batch_size, plan.device.capacity),
             phase=estimate.phase(batch_size),
             breakdown=estimate.breakdown(batch_size),
+            needed=needed_bytes(estimate, batch_size, plan.budget, plan.device.capacity),
             reserved_range=estimate.reserved_range(batch_size, plan.device.capacity),
             confirmed=None,
         )
@@ -233,7 +235,7 @@ def confirmed(proposal: Proposal, *, strict: bool, is_fatal: IsFatal = always) -
 def _tried(proposal: Proposal, attempt: int, strict: bool) -> Proposal:
     """Return the proposal if real steps of its batch size run on this rank's GPU, else one of a smaller size."""
     if proposal.session.module_is_on_gpu:
-        return proposal.noted("not confirmed by real steps: the module is on the card already, beside a copy of it")
+        return proposal.noted("not confirmed by real steps: the module is on the GPU already, beside a copy of it")
     try:
         peaks = proposal.session.trial(proposal.plan)
     except Exception as error:

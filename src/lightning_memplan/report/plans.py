@@ -46,24 +46,32 @@ def plan_table(plan: Plan, rows: Iterable[tuple[str, str]] = ()) -> str:
     ...             methods={"trace": 22 * 2**30, "formula": 30 * 2**30})
     >>> print(plan_table(plan))
     memory plan for NVIDIA GeForce RTX 3090
-      card             23.70 GiB   23.23 GiB for training, budget 23.00 GiB
+      GPU              23.70 GiB   23.23 GiB for training
       batch size              24   limited by memory
-      peak reserved    22.00 GiB    93 % of the card  [###################.]
-      peak allocated   20.00 GiB    84 % of the card, in the backward phase
+      needed           22.00 GiB   of a budget of 23.00 GiB, margin 2.0 %
+      peak reserved    22.00 GiB    93 % of the GPU  [###################.]
+      peak allocated   20.00 GiB    84 % of the GPU, in the backward phase
         activations    15.00 GiB    75 %  ###############
         gradients       5.00 GiB    25 %  #####
       trace            22.00 GiB   a step on fake tensors
       formula          30.00 GiB   params + grads + bs x (I1 + 2 x sum Ii)
     """
     total, where = plan.device.total, _card_or_machine(plan.device)
-    room = f"{format_bytes(plan.device.capacity)} for training, budget {format_bytes(plan.budget)}"
+    room = f"{format_bytes(plan.device.capacity)} for training"
     lines = [shorten_end(f"memory plan for {plan.device.name}", WIDTH), format_row(where, format_bytes(total), room)]
     if plan.nccl:
         lines.append(format_row("  NCCL", format_bytes(plan.nccl), "left to it beside the allocator: an allowance"))
     lines += _batch_size_rows(plan)
     bar = draw_bar(plan.peak_reserved, total, fill=".")
     reserved = f"{percent(plan.peak_reserved, total)} of the {where}  [{bar}]"
-    lines += [format_row("peak reserved", format_bytes(plan.peak_reserved), reserved), *_reserved_rows(plan)]
+    needed = plan.needed or plan.peak_reserved
+    budget = f"of a budget of {format_bytes(plan.budget)}, margin {100 * plan.margin:.1f} %"
+    lines.append(format_row("needed", format_bytes(needed), budget))
+    lines.append(format_row("peak reserved", format_bytes(plan.peak_reserved), reserved))
+    if plan.peak_reserved > needed:
+        kept = format_bytes(plan.peak_reserved - needed)
+        lines.append(format_row("  of it cache", kept, "kept as long as there is room for it"))
+    lines += _reserved_rows(plan)
     phase = f", in the {plan.phase} phase" if plan.phase else ""
     allocated = f"{percent(plan.peak_allocated, total)} of the {where}{phase}"
     lines.append(format_row("peak allocated", format_bytes(plan.peak_allocated), allocated))
@@ -159,7 +167,7 @@ def does_not_fit_message(
     >>> print(does_not_fit_message(row, 14 * 2**30, Device("NVIDIA T4", total=15 * 2**30), model="UNet3d",
     ...                            suggestions=["precision='16-mixed' instead of '32-true'"]))
     UNet3d does not fit on NVIDIA T4 at batch size 1: it lacks 4.00 GiB.
-    It needs 18.00 GiB, and 14.00 GiB of the card's 15.00 GiB are there for it.
+    It needs 18.00 GiB, and 14.00 GiB of the GPU's 15.00 GiB are there for it.
     In the backward phase: activations 16.00 GiB, gradients 2.00 GiB.
     What would help, the best first:
       1. precision='16-mixed' instead of '32-true'
@@ -179,7 +187,7 @@ def does_not_fit_message(
         for rank, text in enumerate(suggestions, 1):
             lines += wrap(text, f"  {rank}. ")
     if card is not None:
-        lines += wrap(f"The smallest card with memory for it: {card.name}, {format_bytes(card.capacity)} for training.")
+        lines += wrap(f"The smallest GPU with memory for it: {card.name}, {format_bytes(card.capacity)} for training.")
     return "\n".join(lines)
 
 
@@ -188,10 +196,10 @@ def devices_table(devices: Sequence[Device]) -> str:
     """Return devices, a line each, with the bytes that training can have of each.
 
     >>> print(devices_table([Device("RTX 3090", total=25446711296, context=450 * 2**20, capability=(8, 6))]))
-    card      for training  compute capability
+    GPU       for training  compute capability
     RTX 3090     23.26 GiB                 8.6
     """
-    rows = [("card", "for training", "compute capability")]
+    rows = [("GPU", "for training", "compute capability")]
     rows += [(device.name, format_bytes(device.capacity), _capability(device)) for device in devices]
     return table(rows)
 
@@ -200,11 +208,11 @@ def cards_table(cards: Sequence[tuple[Device, int]]) -> str:
     """Return devices with the largest batch size that fits on each, a line each.
 
     >>> print(cards_table([(Device("T4", total=2**34), 0), (Device("A100 40GB", total=2**35), 16)]))
-    card       for training  largest batch size
+    GPU        for training  largest batch size
     T4            16.00 GiB                none
     A100 40GB     32.00 GiB                  16
     """
-    rows = [("card", "for training", "largest batch size")]
+    rows = [("GPU", "for training", "largest batch size")]
     return table([*rows, *((card.name, format_bytes(card.capacity), str(size or "none")) for card, size in cards)])
 
 
@@ -213,7 +221,7 @@ def _capability(device: Device) -> str:
 
 
 def _card_or_machine(device: Device) -> str:
-    return "card" if device.kind == "cuda" else "machine"
+    return "GPU" if device.kind == "cuda" else "machine"
 
 
 # --- estimates

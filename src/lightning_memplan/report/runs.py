@@ -31,9 +31,15 @@ class _Peak:
 
 
 def measurement_summary(
-    measurements: Sequence[Measurement], ranks: Sequence[Peaks] = (), validations: Sequence[Peaks] = ()
+    measurements: Sequence[Measurement],
+    ranks: Sequence[Peaks] = (),
+    validations: Sequence[Peaks] = (),
+    steps: int | None = None,
+    retries: int | None = None,
 ) -> str:
     """Return the highest peaks over all measured steps, predicted and actual; of several ranks, which reserved most.
+
+    ``steps`` and ``retries`` count those of a run of which not all measurements are kept.
 
     >>> step = Measurement(0, 2**31, 3 * 2**30, 2**31, 3 * 2**30, {"backward": 2**31}, {"backward": 2**31})
     >>> print(measurement_summary([step], validations=[Peaks(2**29, 3 * 2**30)]))
@@ -47,7 +53,8 @@ def measurement_summary(
     """
     if not measurements:
         return "memory: no step was measured"
-    steps = "1 measured step" if len(measurements) == 1 else f"{len(measurements)} measured steps"
+    steps = len(measurements) if steps is None else steps
+    retries = sum(m.retries for m in measurements) if retries is None else retries
     predicted, actual = _highest(m.predicted_phases for m in measurements), _highest(m.phases for m in measurements)
     phases = {name: _Peak(predicted.get(name, 0), size) for name, size in actual.items()}
     if validations:
@@ -55,23 +62,25 @@ def measurement_summary(
     reserved = _Peak(max(m.predicted_reserved for m in measurements), max(m.reserved for m in measurements))
     allocated = _Peak(max(m.predicted_allocated for m in measurements), max(m.allocated for m in measurements))
     without = "" if any(m.predicted_allocated for m in measurements) else ", without predictions"
-    lines = [f"memory over {steps}{without}", *_peak_lines(reserved, allocated, phases), *_error_lines(measurements)]
+    head = f"memory over {steps:,} measured step{'s' * (steps != 1)}{without}"
+    kept = "step by step" if steps == len(measurements) else f"{len(measurements):,} steps"
+    lines = [head, *_peak_lines(reserved, allocated, phases), *_error_lines(measurements, kept)]
     if len(ranks) > 1:
         first = max(range(len(ranks)), key=lambda rank: ranks[rank].reserved)
         lines.append(f"  of {len(ranks)} ranks, rank {first} reserved most: {format_bytes(ranks[first].reserved)}")
-    if retries := sum(m.retries for m in measurements):
+    if retries:
         lines += wrap(_retried(retries), "  ")
     return "\n".join(lines)
 
 
-def _error_lines(measurements: Sequence[Measurement]) -> list[str]:
+def _error_lines(measurements: Sequence[Measurement], which: str) -> list[str]:
     """Return the errors of the steps: the median, the worst, and how far the actual peak was above its prediction."""
     measurements = [m for m in measurements if m.predicted_allocated]
     if not measurements:
         return []
     worst = max(measurements, key=lambda m: abs(m.error_percent))
     errors = f"median {median(m.error_percent for m in measurements):+.1f} %, worst {worst.error_percent:+.1f} %"
-    lines = [f"  error of allocated, step by step: {errors} in step {worst.step}"]
+    lines = [f"  error of allocated, {which}: {errors} in step {worst.step}"]
     over = [m for m in measurements if m.allocated > m.predicted_allocated > 0]
     if over:
         most = max(over, key=lambda m: m.allocated / m.predicted_allocated)
@@ -84,7 +93,7 @@ def _error_lines(measurements: Sequence[Measurement]) -> list[str]:
 def _card_line(reserved: int, total: int) -> str:
     """Return how much of the GPU was reserved at most."""
     bar = draw_bar(reserved, total, fill=".")
-    return format_row("card", format_bytes(total), f"{percent(reserved, total)} of it reserved  [{bar}]")
+    return format_row("GPU", format_bytes(total), f"{percent(reserved, total)} of it reserved  [{bar}]")
 
 
 def _peak_lines(reserved: _Peak, allocated: _Peak, phases: Mapping[str, _Peak]) -> list[str]:
@@ -117,7 +126,7 @@ def _planned(method: str, margin: float) -> str:
 
 def _retried(times: int) -> str:
     often = "once" if times == 1 else f"{times} times"
-    return f"the allocator gave its cache back {often} to serve a request, which takes time: the card was full"
+    return f"the allocator gave its cache back {often} to serve a request, which takes time: the GPU was full"
 
 
 # --- history
@@ -176,7 +185,7 @@ def run_report(run: RunRecord, lesson: str = "") -> str:
       peak reserved     2.00 GiB     2.00 GiB     +0.0 %
       peak allocated    1.00 GiB     1.00 GiB     +0.0 %
         backward        1.00 GiB     1.00 GiB     +0.0 %
-      card             16.00 GiB   12 % of it reserved  [##..................]
+      GPU              16.00 GiB   12 % of it reserved  [##..................]
     """
     when = f", {_when(run)} UTC" if run.time else ""
     ended = {"done": "done,", "stopped": "stopped after"}.get(run.outcome)

@@ -113,14 +113,14 @@ def test_help_fits_80_columns(words, capsys, monkeypatch):
 
 def test_gpus_lists_the_catalogue(run):
     status, text, _ = run("gpus", "a100")
-    assert (status, [line.split("  ")[0] for line in text.splitlines()]) == (0, ["card", "A100 40GB", "A100 80GB"])
+    assert (status, [line.split("  ")[0] for line in text.splitlines()]) == (0, ["GPU", "A100 40GB", "A100 80GB"])
     status, text, _ = run("gpus", "--json")
     cards = json.loads(text)
     assert {card["name"]: card["total"] for card in cards} == {card.name: card.total for card in mp.gpus()}
     assert run("gpus", "a101") == (
         2,
         "",
-        "memplan: error: no card of the catalogue has 'a101' in its name: memplan gpus lists all\n",
+        "memplan: error: no GPU of the catalogue has 'a101' in its name: memplan gpus lists all\n",
     )
 
 
@@ -143,8 +143,8 @@ def test_plan_prints_a_table_of_80_columns(run):
         "plan", "JOB:Net", "--input", "1024", "--labels", "--memory", "256MiB", "--margin", "0.1"
     )
     assert (status, errors) == (0, "")
-    assert text.startswith("memory plan for a card of 256MiB\n")
-    assert "budget 230.40 MiB" in text  # 256 MiB less a tenth
+    assert text.startswith("memory plan for a GPU of 256MiB\n")
+    assert "of a budget of 230.40 MiB, margin 10.0 %" in text  # 256 MiB less a tenth
     assert max(map(len, text.splitlines())) <= 80
 
 
@@ -258,10 +258,10 @@ def test_what_takes_long_is_said_where_someone_looks(monkeypatch):
 def test_check_exits_with_1_where_a_batch_size_does_not_fit(run):
     arguments = ("check", "JOB:Net", "--data", "JOB:Data", "--memory", "80MiB")
     status, text, _ = run(*arguments, "--batch-size", "64")
-    assert (status, text) == (0, "Net fits on a card of 80MiB at batch size 64: 62.00 MiB of a budget of 76.00 MiB\n")
+    assert (status, text) == (0, "Net fits on a GPU of 80MiB at batch size 64: 62.00 MiB of a budget of 76.00 MiB\n")
     status, text, _ = run(*arguments, "--batch-size", "8192")  # more than the dataset has, and it does not matter
     assert status == 1
-    assert text.startswith("Net does not fit on a card of 80MiB at batch size 8192: it lacks ")
+    assert text.startswith("Net does not fit on a GPU of 80MiB at batch size 8192: it lacks ")
     status, text, _ = run(*arguments, "--batch-size", "8192", "--json")
     found = json.loads(text)
     assert (status, found["fits"], found["available"]) == (1, False, 76 * 2**20)

@@ -440,9 +440,9 @@ def test_every_card_is_found_by_its_own_name(card):
     ],
 )
 def test_a_name_of_several_cards(name, choices):
-    with pytest.raises(ValueError, match="is more than one card") as caught:
+    with pytest.raises(ValueError, match="is more than one GPU") as caught:
         gpu(name)
-    assert str(caught.value) == f"{name!r} is more than one card: {choices}"
+    assert str(caught.value) == f"{name!r} is more than one GPU: {choices}"
 
 
 @pytest.mark.parametrize(

@@ -440,6 +440,7 @@ class Measured:
             Measurement(1, 35, 45, 33, 50, {"forward": 30}, {"forward": 31, "backward": 33}),
             Measurement(2, 35, 45, 34, 45, retries=2),
         ][:steps]
+        self.step, self.retries = steps, 3
 
 
 def planned(**changes: Any) -> Plan:
@@ -555,7 +556,7 @@ def test_the_report_of_a_run():
         "  peak allocated    9.00 GiB     9.00 GiB     +0.0 %",
         "    forward         2.00 GiB     1.00 GiB   +100.0 %",
         "    optimizer       1.00 GiB     1.00 GiB     +0.0 %",
-        "  card             16.00 GiB    64 % of it reserved  [#############.......]",
+        "  GPU              16.00 GiB    64 % of it reserved  [#############.......]",
         "  and so on",
     ]
     assert run_report(out_of_memory()).splitlines()[0].endswith(": out of memory in step 100")
@@ -607,7 +608,7 @@ def test_history_and_report_print_the_runs_of_a_file(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["report", "nothing"], "no module or card on record is called 'nothing': memplan history lists the runs"),
+        (["report", "nothing"], "no module or GPU on record is called 'nothing': memplan history lists the runs"),
         (["history", "--file", "none.jsonl"], "there is no file 'none.jsonl': without --file it is where"),
     ],
 )

@@ -494,3 +494,23 @@ def test_a_fit_that_leaks_beside_other_monitors(nullgpu, tmp_path):
     assert steps[50]["process"] is not None
     assert len(result["validations"]) == 2
     assert 0 < result["validations"][0][0] < steps[2]["allocated"]
+
+
+def test_of_a_long_run_a_bounded_record_is_kept(card):
+    meter = Meter(3, Forecast((PREDICTED,)))
+    for step in range(2500):
+        card.retries += 1
+        card.step(meter, 5, 95 if step == 700 else 9, 6)
+    # three first steps; step 3 is the first of the equal predictions and of the worst errors (9 for 90); 700 is highest
+    assert [m.step for m in meter.measurements] == [0, 1, 2, 3, 700, *range(1500, 2500)]
+    # the first retry was before the first step began
+    assert (meter.step, meter.retries, meter.highest.allocated) == (2500, 2499, 95)
+
+
+def test_of_many_validations_the_first_the_highest_and_the_last_thousand_are_kept(card):
+    meter = Meter(3, Forecast((PREDICTED,)))
+    for count in range(1200):
+        meter.begin_validation()
+        card.take(80 if count == 100 else 40)
+        meter.end_validation()
+    assert [peaks.allocated for peaks in meter.validations] == [40, 80, *[40] * 1000]

@@ -223,12 +223,12 @@ def test_shards_on_as_few_cards_as_do():
     card = mp.Device("a card", total=20 * 2**30, capability=(8, 0))
     job = {"optimizer": torch.optim.AdamW, "device": card}
     (item,) = (i for i in mp.advise(net, torch.zeros(2, 8192), batch_size=2, **job) if i.kind == "sharding")
-    assert item.change == "sharded over 4 cards: strategy=FSDPStrategy(auto_wrap_policy={Large}), devices=4"
+    assert item.change == "sharded over 4 GPUs: strategy=FSDPStrategy(auto_wrap_policy={Large}), devices=4"
     how = {"strategy": pl.strategies.FSDPStrategy(auto_wrap_policy={Large}), "devices": 4}
     assert item.peak_reserved == mp.estimate(net, torch.zeros(2, 8192), **job, **how).peak(2)
     assert item.saved == mp.estimate(net, torch.zeros(2, 8192), **job).peak(2) - item.peak_reserved
     assert (item.nccl, item.largest_batch_size > 2) == (700_000_000, True)
-    with pytest.raises(mp.DoesNotFitError, match="sharded over 4 cards"):
+    with pytest.raises(mp.DoesNotFitError, match="sharded over 4 GPUs"):
         mp.plan(net, torch.zeros(2, 8192), **job)
 
 

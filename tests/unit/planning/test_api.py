@@ -140,7 +140,7 @@ def test_the_users_objects_are_left_alone():
         ({"method": "guess"}, ValueError, "method is one of 'auto', 'trace', 'formula'.*, not 'guess'"),
         ({"precision": "8-bit"}, ValueError, "precision '8-bit' cannot be planned for: use one of 32-true, 64-true"),
         ({"device": "RTX 3091"}, ValueError, "'RTX 3091' is not in the catalogue of GPUs: near are"),
-        ({"device": 3}, TypeError, "device is the name of a card or a Device, not 3"),
+        ({"device": 3}, TypeError, "device is the name of a GPU or a Device, not 3"),
         ({"accumulate_grad_batches": 0}, ValueError, "accumulate_grad_batches is an int of at least 1, not 0"),
         ({"optimizer": torch.optim.Adam}, ValueError, "a LightningModule makes its optimizers in configure_optimizers"),
     ],

@@ -154,8 +154,9 @@ def test_a_name_that_nothing_has():
 
 @pytest.mark.parametrize("value", [None, "8", 8.0, [8], True])
 def test_what_is_held_is_no_int(value):
-    with pytest.raises(TypeError, match=r"Data\.batch_size should be an int, the batch size, and is "):
-        find_holders("batch_size", Data(batch_size=value))
+    assert find_holders("batch_size", Data(batch_size=value)) == ()  # something else has this name
+    with pytest.raises(TypeError, match=r"Data\.bs should be an int, the batch size, and is "):
+        find_holders("bs", Data(bs=value))
     module, data = Module(batch_size=value), Data(batch_size=2)  # one of two is: that one is the batch size
     write("batch_size", 64, module, data)
     assert (module.batch_size, data.batch_size) == (value, 64)

@@ -142,7 +142,7 @@ def test_no_real_steps_run_beside_a_module_that_is_on_the_gpu():
     tried, sizes = runs(0)
     found = confirmed(draft(tried, module_is_on_gpu=True), strict=False).plan
     assert (found.batch_size, found.confirmed, sizes) == (100, None, [])
-    assert found.notes == ("not confirmed by real steps: the module is on the card already, beside a copy of it",)
+    assert found.notes == ("not confirmed by real steps: the module is on the GPU already, beside a copy of it",)
 
 
 def test_a_single_sample_does_not_shrink():
@@ -347,5 +347,5 @@ def test_another_error_of_the_copy(shown):
 def test_what_is_not_confirmed(shown, name):
     found = shown[name]
     assert (found["confirmed"], found["copies"]) == (None, [])
-    noted = ["not confirmed by real steps: the module is on the card already, beside a copy of it"]
+    noted = ["not confirmed by real steps: the module is on the GPU already, beside a copy of it"]
     assert found["notes"] == (noted if name == "on the card" else [])

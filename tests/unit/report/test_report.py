@@ -68,10 +68,11 @@ def test_the_plan_table_shows_sizes_limits_and_notes() -> None:
         table
         == """\
 memory plan for NVIDIA GeForce RTX 3090
-  card             24.00 GiB   23.50 GiB for training, budget 23.00 GiB
+  GPU              24.00 GiB   23.50 GiB for training
   batch size              24   limited by memory
-  peak reserved    21.00 GiB    88 % of the card  [##################..]
-  peak allocated   20.00 GiB    83 % of the card, in the backward phase
+  needed           21.00 GiB   of a budget of 23.00 GiB, margin 2.0 %
+  peak reserved    21.00 GiB    88 % of the GPU  [##################..]
+  peak allocated   20.00 GiB    83 % of the GPU, in the backward phase
     activations    15.00 GiB    75 %  ###############
     temporaries     3.00 GiB    15 %  ###
     optimizer       1.00 GiB     5 %  #
@@ -80,6 +81,16 @@ memory plan for NVIDIA GeForce RTX 3090
     the rest      161.00 MiB     1 %
   formula          30.00 GiB   params + grads + bs x (I1 + 2 x sum Ii)"""
     )
+
+
+def test_what_the_cache_keeps_is_no_part_of_what_is_needed() -> None:
+    plan = make_plan(peak_reserved=23 * GiB + GiB // 4, needed=22 * GiB)  # of 23.5 GiB for training
+    lines = check_width(plan_table(plan))
+    assert lines[3:6] == [
+        "  needed           22.00 GiB   of a budget of 23.00 GiB, margin 2.0 %",
+        "  peak reserved    23.25 GiB    97 % of the GPU  [###################.]",
+        "    of it cache     1.25 GiB   kept as long as there is room for it",
+    ]
 
 
 def test_a_table_with_rows_and_notes_stays_short() -> None:
@@ -92,7 +103,7 @@ def test_a_table_with_rows_and_notes_stays_short() -> None:
     )
     table = plan_table(plan, [("earlier runs", "predicted +0.3 % of what came, over 12 runs")])
     lines = check_width(table)
-    assert len(lines) <= 16
+    assert len(lines) <= 17
     assert "limited by max_batch_size; 4 batches a step" in table
     assert "  earlier runs     predicted +0.3 %" in table
     assert lines[-2].startswith("  note: The step reads")
@@ -132,7 +143,7 @@ def test_one_part_is_never_called_the_rest() -> None:
 def test_a_table_without_breakdown_phase_or_card() -> None:
     plan = make_plan(breakdown={}, phase="", limited_by="dataset", device=Device("CPU", total=24 * GiB, kind="cpu"))
     table = plan_table(plan)
-    assert len(check_width(table)) == 6
+    assert len(check_width(table)) == 7
     assert "  machine          24.00 GiB   24.00 GiB for training" in table
     assert "limited by the dataset" in table
     assert "phase" not in table
@@ -208,7 +219,7 @@ def test_what_does_not_fit_says_what_it_needs_and_what_would_help() -> None:
         == """\
 UNet3d does not fit on NVIDIA GeForce RTX 3090 at batch size 1: it lacks
 7.00 GiB.
-It needs 30.00 GiB, and 23.00 GiB of the card's 24.00 GiB are there for it.
+It needs 30.00 GiB, and 23.00 GiB of the GPU's 24.00 GiB are there for it.
 In the backward phase: activations 15.00 GiB, temporaries 3.00 GiB, optimizer
 1.00 GiB, the rest 929.00 MiB.
 What would help, the best first:
@@ -360,6 +371,14 @@ def test_the_worst_error_may_be_too_low() -> None:
     # (10 - 20) / 20 = -50 % is further off than (12 - 10) / 10 = +20 %
     steps = [Measurement(4, 12, 12, 10, 12), Measurement(5, 10, 12, 20, 20)]
     assert "median -15.0 %, worst -50.0 % in step 5" in measurement_summary(steps)
+
+
+def test_a_long_run_of_which_not_all_is_kept() -> None:
+    # 52,000 steps ran, and the allocator retried in five of them
+    text = measurement_summary([Measurement(4, 12, 12, 10, 12)] * 3, steps=52_000, retries=5)
+    assert text.startswith("memory over 52,000 measured steps")
+    assert "error of allocated, 3 steps: median" in text
+    assert "the allocator gave its cache back 5 times" in text
 
 
 def test_no_measurements_are_said_to_be_none() -> None:

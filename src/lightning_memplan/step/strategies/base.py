@@ -199,6 +199,6 @@ class UnmodelledStrategy(ParallelStrategy):
 
     def wrap(self, replica: nn.Module, backend: StepBackend, precision: Precision) -> None:
         raise TraceError(
-            f"what {self.parallel.name} keeps on each of {self.parallel.ranks} cards is not modelled; what DDP, FSDP "
+            f"what {self.parallel.name} keeps on each of {self.parallel.ranks} GPUs is not modelled; what DDP, FSDP "
             "and DeepSpeed keep is"
         )

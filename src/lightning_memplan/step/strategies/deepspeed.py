@@ -82,7 +82,7 @@ class DeepSpeedStrategy(ShardingStrategy):
         """Say which engine was traced."""
         stage = (self.parallel.arguments.get("zero_optimization") or {}).get("stage")
         engine = f"ZeRO stage {stage}, as the engine of DeepSpeed {_import('deepspeed').__version__.strip()} runs it"
-        return (f"{engine}: where the host runs ahead of the card, it may reserve more",)
+        return (f"{engine}: where the host runs ahead of the GPU, it may reserve more",)
 
 
 def _make_engine(replica: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], *, is_gpu: bool) -> Any:

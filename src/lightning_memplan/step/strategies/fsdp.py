@@ -110,10 +110,10 @@ class FSDPStrategy(ShardingStrategy):
             return ()
         if not self.parallel.arguments.get("limit_all_gathers", True):
             return (
-                "with limit_all_gathers=False nothing limits what FSDP reserves where the host runs ahead of the card",
+                "with limit_all_gathers=False nothing limits what FSDP reserves where the host runs ahead of the GPU",
             )
         largest = max((e.size for e in events if e.category == "communication" and e.stream), default=0)
-        return (f"where the host runs ahead of the card, FSDP may reserve up to {format_bytes(4 * largest)} more",)
+        return (f"where the host runs ahead of the GPU, FSDP may reserve up to {format_bytes(4 * largest)} more",)
 
 
 @contextmanager

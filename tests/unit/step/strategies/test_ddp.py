@@ -167,8 +167,14 @@ KINDS = {
 }
 
 
+#: one of Lightning's wrapper, one of a mesh and one of shards are tested by default
+FURTHER = ("views, as in a notebook", "wrapped by hand, kept by the host", "hybrid, without what is ignored")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.further] if kind in FURTHER else []) for kind in KINDS]
+)
 def test_two_ranks_are_predicted(nullgpu, tmp_path, kind):
     """Two cards of 24 and 16 GB: both ranks train with what fits the smaller one."""
     (strategy, settings, given), within = KINDS[kind], 0.05 if kind in ("mesh", "shards") else 0.03

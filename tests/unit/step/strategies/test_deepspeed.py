@@ -98,7 +98,7 @@ def test_an_engine_that_ran_in_a_trace_leaves_nothing():
     (note,) = est.notes
     version = sys.modules["deepspeed"].__version__
     assert note == (
-        f"ZeRO stage 3, as the engine of DeepSpeed {version} runs it: where the host runs ahead of the card, it may "
+        f"ZeRO stage 3, as the engine of DeepSpeed {version} runs it: where the host runs ahead of the GPU, it may "
         "reserve more"
     )
 

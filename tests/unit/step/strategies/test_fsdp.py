@@ -278,14 +278,12 @@ def test_several_cards_without_a_trainer():
     assert rows[2] == "    NCCL          667.57 MiB   left to it beside the allocator: an allowance"  # 700e6 / 2**20
     assert "NCCL" not in mp.plan_table(alone)
     # four times the larger layer's 33,587,200 bytes
-    assert four.notes == ("where the host runs ahead of the card, FSDP may reserve up to 128.12 MiB more",)
+    assert four.notes == ("where the host runs ahead of the GPU, FSDP may reserve up to 128.12 MiB more",)
     buckets = mp.estimate(net(), torch.zeros(4, 1024), optimizer=torch.optim.AdamW, devices=4)  # DDP
     assert buckets.notes == ()
     ahead = pl.strategies.FSDPStrategy(auto_wrap_policy={nn.Linear}, limit_all_gathers=False)
     (note,) = mp.estimate(net(), torch.zeros(4, 1024), optimizer=torch.optim.SGD, devices=4, strategy=ahead).notes
-    assert (
-        note == "with limit_all_gathers=False nothing limits what FSDP reserves where the host runs ahead of the card"
-    )
+    assert note == "with limit_all_gathers=False nothing limits what FSDP reserves where the host runs ahead of the GPU"
     assert buckets.breakdown(64)["communication"] >= FIRST + SECOND
 
 
@@ -369,6 +367,7 @@ def test_layers_that_configure_model_wraps_are_units():
 
 
 @pytest.mark.slow
+@pytest.mark.further
 def test_seven_billion_parameters_are_planned_without_one():
     """On 8 cards of 80 GB, in a process that shows what of the host's memory it took."""
     source = str(Path(mp.__file__).parents[1])
