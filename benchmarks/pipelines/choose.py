@@ -31,13 +31,14 @@ AXES: dict[str, tuple[Any, ...]] = {
     "loader": ("plain", "finishing", "own_length", "keeps_size", "hides", "background", "wrapper"),
     "holder": (
         *("passed", "attribute", "hparams", "datamodule", "datamodule_hparams", "fixed_hook", "fixed_datamodule"),
-        *("attribute_passed", "ratio"),
+        *("attribute_passed", "ratio", "kept_loader", "made_in_setup"),
     ),
-    "module": ("plain", "batch_norm", "manual", "iterator"),
+    "module": ("plain", "batch_norm", "manual", "iterator", "fixed", "halves", "carries"),
     "memory": ("small", "large"),
     "count": (48, 24, 37, 61, MOST, 7),
     "batch_size": (4, 1, 3, 8, 16, 64),
     "combined": ("", "dict", "list", "max_size_cycle", "min_size", "max_size"),
+    "second": ("double", "half", "equal"),
     "validates": (False, True),
     "accumulate": (1, 2, 4),
     "limit": (1.0, 3, 0.5),
@@ -54,6 +55,7 @@ AXES: dict[str, tuple[Any, ...]] = {
 #: chance that an axis is not at its plainest choice; those that few pipelines have in practice are drawn less often
 CHANCE = {
     "combined": 0.12,
+    "holder": 0.6,
     "overfit": 0.08,
     "limit": 0.15,
     "memory": 0.3,
@@ -89,6 +91,7 @@ class Pipeline:
     count: int = 48
     batch_size: int = 4
     combined: str = ""
+    second: str = "double"
     validates: bool = False
     accumulate: int = 1
     limit: float = 1.0
@@ -229,6 +232,13 @@ def _training(p: Pipeline) -> dict[str, Any]:
         changed |= {"accumulate": 1, "clip": 0.0}
     if p.module == "iterator":
         changed |= {"accumulate": 1, "combined": "", "overfit": 0}
+    if p.module in ("fixed", "halves", "carries"):  # steps of one loader, whose batches are all full
+        changed |= {"combined": "", "drop_last": p.sampler != "tokens" and p.data != "batched_stream"}
+        changed |= {"batch_size": p.batch_size if p.batch_size in (4, 8, 16) else 4, "count": max(p.count, 48)}
+        changed["collate"] = "own" if p.collate == "drops" else p.collate
+        changed["data"] = _without(p, "some_none")
+    if not p.combined:
+        changed["second"] = "double"
     if p.combined:
         changed |= {"overfit": 0, "loader": "plain" if p.loader == "wrapper" else p.loader}
     if p.streams and p.data != "sized_stream":  # which have no part

@@ -223,7 +223,8 @@ def loader_of(p: Pipeline, batch_size: int) -> Any:
     first = _single(p, batch_size)
     if not p.combined:
         return first
-    second = DataLoader(Rows(ROWS_OF_SECOND, p.leaf, first=SECOND), batch_size=2 * batch_size, collate_fn=collate_of(p))
+    size = {"double": 2 * batch_size, "half": max(1, batch_size // 2), "equal": batch_size}[p.second]
+    second = DataLoader(Rows(ROWS_OF_SECOND, p.leaf, first=SECOND), batch_size=size, collate_fn=collate_of(p))
     if p.combined == "list":
         return [first, second]
     named = {"a": first, "b": second}

@@ -23,6 +23,7 @@ class Net(pl.LightningModule):
     def __init__(self, p: Pipeline) -> None:
         super().__init__()
         self.p, self.arrived = p, None
+        self.state: Tensor | None = None  #: of the samples at the same places of earlier batches
         self.body, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1)
         self.normalize = nn.BatchNorm1d(WIDTH) if p.module == "batch_norm" else nn.Identity()
         self.scale = nn.Parameter(torch.ones(WIDE)) if p.memory == "large" else None
@@ -46,7 +47,22 @@ class Net(pl.LightningModule):
         if self.arrived is not None:
             on_host = move_data_to_device(batch, torch.device("cpu"))  # where a null GPU's values can be looked at
             self.arrived.extend(number for rows in rows_of(on_host) for number in numbers_in(rows))
-        return self.loss(batch)
+        return self.loss(batch) + self.of_full_batches(rows_of(batch)[0])
+
+    def of_full_batches(self, rows: Tensor) -> Any:
+        """Return a term of the loss that not every number of samples can have."""
+        if self.p.module == "fixed":
+            return (rows.reshape(len(rows), -1)[:, :1] + rows.new_ones(self.p.batch_size, 1)).mean()
+        if self.p.module == "halves":
+            return (self(rows[0::2]) - self(rows[1::2])).square().mean()
+        if self.p.module == "carries":
+            hidden = self.body(rows)
+            self.state = hidden.detach() if self.state is None else (self.state + hidden).detach()
+            return self.state.mean()
+        return 0.0
+
+    def on_train_epoch_start(self) -> None:
+        self.state = None
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.loss(batch)
@@ -80,14 +96,23 @@ class Data(pl.LightningDataModule):
             self.batch_size = p.batch_size
         if p.holder == "datamodule_hparams":
             self.save_hyperparameters({"batch_size": p.batch_size})
+        if p.holder == "made_in_setup":
+            self.batch_size = p.batch_size
+
+    def setup(self, stage: str) -> None:
+        if self.p.holder == "made_in_setup":
+            self.loader = loader_of(self.p, self.batch_size)
 
     def train_dataloader(self) -> Any:
-        return loader_of(self.p, size_of(self, self.p))
+        return self.loader if self.p.holder == "made_in_setup" else loader_of(self.p, size_of(self, self.p))
 
 
 class ValidatingData(Data):
     def val_dataloader(self) -> Any:
         return validation_loader_of(self.p)
+
+
+WITH_DATAMODULE = ("datamodule", "datamodule_hparams", "fixed_datamodule", "made_in_setup")
 
 
 def size_of(owner: Any, p: Pipeline) -> int:
@@ -102,15 +127,19 @@ def size_of(owner: Any, p: Pipeline) -> int:
 def module_of(p: Pipeline) -> Net:
     """Return the module, which makes the loader where nothing else does."""
     base = {"manual": Manual, "iterator": FromIterator}.get(p.module, Net)
-    if p.holder not in ("passed", "datamodule", "datamodule_hparams", "fixed_datamodule", "attribute_passed"):
+    if p.holder not in (*WITH_DATAMODULE, "passed", "attribute_passed"):
 
         class Loading(base):  # type: ignore[misc, valid-type]
+            loader: Any = None
+
             def train_dataloader(self) -> Any:
-                return loader_of(self.p, size_of(self, self.p))
+                return loader_of(self.p, size_of(self, self.p)) if self.loader is None else self.loader
 
         base = Loading
     module = base(p)
-    if p.holder in ("attribute", "attribute_passed", "ratio"):
+    if p.holder == "kept_loader":
+        module.loader = loader_of(p, p.batch_size)
+    if p.holder in ("attribute", "attribute_passed", "ratio", "kept_loader"):
         module.batch_size = p.batch_size * (2 if p.holder == "ratio" else 1)
     if p.holder == "hparams":
         module.save_hyperparameters({"batch_size": p.batch_size})
@@ -141,7 +170,7 @@ def settings_of(p: Pipeline) -> dict[str, Any]:
 
 def training_of(p: Pipeline) -> Training:
     module, data, val = module_of(p), None, None
-    if p.holder in ("datamodule", "datamodule_hparams", "fixed_datamodule"):
+    if p.holder in WITH_DATAMODULE:
         data = ValidatingData(p) if p.validates else Data(p)
     else:
         data = loader_of(p, p.batch_size) if p.holder in ("passed", "attribute_passed") else None

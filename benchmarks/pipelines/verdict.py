@@ -60,7 +60,7 @@ def _stays(found: Run) -> bool:
 # ------------------------------------------------------------------------------------------------------------- the size
 def _announced(p: Pipeline, plain: Run, found: Run) -> Iterator[str]:
     """The first batch has the size that is announced, or the planner says that it has another."""
-    first, planned = _first(found["epochs"]), found.get("batch_size")
+    firsts, planned = _firsts(found["epochs"]), found.get("batch_size")
     if planned is None:
         if not found["said"]:
             yield "size: nothing is planned, without a word"
@@ -70,24 +70,24 @@ def _announced(p: Pipeline, plain: Run, found: Run) -> Iterator[str]:
     texts = " ".join((*found["said"], *found.get("notes", ())))
     if p.collate == "drops" and (p.module == "iterator" or p.batch in ("object", "list_of_parts")):
         return  # only the module sees how many samples its loader leaves of a batch
-    if first != planned and not any(words in texts for words in SAYS):
-        yield f"size: {planned} samples are announced, and the first batch has {first}"
+    if planned not in firsts and not any(words in texts for words in SAYS):
+        yield f"size: {planned} samples are announced, and the first batch has {' and '.join(map(str, firsts))}"
 
 
 def _kept(p: Pipeline, plain: Run, found: Run) -> Iterator[str]:
     """All epochs have batches of the size of the first."""
     if p.sampler in ("tokens", "own_batches") or p.collate == "drops" or p.combined:
         return
-    firsts = {_first([epoch]) for epoch in found["epochs"] if epoch}
-    if len(firsts) > 1 and len({_first([epoch]) for epoch in plain["epochs"] if epoch}) == 1:
+    firsts, before = ({_firsts([epoch])[0] for epoch in run["epochs"] if epoch} for run in (found, plain))
+    if len(firsts) > 1 and len(before) == 1:
         yield f"size: the first batches of epochs have {sorted(firsts)}"
 
 
-def _first(epochs: Epochs) -> int:
-    """Return the number of samples of the first batch; of the loader that has fewest, where there are two."""
+def _firsts(epochs: Epochs) -> list[int]:
+    """Return the number of samples of the first batch, of each loader that it comes from."""
     batches = next((epoch for epoch in epochs if epoch), [[]])
     firsts = [next((len(part) for part in batches if part), 0) for batches in zip(*map(_parts, batches), strict=True)]
-    return min(filter(None, firsts), default=0)
+    return [count for count in firsts if count] or [0]
 
 
 def _parts(batch: Batch) -> tuple[Batch, Batch]:

@@ -179,8 +179,11 @@ def most_within_epochs(trainer: Any, source: Any, most: int, own: int | None) ->
     """Return the largest batch size, ``most`` at most, with which epochs have the batches that the Trainer needs.
 
     These are the batches of ``check_batches``, and those up to the first validation, where it comes with the user's
-    ``own`` size. Where no size has them, ``most`` stays, and ``check_batches`` says why.
+    ``own`` size. Where no size has them, ``most`` stays, and ``check_batches`` says why. Where nobody knows how many
+    batches an epoch has, and a setting counts them, the user's own size has enough.
     """
+    if own is not None and batches_of_epoch(source, 1, ranks_of(trainer)) is None and _counts_batches(trainer):
+        return min(most, own)
 
     def enough(batch_size: int) -> bool:
         try:
@@ -192,6 +195,14 @@ def most_within_epochs(trainer: Any, source: Any, most: int, own: int | None) ->
     if enough(most) or not enough(1):
         return most
     return bisect_left(range(1, most + 1), x=True, key=lambda size: not enough(size))  # larger sizes have fewer batches
+
+
+def _counts_batches(trainer: Any) -> bool:
+    """Return True if training needs some number of batches in an epoch: for a part of them, or up to a validation."""
+    limit, interval = trainer.limit_train_batches, trainer.val_check_interval
+    ends = trainer.check_val_every_n_epoch is not None or (trainer.max_epochs or -1) > 0
+    validates = isinstance(interval, int) and interval > 1 and trainer.limit_val_batches > 0 and ends
+    return validates or (isinstance(limit, float) and 0 < limit < 1)
 
 
 def _validates(trainer: Any, source: Any, batch_size: int) -> bool:

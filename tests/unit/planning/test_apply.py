@@ -260,6 +260,27 @@ def test_a_batch_size_leaves_the_batches_that_an_epoch_needs(changes, expected):
     assert most_within_epochs(settings(**values), LOADER, 20, 4) == expected
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 20),
+        ({"limit_train_batches": 3}, 20),
+        ({"val_check_interval": 0.5}, 20),  # of an epoch of one batch, it is one
+        ({"val_check_interval": 2}, 4),
+        ({"val_check_interval": 2, "limit_val_batches": 0}, 20),
+        ({"val_check_interval": 2, "check_val_every_n_epoch": None}, 4),
+        ({"val_check_interval": 2, "check_val_every_n_epoch": None, "max_epochs": -1}, 20),  # it comes at last
+        ({"limit_train_batches": 0.5}, 4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("source", [DataLoader(Stream(), batch_size=4), [[0] * 4] * 5], ids=["stream", "batches"])
+def test_the_own_size_has_the_batches_that_an_epoch_of_unknown_length_needs(changes, expected, source):
+    values = {"max_epochs": 1, "max_steps": -1, "accumulate_grad_batches": 1, **changes}
+    assert most_within_epochs(settings(**values), source, 20, 4) == expected
+    assert most_within_epochs(settings(**values), source, 3, 4) == min(3, expected)
+
+
 def test_an_epoch_of_unknown_length_is_not_refused():
     check_batches(settings(val_check_interval=6, limit_train_batches=0.1), DataLoader(Stream()), 4)
 
