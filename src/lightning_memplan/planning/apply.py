@@ -246,7 +246,8 @@ def training_remarks(
             f"times with batches of {own}; lower accumulate_grad_batches, or pass max_batch_size or "
             "effective_batch_size"
         )
-    if leaves_one_sample(trainer, module, source, batch_size, own):
+    normalized = any(isinstance(part, _BatchNorm) for part in module.modules())
+    if normalized and leaves_one_sample(trainer, source, batch_size, own):
         remarks.append(
             f"the last batch of an epoch has one sample at batch size {batch_size}, and {type(module).__name__} has "
             "batch norm, which may refuse it: pass drop_last=True to the loader, or multiple_of or max_batch_size"
@@ -254,9 +255,12 @@ def training_remarks(
     return remarks
 
 
-def leaves_one_sample(trainer: Any, module: Any, source: Any, batch_size: int, own: int | None) -> bool:
-    """Return True if a module with batch norm would get a last batch of one sample, and does not with the own size."""
-    if own in (None, batch_size) or not any(isinstance(part, _BatchNorm) for part in module.modules()):
+def leaves_one_sample(trainer: Any, source: Any, batch_size: int, own: int | None) -> bool:
+    """Return True if an epoch would have a last batch of one sample, and has none with the own size.
+
+    Batch norm refuses one sample, a squeezed batch has another shape, and a ``collate_fn`` may leave the only one out.
+    """
+    if own in (None, batch_size):
         return False
     last, before = (last_batch(source, size, ranks_of(trainer)) for size in (batch_size, own))
     return last == 1 and before != 1

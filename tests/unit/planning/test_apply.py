@@ -20,6 +20,7 @@ from lightning_memplan.planning.apply import (
     check_batches,
     find_holders,
     find_place,
+    leaves_one_sample,
     most_within_epochs,
     names_by_stage,
     training_remarks,
@@ -581,3 +582,13 @@ def test_what_cannot_be_described_is_not_set(held):
     ):
         pytest.fail("nothing is said that was not set")
     assert (held["train"], trainer.accumulate_grad_batches) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "own", "expected"),
+    [(19, 4, True), (3, 4, False), (19, 19, False), (19, None, False), (20, 4, False), (9, 19, False)],
+    ids=str,
+)
+def test_a_last_batch_of_one_sample_is_noticed_where_there_was_none(size, own, expected):
+    # of 20 samples, batches of 19 leave one, and those of 3, 9 and 4 leave two or none
+    assert leaves_one_sample(settings(), LOADER, size, own) is expected
