@@ -217,6 +217,10 @@ def _batches(p: Pipeline) -> dict[str, Any]:
         changed["loader"] = "plain"
     if p.sampler == "tokens":
         changed |= {"drop_last": False, "collate": "own" if p.collate == "even" else p.collate}
+    if p.drop_last and p.batch_size > p.count // max(2, p.workers):  # an epoch without a batch
+        changed |= {"batch_size": 3, "count": max(p.count, 24)}
+    if p.batch == "object" and p.precision == "bf16-true":  # which Lightning does not convert
+        changed["batch"] = "dict"
     if p.memory == "large":
         changed["batch_size"] = min(p.batch_size, 8)
     if p.module == "batch_norm":
@@ -245,7 +249,7 @@ def _training(p: Pipeline) -> dict[str, Any]:
         changed |= {name: AXES[name][0] for name in ("limit", "interval", "overfit") if getattr(p, name) == 0.5}
     if 0.5 in (p.limit, p.overfit):
         changed |= {
-            "batch_size": min(p.batch_size, 3),
+            "batch_size": min(p.batch_size, 4),
             "count": max(p.count, 24),
         }
     if p.overfit:

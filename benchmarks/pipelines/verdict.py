@@ -68,8 +68,9 @@ def _announced(p: Pipeline, plain: Run, found: Run) -> Iterator[str]:
             yield f"size: nothing is planned, and batches have {_sizes(found['epochs'])}, not {_sizes(plain['epochs'])}"
         return
     texts = " ".join((*found["said"], *found.get("notes", ())))
-    if p.collate == "drops" and (p.module == "iterator" or p.combined or p.batch in ("object", "list_of_parts")):
-        return  # only the module sees how many samples its loader leaves of a batch
+    hidden = p.module == "iterator" or p.combined or p.batch in ("object", "list_of_parts")
+    if hidden and (p.collate == "drops" or p.streams):
+        return  # only the module sees how many samples a batch has: what a loader leaves of it, or a stream
     if planned not in firsts and not any(words in texts for words in SAYS):
         yield f"size: {planned} samples are announced, and the first batch has {' and '.join(map(str, firsts))}"
 
