@@ -307,14 +307,13 @@ class FitPlanner:
 
         def prepare() -> None:
             texts.extend(plan_texts(plan, self.lesson.text, val_plan, val_size))
+            texts.extend(f"MemoryPlanner: {advice}" for advice in self._advice(plan))
             remarks.extend(self._remarks(plan))
 
         with write_together(written, self._trainer, accumulate, is_fatal, prepare):
             self._say(texts, is_fatal)
         for remark in remarks:
             warn(remark)
-        if advice := self._advice(plan):
-            say(f"MemoryPlanner: {advice}")
         if self.place is not None and accumulate is not None:
             self.accumulated = accumulate
         self.plan, self.val_plan, self.estimate = plan, val_plan, estimate
@@ -343,12 +342,13 @@ class FitPlanner:
             remarks += smaller_gpu(plan, device_of_trainer(self._trainer))
         return remarks
 
-    def _advice(self, plan: Plan) -> str:
-        """Return what to do where the batch size makes the training another one, as a text to print; "" where not."""
+    def _advice(self, plan: Plan) -> list[str]:
+        """Return what to do where the batch size makes the training another one, as texts to print."""
         asked_for = plan.effective_batch_size is not None or plan.limited_by == "checkpoint"
         if self.place is None or self.own_size is None or asked_for:
-            return ""
-        return few_steps(self._trainer, self.place.source, plan.batch_size, self.own_size)
+            return []
+        advice = few_steps(self._trainer, self.place.source, plan.batch_size, self.own_size)
+        return [advice] if advice else []
 
 
 @dataclass(frozen=True, slots=True)
