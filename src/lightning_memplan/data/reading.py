@@ -54,13 +54,14 @@ class KeptSamples:
     items: list[Any] | None
     ended: bool = False
     in_worker: bool = False
+    seed: int | None = None  #: of the random numbers that a batch is made with; None: those that come next
 
     def batch(self, size: int) -> Any:
         """Return a batch of ``size`` samples as the loader would yield it; random numbers are drawn as for any other.
 
         Samples are repeated where there are fewer.
         """
-        with isolated_random_state():
+        with isolated_random_state(self.seed):
             if self.in_worker:
                 return _taken(self._serving(size, workers=1), 1)[0]
             if iterates_itself(self.loader):

@@ -10,7 +10,7 @@ from math import lcm
 from typing import Any, Literal, get_args
 
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, default_collate, default_convert
 
 from lightning_memplan.data.batches import (
     batch_size_of,
@@ -278,6 +278,8 @@ def _is_batch(thing: object) -> bool:
 # ------------------------------------------------------------------------------------------------------------ a loader
 _SECONDS = 2.0  #: in which to look at samples beyond the first, about; where these differ, five times as long
 
+_DRAWS = 16  #: times that a batch of the same samples is made, to see what a collate_fn draws
+
 _ALIKE = 0.05  #: part by which samples may differ in size without a word
 
 _EMPTY = "the dataset has length 0: there is nothing to plan a batch size for"
@@ -304,7 +306,25 @@ def _from_loader(loader: DataLoader[Any], look: _Look) -> _Make:
     if max(sizes) > (1 + _ALIKE) * min(sizes):
         differ = f"samples differ in size ({format_bytes(min(sizes))} to {format_bytes(max(sizes))})"
         look.notes[f"{differ}: planned for batches of the largest of {text}"] = None
-    return kept.batch
+    return _of_the_largest_draw(kept, look).batch
+
+
+def _of_the_largest_draw(kept: KeptSamples, look: _Look) -> KeptSamples:
+    """Return the samples with the seed of the largest batch, where a ``collate_fn`` draws how large its batches are."""
+    if look.sample == "first" or kept.in_worker or kept.loader.collate_fn in (default_collate, default_convert):
+        return kept
+    began, sizes = time.perf_counter(), dict[int, int]()
+    for seed in range(_DRAWS):
+        with suppress(Exception):  # of the user's, which other sizes or numbers may not meet
+            sizes[seed] = tensor_bytes(replace(kept, seed=seed).batch(2))
+        if time.perf_counter() - began > _SECONDS:
+            break
+    least, most = min(sizes.values(), default=0), max(sizes.values(), default=0)
+    if most <= (1 + _ALIKE) * least:
+        return kept
+    differ = f"batches of the same samples differ in size ({format_bytes(least)} to {format_bytes(most)})"
+    look.notes[f"{differ}, as the loader draws it: planned for the largest of {len(sizes)}"] = None
+    return replace(kept, seed=max(sizes, key=sizes.__getitem__))
 
 
 def _more(kept: KeptSamples, seconds: float, look: _Look, differ: bool) -> int:

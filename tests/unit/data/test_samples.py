@@ -645,3 +645,34 @@ def test_a_large_batch_of_plain_tensors_is_made_on_the_card():
 def test_another_large_batch_is_made_as_the_user_makes_it(collate):
     large = read_samples(DataLoader(list(rows), batch_size=4, collate_fn=collate)).large(23)
     assert not isinstance(large, TiledBatch)
+
+
+SCALES = (16, 32, 48, 64)
+
+
+def of_any_scale(samples):
+    side = random.choice(SCALES)
+    return torch.nn.functional.interpolate(torch.stack(samples), size=(side, side))
+
+
+def with_any_noise(samples):
+    return torch.stack(samples) + torch.rand(1) + np.random.random()
+
+
+def test_a_collate_that_draws_a_scale_is_planned_for_by_the_largest():
+    before = random.getstate()
+    loader = DataLoader([torch.zeros(3, 8, 8)] * 20, batch_size=4, collate_fn=of_any_scale)
+    samples = read_samples(loader, "auto")
+    assert [tuple(batch.shape) for _, batch in samples.batches()] == [(n, 3, 64, 64) for n in (2, 3, 5)]
+    # two images of 3 x 16 x 16 and 3 x 64 x 64 numbers of 4 bytes
+    (note,) = samples.notes
+    assert note == (
+        "batches of the same samples differ in size (6.00 KiB to 96.00 KiB), as the loader draws it: planned for the "
+        "largest of 16"
+    )
+    assert random.getstate() == before
+
+
+def test_a_collate_that_draws_no_sizes_is_as_it_is():
+    loader = DataLoader([torch.zeros(3)] * 20, batch_size=4, collate_fn=with_any_noise)
+    assert read_samples(loader, "auto").notes == ()
