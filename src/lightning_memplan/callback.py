@@ -95,7 +95,7 @@ class MemoryPlanner(CallbackBase):
         effective_batch_size: Samples that one optimizer step sees, on all devices together. The largest batch size that
             divides it and fits is set, and ``trainer.accumulate_grad_batches`` with it.
         samples: Samples of the dataset that the plan is made for. ``"first"`` takes the first five; ``"largest"`` takes
-            copies of the largest of 64 that are spread over it; ``"auto"`` does so where the first five differ in size.
+            copies of the largest of 64 that are spread over it; ``"auto"`` does so with as many as a few seconds allow.
         apply: Set the batch size. By default on a GPU; on the CPU the plan is for information. With ``False``
             nothing is set, nothing of planning stops training, and predictions are for the batches that training has.
         confirm: Run two real steps of the batch size on the GPU before it is set, on a replica. If they run out of

@@ -115,9 +115,10 @@ class Plan:
     """A planned batch size, and the memory that it is predicted to take, in bytes.
 
     ``limited_by`` tells why the batch size is not larger: ``"memory"``, ``"max_batch_size"``, ``"dataset"``,
-    ``"effective_batch_size"``, ``"step"`` (the training step refuses a larger batch) or ``"checkpoint"`` (kept from the
-    run that is resumed). An effective batch size is the number of samples in one optimizer step: ``batch_size`` on each
-    device, times ``accumulate_grad_batches``, times the number of devices.
+    ``"effective_batch_size"``, ``"step"`` (the training step refuses a larger batch), ``"validation"`` (whose batches
+    grow with those of training, and would not fit) or ``"checkpoint"`` (kept from the run that is resumed). An
+    effective batch size is the number of samples in one optimizer step: ``batch_size`` on each device, times
+    ``accumulate_grad_batches``, times the number of devices.
 
     >>> plan = Plan(batch_size=8, device=Device("GPU", total=2**34), budget=2**33, margin=0.5, limited_by="memory",
     ...             method="trace", peak_reserved=2**32, peak_allocated=2**31, formula_peak=2**31)
@@ -129,7 +130,9 @@ class Plan:
     device: Device
     budget: int  #: bytes that the plan may reserve: the device's capacity less the margin
     margin: float
-    limited_by: Literal["memory", "max_batch_size", "dataset", "effective_batch_size", "step", "checkpoint"]
+    limited_by: Literal[
+        "memory", "max_batch_size", "dataset", "effective_batch_size", "step", "validation", "checkpoint"
+    ]
     method: Literal["trace", "formula", "probe"]
     peak_reserved: int  #: peak bytes reserved by the allocator, which must fit
     peak_allocated: int  #: peak bytes allocated

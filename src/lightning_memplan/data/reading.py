@@ -58,6 +58,7 @@ class KeptSamples:
     items: list[Any] | None
     ended: bool = False
     in_worker: bool = False
+    seed: int | None = None  #: of the random numbers that a batch is made with; None: those that come next
 
     def batch(self, size: int) -> Any:
         """Return a batch of ``size`` samples as the loader would yield it; random numbers are drawn as for any other.
@@ -66,14 +67,14 @@ class KeptSamples:
         """
         if not self.in_worker and iterates_itself(self.loader):
             try:
-                with isolated_random_state():
+                with isolated_random_state(self.seed):
                     return _on_host(self._iterated(size))
             except Exception:  # noqa: BLE001 - whatever a class of the user's raises, on a copy of the loader
                 pass
         return self._collated(size)
 
     def _collated(self, size: int) -> Any:
-        with isolated_random_state():
+        with isolated_random_state(self.seed):
             if self.in_worker:
                 return _taken(self._serving(size, workers=1), 1)[0]
             return self.loader.collate_fn(self._fetched(size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from math import lcm
 from typing import Any, Literal, get_args
 
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, default_collate, default_convert
 
 from lightning_memplan.data.batches import (
     batch_size_of,
@@ -25,6 +26,7 @@ from lightning_memplan.data.batches import (
 from lightning_memplan.data.loaders import (
     batching_sampler,
     loaders_in,
+    samples_of_loader,
     share_of,
     unit_of,
     yielded_size,
@@ -297,6 +299,12 @@ def _is_batch(thing: object) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------ a loader
+_SECONDS = 2.0  #: in which to look at samples beyond the first, about; where these differ, five times as long
+
+_DRAWS = 16  #: times that a batch of the same samples is made, to see what a collate_fn draws
+
+_ALIKE = 0.05  #: part by which samples may differ in size without a word
+
 _EMPTY = "the dataset has length 0: there is nothing to plan a batch size for"
 
 
@@ -306,17 +314,53 @@ def _from_loader(loader: DataLoader[Any], look: _Look) -> _Make:
         batch = max((kept.of_one(place).batch(1) for place in range(len(kept.indices))), key=tensor_bytes)
         look.rows["batch"] = batch_size_of(batch)
         return _from_batch(batch)
+    began = time.perf_counter()
     kept = _kept(loader, look.count, look, spread=look.sample == "largest")
+    seconds = time.perf_counter() - began
     sizes, text = _sizes_of(kept), look.text
-    if look.sample == "auto" and min(sizes) < max(sizes):
+    if look.sample == "auto" and (count := _more(kept, seconds, look, min(sizes) < max(sizes))):
         with suppress(Exception):  # a sample of the user's that cannot be read, and may never be asked for
-            more = _kept(loader, look.sample_size, look, spread=True)
-            kept, sizes, text = more, _sizes_of(more), f"the {len(more.indices)} that were looked at"
+            more = _kept(loader, count, look, spread=True)
+            found, text = _sizes_of(more), f"the {len(more.indices)} that were looked at"
+            if min(found) < max(found) and max(found) >= max(sizes):
+                kept, sizes = more, found
     if min(sizes) < max(sizes):
         kept = kept.of_one(sizes.index(max(sizes)))
+    if max(sizes) > (1 + _ALIKE) * min(sizes):
         differ = f"samples differ in size ({format_bytes(min(sizes))} to {format_bytes(max(sizes))})"
         look.notes[f"{differ}: planned for batches of the largest of {text}"] = None
-    return kept.batch
+    return _of_the_largest_draw(kept, look).batch
+
+
+def _of_the_largest_draw(kept: KeptSamples, look: _Look) -> KeptSamples:
+    """Return the samples with the seed of the largest batch, where a ``collate_fn`` draws how large its batches are."""
+    if look.sample == "first" or kept.in_worker or kept.loader.collate_fn in (default_collate, default_convert):
+        return kept
+    began, sizes = time.perf_counter(), dict[int, int]()
+    for seed in range(_DRAWS):
+        with suppress(Exception):  # of the user's, which other sizes or numbers may not meet
+            sizes[seed] = tensor_bytes(replace(kept, seed=seed).batch(2))
+        if time.perf_counter() - began > _SECONDS:
+            break
+    least, most = min(sizes.values(), default=0), max(sizes.values(), default=0)
+    if most <= (1 + _ALIKE) * least:
+        return kept
+    differ = f"batches of the same samples differ in size ({format_bytes(least)} to {format_bytes(most)})"
+    look.notes[f"{differ}, as the loader draws it: planned for the largest of {len(sizes)}"] = None
+    return replace(kept, seed=max(sizes, key=sizes.__getitem__))
+
+
+def _more(kept: KeptSamples, seconds: float, look: _Look, differ: bool) -> int:
+    """Return how many samples to look at beside the first, which took ``seconds`` to read; 0 for no more.
+
+    A stream has no last samples: more of it are read where the first ones ``differ``.
+    """
+    if kept.ended or (isinstance(kept.loader.dataset, IterableDataset) and not differ):
+        return 0
+    if (samples_of_loader(kept.loader) or _FIRST + 1) <= _FIRST:
+        return 0  # these are all
+    count = int((5 if differ else 1) * _SECONDS * len(kept.indices) / max(seconds, 1e-6))
+    return min(look.sample_size, max(count, 2 * _FIRST) if differ else count if count > len(kept.indices) else 0)
 
 
 def _sizes_of(kept: KeptSamples) -> list[int]:

@@ -27,12 +27,17 @@ Phase = Literal["train", "val", "test"]  #: names a Trainer's loaders, by the lo
 
 # ------------------------------------------------------------------------------------------------ a Trainer's loaders
 def loader_source(
-    trainer: Trainer, module: Callable[[], nn.Module], datamodule: LightningDataModule | None, phase: Phase = "train"
+    trainer: Trainer,
+    module: Callable[[], nn.Module],
+    datamodule: LightningDataModule | None,
+    phase: Phase = "train",
+    change: Callable[[Any], None] | None = None,
 ) -> Any:
     """Return the loaders that the Trainer trains, validates or tests on: those passed to it, or those a hook makes.
 
     ``module`` returns the module after its ``setup`` has run. The hook is called on a shallow copy of that module, or
-    of the datamodule. Validation and tests read one loader after the other: their loaders come as a CombinedLoader.
+    of the datamodule; with ``change``, that is called before, and the copy's hyperparameters are its own. Validation
+    and tests read one loader after the other: their loaders come as a CombinedLoader.
     """
     source = _data_source(trainer, phase).instance
     if loaders_are_made(trainer, phase):
@@ -41,6 +46,10 @@ def loader_source(
             owner = copy.copy(made)
             if is_lightning_module(owner):  # a copied module has no trainer (LightningModule.__getstate__)
                 owner.__dict__["_trainer"] = made.__dict__["_trainer"]
+            if change is not None:
+                if "_hparams" in vars(owner):
+                    owner.__dict__["_hparams"] = copy.deepcopy(vars(owner)["_hparams"])
+                change(owner)
             source = getattr(owner, f"{phase}_dataloader")()
     if phase == "train" or is_combined_loader(source):
         return source

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
+from math import ceil
 
 from lightning_memplan.errors import TraceError, issue_warning
+from lightning_memplan.memory.search import SizeLimits, largest_fitting
 from lightning_memplan.planning.job import DataSource, TrainingJob
 from lightning_memplan.planning.limits import Limits
 from lightning_memplan.planning.plan import make_plan
-from lightning_memplan.planning.predict import predict_test, predict_validation
+from lightning_memplan.planning.predict import predict_test, trace_of_validation
 from lightning_memplan.planning.predictor import OneEstimate
 from lightning_memplan.planning.proposal import IsFatal, RankResult, always, on_each_rank
 from lightning_memplan.planning.session import PlanningSession
@@ -24,7 +27,7 @@ def plan_validation(session: PlanningSession, training: Plan, validation: DataSo
         TraceError: validation cannot be traced.
     """
     job, size = session.job, training.batch_size
-    found = predict_validation(job, session.estimate_at(size), size, validation)
+    found = trace_of_validation(job, validation).beside(session.estimate_at(size), size)
     limits = Limits(
         margin=session.limits.margin,
         max_batch_size=session.limits.max_batch_size,
@@ -35,6 +38,27 @@ def plan_validation(session: PlanningSession, training: Plan, validation: DataSo
     if (own := validation.batch_size) is not None and found.program.batch_sizes == (own,):
         limits = limits.exactly(own)  # known at this size alone: it stays
     return make_plan(OneEstimate(found, f"{job.name} in validation"), session.device, limits, nccl=job.nccl)
+
+
+def most_beside_validation(session: PlanningSession, most: int, validation: DataSource, share: Fraction) -> int:
+    """Return the largest batch size up to ``most`` beside which validation fits; 0 where none does.
+
+    Validation has ``share`` times the samples of training in a batch, and no more than it has at all.
+
+    Raises:
+        TraceError: validation cannot be traced.
+    """
+    traced = trace_of_validation(session.job, validation)
+    budget, limits, samples = session.limits.budget_of(session.device), session.limits, validation.size
+    if len(traced.program.batch_sizes) == 1:
+        raise TraceError("its events depend on the batch size, and are known at its own alone")
+
+    def fits(batch_size: int) -> bool:
+        own = ceil(batch_size * share) if samples is None else min(ceil(batch_size * share), samples)
+        return traced.beside(session.estimate_at(batch_size), batch_size).fits(max(1, own), budget)
+
+    sizes = SizeLimits(limits.smallest, most, multiple_of=limits.multiple_of)
+    return largest_fitting(fits, sizes, near=most).batch_size
 
 
 def plan_test(job: TrainingJob, device: Device, limits: Limits) -> Plan:

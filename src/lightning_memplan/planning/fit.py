@@ -13,7 +13,7 @@ from torch import nn
 from lightning_memplan.checks import Method
 from lightning_memplan.data.batches import batch_size_of
 from lightning_memplan.data.holders import DEFAULT_NAME, Holder
-from lightning_memplan.errors import ApplyError, MemplanError, located
+from lightning_memplan.errors import ApplyError, MemplanError, TraceError, located
 from lightning_memplan.lightning.compat import misconfiguration
 from lightning_memplan.lightning.loggers import say, warn
 from lightning_memplan.lightning.ranks import over_ranks
@@ -31,13 +31,14 @@ from lightning_memplan.planning.apply import (
     training_remarks,
     write_together,
 )
-from lightning_memplan.planning.evaluation import agreed_plan, plan_test, plan_validation
+from lightning_memplan.planning.evaluation import agreed_plan, most_beside_validation, plan_test, plan_validation
 from lightning_memplan.planning.job import (
     DataSource,
     Sampling,
     TrainingJob,
     device_of_trainer,
     job_of_trainer,
+    share_of_validation,
     source_of_trainer,
 )
 from lightning_memplan.planning.limits import Limits
@@ -213,6 +214,8 @@ class FitPlanner:
         )
         session.limits = replace(session.limits, margin=self.lesson.margin, failed=self.lesson.failed)
         proposal = self._without_a_last_sample(session.propose(), session)
+        if not val_holders and self.place is not None and holders and validates(trainer):
+            proposal = self._beside_validation(proposal, session)
         if stays:
             plan = replace(proposal.plan, limited_by="dataset")
             proposal = replace(proposal, plan=plan).noted(f"the batch size stays: {stays}")
@@ -220,6 +223,27 @@ class FitPlanner:
             self._validation = source_of_trainer(job, "val", options.sampling)
             self._val_place = find_place(trainer, self._validation.data, val_holders, "val")
         return proposal
+
+    def _beside_validation(self, proposal: Proposal, session: PlanningSession) -> Proposal:
+        """Return the proposal, or a smaller one where validation's batches grow with training's, and do not fit."""
+        job, plan, own = session.job, proposal.plan, self.own_size
+        if own is None or plan.method == "formula":
+            return proposal
+        validation = source_of_trainer(job, "val", self.options.sampling)
+        share = share_of_validation(job, validation, own)
+        if share is None:
+            return proposal
+        smallest = session.limits.smallest
+        try:
+            most = most_beside_validation(session, plan.batch_size, validation, share)
+        except TraceError as error:
+            return proposal.noted(f"validation has the same batch size, and is not planned: {error}")
+        if most == plan.batch_size:
+            return proposal
+        plan = session.plan(replace(session.limits, max_batch_size=max(most, smallest)))
+        proposal = replace(proposal, plan=replace(plan, limited_by="validation"))
+        few = f"{smallest} samples of validation may not fit beside training"
+        return proposal if most else proposal.noted(few)
 
     def _without_a_last_sample(self, proposal: Proposal, session: PlanningSession) -> Proposal:
         """Return the proposal, or a smaller one where a last batch of one sample may stop training."""
@@ -283,14 +307,13 @@ class FitPlanner:
 
         def prepare() -> None:
             texts.extend(plan_texts(plan, self.lesson.text, val_plan, val_size))
+            texts.extend(f"MemoryPlanner: {advice}" for advice in self._advice(plan))
             remarks.extend(self._remarks(plan))
 
         with write_together(written, self._trainer, accumulate, is_fatal, prepare):
             self._say(texts, is_fatal)
         for remark in remarks:
             warn(remark)
-        if advice := self._advice(plan):
-            say(f"MemoryPlanner: {advice}")
         if self.place is not None and accumulate is not None:
             self.accumulated = accumulate
         self.plan, self.val_plan, self.estimate = plan, val_plan, estimate
@@ -319,12 +342,13 @@ class FitPlanner:
             remarks += smaller_gpu(plan, device_of_trainer(self._trainer))
         return remarks
 
-    def _advice(self, plan: Plan) -> str:
-        """Return what to do where the batch size makes the training another one, as a text to print; "" where not."""
+    def _advice(self, plan: Plan) -> list[str]:
+        """Return what to do where the batch size makes the training another one, as texts to print."""
         asked_for = plan.effective_batch_size is not None or plan.limited_by == "checkpoint"
         if self.place is None or self.own_size is None or asked_for:
-            return ""
-        return few_steps(self._trainer, self.place.source, plan.batch_size, self.own_size)
+            return []
+        advice = few_steps(self._trainer, self.place.source, plan.batch_size, self.own_size)
+        return [advice] if advice else []
 
 
 @dataclass(frozen=True, slots=True)

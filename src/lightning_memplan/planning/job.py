@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cached_property
 from math import lcm
 from typing import Any, get_args
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_memplan.checks import Method, check_choice, check_count
-from lightning_memplan.data.holders import DEFAULT_NAME
+from lightning_memplan.data.holders import DEFAULT_NAME, hold_batch_size
 from lightning_memplan.data.loaders import dataset_size, unit_of
 from lightning_memplan.data.samples import SAMPLE_SIZE, Samples, Which, check_sample, read_samples
 from lightning_memplan.data.streams import most_of_a_stream, note_on_stream, unsized_loaders
@@ -26,7 +27,7 @@ from lightning_memplan.lightning.compat import (
     is_overridden,
     misconfiguration,
 )
-from lightning_memplan.lightning.data_source import Phase, loader_source
+from lightning_memplan.lightning.data_source import Phase, loader_source, loaders_are_made
 from lightning_memplan.lightning.trainer import cuda_index, divides_samples, parallel_named, trainer_settings
 from lightning_memplan.planning.limits import Limits
 from lightning_memplan.planning.replicas import Replicas
@@ -357,6 +358,26 @@ def source_of_trainer(job: TrainingJob, phase: Phase, sampling: Sampling) -> Dat
     """Return the loaders that a job's Trainer has for a phase."""
     divided = divides_samples(job.trainer)
     return DataSource(loader_source(job.trainer, job.begun, job.datamodule, phase), sampling, divided)
+
+
+def share_of_validation(job: TrainingJob, validation: DataSource, own: int) -> Fraction | None:
+    """Return validation's samples for each sample of training, where both follow the same attribute; None if not.
+
+    Its loaders are made once more, by a copy of whatever makes them that holds twice the batch size ``own``.
+    """
+    if not loaders_are_made(job.trainer, "val") or validation.batch_size is None:
+        return None
+
+    def twice(owner: Any) -> None:
+        hold_batch_size(job.batch_size_name, 2 * own, own, owner)
+
+    try:
+        twofold = unit_of(loader_source(job.trainer, job.begun, job.datamodule, "val", twice))
+    except Exception:  # noqa: BLE001 - whatever the user's hook raises
+        return None
+    if twofold is None or twofold == validation.batch_size:
+        return None
+    return max(Fraction(validation.batch_size, own), Fraction(twofold, 2 * own))
 
 
 def nccl_allowance(settings: StepSettings, device: Device) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from lightning_memplan.memory.allocator_settings import AllocatorSettings
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.fitting import start_near
 from lightning_memplan.memory.loops import scale_with_loops
-from lightning_memplan.memory.program import interleaved, scale
+from lightning_memplan.memory.program import Program, interleaved, scale
 from lightning_memplan.memory.search import SizeLimits, largest_fitting
 from lightning_memplan.planning.job import DataSource, TrainingJob
 from lightning_memplan.planning.retrace import MANY, MAY_TAKE_MORE, batches_of_many, is_of_many
@@ -188,18 +188,39 @@ def _by_trace(job: TrainingJob) -> Estimate:
     return Estimate("trace", result.formula, program, _allocator(), notes, least=least, loops=bool(looped))
 
 
-def predict_validation(job: TrainingJob, training: Estimate, batch_size: int, validation: DataSource) -> Estimate:
-    """Return what training at ``batch_size`` needs with validation in between, at any batch size of validation.
+@dataclass(frozen=True)
+class Validation:
+    """A step of validation, at any batch size, as it runs between steps of training."""
 
-    ``training`` is the estimate of the job, with a program; ``validation`` has validation's batches. Where more than
-    sizes differs from one batch size to another (a sliding window has more positions), the estimate is of validation's
-    own batch size alone, the only one among its program's.
+    program: Program
+    notes: tuple[str, ...] = ()
+
+    def beside(self, training: Estimate, batch_size: int) -> Estimate:
+        """Return what training at ``batch_size`` needs with validation in between, at any batch size of validation.
+
+        Raises:
+            TraceError: ``training`` is an estimate by the formula, which knows no order of events.
+        """
+        if training.program is None:
+            raise TraceError("training is planned by the formula, which knows no order of events")
+        return Estimate(
+            training.method,
+            training.formula,
+            interleaved(training.program, batch_size, self.program),
+            training.settings,
+            self.notes,
+        )
+
+
+def trace_of_validation(job: TrainingJob, validation: DataSource) -> Validation:
+    """Trace validation after a step of training; ``validation`` has its batches.
+
+    Where more than sizes differs from one batch size to another (a sliding window has more positions), the program is
+    of validation's own batch size alone, the only one among its ``batch_sizes``.
 
     Raises:
         TraceError: a step cannot be traced.
     """
-    if training.program is None:
-        raise TraceError("training is planned by the formula, which knows no order of events")
     (_, first), *_ = job.source.samples.batches()
     samples, own = validation.samples, validation.batch_size
     traced = partial(trace_validation, job.setup, first, beginning=job.beginning())
@@ -211,13 +232,7 @@ def predict_validation(job: TrainingJob, training: Estimate, batch_size: int, va
             raise
         result = traced([(own, samples.batch(own))])
         program = scale(result.traces)
-    return Estimate(
-        training.method,
-        training.formula,
-        interleaved(training.program, batch_size, program),
-        training.settings,
-        result.notes + samples.notes,
-    )
+    return Validation(program, result.notes + samples.notes)
 
 
 def predict_test(job: TrainingJob) -> Estimate:

@@ -137,7 +137,7 @@ class RankResult(NamedTuple):
 
     card: str = ""
     batch_size: int = 0
-    limited_by: LimitedBy | Literal["checkpoint"] = MEMORY
+    limited_by: LimitedBy | Literal["validation", "checkpoint"] = MEMORY
     reason: str = ""
     fatal: bool = False
 

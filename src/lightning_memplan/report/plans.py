@@ -25,6 +25,7 @@ LIMITS = {
     "dataset": "limited by the dataset",
     "effective_batch_size": "all of the effective batch size",
     "step": "limited by the step itself",
+    "validation": "limited by memory in validation",
     "checkpoint": "kept from the checkpoint",
 }
 

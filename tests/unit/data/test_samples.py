@@ -411,6 +411,73 @@ def test_as_many_samples_are_read_as_is_said():
         assert Counted.read == indices
 
 
+class Texts(Dataset):
+    """Texts of other lengths; reading one takes ``seconds`` on a clock of their own."""
+
+    read: ClassVar = []  # a copy is read
+    now = 0.0
+
+    def __init__(self, lengths, seconds=0.0):
+        self.lengths, self.seconds = list(lengths), seconds
+        self.read.clear()
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        Texts.now += self.seconds
+        return torch.zeros(self.lengths[index])
+
+
+LENGTHS = {
+    "rising": [10] * 50 + [40] * 50,
+    "falling": [40] * 50 + [10] * 50,
+    "one long text in the middle": [10] * 45 + [40] * 10 + [10] * 45,
+    "the last": [10] * 99 + [40],
+    "in turn": [10, 40] * 50,
+}
+
+
+@pytest.mark.parametrize("order", LENGTHS)
+def test_samples_that_differ_anywhere_are_planned_for_by_the_largest(order):
+    samples = read_samples(DataLoader(Texts(LENGTHS[order]), batch_size=4, collate_fn=padded), "auto")
+    assert samples.make(3).shape == (3, 40)
+    if order != "falling":  # of which the first five are the longest
+        (note,) = samples.notes
+        assert note.startswith("samples differ in size (40 B to 160 B): planned for batches of the largest of the 64")
+
+
+def test_samples_that_differ_little_are_planned_for_by_the_largest_without_a_word():
+    # 100 and 105 numbers are 5 % apart
+    samples = read_samples(DataLoader(Texts([100] * 50 + [105] * 50), batch_size=4, collate_fn=padded), "auto")
+    assert (samples.make(2).shape, samples.notes) == ((2, 105), ())
+    samples = read_samples(DataLoader(Texts([100] * 50 + [106] * 50), batch_size=4, collate_fn=padded), "auto")
+    assert len(samples.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "seconds", "read"),
+    [
+        ([10] * 200, 0.0, 64),
+        ([10] * 200, 0.1, 20),  # two seconds are twenty samples of a tenth
+        ([10] * 200, 0.5, 0),  # five have taken more than that
+        ([10, 40] * 100, 0.1, 64),  # ten seconds are a hundred
+        ([10, 40] * 100, 0.5, 20),
+        ([10, 40] * 100, 5.0, 10),  # ten at least
+        ([10] * 5, 0.0, 0),
+    ],
+)
+def test_the_time_for_looking_at_samples_is_bounded(monkeypatch, lengths, seconds, read):
+    dataset = Texts(lengths, seconds)
+    monkeypatch.setattr("time.perf_counter", lambda: Texts.now)
+    read_samples(DataLoader(dataset, batch_size=2, collate_fn=padded), "auto")
+    first, more = dataset.read[:5], dataset.read[5:]
+    assert first == [0, 1, 2, 3, 4]
+    assert len(more) == read
+    assert not more or (more[0], more[-1]) == (0, len(lengths) - 1)
+
+
 def test_the_largest_of_a_stream_and_of_batches():
     class Longer(IterableDataset):
         def __iter__(self):
@@ -586,3 +653,34 @@ def test_a_large_batch_of_plain_tensors_is_made_on_the_card():
 def test_another_large_batch_is_made_as_the_user_makes_it(collate):
     large = read_samples(DataLoader(list(rows), batch_size=4, collate_fn=collate)).large(23)
     assert not isinstance(large, TiledBatch)
+
+
+SCALES = (16, 32, 48, 64)
+
+
+def of_any_scale(samples):
+    side = random.choice(SCALES)
+    return torch.nn.functional.interpolate(torch.stack(samples), size=(side, side))
+
+
+def with_any_noise(samples):
+    return torch.stack(samples) + torch.rand(1) + np.random.random()
+
+
+def test_a_collate_that_draws_a_scale_is_planned_for_by_the_largest():
+    before = random.getstate()
+    loader = DataLoader([torch.zeros(3, 8, 8)] * 20, batch_size=4, collate_fn=of_any_scale)
+    samples = read_samples(loader, "auto")
+    assert [tuple(batch.shape) for _, batch in samples.batches()] == [(n, 3, 64, 64) for n in (2, 3, 5)]
+    # two images of 3 x 16 x 16 and 3 x 64 x 64 numbers of 4 bytes
+    (note,) = samples.notes
+    assert note == (
+        "batches of the same samples differ in size (6.00 KiB to 96.00 KiB), as the loader draws it: planned for the "
+        "largest of 16"
+    )
+    assert random.getstate() == before
+
+
+def test_a_collate_that_draws_no_sizes_is_as_it_is():
+    loader = DataLoader([torch.zeros(3)] * 20, batch_size=4, collate_fn=with_any_noise)
+    assert read_samples(loader, "auto").notes == ()
