@@ -192,6 +192,19 @@ def batches_of_epoch(source: Any, batch_size: int, ranks: int = 1) -> int | None
     >>> batches_of_epoch(DataLoader(range(10)), 4), batches_of_epoch(DataLoader(range(10), drop_last=True), 4)
     (3, 2)
     """
+    counts = batches_of_loaders(source, batch_size, ranks)
+    if counts is None:
+        return None
+    # a collection cycles its shorter loaders, unless it is a CombinedLoader that stops with the shortest
+    return min(counts) if combined_mode(source) == "min_size" else max(counts)
+
+
+def batches_of_loaders(source: Any, batch_size: int, ranks: int = 1) -> list[int] | None:
+    """Return the number of batches of each loader, at a batch size of all of them; None if one is unknown.
+
+    >>> batches_of_loaders([DataLoader(range(10)), DataLoader(range(6))], 4)
+    [3, 2]
+    """
     counts = []
     for loader, size in zip(loaders_in(source), planned_sizes(source, batch_size), strict=True):
         samples, workers = samples_of_loader(loader, ranks), 1
@@ -202,8 +215,7 @@ def batches_of_epoch(source: Any, batch_size: int, ranks: int = 1) -> int | None
         samples //= workers
         drops = getattr(batching_sampler(loader), "drop_last", False)
         counts.append(workers * (samples // size if drops else -(-samples // size)))
-    # a collection cycles its shorter loaders, unless it is a CombinedLoader that stops with the shortest
-    return min(counts) if combined_mode(source) == "min_size" else max(counts)
+    return counts
 
 
 def last_batch(source: Any, batch_size: int, ranks: int = 1) -> int | None:

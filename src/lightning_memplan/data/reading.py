@@ -25,7 +25,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from lightning_memplan.data.batches import batch_size_of, hidden_tensors
+from lightning_memplan.data.batches import batch_size_of, hidden_tensors, tensor_bytes
 from lightning_memplan.data.borrowed import borrowed
 from lightning_memplan.data.loaders import bulk_sampler
 from lightning_memplan.lightning.compat import isolated_random_state, move_to_device
@@ -121,9 +121,10 @@ class KeptSamples:
         """
         if self.items is None or len(self.items) < 2 or self.loader.batch_sampler is None:
             return self
+        count = len(self.items)
         try:
-            if batch_size_of(self._collated(len(self.items))) >= len(self.items):
-                return self
+            if tensor_bytes(self._collated(count)) == tensor_bytes(self.of_one(0)._collated(count)) > 0:
+                return self  # all are like the first
         except Exception:  # noqa: BLE001 - whatever a collate_fn of the user's raises
             pass
         places = [place for place in range(len(self.items)) if self.of_one(place)._fills(2)]
@@ -132,9 +133,13 @@ class KeptSamples:
     def _fills(self, size: int) -> bool:
         """Return True if a batch of these samples has any."""
         try:
-            return batch_size_of(self._collated(size)) > 0
+            batch = self._collated(size)
         except Exception:  # noqa: BLE001 - whatever a collate_fn of the user's raises
             return False
+        try:
+            return batch_size_of(batch) > 0
+        except ValueError:  # its tensors are hidden
+            return tensor_bytes(batch) > 0
 
     def _fetched(self, size: int) -> Any:
         """Return what the loader passes to its ``collate_fn``: one item, where the dataset makes the batches."""

@@ -15,6 +15,7 @@ from lightning_memplan.data.holders import DEFAULT_NAME, Holder, holders_of
 from lightning_memplan.data.loaders import (
     batch_size_of_loader,
     batches_of_epoch,
+    batches_of_loaders,
     check_resizable,
     last_batch,
     loaders_in,
@@ -156,22 +157,24 @@ def check_batches(trainer: Any, source: Any, batch_size: int) -> None:
     Source: pytorch_lightning 2.6, loops/fit_loop.py (``setup_data``) and trainer/connectors/data_connector.py.
     """
     count = batches_of_epoch(source, batch_size, ranks_of(trainer))
+    each = batches_of_loaders(source, batch_size, ranks_of(trainer))
     limit, interval = trainer.limit_train_batches, trainer.val_check_interval
-    if count is None or limit == 0:
+    if count is None or each is None or limit == 0:
         return
-    few = f"and an epoch has {count} of the planned batch size {batch_size}"
-    if isinstance(limit, float) and int(count * limit) == 0:
+    if isinstance(limit, float) and int(min(each) * limit) == 0:  # Lightning takes a part of each loader
         name = "overfit_batches" if trainer.overfit_batches else "limit_train_batches"
         raise ApplyError(
-            f"{name}={limit} is a part of an epoch's batches, {few}, which is not one: give a number of batches "
+            f"{name}={limit} is a part of an epoch's batches, and {'an epoch' if len(each) == 1 else 'a loader'} has "
+            f"{min(each)} of the planned batch size {batch_size}, which is not one: give a number of batches "
             f"({name}=1), or a max_batch_size"
         )
-    count = batches_taken(trainer, count)
+    few, count = count, batches_taken(trainer, count)
     validates = trainer.limit_val_batches > 0 and trainer.check_val_every_n_epoch is not None
     if isinstance(interval, int) and count < interval and validates:
         raise ApplyError(
-            f"val_check_interval={interval} counts batches, {few}: give a part of an epoch (val_check_interval=1.0), "
-            f"pass check_val_every_n_epoch=None, or max_batch_size={max(1, batch_size * count // interval)}"
+            f"val_check_interval={interval} counts batches, and an epoch has {few} of the planned batch size "
+            f"{batch_size}: give a part of an epoch (val_check_interval=1.0), pass check_val_every_n_epoch=None, or "
+            f"max_batch_size={max(1, batch_size * count // interval)}"
         )
 
 

@@ -155,6 +155,14 @@ def test_batches_are_planned_without_the_samples_that_collate_fn_leaves_out(data
         assert len(batch) == size  # the most that a batch of training has
 
 
+def test_samples_that_a_collate_fn_leaves_out_of_a_list_of_parts_are_noticed():
+    def listed(samples):
+        return [{"x": row} for row in without_odd_rows(samples)]
+
+    for size, batch in read_samples(DataLoader(Rows(), batch_size=4, collate_fn=listed)).batches((2, 3, 5, 40)):
+        assert len(batch) == size
+
+
 def test_samples_stay_where_collate_fn_leaves_all_of_them_out():
     def refuses(samples):
         raise ValueError("no sample is good")

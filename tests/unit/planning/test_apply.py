@@ -584,6 +584,15 @@ def test_what_cannot_be_described_is_not_set(held):
     assert (held["train"], trainer.accumulate_grad_batches) == (2, 1)
 
 
+def test_a_part_of_an_epoch_is_taken_of_each_loader():
+    # at 20 samples a batch, half of the second loader's only batch is none; at 19 it has two
+    several = [DataLoader(range(40), batch_size=4), DataLoader(range(20), batch_size=4)]
+    half = {"limit_train_batches": 0.5, "max_epochs": 1, "max_steps": -1, "accumulate_grad_batches": 1}
+    with pytest.raises(ApplyError, match="a loader has 1 of the planned batch size 20, which is not one"):
+        check_batches(settings(**half), several, 20)
+    assert most_within_epochs(settings(**half), several, 20, 4) == 19
+
+
 @pytest.mark.parametrize(
     ("size", "own", "expected"),
     [(19, 4, True), (3, 4, False), (19, 19, False), (19, None, False), (20, 4, False), (9, 19, False)],
