@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.pipelines import shrink
+from benchmarks.pipelines.__main__ import table
 from benchmarks.pipelines.choose import AXES, Pipeline, draw, mended, parse
 from benchmarks.pipelines.datasets import numbers_of
 from benchmarks.pipelines.supervise import Row, rows_of
@@ -117,3 +119,26 @@ def test_a_pipeline_that_does_not_train_by_itself_is_left_out() -> None:
     assert outcome(PLAIN, stopped, "TypeError: a") == "stopped"
     assert outcome(PLAIN, {**WITH, "error": "no answer within 9 s"}, "no answer within 9 s") == "hung"
     assert outcome(PLAIN, WITH, "") == "planned by probe"
+
+
+def test_a_failure_is_shrunk_to_the_choices_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(texts: list[str], limit: float) -> list[Row]:
+        needed = {"data=stream", "workers=2"}
+        return [{"pipeline": text, "outcome": "hung" if needed <= set(text.split()) else "planned"} for text in texts]
+
+    monkeypatch.setattr(shrink, "rows_of", rows)
+    drawn = Pipeline(data="stream", workers=2, persistent=True, holder="hparams", count=37, clip=1.0)
+    assert str(shrink.shrunk(drawn, "hung", 1.0)) == "data=stream workers=2"
+
+
+def test_the_table_counts_verdicts_and_lists_failures() -> None:
+    row = {"pipeline": "workers=2", "outcome": "planned by probe", "failed": "", "seed": 1, "runs": {"default": WITH}}
+    hung = {**row, "seed": 7, "outcome": "hung", "failed": "no answer within 60 s", "smallest": "workers=1"}
+    assert table([row, row, hung]).splitlines() == [
+        "    2 planned by probe",
+        "    1 hung",
+        "    3 pipelines, 0 s",
+        "FAIL seed 7: hung",
+        "     workers=1",
+        "     no answer within 60 s",
+    ]
