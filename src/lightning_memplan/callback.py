@@ -335,6 +335,7 @@ class MemoryPlanner(CallbackBase):
                 every_n_steps=self.every_n_steps,
                 manual=not pl_module.automatic_optimization,
                 margin=None if self.plan is None or self.plan.method == "formula" else self.plan.margin,
+                limit=None if self._fit is None else self._fit.limit,
             )
         elif self.plan is not None and trainer.is_global_zero:
             issue_warning(
@@ -430,7 +431,7 @@ class MemoryPlanner(CallbackBase):
         if self._meter is None:
             return
         measured = self._meter.end()
-        if remark := self._meter.remark():
+        if remark := self._meter.remark(trainer.num_training_batches - batch_idx - 1):
             issue_warning(f"MemoryPlanner: {remark}")
         if self._meter.logs(measured.step) and trainer.loggers and self._log is not None:
             self._log.metrics(step_metrics(measured, self._formula_peak))

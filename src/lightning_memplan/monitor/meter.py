@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_memplan.devices.allocator_stats import AllocatorStats, read_stats, reset_peaks
 from lightning_memplan.devices.detect import NvmlMeter
 from lightning_memplan.memory.estimate import Estimate
+from lightning_memplan.monitor.floor import FIRST, Floor
 from lightning_memplan.monitor.record import Record
 from lightning_memplan.types import Measurement, Peaks
 from lightning_memplan.units import MiB, format_bytes
-
-#: Number of steps at the start of a run whose phases are always measured: what the first two allocate stays.
-FIRST = 3
 
 #: Least distance in steps between later measurements of the phases: Lightning's default interval for logging.
 APART = 50
@@ -109,6 +108,7 @@ class Meter:
         every_n_steps: Distance between the steps that are logged.
         manual: Set for manual optimization, where forward follows each optimizer step.
         margin: Fraction by which a step may exceed its prediction before ``remark`` reports it; ``None`` never does.
+        limit: Most bytes that may be allocated, None where that is not known.
     """
 
     def __init__(
@@ -119,6 +119,7 @@ class Meter:
         every_n_steps: int = 1,
         manual: bool = False,
         margin: float | None = None,
+        limit: int | None = None,
     ) -> None:
         self.index = index
         self.forecast = forecast
@@ -132,7 +133,7 @@ class Meter:
         self._nvml: NvmlMeter | None = None
         with suppress(Exception):  # a driver's library that fails: the allocator's figures do without
             self._nvml = NvmlMeter(index)
-        self._margin = margin
+        self._margin, self._limit = margin, limit
         self._drifted = ""  # remark on a step without phases, kept until the next step adds its phases
         self._floor = Floor()
         self.phase = ""  #: the phase being measured; empty outside of one
@@ -215,8 +216,11 @@ class Meter:
         self._steps.add(measured)
         return measured
 
-    def remark(self) -> str | None:
-        """Return one sentence on what is wrong with the last step, or None; each kind of problem is reported once."""
+    def remark(self, left: float = inf) -> str | None:
+        """Return one sentence on what is wrong with the last step, or None; each kind of problem is reported once.
+
+        ``left`` is the number of steps that are left of the epoch.
+        """
         last = self.measurements[-1]
         text = ""
         if self._margin is not None and last.allocated > last.predicted_allocated:
@@ -225,7 +229,8 @@ class Meter:
             self._drifted, text = text, ""
         elif text := text or self._drifted:
             self._drifted, self._margin = "", None
-        return text or self._floor.add(last.floor)
+        room = None if self._limit is None else self._limit - last.allocated
+        return text or self._floor.add(last.floor, room, left)
 
     def begin_validation(self) -> None:
         """Begin a validation."""
@@ -293,49 +298,3 @@ def drift(measurement: Measurement, margin: float) -> str:
         f"({100 * (actual - predicted) / predicted:+.1f} %){phase}: its batch is larger than those that were planned "
         "with, or it keeps what a planned step frees"
     )
-
-
-class Floor:
-    """Detect a leak: a steady rise of the bytes that are still allocated when a step has ended.
-
-    Only the lowest floor of every ``WINDOW`` steps counts, so that batches of varying size raise no alarm. It must rise
-    from each of ``WINDOWS`` windows to the next, in all by at least 1 MiB and by more than it varies within the first.
-
-    >>> floor = Floor()
-    >>> said = [floor.add(2**30 + step * 2**20) for step in range(200)]
-    >>> [step for step, text in enumerate(said) if text], said[101]
-    ([101], 'memory allocated at the end of a step rises by 1.00 MiB a step ...
-    """
-
-    WINDOW = 16
-    WINDOWS = 6
-
-    def __init__(self) -> None:
-        self._window: list[int] = []
-        self._length = 2 * FIRST + self.WINDOW  # the first steps add gradients and optimizer state, which is no leak
-        self._lows: list[int] = []
-        self._spread = 0
-        self._said = False
-
-    def add(self, floor: int) -> str | None:
-        """Add the floor of one step, in bytes; return one sentence once the rise is certain, and only once."""
-        if self._said:
-            return None
-        self._window.append(floor)
-        if len(self._window) < self._length:
-            return None
-        window, self._window, self._length = self._window[-self.WINDOW :], [], self.WINDOW
-        low = min(window)
-        if not self._lows or low <= self._lows[-1]:
-            self._lows, self._spread = [], max(window) - low
-        self._lows.append(low)
-        rise = low - self._lows[0]
-        if len(self._lows) < self.WINDOWS or rise < max(MiB, self._spread):
-            return None
-        self._said = True
-        rate = rise / ((len(self._lows) - 1) * self.WINDOW)
-        return (
-            f"memory allocated at the end of a step rises by {format_bytes(round(rate))} a step (over the last "
-            f"{len(self._lows) * self.WINDOW}): something keeps tensors from step to step, such as a list of losses "
-            "that were not detached"
-        )

@@ -102,6 +102,12 @@ class FitPlanner:
         """The proposed batch size, as long as another can be set in its place."""
         return None if self._proposal is None or self.place is None else self._proposal.plan.batch_size
 
+    @property
+    def limit(self) -> int | None:
+        """Most bytes that this process may have allocated, None where nothing was planned for the GPU that trains."""
+        here = self.plan is not None and self.options.device is None
+        return self.plan.device.capacity + self.already_allocated if here and self.plan is not None else None
+
     def run(self) -> None:
         """Propose a plan on all ranks, confirm it by real steps, and write it.
 

@@ -18,6 +18,9 @@ from lightning_memplan.units import MiB, format_bytes
 #: Bytes a batch from which on a rise is said: a metric's scalars are less
 LEAST_RISE = MiB // 16
 
+#: Batches from which on a rise is left to be measured
+MANY_BATCHES = 10_000
+
 RISES = "memory rises"  #: how the note begins
 
 
@@ -80,6 +83,8 @@ def growth_notes(estimate: Estimate, batch_size: int, capacity: int) -> tuple[st
     if rate < LEAST_RISE:
         return ()
     fit = max(0, capacity - estimate.peak(batch_size, capacity)) // rate
+    if fit > MANY_BATCHES:
+        return ()
     text = (
         f"{RISES} by {format_bytes(rate)} a batch: batch size {batch_size} fits for about {fit} batches. Something "
         "keeps tensors from step to step, such as a list of losses that were not detached"

@@ -17,7 +17,8 @@ from lightning_memplan.errors import issue_warning
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.fitting import largest_on_device
 from lightning_memplan.memory.search import SizeLimits
-from lightning_memplan.monitor.meter import FIRST, Meter
+from lightning_memplan.monitor.floor import FIRST
+from lightning_memplan.monitor.meter import Meter
 from lightning_memplan.planning.fit import FitPlanner
 from lightning_memplan.probe.out_of_memory import missing_bytes
 from lightning_memplan.report.shortage import Shortage, shortage_text

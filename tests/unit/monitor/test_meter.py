@@ -514,3 +514,34 @@ def test_of_many_validations_the_first_the_highest_and_the_last_thousand_are_kep
         card.take(80 if count == 100 else 40)
         meter.end_validation()
     assert [peaks.allocated for peaks in meter.validations] == [40, 80, *[40] * 1000]
+
+
+def soon(rises, room, left=1000):
+    """The first step, counted from 1, in which a rise is said, and the text; steps before the seventh do not count."""
+    floor, at = Floor(), 100 * GiB
+    for step, rise in enumerate([0] * 7 + rises, 1):
+        at += rise
+        if text := floor.add(at, room, left):
+            return step, text
+    return None
+
+
+def test_a_rise_that_runs_out_of_memory_is_said_after_ten_steps():
+    step, text = soon([MiB] * 30, room=500 * MiB)
+    assert step == 7 + 10
+    assert text.startswith("memory allocated at the end of a step rises by 1.00 MiB a step (over the last 10), and")
+    assert "runs out in 500 steps" in text
+
+
+@pytest.mark.parametrize(
+    ("rises", "room", "left"),
+    [
+        ([MiB] * 30, 500 * MiB, 500),  # the epoch ends before
+        ([MiB, 0] * 15, MiB, 1000),  # every other step
+        ([MiB, 4 * MiB] * 15, MiB, 1000),  # not steady
+        ([MiB, -MiB] * 15, MiB, 1000),
+        ([0] * 30, 0, 1000),
+    ],
+)
+def test_no_other_rise_is_said_so_soon(rises, room, left):
+    assert soon(rises, room, left) is None
