@@ -22,6 +22,8 @@ FAILED = [
     "drop_last=True loader=wrapper holder=hparams",  # no batch: 65,536 samples, of which the last batch is dropped
     "data=batched_stream collate=own combined=min_size",  # predicted for as many samples of each
     "sampler=own_batches combined=dict",  # not planned: the rest of an epoch came first
+    "loader=keeps_size holder=kept_loader",  # stopped: the hook returns a loader that cannot be resized
+    "drop_last=True combined=list second=equal limit=0.5",  # stopped: half of one loader's only batch
     "data=own_iterator validates=True interval=2",  # no validation: an epoch of one batch, and no second
 ]
 

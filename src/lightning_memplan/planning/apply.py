@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -63,7 +63,8 @@ class LoaderSizes:
     """Give the loaders that a hook makes their planned sizes, as long as the hook asks for what it asked for first.
 
     A hook may make other batches in later epochs: these stay, except where ``fits`` says that they would run out of
-    memory.
+    memory. A hook may also follow no holder, and make loaders that cannot be resized: these stay as they are, and
+    ``refused`` is called with the reason.
 
     >>> from torch.utils.data import DataLoader
     >>> hook = LoaderSizes([8], lambda batch_size: batch_size <= 8)
@@ -71,12 +72,21 @@ class LoaderSizes:
     [8, 8, 4, 8]
     """
 
-    def __init__(self, sizes: Sequence[int], fits: Callable[[int], bool]) -> None:
-        self._sizes, self._fits = sizes, fits
+    def __init__(
+        self, sizes: Sequence[int], fits: Callable[[int], bool], refused: Callable[[ApplyError], object] = bool
+    ) -> None:
+        self._sizes, self._fits, self._refused = sizes, fits, refused
         self._asked: list[int | None] = []  # for, the first time
         self._said: set[int | None] = set()
 
     def __call__(self, loaders: Any) -> Any:
+        try:
+            return self._resized(loaders)
+        except ApplyError as error:  # training has begun
+            self._refused(error)
+            return loaders
+
+    def _resized(self, loaders: Any) -> Any:
         asked = [batch_size_of_loader(loader) for loader in loaders_in(loaders)]
         self._asked = self._asked or asked
         if asked == self._asked:
@@ -107,6 +117,7 @@ class Place:
     phase: Phase = "train"
     own: int | None = None  #: number of samples that a batch has before, where the loaders do not say
     fits: Callable[[int], bool] = bool
+    refused: list[ApplyError] = field(default_factory=list)  #: why the loaders that a hook made were not resized
 
     def write(self, batch_size: int, undo: ExitStack) -> None:
         """Set it on all holders and on the Trainer's loaders; ``undo`` puts all of it back.
@@ -122,7 +133,20 @@ class Place:
             undo.callback(holder.restore, holder.read())
             holder.write(value)
         undo.callback(kept_loaders(self.trainer, self.phase))
-        change_loaders(self.trainer, LoaderSizes(planned_sizes(self.source, batch_size), self.fits), self.phase)
+        if loaders_are_made(self.trainer, self.phase):
+            sizes = LoaderSizes(planned_sizes(self.source, batch_size), self.fits, partial(self._refuse, batch_size))
+            change_loaders(self.trainer, sizes, self.phase)
+        else:
+            resized = partial(resized_loaders, sizes=planned_sizes(self.source, batch_size))
+            change_loaders(self.trainer, resized, self.phase)
+
+    def _refuse(self, batch_size: int, error: ApplyError) -> None:
+        """Take back what the holders hold: the hook does not follow them, and its loaders cannot be resized."""
+        self.put_back(batch_size)
+        if self.phase == "train":
+            self.refused.append(error)  # for ``check``
+        else:
+            warn(f"the batch size of {self.phase} stays: {error}")
 
     def put_back(self, batch_size: int) -> None:
         """Give the holders what they held before this batch size was written; one that was set since stays."""
@@ -141,6 +165,8 @@ class Place:
 
     def check(self, batch_size: int) -> None:
         """Raise ApplyError unless the Trainer's loaders, which are there now, have the size that was planned."""
+        if self.refused:
+            raise self.refused[0]
         loaders = loaders_in(train_loaders(self.trainer))
         for loader, planned in zip(loaders, planned_sizes(self.source, batch_size), strict=False):
             if batch_size_of_loader(loader) not in (None, planned):

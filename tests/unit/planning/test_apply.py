@@ -601,3 +601,27 @@ def test_a_part_of_an_epoch_is_taken_of_each_loader():
 def test_a_last_batch_of_one_sample_is_noticed_where_there_was_none(size, own, expected):
     # of 20 samples, batches of 19 leave one, and those of 3, 9 and 4 leave two or none
     assert leaves_one_sample(settings(), LOADER, size, own) is expected
+
+
+class KeepsSize(DataLoader):
+    def __init__(self, size):
+        super().__init__(range(32), batch_size=size)
+        self.size = size
+
+    def __iter__(self):
+        return super().__iter__()
+
+
+def test_a_loader_made_before_that_cannot_be_resized_stays_and_so_does_what_holds_its_size():
+    module, loader = Module(batch_size=4), KeepsSize(4)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.fit_loop._data_source.instance, module.trainer = module, trainer
+    module.train_dataloader = lambda: loader
+    place = find_place(trainer, loader, find_holders("batch_size", module))
+    with ExitStack() as undo:
+        place.write(8, undo)
+        assert module.batch_size == 8
+        assert trainer.fit_loop._data_source.dataloader() is loader
+        assert (loader.batch_size, module.batch_size) == (4, 4)
+        with pytest.raises(ApplyError, match=r"keeps 4 as self\.size beside batch_size"):
+            place.check(8)
