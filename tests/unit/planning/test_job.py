@@ -539,7 +539,5 @@ def test_a_trainer_runs_on_the_device_of_its_index(monkeypatch):
     assert device_of_trainer(on("cpu")).kind == "cpu"
     assert device_of_trainer(on("cuda:1")) is second
     assert device_of_trainer(on("cuda")) is HERE
-    with pytest.raises(
-        MisconfigurationException, match=r"^the Trainer runs on cuda:2, and the devices found are \(Dev"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"^the Trainer runs on cuda:2, and the devices found are \(D"):
         device_of_trainer(on("cuda:2"))
