@@ -93,6 +93,8 @@ def test_hooks_are_called_once_on_a_replica():
     assert type(real.head.weight) is nn.Parameter
     assert replicas.set_up(module, replace(SETTINGS, precision="16-true"), None, "fit", real=True) is real
     assert CALLS == ["fit", "fit"]
+    other = replicas.set_up(Counts(), SETTINGS, None, "fit", real=True)
+    assert other is not real
 
 
 def test_precision_and_strategy_have_replicas_of_their_own():
@@ -207,6 +209,22 @@ def test_layers_stay_lazy_where_the_step_fails():
     assert torch.nn.parameter.is_lazy(found.layer.weight)
     assert found is not setup.module
     assert replicas.initialized(setup, "fit", source) is found
+
+
+def test_a_lazy_module_without_first_hooks_is_copied_and_one_with_layers_to_make_makes_them():
+    class Makes(Lazy):
+        def configure_model(self):
+            self.head = nn.LazyLinear(2)
+
+        def training_step(self, batch, batch_idx):
+            return self.head(self.layer(batch)).sum()
+
+    replicas, source = Replicas(), DataSource(torch.zeros(4, 8))
+    plain, makes = nn.LazyLinear(3), Makes()
+    found = replicas.initialized(TrainingSetup(plain), None, source)
+    assert (found.weight.shape, torch.nn.parameter.is_lazy(plain.weight)) == ((3, 8), True)
+    found = replicas.initialized(TrainingSetup(makes, trainer=TRAINER), "fit", source)
+    assert found.head.weight.shape == (2, 3)
 
 
 # ------------------------------------------------------------------------------------------------------------ beginning
