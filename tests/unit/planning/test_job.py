@@ -150,6 +150,9 @@ def test_a_stream_is_limited_by_the_host_alone_where_the_user_names_a_size(monke
     assert source.within(Limits(), 1).samples == 2**16
     # a quarter of 1 TiB, in samples of one float and 1024 bytes beside it
     assert source.within(Limits(max_batch_size=10**8), 1).samples == 2**38 // 1028
+    ahead = DataSource(DataLoader(Stream(10**9), batch_size=2, num_workers=1, prefetch_factor=3))
+    ahead.__dict__["samples"] = source.samples
+    assert ahead.within(Limits(max_batch_size=10**8), 1).samples == 2**38 // 4 // 1028  # three batches are made ahead
 
 
 def test_a_loader_that_makes_batches_of_multiples_alone():
@@ -182,6 +185,8 @@ def test_a_length_that_is_not_known_is_explained_where_it_limits():
         "the length of the data is not known: at most 7 samples are planned for; max_batch_size allows more",
     )
     assert replace(explained, notes=("known",)) == by_dataset
+    dropping = DataSource(DataLoader(Stream(10**6), batch_size=2, drop_last=True))
+    assert "and a last batch that is not full is dropped" in dropping.explained(by_dataset).notes[-1]
     by_memory = a_plan(limited_by="memory")
     assert unknown.explained(by_memory) is by_memory
     known = DataSource(DataLoader(torch.zeros(7, 8)))
@@ -275,6 +280,12 @@ def test_a_module_begins_after_its_setup_on_a_replica():
     assert type(begun.layer.weight.data).__name__ == "FakeTensor"  # steps are traced alone
     assert job.begun() is job.setup.module is begun
     assert a_job(module).begun() is module  # without a stage no setup is called
+
+    class Reads(Plain):
+        def setup(self, stage):
+            self.epochs = self.trainer.max_epochs
+
+    assert a_job(Reads(), stage="fit", method="trace", trainer=trainer_of(max_epochs=7)).begun().epochs == 7
 
 
 def test_a_module_that_is_probed_begins_with_real_tensors():
@@ -439,7 +450,10 @@ class Data(pl.LightningDataModule):
         self.calls += (stage,)
 
     def train_dataloader(self):
-        return DataLoader(torch.zeros(30, 8), batch_size=len(self.calls))
+        return DataLoader(torch.zeros(30, 8), batch_size=max(1, len(self.calls)))
+
+    def test_dataloader(self):
+        return DataLoader(torch.zeros(7, 8))
 
 
 def test_a_datamodule_is_prepared_on_a_copy_whose_hooks_a_batch_passes():
@@ -480,10 +494,14 @@ def test_a_trainers_fit_is_a_job():
 
 
 def test_a_test_has_loaders_of_its_own():
-    trainer = with_loaders(DataLoader(torch.zeros(21, 8)))
+    trainer, data = with_loaders(DataLoader(torch.zeros(21, 8))), Data()
     trainer.test_loop._data_source.instance = DataLoader(torch.zeros(5, 8))
     assert job_of_trainer(trainer, Plain(), "test", CARD).source.size == 5
     assert job_of_trainer(trainer, Plain(), "fit", CARD).source.size == 21
+    trainer = with_loaders(data)
+    trainer.datamodule = data  # whose hooks make them
+    assert job_of_trainer(trainer, Plain(), "test", CARD).source.size == 7
+    assert job_of_trainer(trainer, Plain(), "fit", CARD).source.size == 30
 
 
 def test_a_hook_makes_loaders_on_the_module_as_it_is_after_setup():
