@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -14,9 +15,14 @@ from torch.utils.data import DataLoader
 import lightning_memplan as mp
 from benchmarks.accuracy import advice as accuracy
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
+from lightning_memplan.memory.estimate import Estimate
+from lightning_memplan.memory.events import Event, Trace
+from lightning_memplan.memory.formula import Formula
+from lightning_memplan.memory.program import scale
 from lightning_memplan.planning import advice as advice_module
 from lightning_memplan.planning import changes, predict
 from lightning_memplan.planning.changes import _in_eight_bits, _sample_size, checkpoint_themselves, checkpointed
+from lightning_memplan.planning.job import training_job
 
 MiB = 2**20
 
@@ -317,6 +323,98 @@ def test_a_step_that_cannot_be_traced():
 
     with pytest.raises(mp.TraceError, match="Reads cannot be traced"):
         mp.advise(Reads(), torch.zeros(2, 256), device=CARD)
+
+
+# ------------------------------------------------------------------------------------------------ what is worth advice
+
+
+def taking(base, each=MiB):
+    """Return the estimate of a step that takes so many bytes, and so many for each sample."""
+    traces = [Trace(n, (Event(0, base, "setup"), Event(1, n * each, "forward", 1))) for n in (2, 3, 5)]
+    return Estimate("trace", Formula((), 0, 0, 0, 0), scale(traces))
+
+
+def change(kind, make, **fields):
+    return changes._Change(kind, f"do {kind}", f"cost of {kind}", make if callable(make) else lambda: make, **fields)
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """Advice of a step that takes 1000 MiB, and 10 at 10 samples, where these changes can be made."""
+
+    def of(*found, sharding=(), method="trace", batch_size=10, capacity=None):
+        asked = []
+        monkeypatch.setattr(advice_module, "changes", lambda *arguments: asked.append(arguments) or found)
+        monkeypatch.setattr(advice_module, "sharding_changes", lambda *given: asked.append(given) or sharding)
+        job = training_job(nn.Linear(4, 4), torch.zeros(4, 4), device=CARD)
+        before = replace(taking(1000 * MiB), method=method)
+        result = advice_module.advise_job(job, before, batch_size, 700 * MiB, capacity)
+        return result, job, before, asked
+
+    return of
+
+
+def test_changes_are_made_on_a_traced_job(tried):
+    _, job, before, (changed, sharded) = tried(change("layout", taking(0)))
+    assert changed[1:] == (10,)
+    assert sharded[1:] == (10, 700 * MiB)
+    assert changed[0] is sharded[0]
+    traced = changed[0]
+    assert (traced.found, traced.job) == (before, replace(job, method="trace"))
+    assert [(size, len(batch)) for size, batch in traced.batches] == [(2, 2), (3, 3), (5, 5)]
+
+
+def test_only_a_trace_tells_what_a_change_saves(tried):
+    found, *_, asked = tried(change("layout", taking(0)), method="probe")
+    assert (found, asked) == ((), [])
+
+
+def test_a_change_is_worth_a_hundredth_of_the_peak(tried):
+    # a hundredth of 1000 and 200 MiB is 12
+    found, *_ = tried(change("a", taking(988 * MiB)), change("b", taking(990 * MiB)), batch_size=200)
+    assert [(item.kind, item.saved) for item in found] == [("a", 12 * MiB)]
+
+
+def test_advice_has_what_the_change_saves_takes_and_costs(tried):
+    (item,), *_ = tried(change("accumulation", taking(400 * MiB), parts=2, nccl=5))
+    # half of 10 samples are 5 MiB, which the allocator makes 6 in a segment of 2 MiB's
+    before, after = taking(1000 * MiB).peak(10), taking(400 * MiB).peak(5)
+    assert (item.change, item.cost, item.batch_size) == ("do accumulation", "cost of accumulation", 5)
+    assert (item.saved, item.peak_reserved, item.peak_allocated) == (before - after, after, 405 * MiB)
+    assert (item.largest_batch_size, item.nccl) == (None, 5)
+
+
+def test_the_largest_batch_size_after_a_change_leaves_room_for_nccl(tried, monkeypatch):
+    asked = []
+    monkeypatch.setattr(advice_module, "largest", lambda *arguments: asked.append(arguments) or 77)
+    after = taking(400 * MiB)
+    (item,), *_ = tried(change("sharding", after, nccl=5), capacity=900 * MiB)
+    assert asked == [(after, 700 * MiB - 5, 900 * MiB - 5)]
+    assert item.largest_batch_size == 77
+
+
+def test_what_saves_most_comes_first_and_other_samples_last(tried):
+    found, *_ = tried(
+        change("a", taking(900 * MiB)),
+        change("samples", taking(100 * MiB)),
+        change("b", taking(800 * MiB)),
+        sharding=(change("sharding", taking(850 * MiB)),),
+    )
+    assert [item.kind for item in found] == ["b", "sharding", "a", "samples"]
+
+
+def test_a_change_that_cannot_be_made_is_left_out_and_others_are_not(tried):
+    def raises(error):
+        def make():
+            raise error
+
+        return make
+
+    fails = [change("a", raises(mp.TraceError("no"))), change("b", raises(changes.DoesNotApplyError()))]
+    found, *_ = tried(*fails, change("c", taking(0)))
+    assert [item.kind for item in found] == ["c"]
+    with pytest.raises(KeyError, match="mine"):
+        tried(change("a", raises(KeyError("mine"))))
 
 
 # ------------------------------------------------------------------------------------------------- where it is said
