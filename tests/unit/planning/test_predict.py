@@ -372,6 +372,13 @@ def test_a_step_that_does_something_else_with_few_samples_is_traced_with_many():
     assert (found.program.batch_sizes, found.loops) == ((32, 64, 128), False)
 
 
+def test_a_step_that_trains_nothing_on_few_samples_is_traced_with_many():
+    def step(module, x):
+        return None if len(x) < 30 and x.sum().item() <= 0 else module.net(x).sum()
+
+    assert predict(a_job(Net(step), method="trace")).program.batch_sizes == (32, 64, 128)
+
+
 def test_many_samples_that_the_host_cannot_hold_are_not_tried(monkeypatch):
     monkeypatch.setattr(retrace, "cpu_device", lambda: mp.Device("host", total=1024, kind="cpu"))
     with pytest.raises(mp.TraceError, match=r"^Net cannot be traced: .*shape '\[32, -1, 8\]' is invalid") as caught:
@@ -468,6 +475,15 @@ def test_a_step_that_cannot_be_traced_at_all_is_counted(monkeypatch):
     assert (found.formula.parameter_bytes, found.settings) == (4 * (8 * 8 + 8), predicting._allocator())
 
 
+def test_why_a_step_stopped_is_said_once():
+    def fails(module, x):
+        module.net(x)
+        raise OSError("disk")
+
+    found = predict(a_job(Net(fails)))
+    assert found.notes[1:] == ("the formula counts the layers that ran before the step stopped",)
+
+
 def test_the_formula_that_is_asked_for_traces_nothing(monkeypatch):
     asked = noted(monkeypatch, "trace_counted")
     found = predict(a_job(method="formula"))
@@ -548,6 +564,7 @@ def test_a_test_is_traced_on_its_own_batches(monkeypatch):
     (((setup, batches), _),) = asked
     assert (setup, [size for size, _ in batches]) == (job.setup, [2, 3, 5])
     assert (found.method, found.loops, found.settings) == ("trace", False, predicting._allocator())
+    assert found.program.batch_sizes == (2, 3, 5)
     assert found.formula.gradient_bytes == 0
     assert found.notes[0].startswith(DIFFER)
 

@@ -173,6 +173,15 @@ def test_samples_that_come_by_threes_take_three_times_as_much(host):
         batches_of_many(samples, (4,))
 
 
+def test_what_the_samples_of_a_batch_share_counts_with_each(host):
+    samples = read_samples({"rows": SAMPLES, "table": torch.zeros(1000)})
+    host(4 * 4 * (64 + 4000))
+    assert [size for size, _ in batches_of_many(samples, (4,))] == [4]
+    host(4 * 4 * (64 + 4000) - 1)
+    with pytest.raises(mp.TraceError, match="4 samples take too much"):
+        batches_of_many(samples, (4,))
+
+
 def a_program(sizes):
     return scale([Trace(n, (Event(0, 8 * n, "forward", 1),)) for n in sizes])
 
@@ -304,6 +313,26 @@ def test_a_step_that_does_something_else_is_traced_to_its_end(monkeypatch):
     more = retrace_at(known, 8, job)  # what is known of one size stays where another is traced
     assert list(more.exact) == [7, 8]
     assert more.exact[7] is own
+
+
+class Dilates(nn.Module):
+    """Another kernel of as many values for many samples, for which cuDNN may take another workspace."""
+
+    def __init__(self):
+        super().__init__()
+        self.few, self.many = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=2, dilation=2)
+
+    def forward(self, x):
+        return (self.many if len(x) > 6 else self.few)(x)
+
+
+def test_a_step_that_differs_in_its_workspaces_alone_does_something_else():
+    net, batch = Dilates(), torch.zeros(4, 16, 32, 32)
+    found = mp.estimate(net, batch, method="trace", device=CARD)
+    known = retrace_at(found, 7, training_job(net, batch, device=CARD))
+    assert list(known.exact) == [7]
+    assert known.peak(7) == found.peak(7)
+    assert known.reserved_range(7).high > found.reserved_range(7).high
 
 
 def test_a_probed_estimate_stays_and_what_the_step_refuses_is_raised():
