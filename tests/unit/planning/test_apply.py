@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_memplan.data.holders import Holder, holders_of
 from lightning_memplan.errors import ApplyError, MemplanError, PlanningFailedError
@@ -375,29 +374,46 @@ def test_each_stage_has_a_name_of_its_own():
 # ----------------------------------------------------------------------------------------- what a batch size changes
 
 
-def remarks(samples, own, size, parts=1, module=None, **arguments):
-    trainer = settings(accumulate_grad_batches=parts)
-    return training_remarks(trainer, module or nn.Linear(2, 2), DataLoader(range(samples)), size, own, **arguments)
+def remarks(samples, own, size, parts=1, module=None, drop_last=False, accumulates=True, **changes):
+    trainer = settings(accumulate_grad_batches=parts, **changes)
+    loader = DataLoader(range(samples), drop_last=drop_last)
+    return training_remarks(trainer, module or nn.Linear(2, 2), loader, size, own, accumulates)
 
 
-def test_an_accumulation_that_no_epoch_completes_is_said():
-    # 20 samples are 10 batches of 2, of which 4 make a step: 3 steps an epoch; and 3 batches of 8, the last of 4
-    (text,) = remarks(20, own=2, size=8, parts=4)
-    assert text.startswith(
-        "accumulate_grad_batches=4 is more than the 3 batches of an epoch at batch size 8: the optimizer steps once an "
-        "epoch, instead of 3 times with batches of 2; lower"
-    )
-    assert "more than the 1 batch of an epoch at batch size 20" in remarks(20, own=2, size=20, parts=2)[0]
+@pytest.mark.parametrize(
+    ("case", "batches", "times"),
+    [
+        # 20 samples are 10 batches of 2, of which 4 make a step: 3 steps an epoch; and 3 batches of 8, the last of 4
+        ({"own": 2, "size": 8, "parts": 4}, "3 batches", 3),
+        ({"own": 2, "size": 20, "parts": 2}, "1 batch", 5),
+        # two ranks have 10 samples each: 5 batches of 2, two of which make a step; and one of 10
+        ({"own": 2, "size": 10, "parts": 2, "world_size": 2}, "1 batch", 3),
+        # of 10 batches of 2 no more than 6 are taken, and 4 make a step; of 3 batches of 8 all
+        ({"own": 2, "size": 8, "parts": 4, "limit_train_batches": 6}, "3 batches", 2),
+        # half of them: 5 and 1
+        ({"own": 2, "size": 8, "parts": 4, "limit_train_batches": 0.5}, "1 batch", 2),
+    ],
+    ids=str,
+)
+def test_an_accumulation_that_no_epoch_completes_is_said(case, batches, times):
+    assert remarks(20, **case) == [
+        f"accumulate_grad_batches={case['parts']} is more than the {batches} of an epoch at batch size {case['size']}: "
+        f"the optimizer steps once an epoch, instead of {times} times with batches of {case['own']}; lower "
+        "accumulate_grad_batches, or pass max_batch_size or effective_batch_size"
+    ]
 
 
 @pytest.mark.parametrize(
     "case",
     [
         {"own": 2, "size": 8, "parts": 3},  # three batches are a step
+        {"own": 2, "size": 20, "parts": 1},  # every batch is one
         {"own": 5, "size": 10, "parts": 4},  # 4 batches of 5 are one step too
+        {"own": 5, "size": 20, "parts": 9},  # no epoch completed it before
         {"own": 2, "size": 8, "parts": 4, "accumulates": False},  # another accumulation is planned
         {"own": 8, "size": 8, "parts": 4},
         {"own": None, "size": 8, "parts": 4},
+        {"own": 2, "size": 5, "parts": 4, "limit_train_batches": 4},  # four batches are taken of either
     ],
     ids=str,
 )
@@ -405,14 +421,31 @@ def test_an_accumulation_that_goes_on_as_before_is_not_said(case):
     assert remarks(20, **case) == []
 
 
-def test_a_last_batch_of_one_sample_is_said_where_a_layer_may_refuse_it():
-    normed = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    # 21 samples: the last of batches of 3 has 3, of 4 one, of 2 one
-    (text,) = remarks(21, own=3, size=4, module=normed)
-    assert text.startswith("the last batch of an epoch has one sample at batch size 4, and Sequential has batch norm")
-    assert remarks(21, own=2, size=4, module=normed) == []  # as before
-    assert remarks(21, own=3, size=4) == []
-    assert remarks(22, own=3, size=4, module=normed) == []
+NORMED = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+
+
+@pytest.mark.parametrize(
+    ("samples", "case", "said"),
+    [
+        (21, {"own": 3, "size": 4}, True),  # the last of batches of 3 has 3, of 4 one
+        (21, {"own": 2, "size": 4}, False),  # the last of 2 has one: as before
+        (22, {"own": 3, "size": 4}, False),
+        (21, {"own": 3, "size": 4, "module": nn.LayerNorm(2)}, False),
+        (21, {"own": 3, "size": 4, "drop_last": True}, False),
+        (21, {"own": 3, "size": 5, "world_size": 2}, True),  # each rank has 11
+        (21, {"own": 3, "size": 4, "accumulates": False}, True),  # whatever is accumulated
+    ],
+)
+def test_a_last_batch_of_one_sample_is_said_where_a_layer_may_refuse_it(samples, case, said):
+    text = (
+        f"the last batch of an epoch has one sample at batch size {case['size']}, and Sequential has batch norm, which "
+        "may refuse it: pass drop_last=True to the loader, or multiple_of or max_batch_size"
+    )
+    assert remarks(samples, **{"module": NORMED, **case}) == [text] * said
+
+
+def test_both_remarks_are_made():
+    assert len(remarks(21, own=3, size=20, parts=3, module=NORMED)) == 2
 
 
 def test_of_an_epoch_of_unknown_length_nothing_is_said():
@@ -420,78 +453,17 @@ def test_of_an_epoch_of_unknown_length_nothing_is_said():
     assert training_remarks(trainer, nn.BatchNorm1d(2), DataLoader(Stream()), 8, 2) == []
 
 
-# ------------------------------------------------------------------------------------------- what a size changes beside
+# -------------------------------------------------------------------------------------------------- where it is written
 
 
-class Rows(Dataset[torch.Tensor]):
-    def __init__(self, count: int = 577) -> None:
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.ones(4)
-
-
-def trainer_of(**settings: Any) -> Any:
-    return pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **settings)
-
-
-@pytest.mark.parametrize(
-    ("parts", "size", "steps"),
-    [
-        (1, 577, None),  # every batch is a step
-        (4, 100, None),  # 6 batches of 100, four a step
-        (8, 100, 15),  # 577 / 5 = 116 batches, eight a step
-        (8, 577, 15),
-        (200, 577, None),  # longer than an epoch before
-    ],
-)
-def test_accumulation_that_an_epoch_cannot_hold(parts: int, size: int, steps: int | None) -> None:
-    said = training_remarks(trainer_of(accumulate_grad_batches=parts), nn.Linear(4, 4), DataLoader(Rows()), size, 5)
-    assert len(said) == (steps is not None)
-    if steps is not None:
-        assert f"instead of {steps} times with batches of 5" in said[0]
-
-
-def test_accumulation_that_the_plan_sets_is_no_surprise() -> None:
-    trainer = trainer_of(accumulate_grad_batches=8)
-    assert training_remarks(trainer, nn.Linear(4, 4), DataLoader(Rows()), 577, 5, accumulates=False) == []
-
-
-def test_accumulation_of_a_limited_epoch() -> None:
-    trainer = trainer_of(accumulate_grad_batches=8, limit_train_batches=8)
-    assert training_remarks(trainer, nn.Linear(4, 4), DataLoader(Rows()), 50, 5) == []  # 8 batches of 50 as well
-
-
-@pytest.mark.parametrize(
-    ("layer", "size", "own", "drops", "said"),
-    [
-        (nn.BatchNorm1d(4), 64, 5, False, True),  # 577 = 9 · 64 + 1
-        (nn.BatchNorm1d(4), 64, 8, False, False),  # 577 = 72 · 8 + 1: as before
-        (nn.BatchNorm1d(4), 64, 5, True, False),
-        (nn.BatchNorm1d(4), 63, 5, False, False),
-        (nn.LayerNorm(4), 64, 5, False, False),
-    ],
-)
-def test_a_last_batch_of_one_sample_before_batch_norm(
-    layer: nn.Module, size: int, own: int, drops: bool, said: bool
-) -> None:
-    remarks = training_remarks(trainer_of(), nn.Sequential(layer), DataLoader(Rows(), drop_last=drops), size, own)
-    assert ["the last batch of an epoch has one sample at batch size 64" in remark for remark in remarks] == [
-        True
-    ] * said
-
-
-def test_a_holder_that_does_not_hold_the_loaders_size() -> None:
+def test_a_holder_that_does_not_hold_the_loaders_size():
     class Own(pl.LightningModule):
         batch_size = 8
 
-        def train_dataloader(self) -> Any:
-            return DataLoader(Rows(), batch_sampler=[[0, 1, 2]])
+        def train_dataloader(self):
+            return DataLoader(range(20), batch_sampler=[[0, 1, 2]])
 
-    trainer, module = trainer_of(), Own()
+    trainer, module = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False), Own()
     trainer.fit_loop._data_source.instance = module
     loader, holders = module.train_dataloader(), find_holders("batch_size", module)
     assert find_place(trainer, loader, holders, own=8).own == 8
@@ -499,9 +471,6 @@ def test_a_holder_that_does_not_hold_the_loaders_size() -> None:
         ApplyError, match=r"^Own\.batch_size is 8, and the loaders' batches have 3 samples: it does not"
     ):
         find_place(trainer, loader, holders, own=3)
-
-
-# -------------------------------------------------------------------------------------------------- where it is written
 
 
 class Batches(IterableDataset):
