@@ -396,11 +396,12 @@ def remarks(samples, own, size, parts=1, module=None, drop_last=False, accumulat
     ids=str,
 )
 def test_an_accumulation_that_no_epoch_completes_is_said(case, batches, times):
-    assert remarks(20, **case) == [
+    text = (
         f"accumulate_grad_batches={case['parts']} is more than the {batches} of an epoch at batch size {case['size']}: "
         f"the optimizer steps once an epoch, instead of {times} times with batches of {case['own']}; lower "
         "accumulate_grad_batches, or pass max_batch_size or effective_batch_size"
-    ]
+    )
+    assert remarks(20, **case) == [text]
 
 
 @pytest.mark.parametrize(

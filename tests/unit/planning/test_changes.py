@@ -269,17 +269,23 @@ def test_models_that_checkpoint_themselves_are_asked_to(monkeypatch):
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.second = ChecksItself(), ChecksItself()
+            self.XLNet, self.second = ChecksItself(), ChecksItself()
 
     net = Two()
     job = traced_job(net)
     enable = "gradient_checkpointing_enable({'use_reentrant': False})"
-    text = f"first.{enable} and second.{enable}"
+    text = f"XLNet.{enable} and second.{enable}"
     assert listed(job, 8, "checkpointing") == [("checkpointing", text, "their forward runs twice", 1, 0)]
     (setup, _, _) = made(monkeypatch, job, "checkpointing")
-    assert setup.module.first.asked == setup.module.second.asked == [{"use_reentrant": False}]
-    assert net.first.asked == []
+    assert setup.module.XLNet.asked == setup.module.second.asked == [{"use_reentrant": False}]
+    assert net.XLNet.asked == []
     assert listed(traced_job(ChecksItself()), 8, "checkpointing")[0][1] == enable
+
+
+def test_a_replica_has_the_trainer_of_the_module(monkeypatch):
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=7)
+    (setup, _, _) = made(monkeypatch, traced_job(KeepsGradients(), trainer=trainer), "zero_grad")
+    assert setup.module.trainer.max_epochs == 7
 
 
 class CannotCheckItself(ChecksItself):
@@ -290,10 +296,16 @@ class SaysItCan(nn.Module):
     supports_gradient_checkpointing = True
 
 
+class SaysNothing(nn.Module):
+    def gradient_checkpointing_enable(self):
+        """Do it in another way than transformers' models."""
+
+
 def test_the_outermost_models_that_can_checkpoint_themselves():
     outer = ChecksItself()
     outer.inner = ChecksItself()
-    both = nn.ModuleDict({"net": outer, "net2": ChecksItself(), "no": CannotCheckItself(), "says": SaysItCan()})
+    others = {"no": CannotCheckItself(), "says": SaysItCan(), "nothing": SaysNothing()}
+    both = nn.ModuleDict({"net": outer, "net2": ChecksItself(), **others})
     assert [path for path, _ in checkpoint_themselves(both)] == ["net", "net2"]
     assert checkpoint_themselves(both)[0][1] is outer
     assert checkpoint_themselves(outer) == [("", outer)]
@@ -487,6 +499,11 @@ def test_what_saves_less_than_a_tenth_is_not_traced(monkeypatch, name):
     for batch_size, asked in ((900, [4]), (902, [])):
         _, tried = shards(monkeypatch, NET, found, lambda ranks: mp.TraceError("no"), devices=4)(batch_size, GiB)
         assert tried == asked
+    # 105,067,315 bytes in a segment of 102 MiB, and 900 samples: a tenth of 1002 MiB are 105,067,315.2 bytes
+    for size, asked in ((105_067_315, []), (105_067_316, [4])):
+        found = estimate((name, size))
+        _, tried = shards(monkeypatch, NET, found, lambda ranks: mp.TraceError("no"), devices=4)(900, GiB)
+        assert tried == asked
 
 
 def test_activations_are_not_sharded(monkeypatch):
@@ -527,6 +544,7 @@ def test_a_batch_that_fits_with_more_gpus_alone_is_worth_it(monkeypatch):
         (torch.zeros(2, 3, 15, 64), ()),
         ((torch.zeros(2, 3, 16, 64), torch.zeros(2, 1, 32, 64)), (32, 64)),  # the larger
         ((torch.zeros(2, 3, 32, 64), torch.zeros(2, 1, 16, 64)), (32, 64)),
+        ((torch.zeros(2, 3, 16, 128), torch.zeros(2, 1, 32, 32)), (16, 128)),
         ((torch.zeros(2, 32).long(), torch.zeros(2, 64).long()), (64,)),
         ((torch.zeros(2, 99).long(), torch.zeros(2, 3, 16, 16)), (16, 16)),  # a text beside images
         (torch.zeros(2, 3, 16, 16).long(), ()),  # numbers of no image
@@ -723,16 +741,16 @@ def test_optimizers_in_eight_bits_have_the_state_of_their_kind(make, states):
 
 
 def test_state_in_eight_bits_is_on_the_device_of_its_parameter_and_begins_with_a_gradient():
-    (one,) = [nn.Parameter(torch.zeros(5000, device="meta"))]
+    (one,) = [nn.Parameter(torch.zeros(70_000, device="meta"))]
     without, tiny = parameters(5000, 10)
     eight = changing._in_eight_bits(torch.optim.Adam([one, without, tiny]))
     tiny.grad = torch.zeros(10)
     eight.step()
     assert eight._maps == []  # a small parameter needs none
-    one.grad = torch.zeros(5000, device="meta")
+    one.grad = torch.zeros(70_000, device="meta")
     eight.step()
     assert {tensor.device.type for tensor in (*eight.state[one].values(), *eight._maps)} == {"meta"}
-    assert eight.state[one]["absmax1"].shape == (20,)  # 5000 / 256 is 19.5
+    assert eight.state[one]["absmax1"].shape == (274,)  # 70,000 / 256 is 273.4
     assert not eight.state[without]
 
 
