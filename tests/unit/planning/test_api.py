@@ -599,6 +599,8 @@ def test_room_for_nccl_at_each_length():
     found = mp.plan_lengths(Attention(), tokens, [1024], device=card, devices=2)
     assert found.device.capacity == card.capacity - 700_000_000
     assert found.rows[0].batch_size < one.batch_size
+    gloo = pl.strategies.DDPStrategy(process_group_backend="gloo")
+    assert mp.plan_lengths(Attention(), tokens, [1024], device=card, devices=2, strategy=gloo).device == card
 
 
 @pytest.mark.parametrize(
