@@ -71,8 +71,8 @@ class Plans(pl.Callback):
             self.planner.keep(batch_size)
 
 
-def fit(plans, data=None, **settings):
-    module, data = Net(), data or Data()
+def fit(plans, data=None, module=None, **settings):
+    module, data = module or Net(), data or Data()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = pl.Trainer(
         **{"max_epochs": 1, "accelerator": "cpu", "enable_model_summary": False, **quiet, **settings}, callbacks=[plans]
@@ -221,3 +221,260 @@ def test_a_failure_of_what_is_announced_leaves_everything_as_it_was():
         fit(plans, data)
     assert (data.batch_size, plans.planner._trainer.accumulate_grad_batches) == (4, 1)
     assert plans.planner.plan is None
+
+
+# ------------------------------------------------------------------------------------------------- what is said and set
+
+
+def test_what_cannot_be_printed_stays_set(monkeypatch):
+    def cannot(text):
+        raise OSError("no terminal")
+
+    monkeypatch.setattr(fitting, "plan_texts", lambda *arguments: ["a text"])
+    monkeypatch.setattr(fitting, "say", cannot)
+    data = Data()
+    with pytest.warns(UserWarning, match=r"^MemoryPlanner: the plan is not printed: OSError: no terminal"):
+        fit(Says(replace(options(), is_fatal=lambda error: False)), data)
+    assert data.batch_size == 20
+    with pytest.raises(OSError, match="no terminal"):
+        fit(Says(options()), data := Data())
+    assert data.batch_size == 4
+
+
+class Says(Plans):
+    """Plan at setup, and say so by the function that the test gives."""
+
+    def setup(self, trainer, module, stage):
+        self.planner = FitPlanner(trainer, module, self.options)
+        self.planner.run()
+
+
+def test_what_is_planned_is_said_in_order(monkeypatch):
+    asked, said = [], []
+    monkeypatch.setattr(fitting, "plan_texts", lambda *arguments: asked.append(arguments) or ["one", "two"])
+    monkeypatch.setattr(fitting, "say", said.append)
+    plans = Says(options())
+    fit(plans)
+    assert said == ["one", "two"]
+    assert asked == [(plans.planner.plan, plans.planner.lesson.text, None, 0)]
+
+
+def test_a_plan_by_the_formula_alone_is_doubted():
+    class Reads(Net):
+        def training_step(self, batch, batch_idx):
+            out = self.layer(batch)
+            return out[: 1 + int(out.detach().numpy().argmax() * 0)].sum()
+
+    with pytest.warns(
+        UserWarning, match=r"^MemoryPlanner: planned by the formula, since the step cannot be traced: .*; "
+    ):
+        fit(Plans(options(method="auto")), module=Reads())
+    fit(Plans(options(method="formula")), module=Reads())  # it is asked for: no doubt
+
+
+class Normed(Net):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(100)
+
+
+def test_a_size_that_leaves_a_batch_of_one_sample_is_lowered_where_batch_norm_may_refuse_it():
+    # 61 samples are three batches of 20 and one sample; three of 19 and four; and eight of 7 and five
+    plans = Plans(options())
+    fit(plans, Data(batch_size=7, rows=61), module=Normed())
+    plan = plans.planner.plan
+    assert (plan.batch_size, plan.limited_by) == (19, "max_batch_size")
+    text = "20 samples a batch leave a last batch of one, which batch norm may refuse: 19 do not"
+    assert plan.notes[-1] == text
+    plans = Plans(options())
+    fit(plans, Data(batch_size=7, rows=61))  # without batch norm it may come
+    assert plans.planner.plan.batch_size == 20
+    plans = Plans(options(applies=False))
+    fit(plans, Data(batch_size=7, rows=61), module=Normed())  # nothing is set
+    assert plans.planner.plan.batch_size == 20
+
+
+def test_a_batch_of_one_sample_that_no_smaller_size_avoids_is_said():
+    plans = Plans(options(min_batch_size=20))
+    with pytest.warns(UserWarning, match="the last batch of an epoch has one sample at batch size 20, and Normed has"):
+        fit(plans, Data(batch_size=7, rows=61), module=Normed())
+    assert plans.planner.plan.batch_size == 20
+    assert not any("batch norm" in note for note in plans.planner.plan.notes)
+
+
+def test_what_a_size_changes_in_training_is_said():
+    with pytest.warns(UserWarning, match="accumulate_grad_batches=4 is more than the 3 batches of an epoch"):
+        fit(Plans(options()), accumulate_grad_batches=4)
+    fit(Plans(options(applies=False)), accumulate_grad_batches=4)
+
+
+def test_epochs_keep_the_batches_that_the_trainer_needs():
+    # 60 samples are 6 batches of 10 to 11, and 5 of 12
+    plans = Plans(options())
+    fit(plans, Validated(), module=Evaluates(), val_check_interval=6)
+    assert plans.planner.plan.batch_size == 11
+    plans = Plans(options(min_batch_size=12))
+    with pytest.raises(mp.MemplanError, match="val_check_interval=6 counts batches"):
+        fit(plans, Validated(), module=Evaluates(), val_check_interval=6)
+
+
+# --------------------------------------------------------------------------------------------------- a size that stays
+
+
+class Fixed(Data):
+    """Its loader makes batches by a list, which cannot be resized."""
+
+    def __init__(self):
+        super().__init__()
+        del self.batch_size
+
+    def train_dataloader(self):
+        return DataLoader(torch.ones(self.rows, 100), batch_sampler=[range(6), range(6, 12)])
+
+
+def test_a_size_that_cannot_be_set_stays_and_is_planned_for():
+    plans = Plans(replace(options(), is_fatal=lambda error: False))
+    with pytest.warns(UserWarning, match=r"^MemoryPlanner: the batch size stays 6, and its steps are predicted: "):
+        module, *_ = fit(plans, Fixed())
+    planner = plans.planner
+    assert module.sizes == [6, 6]
+    assert (planner.plan.batch_size, planner.plan.limited_by, planner.place) == (6, "dataset", None)
+    assert planner.plan.notes[-1].startswith("the batch size stays: ")
+    assert (planner.planned_size, planner.hyperparameters(), planner.own_size) == (None, {}, 6)
+
+
+@pytest.mark.parametrize(
+    ("limits", "fatal"),
+    [({}, True), ({"min_batch_size": 2}, False), ({"effective_batch_size": 12}, False)],
+    ids=["fatal", "at least two", "twelve a step"],
+)
+def test_a_size_that_was_demanded_and_cannot_be_set_is_an_error(limits, fatal):
+    plans = Plans(replace(options(**limits), is_fatal=lambda error: fatal))
+    with pytest.raises(mp.MemplanError, match="cannot be set"):
+        fit(plans, Fixed())
+
+
+def test_the_samples_of_a_batch_are_counted_where_rows_tell():
+    plans = Plans(options())
+    fit(plans)
+    planner = plans.planner
+    assert planner.size_of(torch.zeros(7, 100)) == 7
+    assert planner.size_of(["no tensor"]) is None
+    planner._rows_are_samples = False
+    assert planner.size_of(torch.zeros(7, 100)) is None
+    planner.place = None
+    assert planner.size_of(torch.zeros(7, 100)) == 4  # the user's own
+
+
+# ------------------------------------------------------------------------------------------------ validation and tests
+
+
+class Validated(Data):
+    def __init__(self):
+        super().__init__()
+        self.val_size, self.test_size = 3, 2
+
+    def val_dataloader(self):
+        return DataLoader(torch.ones(50, 100), batch_size=self.val_size)
+
+    def test_dataloader(self):
+        return DataLoader(torch.ones(40, 100), batch_size=self.test_size)
+
+
+class Evaluates(Net):
+    def validation_step(self, batch, batch_idx):
+        self.layer(batch)
+
+    def test_step(self, batch, batch_idx):
+        self.layer(batch)
+
+
+NAMES = {"train": "batch_size", "val": "val_size", "test": "test_size"}
+
+
+def test_validation_has_a_size_of_its_own():
+    plans = Plans(replace(options(method="trace", max_batch_size=40), names=NAMES))
+    _, data, _ = fit(plans, Validated(), module=Evaluates())
+    planner = plans.planner
+    assert (planner.plan.batch_size, planner.val_plan.batch_size, data.batch_size, data.val_size) == (40, 40, 40, 40)
+    assert planner.hyperparameters() == {"batch_size": 40, "val_size": 40}
+    assert plans.shown == [(planner.plan, planner.val_plan, 40)]
+    planner.release()
+    assert planner._validation is None
+
+
+def test_without_validation_none_is_planned():
+    plans = Plans(replace(options(method="trace"), names=NAMES))
+    _, data, _ = fit(plans, Validated(), module=Evaluates(), limit_val_batches=0)
+    assert (plans.planner.val_plan, data.val_size) == (None, 3)
+    plans = Plans(options(method="trace"))  # nor where nobody names it
+    _, data, _ = fit(plans, Validated(), module=Evaluates())
+    assert (plans.planner.val_plan, data.val_size) == (None, 3)
+
+
+def test_validation_that_cannot_be_traced_has_the_size_of_training():
+    plans = Plans(replace(options(), names=NAMES))  # by the formula nothing is known beside it
+    with pytest.warns(UserWarning, match="validation gets training's batch size, since it cannot be traced"):
+        _, data, _ = fit(plans, Validated(), module=Evaluates())
+    assert (plans.planner.val_plan, data.val_size) == (None, 20)
+    assert plans.shown == [(plans.planner.plan, None, 20)]
+
+
+@pytest.mark.parametrize("device", [CARD, None], ids=["named", "the Trainer's"])
+def test_a_test_is_planned_and_set(monkeypatch, device):
+    monkeypatch.setattr(fitting, "device_of_trainer", lambda trainer: mp.Device("the Trainer's", total=2**29))
+    monkeypatch.setattr(fitting, "allocated_on", lambda index, module: Allocated(module_bytes=7, other_bytes=2**20))
+    found = []
+
+    class Tests(pl.Callback):
+        def setup(self, trainer, module, stage):
+            limits = Limits(0.25, min_batch_size=99, max_batch_size=30)
+            found.append(fitting.plan_and_set_test(trainer, module, FitOptions(limits, device=device, names=NAMES)))
+
+    data = Validated()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(accelerator="cpu", enable_model_summary=False, callbacks=[Tests()], **quiet)
+    trainer.test(Evaluates(), datamodule=data, verbose=False)
+    ((plan, size),) = found
+    assert (size, plan.batch_size, plan.limited_by, data.test_size) == (30, 30, "max_batch_size", 30)
+    assert (plan.margin, plan.method) == (0.25, "trace")
+    assert plan.device.capacity == (2**30 if device else 2**29) - 2**20  # what others have allocated is not there
+
+
+# --------------------------------------------------------------------------------------------------------- real steps
+
+
+@pytest.mark.parametrize(
+    ("confirm", "device", "index", "asked"),
+    [
+        (None, None, 0, [False]),
+        (None, None, None, []),
+        (None, CARD, 0, []),  # it is planned for another GPU
+        (True, CARD, 0, [True]),  # whose errors are raised
+        (False, None, 0, []),
+    ],
+)
+def test_real_steps_confirm_a_plan_for_the_gpu_of_this_fit(monkeypatch, confirm, device, index, asked):
+    how = []
+
+    def confirmed(proposal, *, strict, is_fatal):
+        how.append((strict, is_fatal))
+        return proposal.noted("confirmed")
+
+    monkeypatch.setattr(fitting, "confirmed", confirmed)
+    monkeypatch.setattr(fitting, "cuda_index", lambda trainer: index)
+    monkeypatch.setattr(fitting, "device_of_trainer", lambda trainer: CARD)
+    plans = Plans(replace(options(), confirm=confirm, device=device))
+    fit(plans)
+    assert how == [(each, plans.options.is_fatal) for each in asked]
+    assert ("confirmed" in plans.planner.plan.notes) is bool(asked)
+
+
+def test_copies_of_weights_that_callbacks_hold_on_the_gpu_are_left_out_of_the_plan(monkeypatch):
+    monkeypatch.setattr(fitting, "confirmed", lambda proposal, **how: proposal)
+    monkeypatch.setattr(fitting, "cuda_index", lambda trainer: 0)
+    monkeypatch.setattr(fitting, "averaging_bytes", lambda trainer, module: 1000 + len(list(module().parameters())))
+    plans = Plans(options())
+    fit(plans)
+    assert plans.planner.plan.device.capacity == CARD.capacity - 1002
+    assert plans.planner.already_allocated == 1002
