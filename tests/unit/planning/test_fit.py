@@ -12,12 +12,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_memplan as mp
-from lightning_memplan.monitor.history import append
+from lightning_memplan.errors import PlanningFailedError
+from lightning_memplan.monitor.history import Lesson, append
 from lightning_memplan.monitor.meter import Forecast
 from lightning_memplan.planning import fit as fitting
 from lightning_memplan.planning.fit import FitOptions, FitPlanner
+from lightning_memplan.planning.job import Sampling
 from lightning_memplan.planning.limits import Limits
 from lightning_memplan.planning.session import Allocated
+from lightning_memplan.settings import MARGIN, StepSettings
 from lightning_memplan.step.patch import patched
 from lightning_memplan.types import RunRecord
 
@@ -71,12 +74,13 @@ class Plans(pl.Callback):
             self.planner.keep(batch_size)
 
 
+def trainer_with(callback, **settings):
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return pl.Trainer(**{"max_epochs": 1, "accelerator": "cpu", **quiet, **settings}, callbacks=[callback])
+
+
 def fit(plans, data=None, module=None, **settings):
-    module, data = module or Net(), data or Data()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = pl.Trainer(
-        **{"max_epochs": 1, "accelerator": "cpu", "enable_model_summary": False, **quiet, **settings}, callbacks=[plans]
-    )
+    module, data, trainer = module or Net(), data or Data(), trainer_with(plans, **settings)
     trainer.fit(module, datamodule=data)
     return module, data, trainer
 
@@ -432,9 +436,7 @@ def test_a_test_is_planned_and_set(monkeypatch, device):
             found.append(fitting.plan_and_set_test(trainer, module, FitOptions(limits, device=device, names=NAMES)))
 
     data = Validated()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = pl.Trainer(accelerator="cpu", enable_model_summary=False, callbacks=[Tests()], **quiet)
-    trainer.test(Evaluates(), datamodule=data, verbose=False)
+    trainer_with(Tests()).test(Evaluates(), datamodule=data, verbose=False)
     ((plan, size),) = found
     assert (size, plan.batch_size, plan.limited_by, data.test_size) == (30, 30, "max_batch_size", 30)
     assert (plan.margin, plan.method) == (0.25, "trace")
@@ -478,3 +480,119 @@ def test_copies_of_weights_that_callbacks_hold_on_the_gpu_are_left_out_of_the_pl
     fit(plans)
     assert plans.planner.plan.device.capacity == CARD.capacity - 1002
     assert plans.planner.already_allocated == 1002
+
+
+def test_a_plan_of_which_one_ranks_size_stays_is_not_confirmed(monkeypatch):
+    told = []
+    monkeypatch.setattr(fitting, "confirmed", lambda proposal, **how: pytest.fail("no real steps"))
+    monkeypatch.setattr(fitting, "cuda_index", lambda trainer: 0)
+    monkeypatch.setattr(fitting, "device_of_trainer", lambda trainer: CARD)
+    monkeypatch.setattr(fitting, "over_ranks", lambda stays: told.append(stays) or [stays, True])
+    fit(Plans(replace(options(), device=None)))
+    monkeypatch.setattr(fitting, "over_ranks", lambda stays: told.append(stays) or [stays])
+    with pytest.warns(UserWarning, match="the batch size stays 6"):
+        fit(Plans(replace(options(), device=None, is_fatal=lambda error: False)), Fixed())
+    assert told == [False, True]
+
+
+# --------------------------------------------------------------------------------------------------- what is handed on
+
+
+def test_a_planner_that_has_not_run_knows_nothing():
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    planner = FitPlanner(trainer, Net(), options(margin=0.25))
+    assert (planner.plan, planner.val_plan, planner.estimate, planner.place, planner.own_size) == (None,) * 5
+    assert (planner.structure, planner.already_allocated, planner.accumulated) == ("", 0, 1)
+    assert (planner.lesson, planner.settings) == (Lesson(0.25), StepSettings())
+    assert (planner.planned_size, planner.hyperparameters(), planner.size_of(torch.zeros(7, 2))) == (None, {}, 7)
+    assert planner.forecast() == Forecast(())
+    assert FitPlanner(trainer, Net(), options(), 5).accumulated == 5
+
+
+def test_a_job_is_made_of_the_options(monkeypatch):
+    made = []
+    job_of_trainer = fitting.job_of_trainer
+    monkeypatch.setattr(
+        fitting, "job_of_trainer", lambda *arguments: made.append(arguments) or job_of_trainer(*arguments)
+    )
+
+    class Named(Net):
+        def __init__(self):
+            super().__init__()
+            self.bs = 4
+
+        def train_dataloader(self):
+            return DataLoader(torch.ones(SAMPLES, 100), batch_size=self.bs)
+
+    sampling, module = Sampling("first", 3), Named()
+    plans = Plans(replace(options(), names={"train": "bs"}, sampling=sampling))
+    trainer = trainer_with(plans)
+    trainer.fit(module)
+    assert made == [(trainer, module, "fit", CARD, sampling, "formula", "bs")]
+    planner = plans.planner
+    assert (planner._session.job.batch_size_name, planner._session.method) == ("bs", "formula")
+    assert (module.bs, planner.hyperparameters()) == (20, {"bs": 20})  # on the module itself
+
+
+def test_loaders_without_an_attribute_are_set_alone():
+    plans, module = Plans(options()), Net()
+    trainer = trainer_with(plans)
+    trainer.fit(module, DataLoader(torch.ones(SAMPLES, 100), batch_size=4))
+    assert (module.sizes, plans.planner.hyperparameters()) == ([20] * 3, {"batch_size": 20})
+
+
+@pytest.mark.parametrize(("learns", "margin"), [(True, None), (False, 0.25)])
+def test_history_teaches_a_margin_where_none_is_named(monkeypatch, tmp_path, learns, margin):
+    asked = []
+    monkeypatch.setattr(
+        fitting, "learn", lambda *arguments, **named: asked.append((arguments, named)) or Lesson(0.4, failed=9)
+    )
+    plans = Plans(replace(options(margin=0.25), history=tmp_path, learns_margin=learns))
+    fit(plans)
+    planner = plans.planner
+    how = {"method": "formula", "margin": margin, "prior": MARGIN}
+    assert asked == [((tmp_path, planner.structure, planner._session.device), how)]
+    assert (planner.plan.margin, planner.plan.batch_size) == (0.4, 8)  # below the size that failed
+
+
+def test_a_kept_size_that_another_error_forbids_need_not_stop_training():
+    def keep(plans):
+        with pytest.raises(PlanningFailedError):
+            plans.planner.keep(10**7, lambda error: False)
+
+    plans = Plans(options(), keep)
+    fit(plans)
+    assert plans.planner.plan.batch_size == 20
+
+
+def test_two_samples_may_be_too_many_for_the_trainer():
+    plans = Plans(options(max_batch_size=2))
+    fit(plans, Validated(), module=Evaluates(), val_check_interval=31)  # 60 samples are 30 batches of 2
+    assert plans.planner.plan.batch_size == 1
+
+
+def test_an_accumulation_that_is_planned_is_no_surprise():
+    # half of the 4 batches of 16 are 2, of which 3 make a step: what the user has set had 7, and was no accumulation
+    plans = Plans(options(effective_batch_size=48))
+    fit(plans, limit_train_batches=0.5)
+    assert plans.planner.accumulated == 3
+
+
+def test_a_finder_beside_the_planner_is_refused_where_the_size_is_set():
+    finder = pl.callbacks.BatchSizeFinder
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[finder()])
+    with pytest.raises(MisconfigurationException, match="so does the callback BatchSizeFinder"):
+        FitPlanner(trainer, Net(), options()).run()
+
+
+def test_an_effective_batch_size_is_planned_from_its_whole_on(monkeypatch):
+    asked = []
+    estimate_at = fitting.PlanningSession.estimate_at
+    monkeypatch.setattr(
+        fitting.PlanningSession, "estimate_at", lambda self, size: asked.append(size) or estimate_at(self, size)
+    )
+    fit(Plans(options(effective_batch_size=48)))
+    assert asked[0] == 48
+    asked.clear()
+    fit(Plans(options()))
+    assert asked[0] == 1
