@@ -529,3 +529,132 @@ def test_what_cannot_be_described_is_not_set(held):
     ):
         pytest.fail("nothing is said that was not set")
     assert (held["train"], trainer.accumulate_grad_batches) == (2, 1)
+
+
+def with_loader(loader, phase="train"):
+    """Return a Trainer to which the loaders of a phase were passed, and what keeps them."""
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    sources = {
+        "train": trainer.fit_loop._data_source,
+        "val": trainer.fit_loop.epoch_loop.val_loop._data_source,
+        "test": trainer.test_loop._data_source,
+    }
+    sources[phase].instance = loader
+    return trainer, sources[phase]
+
+
+@pytest.mark.parametrize("phase", ["train", "val", "test"])
+def test_loaders_that_were_passed_are_set_themselves(phase):
+    loader = DataLoader(range(60), batch_size=4)
+    trainer, kept = with_loader(loader, phase)
+    place = find_place(trainer, loader, (), phase)
+    with ExitStack() as undo:
+        place.write(6, undo)
+        assert (kept.instance.batch_size, loader.batch_size, place.held(6)) == (6, 4, 6)
+    assert kept.instance is loader
+
+
+@pytest.mark.parametrize("phase", ["train", "val"])
+def test_loaders_that_a_hook_makes_are_set_each_time(phase):
+    class Makes(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.batch_size = 4
+
+        def train_dataloader(self):
+            return [DataLoader(range(60), batch_size=self.batch_size), DataLoader(range(60), batch_size=8)]
+
+        val_dataloader = train_dataloader
+
+    module = Makes()
+    trainer, kept = with_loader(module, phase)
+    trainer.strategy._lightning_module, module._trainer = module, trainer
+    kept.name = f"{phase}_dataloader"
+    place = find_place(trainer, module.train_dataloader(), find_holders("batch_size", module), phase)
+    with ExitStack() as undo:
+        place.write(6, undo)
+        assert module.batch_size == 6
+        assert [loader.batch_size for loader in kept.dataloader()] == [6, 12]  # the second keeps its ratio to the first
+    assert [loader.batch_size for loader in kept.dataloader()] == [4, 8]
+
+
+@pytest.mark.parametrize(
+    ("old", "own", "size", "new"),
+    [
+        (4, 4, 6, 6),
+        (2, 4, 7, 3),  # half of 7, rounded down
+        (1, 8, 6, 1),  # an eighth of 6 is none
+        (4, None, 6, 6),  # nobody knows what a batch has now
+    ],
+)
+def test_an_attribute_is_written_in_its_ratio(made, old, own, size, new):
+    data = Data(batch_size=old)
+    source = DataLoader(Batches(), batch_size=None)
+    place = apply.Place((Holder(data, "batch_size"),), settings(), source, (old,), own=own)
+    with ExitStack() as undo:
+        place.write(size, undo)
+        assert data.batch_size == new
+        assert type(data.batch_size) is int
+
+
+def test_a_loader_that_has_another_size_after_it_was_made_anew_is_found_out():
+    loader = DataLoader(range(60), batch_size=4)
+    trainer, _ = with_loader(loader)
+    trainer.fit_loop._combined_loader = DataLoader(range(60), batch_size=6)
+    place = find_place(trainer, loader, ())
+    place.check(6)
+    with pytest.raises(
+        ApplyError, match=r"^7 samples a batch were planned, and the DataLoader gives 6: Lightning made"
+    ):
+        place.check(7)
+    trainer.fit_loop._combined_loader = DataLoader(Batches(), batch_size=None)  # which tells no size
+    place.check(7)
+
+
+def test_a_place_checks_what_training_alone_needs():
+    loader = DataLoader(range(20), batch_size=2)
+    trainer, _ = with_loader(loader)
+    trainer.val_check_interval = 9
+    with ExitStack() as undo, pytest.raises(ApplyError, match="val_check_interval=9 counts batches"):
+        find_place(trainer, loader, ()).write(4, undo)
+    trainer, kept = with_loader(loader, "val")
+    trainer.val_check_interval = 9
+    with ExitStack() as undo:
+        find_place(trainer, loader, (), "val").write(4, undo)
+        assert kept.instance.batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "own", "expected"),
+    [
+        ({"max_steps": 5}, 2, 20),  # with 2 samples a batch training ends before the 9th too
+        ({"max_steps": 9, "max_epochs": 3}, 2, 9),  # three batches of 9 three times, and two of 10
+        ({"max_steps": 3, "max_epochs": 3, "accumulate_grad_batches": 3}, 2, 9),  # three steps of three batches
+        ({"max_steps": 1, "max_epochs": 3, "accumulate_grad_batches": 9}, 2, 9),
+        ({"max_steps": 1, "max_epochs": 3, "accumulate_grad_batches": 8}, 2, 20),
+        ({"max_epochs": 2}, 2, 4),  # 5 batches of 4 twice
+        ({"max_epochs": None, "max_steps": -1}, 2, 20),  # nothing ends it
+        ({"max_epochs": 0}, 2, 20),
+        ({"max_epochs": 2, "limit_train_batches": 4}, 2, 20),  # 4 batches twice: none anyway
+        ({"max_epochs": 3, "limit_train_batches": 3}, 2, 9),  # 3 batches of 7 to 9
+        ({"max_epochs": 2, "world_size": 2}, 2, 2),  # 10 samples a rank: 5 batches of 2
+        ({"max_epochs": 2, "check_val_every_n_epoch": 1, "val_check_interval": 1.0}, 2, 20),
+        ({"max_epochs": 2, "val_check_interval": 0.5}, 2, 20),
+        ({"max_epochs": 2}, None, 20),  # nobody knows the user's own size
+        ({"max_epochs": 2, "val_check_interval": 20}, 1, 2),  # 20 batches of one, or 10 of two twice
+    ],
+    ids=str,
+)
+def test_training_comes_to_the_validation_that_it_came_to_before(changes, own, expected):
+    values = {"max_epochs": 9, "max_steps": -1, "accumulate_grad_batches": 1}
+    values |= {"val_check_interval": 9, "check_val_every_n_epoch": None, **changes}
+    assert most_within_epochs(settings(**values), LOADER, 20, own) == expected
+
+
+def test_a_size_of_one_is_looked_at_where_two_are_too_many():
+    # 20 samples are 20 batches of one, and 10 of two
+    assert most_within_epochs(settings(val_check_interval=11, **ENDLESS), LOADER, 20, 1) == 1
+    assert most_within_epochs(settings(val_check_interval=21, **ENDLESS), LOADER, 20, 1) == 20
+
+
+ENDLESS = {"max_epochs": -1, "max_steps": -1, "accumulate_grad_batches": 1}
