@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -68,6 +69,22 @@ def advised(module, **options):
     return {item.change: item for item in found}
 
 
+@contextmanager
+def only(*kinds):
+    """Try changes of these kinds alone: no other is traced."""
+    with pytest.MonkeyPatch.context() as patch:
+        every = changes.changes
+        patch.setattr(advice_module, "changes", lambda *given: (c for c in every(*given) if c.kind in kinds))
+        if "sharding" not in kinds:
+            patch.setattr(advice_module, "sharding_changes", lambda *given: ())
+        yield
+
+
+def advice_on(kinds, module, batch, **options):
+    with only(*kinds):
+        return mp.advise(module, batch, **{"device": CARD, **options})
+
+
 @pytest.fixture(scope="module")
 def advice():
     module = Module()
@@ -122,8 +139,7 @@ class Keeps(pl.LightningModule):
 
 
 def test_gradients_that_are_kept():
-    found = mp.advise(Keeps(), torch.zeros(2, 1024), batch_size=4096, device=CARD)
-    (item,) = (item for item in found if item.kind == "zero_grad")
+    (item,) = advice_on(["zero_grad"], Keeps(), torch.zeros(2, 1024), batch_size=4096)
     assert item.saved > 6 * 1024 * 1024 * 4  # the gradients, that are there while activations are
 
 
@@ -199,10 +215,8 @@ def test_models_that_checkpoint_themselves_do():
         def forward(self, x):
             return self.head(self.decoder(x))
 
-    net, card = Net(), mp.Device("a card", total=2**32, capability=(8, 6))
-    (item,) = (
-        i for i in mp.advise(net, torch.zeros(2, 256), batch_size=4096, device=card) if i.kind == "checkpointing"
-    )
+    net = Net()
+    (item,) = advice_on(["checkpointing"], net, torch.zeros(2, 256), batch_size=4096)
     assert item.change == "decoder.gradient_checkpointing_enable({'use_reentrant': False})"
     assert item.saved >= 3 * 4096 * 1024 * 4  # of each block but one, the 1024 values before the ReLU
     assert not net.decoder.checkpointing
@@ -228,13 +242,13 @@ def test_shards_on_as_few_cards_as_do():
         net = nn.Sequential(*(Large() for _ in range(4)))
     card = mp.Device("a card", total=20 * 2**30, capability=(8, 0))
     job = {"optimizer": torch.optim.AdamW, "device": card}
-    (item,) = (i for i in mp.advise(net, torch.zeros(2, 8192), batch_size=2, **job) if i.kind == "sharding")
+    (item,) = advice_on(["sharding"], net, torch.zeros(2, 8192), batch_size=2, **job)
     assert item.change == "sharded over 4 cards: strategy=FSDPStrategy(auto_wrap_policy={Large}), devices=4"
     how = {"strategy": pl.strategies.FSDPStrategy(auto_wrap_policy={Large}), "devices": 4}
     assert item.peak_reserved == mp.estimate(net, torch.zeros(2, 8192), **job, **how).peak(2)
     assert item.saved == mp.estimate(net, torch.zeros(2, 8192), **job).peak(2) - item.peak_reserved
     assert (item.nccl, item.largest_batch_size > 2) == (700_000_000, True)
-    with pytest.raises(mp.DoesNotFitError, match="sharded over 4 cards"):
+    with only("sharding"), pytest.raises(mp.DoesNotFitError, match="sharded over 4 cards"):
         mp.plan(net, torch.zeros(2, 8192), **job)
 
 
@@ -248,7 +262,9 @@ class Convolves(nn.Module):
 
 
 def test_samples_of_half_the_size_come_last():
-    found = mp.advise(Convolves(), torch.zeros(2, 3, 128, 64), batch_size=64, device=CARD)
+    kinds = ["precision", "accumulation", "samples"]
+    found = advice_on(kinds, Convolves(), torch.zeros(2, 3, 128, 64), batch_size=64)
+    assert {item.kind for item in found} == set(kinds)
     last = found[-1]
     assert (last.kind, last.change) == ("samples", "samples of 64 x 32 in place of 128 x 64")
     assert last.saved > max(item.saved for item in found[:-1])
@@ -275,14 +291,13 @@ def test_what_samples_measure(batch, size):
 def test_a_layout_is_that_of_a_module_that_has_it(monkeypatch):
     monkeypatch.setattr(advice_module, "WORTH", -10)  # all changes, whatever they save
     module, batch, how = Convolves(), torch.zeros(2, 3, 64, 64), {"device": CARD, "precision": "16-mixed"}
-    found = mp.advise(module, batch, batch_size=64, **how)
-    (item,) = (item for item in found if item.kind == "layout")
+    (item,) = advice_on(["layout"], module, batch, batch_size=64, **how)
     assert item.change == "module.to(memory_format=torch.channels_last)"
     assert module.net[2].weight.is_contiguous()  # as it was given
     module = module.to(memory_format=torch.channels_last)
     assert item.peak_allocated == mp.estimate(module, batch, **how).peak_allocated(64)
     assert item.peak_allocated != mp.estimate(Convolves(), batch, **how).peak_allocated(64)
-    assert not [item for item in mp.advise(module, batch, batch_size=64, **how) if item.kind == "layout"]
+    assert advice_on(["layout"], module, batch, batch_size=64, **how) == ()
 
 
 def _kept(name, value):
