@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_memplan as mp
-from lightning_memplan.errors import PlanningFailedError
+from lightning_memplan.errors import PlanningFailedError, UnmetDemandError
 from lightning_memplan.monitor.history import Lesson, append
 from lightning_memplan.monitor.meter import Forecast
 from lightning_memplan.planning import fit as fitting
@@ -49,6 +49,12 @@ class Data(pl.LightningDataModule):
 
     def train_dataloader(self):
         return DataLoader(torch.ones(self.rows, 100), batch_size=self.batch_size)
+
+
+def card_of(trainer):
+    """Return the GPU of a Trainer that is on the CPU."""
+    assert isinstance(trainer, pl.Trainer)
+    return CARD
 
 
 class Plans(pl.Callback):
@@ -174,10 +180,18 @@ def test_a_forecast_accumulates_as_the_plan_does():
 
 
 def test_bytes_that_are_allocated_already_are_left_out_of_the_plan_and_in_the_forecast(monkeypatch):
-    monkeypatch.setattr(fitting, "allocated_on", lambda index, module: Allocated(other_bytes=2**20))
-    plans = Plans(options())
-    fit(plans)
+    asked = []
+
+    def allocated_on(index, module):
+        asked.append((index, module))
+        return Allocated(other_bytes=2**20)
+
+    monkeypatch.setattr(fitting, "allocated_on", allocated_on)
+    monkeypatch.setattr(fitting, "cuda_index", lambda trainer: 3)
+    plans = Plans(replace(options(), confirm=False))
+    module, *_ = fit(plans)
     planner = plans.planner
+    assert asked == [(3, module)]
     assert planner.already_allocated == planner.forecast().already_allocated == 2**20
     assert planner.plan.device.capacity == CARD.capacity - 2**20
     assert planner.forecast().at(0).allocated == planner.estimate.step_peaks(20, CARD.capacity)[0].allocated + 2**20
@@ -237,9 +251,11 @@ def test_what_cannot_be_printed_stays_set(monkeypatch):
     monkeypatch.setattr(fitting, "plan_texts", lambda *arguments: ["a text"])
     monkeypatch.setattr(fitting, "say", cannot)
     data = Data()
+    asked = []
     with pytest.warns(UserWarning, match=r"^MemoryPlanner: the plan is not printed: OSError: no terminal"):
-        fit(Says(replace(options(), is_fatal=lambda error: False)), data)
+        fit(Says(replace(options(), is_fatal=lambda error: bool(asked.append(error)))), data)
     assert data.batch_size == 20
+    assert [type(error) for error in asked] == [OSError]
     with pytest.raises(OSError, match="no terminal"):
         fit(Says(options()), data := Data())
     assert data.batch_size == 4
@@ -337,13 +353,15 @@ class Fixed(Data):
 
 
 def test_a_size_that_cannot_be_set_stays_and_is_planned_for():
-    plans = Plans(replace(options(), is_fatal=lambda error: False))
+    asked = []
+    plans = Plans(replace(options(), is_fatal=lambda error: bool(asked.append(error))))
     with pytest.warns(UserWarning, match=r"^MemoryPlanner: the batch size stays 6, and its steps are predicted: "):
         module, *_ = fit(plans, Fixed())
     planner = plans.planner
     assert module.sizes == [6, 6]
     assert (planner.plan.batch_size, planner.plan.limited_by, planner.place) == (6, "dataset", None)
-    assert planner.plan.notes[-1].startswith("the batch size stays: ")
+    assert [type(error) for error in asked] == [mp.ApplyError]
+    assert planner.plan.notes[-1] == f"the batch size stays: {asked[0]}"
     assert (planner.planned_size, planner.hyperparameters(), planner.own_size) == (None, {}, 6)
 
 
@@ -403,6 +421,7 @@ def test_validation_has_a_size_of_its_own():
     assert (planner.plan.batch_size, planner.val_plan.batch_size, data.batch_size, data.val_size) == (40, 40, 40, 40)
     assert planner.hyperparameters() == {"batch_size": 40, "val_size": 40}
     assert plans.shown == [(planner.plan, planner.val_plan, 40)]
+    assert planner._val_place.phase == "val"
     planner.release()
     assert planner._validation is None
 
@@ -426,9 +445,18 @@ def test_validation_that_cannot_be_traced_has_the_size_of_training():
 
 @pytest.mark.parametrize("device", [CARD, None], ids=["named", "the Trainer's"])
 def test_a_test_is_planned_and_set(monkeypatch, device):
-    monkeypatch.setattr(fitting, "device_of_trainer", lambda trainer: mp.Device("the Trainer's", total=2**29))
-    monkeypatch.setattr(fitting, "allocated_on", lambda index, module: Allocated(module_bytes=7, other_bytes=2**20))
-    found = []
+    def device_of_trainer(trainer):
+        assert isinstance(trainer, pl.Trainer)
+        return mp.Device("the Trainer's", total=2**29)
+
+    def allocated_on(index, module):
+        asked.append((index, module))
+        return Allocated(module_bytes=7, other_bytes=2**20)
+
+    monkeypatch.setattr(fitting, "device_of_trainer", device_of_trainer)
+    monkeypatch.setattr(fitting, "cuda_index", lambda trainer: 3)
+    monkeypatch.setattr(fitting, "allocated_on", allocated_on)
+    found, asked, module = [], [], Evaluates()
 
     class Tests(pl.Callback):
         def setup(self, trainer, module, stage):
@@ -436,7 +464,8 @@ def test_a_test_is_planned_and_set(monkeypatch, device):
             found.append(fitting.plan_and_set_test(trainer, module, FitOptions(limits, device=device, names=NAMES)))
 
     data = Validated()
-    trainer_with(Tests()).test(Evaluates(), datamodule=data, verbose=False)
+    trainer_with(Tests()).test(module, datamodule=data, verbose=False)
+    assert asked == [(3, module)]
     ((plan, size),) = found
     assert (size, plan.batch_size, plan.limited_by, data.test_size) == (30, 30, "max_batch_size", 30)
     assert (plan.margin, plan.method) == (0.25, "trace")
@@ -465,7 +494,7 @@ def test_real_steps_confirm_a_plan_for_the_gpu_of_this_fit(monkeypatch, confirm,
 
     monkeypatch.setattr(fitting, "confirmed", confirmed)
     monkeypatch.setattr(fitting, "cuda_index", lambda trainer: index)
-    monkeypatch.setattr(fitting, "device_of_trainer", lambda trainer: CARD)
+    monkeypatch.setattr(fitting, "device_of_trainer", card_of)
     plans = Plans(replace(options(), confirm=confirm, device=device))
     fit(plans)
     assert how == [(each, plans.options.is_fatal) for each in asked]
@@ -486,7 +515,7 @@ def test_a_plan_of_which_one_ranks_size_stays_is_not_confirmed(monkeypatch):
     told = []
     monkeypatch.setattr(fitting, "confirmed", lambda proposal, **how: pytest.fail("no real steps"))
     monkeypatch.setattr(fitting, "cuda_index", lambda trainer: 0)
-    monkeypatch.setattr(fitting, "device_of_trainer", lambda trainer: CARD)
+    monkeypatch.setattr(fitting, "device_of_trainer", card_of)
     monkeypatch.setattr(fitting, "over_ranks", lambda stays: told.append(stays) or [stays, True])
     fit(Plans(replace(options(), device=None)))
     monkeypatch.setattr(fitting, "over_ranks", lambda stays: told.append(stays) or [stays])
@@ -596,3 +625,85 @@ def test_an_effective_batch_size_is_planned_from_its_whole_on(monkeypatch):
     asked.clear()
     fit(Plans(options()))
     assert asked[0] == 1
+
+
+def test_a_size_that_is_lowered_for_batch_norm_is_limited_by_what_limited_it_before():
+    found = mp.estimate(Normed(), torch.zeros(4, 100), method="formula")
+    tight = mp.Device("tight", total=found.peak(20))
+    plans = Plans(replace(options(margin=0.0, max_batch_size=None), device=tight))
+    fit(plans, Data(batch_size=7, rows=61), module=Normed())
+    assert (plans.planner.plan.batch_size, plans.planner.plan.limited_by) == (19, "memory")
+
+
+def test_planning_that_fails_need_not_stop_training():
+    plans = Plans(replace(options(min_batch_size=10**7, max_batch_size=None), is_fatal=lambda error: False))
+    with pytest.raises(PlanningFailedError, match="no batch size is at least 10000000"):
+        fit(plans)
+    with pytest.raises(UnmetDemandError, match="no batch size is at least 10000000"):
+        fit(Plans(options(min_batch_size=10**7, max_batch_size=None)))
+
+
+@pytest.mark.parametrize(("fatal", "error"), [(True, mp.DoesNotFitError), (False, PlanningFailedError)])
+def test_validation_that_does_not_fit_undoes_the_plan(monkeypatch, fatal, error):
+    def fails(*arguments):
+        raise mp.DoesNotFitError("no room for validation", needed=2, available=1)
+
+    monkeypatch.setattr(fitting, "plan_validation", fails)
+    data = Validated()
+    plans = Plans(replace(options(method="trace"), names=NAMES, is_fatal=lambda error: fatal))
+    with pytest.raises(error, match="no room for validation"):
+        fit(plans, data, module=Evaluates())
+    assert (data.batch_size, data.val_size, plans.planner.plan) == (4, 3, None)
+
+
+def noted(monkeypatch, name):
+    """Note what a function of the module is given."""
+    asked, function = [], getattr(fitting, name)
+
+    def noting(*arguments, **named):
+        asked.append(arguments)
+        return function(*arguments, **named)
+
+    monkeypatch.setattr(fitting, name, noting)
+    return asked
+
+
+def test_a_step_is_known_by_its_settings_and_ranks(monkeypatch):
+    asked = noted(monkeypatch, "structure_of")
+    plans = Plans(options())
+    fit(plans)
+    planner = plans.planner
+    assert asked == [(planner._session.estimate_at(1), "Net", planner.settings, 1)]
+
+
+def test_epochs_are_looked_at_from_the_users_own_size(monkeypatch):
+    asked, places = noted(monkeypatch, "most_within_epochs"), noted(monkeypatch, "find_place")
+    plans = Plans(options())
+    _, _, trainer = fit(plans)
+    source = plans.planner.place.source
+    assert asked == [(trainer, source, 20, 4)]
+    assert [given[:2] for given in places] == [(trainer, source)]
+    assert plans.planner.place.own == 4
+
+
+def test_a_size_of_tests_may_be_the_modules(monkeypatch):
+    class Owns(Evaluates):
+        def __init__(self):
+            super().__init__()
+            self.test_size = 2
+
+        def test_dataloader(self):
+            return DataLoader(torch.ones(40, 100), batch_size=self.test_size)
+
+    asked, module = noted(monkeypatch, "find_place"), Owns()
+
+    class Tests(pl.Callback):
+        def setup(self, trainer, module, stage):
+            how = FitOptions(Limits(max_batch_size=30), device=CARD, names=NAMES)
+            assert fitting.plan_and_set_test(trainer, module, how)[1] == 30
+
+    trainer_with(Tests()).test(module, verbose=False)
+    assert module.test_size == 30
+    ((_, source, _, phase),) = asked
+    assert phase == "test"
+    assert len(source.flattened[0].dataset) == 40
