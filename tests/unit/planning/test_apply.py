@@ -632,7 +632,9 @@ def test_a_place_checks_what_training_alone_needs():
         ({"max_steps": 3, "max_epochs": 3, "accumulate_grad_batches": 3}, 2, 9),  # three steps of three batches
         ({"max_steps": 1, "max_epochs": 3, "accumulate_grad_batches": 9}, 2, 9),
         ({"max_steps": 1, "max_epochs": 3, "accumulate_grad_batches": 8}, 2, 20),
+        ({"max_epochs": 1}, 2, 2),  # 10 batches of 2, and 7 of 3
         ({"max_epochs": 2}, 2, 4),  # 5 batches of 4 twice
+        ({"max_epochs": 1, "limit_val_batches": 0, "check_val_every_n_epoch": 1}, 2, 20),  # counted in each epoch
         ({"max_epochs": None, "max_steps": -1}, 2, 20),  # nothing ends it
         ({"max_epochs": 0}, 2, 20),
         ({"max_epochs": 2, "limit_train_batches": 4}, 2, 20),  # 4 batches twice: none anyway
@@ -649,6 +651,11 @@ def test_training_comes_to_the_validation_that_it_came_to_before(changes, own, e
     values = {"max_epochs": 9, "max_steps": -1, "accumulate_grad_batches": 1}
     values |= {"val_check_interval": 9, "check_val_every_n_epoch": None, **changes}
     assert most_within_epochs(settings(**values), LOADER, 20, own) == expected
+
+
+def test_of_a_stream_nobody_knows_whether_training_comes_to_a_validation():
+    values = {"val_check_interval": 9, "check_val_every_n_epoch": None, **ENDLESS, "max_epochs": 1}
+    assert most_within_epochs(settings(**values), DataLoader(Stream()), 20, 4) == 20
 
 
 def test_a_size_of_one_is_looked_at_where_two_are_too_many():
