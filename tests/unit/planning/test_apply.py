@@ -10,7 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from lightning_memplan.data.holders import Holder, holders_of
 from lightning_memplan.errors import ApplyError, MemplanError, PlanningFailedError
@@ -552,6 +552,27 @@ def test_loaders_that_were_passed_are_set_themselves(phase):
         place.write(6, undo)
         assert (kept.instance.batch_size, loader.batch_size, place.held(6)) == (6, 4, 6)
     assert kept.instance is loader
+
+
+class AtMostEight(BatchSampler):
+    """It groups samples that are alike, of which there are eight of a kind."""
+
+    def __iter__(self):
+        return iter([list(range(min(self.batch_size, 8)))] * 3)
+
+
+@pytest.mark.parametrize("holds", [False, True], ids=["loaders alone", "an attribute too"])
+def test_loaders_that_do_not_make_batches_of_a_size_are_found_out_before_any_is_set(holds):
+    loader = DataLoader(range(60), batch_sampler=AtMostEight(SequentialSampler(range(60)), 4, drop_last=False))
+    trainer, kept = with_loader(loader)
+    data = Data(batch_size=4)
+    place = find_place(trainer, loader, (Holder(data, "batch_size"),) if holds else ())
+    with ExitStack() as undo:
+        place.write(8, undo)
+        assert kept.instance.batch_sampler.batch_size == 8
+    with ExitStack() as undo, pytest.raises(ApplyError, match="set to 16, it makes a batch of 8"):
+        place.write(16, undo)
+    assert data.batch_size == 4
 
 
 @pytest.mark.parametrize("phase", ["train", "val"])
