@@ -13,7 +13,7 @@ from torch import nn
 
 import lightning_memplan as mp
 from lightning_memplan.cli.main import main
-from lightning_memplan.data.samples import read_samples
+from lightning_memplan.data.samples import Samples, read_samples
 from lightning_memplan.errors import MemplanError
 from lightning_memplan.memory.allocator import replay
 from lightning_memplan.memory.estimate import Estimate
@@ -27,7 +27,7 @@ from lightning_memplan.planning.limits import Limits
 from lightning_memplan.planning.predictor import OneEstimate
 from lightning_memplan.planning.retrace import accepted_size, batches_of_many, is_of_many, retrace_at
 from lightning_memplan.step.setup import TrainingSetup
-from lightning_memplan.trace.tracer import trace_steps
+from lightning_memplan.trace.tracer import TraceResult, trace_steps
 from tests.paths import PROGRAMS
 from tests.programs.retrace_cases import (
     WIDTH,
@@ -150,6 +150,11 @@ def small(step=None, **changes):
     return replace(job, **changes), mp.estimate(module, SAMPLES, method="trace", device=CARD)
 
 
+def untraced():
+    """Return a job, and an estimate that no trace made."""
+    return training_job(Small(), SAMPLES, device=CARD), Estimate("trace", FORMULA, a_program((2, 3, 5)))
+
+
 def test_many_samples_are_tried_where_a_quarter_of_the_host_holds_all_their_batches(host):
     samples = read_samples(SAMPLES)
     host(4 * (32 + 64 + 128) * 64)
@@ -182,8 +187,8 @@ def test_what_the_samples_of_a_batch_share_counts_with_each(host):
         batches_of_many(samples, (4,))
 
 
-def a_program(sizes):
-    return scale([Trace(n, (Event(0, 8 * n, "forward", 1),)) for n in sizes])
+def a_program(sizes, each=8):
+    return scale([Trace(n, (Event(0, each * n, "forward", 1),)) for n in sizes])
 
 
 @pytest.mark.parametrize(
@@ -214,7 +219,7 @@ def refused(*arguments, **named):
 
 
 def test_an_estimate_that_no_trace_can_better_stays(monkeypatch):
-    job, found = small()
+    job, found = untraced()
     monkeypatch.setattr(retrace, "trace_steps", refused)
     for stays in (Estimate("formula", FORMULA), replace(found, loops=True)):
         assert retrace_at(stays, 7, job) is stays
@@ -223,8 +228,9 @@ def test_an_estimate_that_no_trace_can_better_stays(monkeypatch):
 
 @pytest.mark.parametrize(("size", "traced"), [(2**22, True), (2**22 + 1, False)])
 def test_a_step_of_few_samples_is_traced_again_up_to_256_mib(monkeypatch, size, traced):
-    job, found = small()
+    job, found = untraced()
     asked = []
+    monkeypatch.setattr(Samples, "batch", lambda self, size: torch.zeros(min(size, 9), 16))
     monkeypatch.setattr(retrace, "trace_steps", lambda setup, batches, **how: asked.append(batches[0][0]) or 1 / 0)
     if traced:  # 2**22 samples of 64 bytes are 2**28
         with pytest.raises(ZeroDivisionError):
@@ -255,7 +261,7 @@ def test_a_batch_that_takes_too_long_to_make_is_noted(monkeypatch):
     def too_long(size):
         raise mp.TraceError("it takes too long", reason="too_large")
 
-    job, found = small()
+    job, found = untraced()
     samples = job.source.samples
     object.__setattr__(samples, "make", lambda size: too_long(size) if size > 5 else torch.zeros(size, 16))
     noted = retrace_at(found, 7, job)
@@ -265,7 +271,7 @@ def test_a_batch_that_takes_too_long_to_make_is_noted(monkeypatch):
 
 @pytest.mark.parametrize(("reason", "raises"), [("refused", True), ("data_dependent", True), ("failed", False)])
 def test_a_step_that_fails_at_the_size_refuses_it_or_is_noted(monkeypatch, reason, raises):
-    job, found = small()
+    job, found = untraced()
 
     def fails(*arguments, **named):
         raise mp.TraceError("the step fails", reason=reason)
@@ -345,14 +351,23 @@ def test_a_probed_estimate_stays_and_what_the_step_refuses_is_raised():
 
 
 def test_both_bounds_of_a_compiled_step_are_traced(monkeypatch):
-    job, found = small(lambda module, x: module.net(torch.cat([x, x]) if len(x) > 6 else x).sum())
-    bounded = replace(found, least=found.program)
-    asked = asked_of(monkeypatch)
-    known = retrace_at(bounded, 7, job)
+    asked = []
+
+    def trace_steps(setup, batches, *, steps=None, graphs=None, beginning=None):
+        # nine bytes a sample at the upper bound and six at the lower, where eight and five are expected
+        asked.append((steps, graphs.lower_bound))
+        size = batches[0][0]
+        event = Event(0, (6 if graphs.lower_bound else 9) * size, "forward", 1 if steps else 2)
+        return TraceResult((Trace(size, (event,)),))
+
+    monkeypatch.setattr(retrace, "trace_steps", trace_steps)
+    monkeypatch.setattr(retrace, "extended", lambda whole, begun: None)  # the first step tells too little
+    job = training_job(Small(), SAMPLES, device=CARD)
+    known = retrace_at(Estimate("trace", FORMULA, a_program((2, 3, 5)), least=a_program((2, 3), each=5)), 7, job)
     # the upper bound is traced first, and then the lower
-    assert [(steps, lower) for _, _, steps, lower, _ in asked] == [(1, False), (None, False), (1, True), (None, True)]
-    assert known.at(7).least.batch_sizes == (7,)
-    assert known.at(7).least is not known.at(7).program
+    assert asked == [(1, False), (None, False), (1, True), (None, True)]
+    own = known.at(7)
+    assert [program.at(7)[0][1] for program in (own.program, own.least)] == [9 * 7, 6 * 7]
 
 
 # --------------------------------------------------------------------------------------------- which size is accepted
