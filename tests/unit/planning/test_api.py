@@ -21,7 +21,7 @@ from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.events import Event, Trace
 from lightning_memplan.memory.formula import Formula
 from lightning_memplan.memory.program import scale
-from lightning_memplan.planning import api, predict
+from lightning_memplan.planning import api, predict, session
 from lightning_memplan.planning import job as planning_job
 from lightning_memplan.planning.limits import Limits
 from lightning_memplan.settings import NCCL
@@ -531,7 +531,8 @@ def test_a_margin_that_is_no_part(margin):
         mp.plan(Module(), torch.zeros(4, 1024), device=CARD, margin=margin)
 
 
-def test_a_plan_that_does_not_fit_is_an_error_with_what_is_lacking():
+def test_a_plan_that_does_not_fit_is_an_error_with_what_is_lacking(monkeypatch):
+    monkeypatch.setattr(session, "advise_job", lambda *arguments: ())  # see test_advice.py
     # Adam needs 16 MiB for the weights alone, and two more of gradients and the optimizer's temporaries
     small = mp.Device("a small card", total=16 * MiB)
     with pytest.raises(
