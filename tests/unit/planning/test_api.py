@@ -246,48 +246,6 @@ def test_auto_probes_a_card_of_this_machine_and_traces_too(probed):
     assert list(elsewhere.methods) == ["trace", "formula"]
 
 
-@pytest.mark.parametrize(
-    ("error", "note"),
-    [
-        (mp.TraceError("Module cannot be copied"), "not planned by a probe: Module cannot be copied"),
-        (
-            AttributeError("no attribute 'ema'"),
-            "not planned by a probe: the step failed in a probe (AttributeError: no ",
-        ),
-    ],
-)
-def test_auto_traces_what_a_copy_cannot_run(probed, error, note):
-    probed(error)
-    found = mp.estimate(Module(), torch.zeros(4, 1024), device=GPU)
-    assert found.method == "trace"
-    assert found.notes[0].startswith(note)
-    with pytest.raises(type(error)):
-        mp.estimate(Module(), torch.zeros(4, 1024), device=GPU, method="probe")
-
-
-def test_the_steps_own_error_is_raised_unchanged(probed):
-    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-    probed(error)
-    with pytest.raises(RuntimeError) as caught:
-        mp.estimate(Module(), torch.zeros(4, 1024), device=GPU)
-    assert caught.value is error
-
-
-def test_a_probe_that_has_seen_a_large_batch_plans_alone(probed, monkeypatch):
-    # the trace would let fewer samples fit: weights are 64 MiB in it
-    probed("a step")
-    monkeypatch.setattr(predict, "SIZES", ((1,),))
-    wide = mp.estimate(nn.Linear(4096, 4096), torch.zeros(4, 4096))
-    monkeypatch.setattr(predict, "_traced", lambda job: wide)
-    found = mp.estimate(Module(), torch.zeros(4, 1024), device=GPU)
-    assert (found.method, found.largest_seen, found.alternatives) == ("probe", 5, (wide,))
-
-
-def test_the_method_that_needs_more_plans(estimate):
-    wide = mp.estimate(nn.Linear(4096, 4096), torch.zeros(4, 4096))  # 64 MiB of weights: fewer samples fit
-    assert [predict._tightest_first(found, CARD)[0] for found in ((estimate, wide), (wide, estimate))] == [wide, wide]
-
-
 # ------------------------------------------------------------------------------------- what an argument is passed on as
 
 
