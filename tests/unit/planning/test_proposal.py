@@ -377,6 +377,16 @@ def test_a_proposal_at_another_size_keeps_to_the_gpu():
     assert type(whole.at(700).plan.accumulate_grad_batches) is int
 
 
+def test_the_phase_of_the_peak_is_that_of_the_other_size():
+    # the optimizer's 100 MiB are more than a few samples' maps, of 1 MiB each
+    session = Steps()
+    optimizer = (Event(0, 100 * MiB, "optimizer", 1), Event(0, -1, "optimizer", 1))
+    traces = [Trace(n, (*optimizer, Event(1, n * MiB, "forward", 2))) for n in (2, 3, 5)]
+    session.predictor = OneEstimate(Estimate("trace", session.predictor.estimate.formula, scale(traces)))
+    first = Proposal(session.plan(Limits(0.0, max_batch_size=800)), session)
+    assert (first.plan.phase, first.at(101).plan.phase, first.at(99).plan.phase) == ("forward", "forward", "optimizer")
+
+
 # ---------------------------------------------------------------------------------------------------- why a rank failed
 
 

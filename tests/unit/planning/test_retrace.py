@@ -15,6 +15,7 @@ import lightning_memplan as mp
 from lightning_memplan.cli.main import main
 from lightning_memplan.data.samples import Samples, read_samples
 from lightning_memplan.errors import MemplanError
+from lightning_memplan.memory import program
 from lightning_memplan.memory.allocator import replay
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.events import Event, Trace
@@ -321,24 +322,18 @@ def test_a_step_that_does_something_else_is_traced_to_its_end(monkeypatch):
     assert more.exact[7] is own
 
 
-class Dilates(nn.Module):
-    """Another kernel of as many values for many samples, for which cuDNN may take another workspace."""
+@pytest.mark.parametrize(("times", "exact"), [(1, []), (2, [7])])
+def test_a_step_that_differs_in_its_workspaces_alone_does_something_else(monkeypatch, times, exact):
+    """Another convolution of as many values, for which cuDNN may take a workspace of twice the size."""
 
-    def __init__(self):
-        super().__init__()
-        self.few, self.many = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=2, dilation=2)
+    def convolves(size, times):
+        return Trace(size, (Event(0, 0, "forward", 1, rule=("convolution", times * size)),))
 
-    def forward(self, x):
-        return (self.many if len(x) > 6 else self.few)(x)
-
-
-def test_a_step_that_differs_in_its_workspaces_alone_does_something_else():
-    net, batch = Dilates(), torch.zeros(4, 16, 32, 32)
-    found = mp.estimate(net, batch, method="trace", device=CARD)
-    known = retrace_at(found, 7, training_job(net, batch, device=CARD))
-    assert list(known.exact) == [7]
-    assert known.peak(7) == found.peak(7)
-    assert known.reserved_range(7).high > found.reserved_range(7).high
+    monkeypatch.setattr(program, "kernel_bytes", lambda rule, workspaces: rule[1] if workspaces == "high" else 0)
+    monkeypatch.setattr(retrace, "trace_steps", lambda *arguments, **named: TraceResult((convolves(7, times),)))
+    found = Estimate("trace", FORMULA, scale([convolves(size, 1) for size in (2, 3, 5)]))
+    job = training_job(Small(), SAMPLES, device=CARD)
+    assert list(retrace_at(found, 7, job).exact) == exact
 
 
 def test_a_probed_estimate_stays_and_what_the_step_refuses_is_raised():
