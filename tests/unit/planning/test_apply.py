@@ -433,7 +433,8 @@ NORMED = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
         (22, {"own": 3, "size": 4}, False),
         (21, {"own": 3, "size": 4, "module": nn.LayerNorm(2)}, False),
         (21, {"own": 3, "size": 4, "drop_last": True}, False),
-        (21, {"own": 3, "size": 5, "world_size": 2}, True),  # each rank has 11
+        (22, {"own": 3, "size": 5, "world_size": 2}, True),  # each rank has 11
+        (22, {"own": 3, "size": 5}, False),
         (21, {"own": 3, "size": 4, "accumulates": False}, True),  # whatever is accumulated
     ],
 )

@@ -439,7 +439,7 @@ def test_validation_that_cannot_be_traced_has_the_size_of_training():
     plans = Plans(replace(options(), names=NAMES))  # by the formula nothing is known beside it
     with pytest.warns(UserWarning, match="validation gets training's batch size, since it cannot be traced"):
         _, data, _ = fit(plans, Validated(), module=Evaluates())
-    assert (plans.planner.val_plan, data.val_size) == (None, 20)
+    assert (plans.planner.val_plan, data.val_size, plans.planner._val_place.phase) == (None, 20, "val")
     assert plans.shown == [(plans.planner.plan, None, 20)]
 
 
