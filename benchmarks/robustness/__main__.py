@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.robustness.job import Job
 from benchmarks.robustness.jobs import JOBS
-from benchmarks.robustness.supervise import LIMIT, run_jobs
+from benchmarks.robustness.supervise import JOBS_WORKER, LIMIT, Runs, run_again_alone
 from benchmarks.robustness.verdict import doubts, failure, outcome
 
 GROUP = 60  # jobs in one process, which spares its start
@@ -42,13 +42,13 @@ def sample(count: int) -> list[str]:
 
 def rows_of(names: Sequence[str], limit: float = LIMIT, on_gpu: bool = False) -> Iterator[Row]:
     """Run jobs, several in a process; what fails there is run again in a process of its own, which counts."""
-    for group in _groups([JOBS[name] for name in names]):
-        for name, runs in run_jobs(group, limit, on_gpu):
-            row = _row(name, runs)
-            if row["failed"] and len(group) > 1:
-                (_, runs), first = next(run_jobs([name], limit, on_gpu)), row["failed"]
-                row = {**_row(name, runs), "failed_among_others": first}
-            yield row
+    groups = list(_groups([JOBS[name] for name in names]))
+    for name, runs, first in run_again_alone(JOBS_WORKER, groups, _failed, limit, on_gpu):
+        yield {**_row(name, runs), **({"failed_among_others": first} if first else {})}
+
+
+def _failed(name: str, runs: Runs) -> str:
+    return failure(runs, JOBS[name].samples)
 
 
 def _groups(jobs: Sequence[Job]) -> Iterator[list[str]]:
@@ -60,7 +60,7 @@ def _groups(jobs: Sequence[Job]) -> Iterator[list[str]]:
 
 def _row(name: str, runs: dict[str, Any]) -> Row:
     job = JOBS[name]
-    failed = failure(runs, job.samples)
+    failed = _failed(name, runs)
     row = {"name": name, "kind": job.kind, "failed": failed, "outcome": outcome(runs, failed), "limit": job.limit}
     return {**row, "doubts": doubts(runs), "runs": runs}
 

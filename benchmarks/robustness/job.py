@@ -78,7 +78,7 @@ class Training:
     """One training: two epochs of ``module``, on loaders (or a datamodule) that are passed or on the module's own.
 
     ``fit`` replaces the call of ``trainer.fit``; ``run`` replaces the Trainer too. ``count`` returns the number of
-    samples of a batch.
+    samples of a batch, or what else is to be noted of it.
     """
 
     module: pl.LightningModule | None = None
@@ -89,7 +89,7 @@ class Training:
     options: dict[str, Any] = field(default_factory=dict)  #: what the planner is told
     fit: Callable[[pl.Trainer, Training], None] | None = None
     run: Run | None = None
-    count: Callable[[Any], int] | None = None
+    count: Callable[[Any], Any] | None = None
 
     def train(self, more: Sequence[pl.Callback] = ()) -> pl.Trainer:
         if self.run is not None:

@@ -10,11 +10,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from benchmarks.robustness.worker import WAYS
 
 ROOT = Path(__file__).resolve().parents[2]
 NULLGPU = ROOT / "tests" / "nullgpu" / "nullgpu"
@@ -23,45 +22,78 @@ CARD = {"NULLGPU_MEMORY": str(2**31), "NULLGPU_CONTEXT": str(100 * 2**20)}  #: 2
 Runs = dict[str, dict[str, Any]]
 
 
-def run_jobs(names: Sequence[str], limit: float = LIMIT, on_gpu: bool = False) -> Iterator[tuple[str, Runs]]:
+@dataclass(frozen=True)
+class Worker:
+    """A program that runs the jobs that it is given by name, each in several ways, and prints a line for each run."""
+
+    module: str
+    ways: tuple[str, ...]
+
+
+JOBS_WORKER = Worker("benchmarks.robustness.worker", ("without", "default", "apply=False"))
+
+
+def run_again_alone(
+    worker: Worker,
+    groups: Sequence[Sequence[str]],
+    failed: Callable[[str, Runs], str],
+    limit: float = LIMIT,
+    on_gpu: bool = False,
+) -> Iterator[tuple[str, Runs, str]]:
+    """Run jobs, several in a process; what fails there is run again in a process of its own, which counts.
+
+    Yield the name of each job, its runs by way, and why it failed among others.
+    """
+    for group in groups:
+        for name, runs in run_jobs(group, limit, on_gpu, worker):
+            first = failed(name, runs) if len(group) > 1 else ""
+            if first:
+                _, runs = next(run_jobs([name], limit, on_gpu, worker))
+            yield name, runs, first
+
+
+def run_jobs(
+    names: Sequence[str], limit: float = LIMIT, on_gpu: bool = False, worker: Worker = JOBS_WORKER
+) -> Iterator[tuple[str, Runs]]:
     """Yield the runs of each job by way, in order."""
     left = list(names)
     while left:
-        worker = _Worker(left, on_gpu)
+        process = _Process(worker, left, on_gpu)
         try:
-            while left and (runs := _runs(worker, left[0], limit)) is not None:
+            while left:
+                runs = _runs(process, worker.ways, limit)
                 died = any("fatal" in each for each in runs.values())
                 yield left.pop(0), runs
                 if died:
                     break
         finally:
-            worker.close()
+            process.close()
 
 
-def _runs(worker: _Worker, name: str, limit: float) -> Runs:
+def _runs(process: _Process, ways: Sequence[str], limit: float) -> Runs:
     runs: Runs = {}
-    for way in WAYS:
+    for way in ways:
         try:
-            found = worker.answer(limit)
+            found = process.answer(limit)
         except queue.Empty:
             found = _nothing(f"no answer within {limit:.0f} s")
         if found is None:
-            found = _nothing(f"the process died: {worker.stderr()[-600:]}")
+            found = _nothing(f"the process died: {process.stderr()[-600:]}")
         runs[way] = found
         if "fatal" in found:
             break
-    return {way: runs.get(way) or _nothing("not run") for way in WAYS}
+    return {way: runs.get(way) or _nothing("not run") for way in ways}
 
 
 def _nothing(error: str) -> dict[str, Any]:
     return {"error": error, "epochs": [], "said": [], "validations": 0, "seconds": 0.0, "fatal": True}
 
 
-class _Worker:
-    """A process of ``worker.py`` in a session of its own, so that it ends with all that it has started."""
+class _Process:
+    """A process of a worker in a session of its own, so that it ends with all that it has started."""
 
-    def __init__(self, names: Sequence[str], on_gpu: bool) -> None:
-        command = [sys.executable, "-m", "benchmarks.robustness.worker", *names]
+    def __init__(self, worker: Worker, names: Sequence[str], on_gpu: bool) -> None:
+        command = [sys.executable, "-m", worker.module, *names]
         own = os.pathsep.join([str(ROOT), str(ROOT / "src")])
         env = {
             **os.environ,

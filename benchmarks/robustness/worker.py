@@ -15,7 +15,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,6 @@ import torch
 
 import lightning_memplan as mp
 from benchmarks.robustness.job import Job
-from benchmarks.robustness.jobs import JOBS
 
 #: ways to train: without the planner, and with it and these arguments
 WAYS: dict[str, dict[str, Any] | None] = {"without": None, "default": {}, "apply=False": {"apply": False}}
@@ -67,7 +66,8 @@ def run(job: Job, options: dict[str, Any] | None) -> dict[str, Any]:
             counts = Counts(training.count)
             if options is not None:
                 planner = mp.MemoryPlanner(**{"history": False, **training.options, **options})
-            training.train([counts, *([planner] if planner else [])])
+            trainer = training.train([counts, *([planner] if planner else [])])
+            found["steps"] = getattr(trainer, "global_step", None)
         except BaseException as error:  # noqa: BLE001 - what training raises is what is looked for
             found["error"] = f"{type(error).__name__}: {error}"[:1000]
             found["traceback"] = traceback.format_exc()[-6000:]
@@ -96,18 +96,19 @@ def seed() -> None:
     torch.manual_seed(1)
 
 
-def main(names: Sequence[str]) -> None:
+def serve(jobs: Iterable[Job], ways: Mapping[str, dict[str, Any] | None]) -> None:
+    """Run each job in each way, in a folder of its own, and print a line for each run."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     home, environment = os.getcwd(), dict(os.environ)
-    for name in names:
-        for way, options in WAYS.items():
-            print("BEGIN", name, way, flush=True)
+    for job in jobs:
+        for way, options in ways.items():
+            print("BEGIN", job.name, way, flush=True)
             with tempfile.TemporaryDirectory() as folder:
                 os.chdir(folder)
-                found = run(JOBS[name], options)
+                found = run(job, options)
                 os.chdir(home)
             clean_up(environment)
-            print("RAN", json.dumps({"name": name, "way": way, **found}), flush=True)
+            print("RAN", json.dumps({"name": job.name, "way": way, **found}), flush=True)
 
 
 def clean_up(environment: dict[str, str]) -> None:
@@ -123,4 +124,6 @@ def clean_up(environment: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    from benchmarks.robustness.jobs import JOBS
+
+    serve([JOBS[name] for name in sys.argv[1:]], WAYS)

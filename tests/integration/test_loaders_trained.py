@@ -80,7 +80,7 @@ def test_no_last_batch_of_one_sample_is_left_to_batch_norm(trained: dict[str, An
     found = trained["a last sample"]
     assert (found["planned"], found["sizes"][-1]) == (63, 10)  # 577 = 9 · 64 + 1 = 9 · 63 + 10
     assert found["same"]
-    assert found["notes"] == ["64 samples a batch leave a last batch of one, which batch norm may refuse: 63 do not"]
+    assert found["notes"] == ["64 samples a batch leave a last batch of one, which a step may refuse: 63 do not"]
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ from ``batch_sampler``, even for an ``IterableDataset``, and keeps persistent wo
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
-from math import lcm
+from itertools import islice
 from typing import Any
 
 from torch.utils._pytree import tree_map
@@ -118,15 +118,6 @@ def share_of(loader: Any, source: Any) -> Fraction:
     return Fraction(size, unit_of(source) or size) if size else Fraction(1)
 
 
-def common_multiple(source: Any) -> int:
-    """Return the smallest batch size at which every loader of a collection yields whole samples.
-
-    >>> common_multiple([DataLoader([1], batch_size=4), DataLoader([1], batch_size=6)])  # 3 of the second for 2
-    2
-    """
-    return lcm(*(share_of(loader, source).denominator for loader in loaders_in(source)))
-
-
 def dataset_size(source: Any, ranks: int = 1) -> int | None:
     """Return the largest batch size for which the datasets have enough samples for a rank, None if no length is known.
 
@@ -201,6 +192,19 @@ def batches_of_epoch(source: Any, batch_size: int, ranks: int = 1) -> int | None
     >>> batches_of_epoch(DataLoader(range(10)), 4), batches_of_epoch(DataLoader(range(10), drop_last=True), 4)
     (3, 2)
     """
+    counts = batches_of_loaders(source, batch_size, ranks)
+    if counts is None:
+        return None
+    # a collection cycles its shorter loaders, unless it is a CombinedLoader that stops with the shortest
+    return min(counts) if combined_mode(source) == "min_size" else max(counts)
+
+
+def batches_of_loaders(source: Any, batch_size: int, ranks: int = 1) -> list[int] | None:
+    """Return the number of batches of each loader, at a batch size of all of them; None if one is unknown.
+
+    >>> batches_of_loaders([DataLoader(range(10)), DataLoader(range(6))], 4)
+    [3, 2]
+    """
     counts = []
     for loader, size in zip(loaders_in(source), planned_sizes(source, batch_size), strict=True):
         samples, workers = samples_of_loader(loader, ranks), 1
@@ -211,8 +215,7 @@ def batches_of_epoch(source: Any, batch_size: int, ranks: int = 1) -> int | None
         samples //= workers
         drops = getattr(batching_sampler(loader), "drop_last", False)
         counts.append(workers * (samples // size if drops else -(-samples // size)))
-    # a collection cycles its shorter loaders, unless it is a CombinedLoader that stops with the shortest
-    return min(counts) if combined_mode(source) == "min_size" else max(counts)
+    return counts
 
 
 def last_batch(source: Any, batch_size: int, ranks: int = 1) -> int | None:
@@ -326,6 +329,8 @@ def _iterates_itself(loader: DataLoader[Any]) -> bool:
     return any(getattr(type(loader), n) is not getattr(DataLoader, n) for n in ("__iter__", "__len__", "_get_iterator"))
 
 
+_LOOK = 16  #: batches of a sampler that are looked at, at most
+
 _DATALOADER = frozenset(vars(DataLoader([None])))  # type: ignore[arg-type]  #: attributes of every DataLoader
 
 
@@ -356,7 +361,9 @@ def _resized_sampler(loader: DataLoader[Any], batch_size: int, *, check: bool) -
 def _first_batch(batches: Any, batch_size: int | None = None) -> int:
     """Return the number of samples in a batch sampler's first batch, 0 without one, at another batch size if given.
 
-    Ask a copy, in the same random order each time. A sampler that is an iterator is advanced by asking: it is an error.
+    A batch that is not full may come first where whole batches are shuffled: the size that is set is looked for in the
+    next ones. Ask a copy, in the same random order each time. A sampler that is an iterator is advanced by asking: it
+    is an error.
     """
     trial = borrowed(batches)
     if batch_size is not None:
@@ -365,5 +372,19 @@ def _first_batch(batches: Any, batch_size: int | None = None) -> int:
         trial.batch_size = batch_size
     if any(hasattr(each, "__next__") for each in (trial, getattr(trial, "sampler", None))):
         raise TypeError("it is an iterator")
+    size = getattr(trial, "batch_size", None)
     with isolated_random_state(seed=0):
-        return next((len(indices) for indices in trial), 0)
+        counts = [len(indices) for indices in _until(lambda indices: len(indices) == size, islice(trial, _LOOK))]
+    return counts[-1] if counts and counts[-1] == size == max(counts) else next(iter(counts), 0)
+
+
+def _until(found: Callable[[Any], bool], things: Iterable[Any]) -> Iterator[Any]:
+    """Yield things up to the first that is found.
+
+    >>> list(_until(lambda n: n == 2, [1, 2, 3]))
+    [1, 2]
+    """
+    for thing in things:
+        yield thing
+        if found(thing):
+            return

@@ -8,6 +8,8 @@ Source: torch/utils/data/dataloader.py and _utils/fetch.py, torch 2.4 to 2.15. A
 from __future__ import annotations
 
 import itertools
+import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +25,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from lightning_memplan.data.batches import hidden_tensors
+from lightning_memplan.data.batches import batch_size_of, hidden_tensors, tensor_bytes
 from lightning_memplan.data.borrowed import borrowed
 from lightning_memplan.data.loaders import bulk_sampler
 from lightning_memplan.lightning.compat import isolated_random_state, move_to_device
@@ -33,6 +35,8 @@ _COVERING = (SequentialSampler, RandomSampler, DistributedSampler)  #: samplers 
 _LOOK = 10_000  #: indices that are asked of a sampler, at most, to spread samples over them
 
 _PATIENCE = 120  #: seconds to wait for a worker, where the loader has no timeout of its own
+
+_SHORTLY = 5  #: seconds to wait for an iterator whose ``collate_fn`` fails
 
 
 @dataclass(frozen=True)
@@ -61,15 +65,32 @@ class KeptSamples:
 
         Samples are repeated where there are fewer.
         """
+        if not self.in_worker and iterates_itself(self.loader):
+            try:
+                with isolated_random_state(self.seed):
+                    return _on_host(self._iterated(size))
+            except Exception:  # noqa: BLE001 - whatever a class of the user's raises, on a copy of the loader
+                pass
+        return self._collated(size)
+
+    def _collated(self, size: int) -> Any:
         with isolated_random_state(self.seed):
             if self.in_worker:
                 return _taken(self._serving(size, workers=1), 1)[0]
-            if iterates_itself(self.loader):
-                try:
-                    return _on_host(_next_of(self._serving(size)))
-                except Exception:  # noqa: BLE001 - whatever a class of the user's raises, on a copy of the loader
-                    pass
             return self.loader.collate_fn(self._fetched(size))
+
+    def _iterated(self, size: int) -> Any:
+        """Return a batch of the loader's own iterator.
+
+        It may wait for a thread of its own, which an error of ``collate_fn`` has ended: where there is such an error,
+        wait for the iterator a few seconds.
+        """
+        loader = self._serving(size)
+        try:
+            self._collated(size)
+        except Exception:  # noqa: BLE001 - whatever a collate_fn of the user's raises
+            return _within(_SHORTLY, lambda: _next_of(loader))
+        return _next_of(loader)
 
     def where_it_works(self, own: int) -> KeptSamples:
         """Return these samples, made into batches by a worker if the loader has workers and only they can."""
@@ -87,8 +108,38 @@ class KeptSamples:
 
     def of_one(self, place: int) -> KeptSamples:
         """Return the samples that repeat one of these."""
+        return self._of([place])
+
+    def _of(self, places: list[int]) -> KeptSamples:
         assert self.items is not None
-        return replace(self, indices=[self.indices[place]], items=[self.items[place]])
+        return replace(self, indices=[self.indices[p] for p in places], items=[self.items[p] for p in places])
+
+    def in_batches(self) -> KeptSamples:
+        """Return those of the samples that come into a batch, if ``collate_fn`` leaves others out, as bad ones.
+
+        A batch of training may have no bad ones.
+        """
+        if self.items is None or len(self.items) < 2 or self.loader.batch_sampler is None:
+            return self
+        count = len(self.items)
+        try:
+            if tensor_bytes(self._collated(count)) == tensor_bytes(self.of_one(0)._collated(count)) > 0:
+                return self  # all are like the first
+        except Exception:  # noqa: BLE001 - whatever a collate_fn of the user's raises
+            pass
+        places = [place for place in range(len(self.items)) if self.of_one(place)._fills(2)]
+        return self._of(places) if places else self
+
+    def _fills(self, size: int) -> bool:
+        """Return True if a batch of these samples has any."""
+        try:
+            batch = self._collated(size)
+        except Exception:  # noqa: BLE001 - whatever a collate_fn of the user's raises
+            return False
+        try:
+            return batch_size_of(batch) > 0
+        except ValueError:  # its tensors are hidden
+            return tensor_bytes(batch) > 0
 
     def _fetched(self, size: int) -> Any:
         """Return what the loader passes to its ``collate_fn``: one item, where the dataset makes the batches."""
@@ -294,6 +345,34 @@ def _next_of(loader: DataLoader[Any]) -> Any:
         close: Callable[[], None] | None = getattr(iterator, "close", None)
         if close is not None:
             close()
+
+
+def _within(seconds: float, make: Callable[[], Any]) -> Any:
+    """Return what a function makes, which a thread of its own calls.
+
+    >>> _within(60, lambda: 3)
+    3
+
+    Raises:
+        TimeoutError: it takes longer.
+        Exception: whatever the function raises.
+    """
+    done: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
+
+    def run() -> None:
+        try:
+            done.put((make(), None))
+        except Exception as error:  # noqa: BLE001 - raised where it is waited for
+            done.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        made, error = done.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"there is no batch within {seconds} seconds") from None
+    if error is not None:
+        raise error
+    return made
 
 
 def _on_host(batch: Any) -> Any:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from math import lcm
 from typing import Any, Literal, get_args
 
@@ -24,7 +25,6 @@ from lightning_memplan.data.batches import (
 )
 from lightning_memplan.data.loaders import (
     batching_sampler,
-    common_multiple,
     loaders_in,
     samples_of_loader,
     share_of,
@@ -62,7 +62,7 @@ class Samples:
     """
 
     make: _Make  #: makes a batch of a number of samples
-    multiple: int = 1  #: sizes are multiples of it: 1 unless loaders of a collection differ (see ``common_multiple``)
+    multiple: int = 1  #: sizes are multiples of it: 1 unless loaders of a collection differ, as 4 and 6
     notes: tuple[str, ...] = ()  #: remarks that belong into a plan
     accepts: int = 1  #: ``collate_fn`` makes batches of multiples of it alone
     fixed: int | None = None  #: the only batch size, where no other can be had
@@ -151,8 +151,10 @@ def read_samples(source: Any, sample: Which = "first", sample_size: int = SAMPLE
     look = _Look(sample, sample_size, {}, {})
     with isolated_random_state():
         make = _maker(source, look)
-        found = Samples(make, common_multiple(source) if _is_collection(source) else 1)
+        found = Samples(make, lcm(*look.multiples))
         found = replace(found, own=_own_size(source, look), count=min(look.counts.values(), default=None))
+        if found.own is not None and found.count is None:
+            found = replace(found, count=_samples_of_all(source, found.own))
         if _is_collection(source):
             found = _with_sizes_that_can_be_had(found, source)
     return replace(found, notes=(*look.notes, *found.notes))
@@ -167,6 +169,26 @@ def _own_size(source: Any, look: _Look) -> int | None:
         sizes = [yielded_size(loader) for loader in loaders_in(source)]
         return min(filter(None, sizes), default=look.rows.get("batch"))
     return smallest
+
+
+def _samples_of_all(batches: Any, each: int) -> int | None:
+    """Return how many samples batches have that are no DataLoader's, by their number; None if it is not known.
+
+    Where a last batch that is not full is dropped, there are no fewer. Otherwise they all come in one batch of as many.
+    """
+    workers = 1
+    if isinstance(batches, DataLoader):
+        if batching_sampler(batches) is not None:
+            return None
+        if isinstance(batches.dataset, IterableDataset):
+            workers = max(1, batches.num_workers)  # each makes batches of its share
+        batches = batches.dataset
+    elif _is_collection(batches):
+        return None
+    try:
+        return max(1, len(batches) // workers) * each
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _with_sizes_that_can_be_had(samples: Samples, source: Any) -> Samples:
@@ -234,6 +256,7 @@ class _Look:
     notes: dict[str, None]  #: remarks that were made while looking, in order
     counts: dict[int, int]  #: samples of a pass, where all of them were read
     rows: dict[str, int] = field(default_factory=dict)  #: number of rows of a batch that was read
+    multiples: list[int] = field(default_factory=list)  #: batch sizes at which a loader yields whole samples
 
     @property
     def count(self) -> int:
@@ -353,7 +376,7 @@ def _kept(loader: DataLoader[Any], count: int, look: _Look, *, spread: bool) -> 
         raise ValueError(_EMPTY)
     if kept.ended:
         look.counts[id(loader)] = max(1, len(kept.indices) // max(1, loader.num_workers))
-    return kept.where_it_works(yielded_size(loader) or 1)
+    return kept.where_it_works(yielded_size(loader) or 1).in_batches()
 
 
 # ---------------------------------------------------------------------------------------------------- several loaders
@@ -364,7 +387,8 @@ def _is_collection(source: Any) -> bool:
 def _from_collection(source: Any, look: _Look) -> _Make:
     """Make a batch of each loader, in the shape of the collection; the largest one if loaders are read in sequence."""
     loaders = source.iterables if is_combined_loader(source) else source
-    makers = [(_maker(loader, look), share_of(loader, source)) for loader in tree_leaves(loaders)]
+    makers = [(_maker(loader, look), _share_of(loader, source, look)) for loader in tree_leaves(loaders)]
+    look.multiples.extend(share.denominator for _, share in makers)
 
     def make(size: int) -> Any:
         batches = iter([one(max(1, int(size * share))) for one, share in makers])
@@ -374,3 +398,13 @@ def _from_collection(source: Any, look: _Look) -> _Make:
         largest, share = max(makers, key=lambda maker: tensor_bytes(maker[0](1)) * maker[1])
         return lambda size: largest(max(1, int(size * share)))
     return make
+
+
+def _share_of(loader: Any, source: Any, look: _Look) -> Fraction:
+    """Return ``share_of``; by the rows that were read of a loader that tells no batch size, beside one that does."""
+    unit = unit_of(source)
+    if unit is None or unit_of(loader) is not None:
+        return share_of(loader, source)
+    told = isinstance(loader, DataLoader) and batching_sampler(loader) is not None
+    rows = yielded_size(loader) if told else look.rows.get("batch")
+    return Fraction(rows or unit, unit)

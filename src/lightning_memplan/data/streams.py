@@ -35,7 +35,7 @@ def most_of_a_stream(source: Any, samples: Samples, max_batch_size: int | None) 
     """Return the largest batch size of streams without a length; None if there is another loader among them.
 
     The host has to hold the batches that are made ahead in a quarter of its memory. Unless ``max_batch_size`` allows
-    more, a batch has at most 65,536 samples; where a last batch that is not full would be dropped, and nothing trained
+    more, a batch has at most 65,536 samples; where a last batch that is not full may be dropped, and nothing trained
     if that is the first one, it has as many as now.
     """
     loaders = unsized_loaders(source, samples)
@@ -47,7 +47,7 @@ def most_of_a_stream(source: Any, samples: Samples, max_batch_size: int | None) 
     most = max(1, cpu_device().total // _HOST // ahead // each)
     if max_batch_size is not None:
         return most
-    return min(most, samples.own) if _drops_last(loaders) and samples.own is not None else min(most, MOST)
+    return min(most, samples.own) if _may_drop_last(loaders) and samples.own is not None else min(most, MOST)
 
 
 def note_on_stream(source: Any, most: int) -> str:
@@ -56,7 +56,7 @@ def note_on_stream(source: Any, most: int) -> str:
     >>> note_on_stream(DataLoader([]), 65536)
     'the length of the data is not known: at most 65536 samples are planned for; max_batch_size allows more'
     """
-    why = ", and a last batch that is not full is dropped" if _drops_last(loaders_in(source)) else ""
+    why = ", and a last batch that is not full may be dropped" if _may_drop_last(loaders_in(source)) else ""
     return (
         f"the length of the data is not known{why}: at most {most} samples are planned for; max_batch_size allows more"
     )
@@ -66,5 +66,8 @@ def _with_workers(loaders: list[Any]) -> list[DataLoader[Any]]:
     return [loader for loader in loaders if isinstance(loader, DataLoader)]
 
 
-def _drops_last(loaders: list[Any]) -> bool:
-    return any(getattr(batching_sampler(loader), "drop_last", False) for loader in _with_workers(loaders))
+def _may_drop_last(loaders: list[Any]) -> bool:
+    """Return True if a loader drops its last batch, or does not tell, since it or its dataset makes the batches."""
+    return any(
+        not isinstance(loader, DataLoader) or getattr(batching_sampler(loader), "drop_last", True) for loader in loaders
+    )

@@ -15,6 +15,7 @@ from lightning_memplan.data.holders import DEFAULT_NAME, Holder, holders_of
 from lightning_memplan.data.loaders import (
     batch_size_of_loader,
     batches_of_epoch,
+    batches_of_loaders,
     check_resizable,
     last_batch,
     loaders_in,
@@ -156,22 +157,24 @@ def check_batches(trainer: Any, source: Any, batch_size: int) -> None:
     Source: pytorch_lightning 2.6, loops/fit_loop.py (``setup_data``) and trainer/connectors/data_connector.py.
     """
     count = batches_of_epoch(source, batch_size, ranks_of(trainer))
+    each = batches_of_loaders(source, batch_size, ranks_of(trainer))
     limit, interval = trainer.limit_train_batches, trainer.val_check_interval
-    if count is None or limit == 0:
+    if count is None or each is None or limit == 0:
         return
-    few = f"and an epoch has {count} of the planned batch size {batch_size}"
-    if isinstance(limit, float) and int(count * limit) == 0:
+    if isinstance(limit, float) and int(min(each) * limit) == 0:  # Lightning takes a part of each loader
         name = "overfit_batches" if trainer.overfit_batches else "limit_train_batches"
         raise ApplyError(
-            f"{name}={limit} is a part of an epoch's batches, {few}, which is not one: give a number of batches "
+            f"{name}={limit} is a part of an epoch's batches, and {'an epoch' if len(each) == 1 else 'a loader'} has "
+            f"{min(each)} of the planned batch size {batch_size}, which is not one: give a number of batches "
             f"({name}=1), or a max_batch_size"
         )
-    count = batches_taken(trainer, count)
+    few, count = count, batches_taken(trainer, count)
     validates = trainer.limit_val_batches > 0 and trainer.check_val_every_n_epoch is not None
     if isinstance(interval, int) and count < interval and validates:
         raise ApplyError(
-            f"val_check_interval={interval} counts batches, {few}: give a part of an epoch (val_check_interval=1.0), "
-            f"pass check_val_every_n_epoch=None, or max_batch_size={max(1, batch_size * count // interval)}"
+            f"val_check_interval={interval} counts batches, and an epoch has {few} of the planned batch size "
+            f"{batch_size}: give a part of an epoch (val_check_interval=1.0), pass check_val_every_n_epoch=None, or "
+            f"max_batch_size={max(1, batch_size * count // interval)}"
         )
 
 
@@ -179,8 +182,11 @@ def most_within_epochs(trainer: Any, source: Any, most: int, own: int | None) ->
     """Return the largest batch size, ``most`` at most, with which epochs have the batches that the Trainer needs.
 
     These are the batches of ``check_batches``, and those up to the first validation, where it comes with the user's
-    ``own`` size. Where no size has them, ``most`` stays, and ``check_batches`` says why.
+    ``own`` size. Where no size has them, ``most`` stays, and ``check_batches`` says why. Where nobody knows how many
+    batches an epoch has, and a setting counts them, the user's own size has enough.
     """
+    if own is not None and batches_of_epoch(source, 1, ranks_of(trainer)) is None and _counts_batches(trainer):
+        return min(most, own)
 
     def enough(batch_size: int) -> bool:
         try:
@@ -192,6 +198,14 @@ def most_within_epochs(trainer: Any, source: Any, most: int, own: int | None) ->
     if enough(most) or not enough(1):
         return most
     return bisect_left(range(1, most + 1), x=True, key=lambda size: not enough(size))  # larger sizes have fewer batches
+
+
+def _counts_batches(trainer: Any) -> bool:
+    """Return True if training needs some number of batches in an epoch: for a part of them, or up to a validation."""
+    limit, interval = trainer.limit_train_batches, trainer.val_check_interval
+    ends = trainer.check_val_every_n_epoch is not None or (trainer.max_epochs or -1) > 0
+    validates = isinstance(interval, int) and interval > 1 and trainer.limit_val_batches > 0 and ends
+    return validates or (isinstance(limit, float) and 0 < limit < 1)
 
 
 def _validates(trainer: Any, source: Any, batch_size: int) -> bool:
@@ -235,7 +249,8 @@ def training_remarks(
             f"times with batches of {own}; lower accumulate_grad_batches, or pass max_batch_size or "
             "effective_batch_size"
         )
-    if leaves_one_sample(trainer, module, source, batch_size, own):
+    normalized = any(isinstance(part, _BatchNorm) for part in module.modules())
+    if normalized and leaves_one_sample(trainer, source, batch_size, own):
         remarks.append(
             f"the last batch of an epoch has one sample at batch size {batch_size}, and {type(module).__name__} has "
             "batch norm, which may refuse it: pass drop_last=True to the loader, or multiple_of or max_batch_size"
@@ -243,9 +258,12 @@ def training_remarks(
     return remarks
 
 
-def leaves_one_sample(trainer: Any, module: Any, source: Any, batch_size: int, own: int | None) -> bool:
-    """Return True if a module with batch norm would get a last batch of one sample, and does not with the own size."""
-    if own in (None, batch_size) or not any(isinstance(part, _BatchNorm) for part in module.modules()):
+def leaves_one_sample(trainer: Any, source: Any, batch_size: int, own: int | None) -> bool:
+    """Return True if an epoch would have a last batch of one sample, and has none with the own size.
+
+    Batch norm refuses one sample, a squeezed batch has another shape, and a ``collate_fn`` may leave the only one out.
+    """
+    if own in (None, batch_size):
         return False
     last, before = (last_batch(source, size, ranks_of(trainer)) for size in (batch_size, own))
     return last == 1 and before != 1

@@ -252,12 +252,12 @@ class FitPlanner:
         return proposal if most else proposal.noted(few)
 
     def _without_a_last_sample(self, proposal: Proposal, session: PlanningSession) -> Proposal:
-        """Return the proposal, or a smaller one where a last batch of one sample would stop batch norm."""
+        """Return the proposal, or a smaller one where a last batch of one sample may stop training."""
         if self.place is None:
             return proposal
         source, first = self.place.source, proposal.plan
         plan = first
-        while leaves_one_sample(self._trainer, self._module, source, plan.batch_size, self.own_size):
+        while leaves_one_sample(self._trainer, source, plan.batch_size, self.own_size):
             try:
                 plan = session.plan(replace(session.limits, max_batch_size=plan.batch_size - 1))
             except (MemplanError, ValueError):  # there is no smaller one: said in a warning, where it is set
@@ -265,7 +265,7 @@ class FitPlanner:
         if plan is first:
             return proposal
         return replace(proposal, plan=replace(plan, limited_by=first.limited_by)).noted(
-            f"{first.batch_size} samples a batch leave a last batch of one, which batch norm may refuse: "
+            f"{first.batch_size} samples a batch leave a last batch of one, which a step may refuse: "
             f"{plan.batch_size} do not"
         )
 

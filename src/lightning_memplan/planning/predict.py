@@ -146,7 +146,7 @@ def _by_own_batch(job: TrainingJob, known: str) -> Estimate | None:
     It holds at this size alone.
     """
     try:
-        samples, size = job.source.samples, job.source.batch_size or batch_size_of(job.source.data)
+        samples, size = job.source.samples, job.source.own_size or batch_size_of(job.source.data)
         result = trace_counted(job.setup, [(size, samples.make(size))], beginning=job.beginning())
         program = scale(result.traces)
     except Exception:  # noqa: BLE001 - the batch and the step are the user's; why the step is not traced is known

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import multiprocessing
+import queue
+import threading
 from typing import Any, ClassVar
 
 import pytest
@@ -24,6 +27,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from lightning_memplan.data import reading
 from lightning_memplan.data.loaders import (
     batch_size_of_loader,
     batches_of_epoch,
@@ -99,6 +103,72 @@ def test_an_iterator_that_yields_no_batch_on_a_copy_leaves_it_to_collate_fn():
             return super().__iter__()
 
     assert made(Refuses(Rows(), batch_size=4)).shape == (7, 4)
+
+
+class ReadsInAThread(DataLoader):
+    """As ``prefetch_generator``: an error ends its thread, and ``next`` waits for ever."""
+
+    def __iter__(self):
+        ahead = queue.Queue(2)
+
+        def read():
+            with contextlib.suppress(ValueError):
+                for batch in super(ReadsInAThread, self).__iter__():
+                    ahead.put({"x": batch, "rows": len(batch)})
+                ahead.put(None)
+
+        threading.Thread(target=read, daemon=True).start()
+        return iter(ahead.get, None)
+
+
+def test_a_thread_that_a_refused_number_ends_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(reading, "_SHORTLY", 0.05)
+    samples = read_samples(ReadsInAThread(Rows(), batch_size=4, collate_fn=multiples_of(2)))
+    assert samples.accepts == 2
+    assert samples.batch(6)["x"].shape == (6, 4)
+
+
+def test_a_loader_that_collates_in_its_own_iterator_needs_no_collate_fn_that_can():
+    def refuses(samples):
+        raise ValueError("not mine")
+
+    assert made(CollatesItself(Rows(), batch_size=4, collate_fn=refuses))["x"].shape == (7, 4)
+
+
+def without_odd_rows(samples):
+    """Leave out bad samples: None, or rows that begin with 4, 12, 20 and so on."""
+    return torch.stack([row for row in samples if row is not None and row[0] % 8 == 0])
+
+
+class SomeAreNone(Rows):
+    def __getitem__(self, index):
+        return rows[index] if index % 2 == 0 else None
+
+
+@pytest.mark.parametrize("dataset", [Rows(), SomeAreNone()], ids=lambda dataset: type(dataset).__name__)
+@pytest.mark.parametrize("kind", [DataLoader, Finishes])
+def test_batches_are_planned_without_the_samples_that_collate_fn_leaves_out(dataset, kind):
+    loader = kind(dataset, batch_size=4, collate_fn=without_odd_rows)
+    for size, batch in read_samples(loader).batches((2, 3, 5, 40)):
+        batch = batch["x"] if kind is Finishes else batch
+        assert batch[:3, 0].tolist() == [0, 8, 16][:size]  # rows 0, 2 and 4 of the first five
+        assert len(batch) == size  # the most that a batch of training has
+
+
+def test_samples_that_a_collate_fn_leaves_out_of_a_list_of_parts_are_noticed():
+    def listed(samples):
+        return [{"x": row} for row in without_odd_rows(samples)]
+
+    for size, batch in read_samples(DataLoader(Rows(), batch_size=4, collate_fn=listed)).batches((2, 3, 5, 40)):
+        assert len(batch) == size
+
+
+def test_samples_stay_where_collate_fn_leaves_all_of_them_out():
+    def refuses(samples):
+        raise ValueError("no sample is good")
+
+    with pytest.raises(ValueError, match="no sample is good"):
+        made(DataLoader(Rows(), batch_size=4, collate_fn=refuses))
 
 
 def test_an_iterator_that_was_begun_is_not_advanced():
@@ -500,22 +570,30 @@ class OfBatches:
         return iter([rows[:20]] * 3)
 
 
+class SizedBatches(OfBatches):
+    def __len__(self):
+        return 3
+
+
 @pytest.mark.parametrize(
-    "make",
+    ("make", "own", "count"),
     [
-        OfBatches,
-        lambda: DataLoader([rows[:20]] * 3, batch_size=None),
-        lambda: DataLoader(Ends(40), batch_size=None),
-        lambda: DataLoader(Sized(40), batch_size=None),
+        (OfBatches, 20, None),
+        (SizedBatches, 20, 60),
+        (lambda: DataLoader([rows[:20]] * 3, batch_size=None), 20, 60),
+        (lambda: DataLoader(Ends(40), batch_size=None), 4, None),
+        (lambda: DataLoader(Sized(40), batch_size=None), 4, 160),
+        (lambda: DataLoader(Sized(41), batch_size=None, num_workers=2), 4, 80),  # 20 batches of each worker, at least
     ],
-    ids=["no DataLoader", "a dataset of batches", "a stream of batches", "a stream of known length"],
+    ids=["no DataLoader", "sized", "a dataset of batches", "a stream", "of known length", "of two workers"],
 )
-def test_batches_that_are_made_already_tell_no_number_of_samples(make):
+def test_batches_that_are_made_already_tell_a_number_of_samples_by_their_number(make, own, count):
     source = make()
     samples = read_samples(source)
-    assert samples.own == (20 if not isinstance(getattr(source, "dataset", None), Ends) else 4)
+    assert (samples.own, samples.count) == (own, count)
     assert (samples.fixed, dataset_size(source), batches_of_epoch(source, 10)) == (None, None, None)
-    assert most_of_a_stream(source, samples, None) == MOST
+    # without a number, a batch that is not full may be dropped, and there may be one: as many samples as now
+    assert most_of_a_stream(source, samples, None) == (own if count is None else None)
     assert most_of_a_stream(rows, read_samples(rows), None) is None  # a batch
 
 
@@ -557,6 +635,33 @@ class Buckets(Sampler):
     def __iter__(self):
         for kind in (range(25), range(25, 40)):
             yield from (list(kind)[k : k + self.batch_size] for k in range(0, len(kind), self.batch_size))
+
+
+class ShufflesBatches(Sampler):
+    """Whole batches in another order: the rest comes first."""
+
+    def __init__(self, batch_size):
+        self.batch_size = batch_size
+
+    def __iter__(self):
+        return iter([list(range(k, min(k + self.batch_size, 40))) for k in range(0, 40, self.batch_size)][::-1])
+
+
+@pytest.mark.parametrize("size", [3, 7, 24, 40])  # which leave 1, 5, 16 and none
+def test_a_rest_that_comes_first_is_no_other_batch_size(size):
+    loader = DataLoader(Rows(), batch_sampler=ShufflesBatches(3))
+    assert yielded_size(loader) == 3
+    check_resizable(loader, size)
+    assert max(map(len, resized_loaders(loader, [size]))) == size
+
+
+def test_a_sampler_of_larger_batches_does_not_follow_its_size():
+    class Descends(ShufflesBatches):
+        def __iter__(self):
+            return iter([[0] * count for count in range(5, 0, -1)])
+
+    with pytest.raises(ApplyError, match="set to 1, it makes a batch of 5"):
+        check_resizable(DataLoader(Rows(), batch_sampler=Descends(3)))
 
 
 class MadeBefore(Sampler):

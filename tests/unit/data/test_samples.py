@@ -575,6 +575,14 @@ def test_a_dataset_of_keys_is_read_as_its_sampler_does():
     assert torch.equal(sample_batches(keyed)[0][1], torch.stack([torch.zeros(4), torch.ones(4)]))
 
 
+def test_a_loader_of_batches_that_are_made_keeps_its_ratio_to_another():
+    made, other = DataLoader([torch.ones(3, 2)] * 4, batch_size=None), DataLoader(torch.ones(24, 2), batch_size=6)
+    samples = read_samples({"a": made, "b": other})
+    assert (samples.own, samples.multiple) == (6, 2)  # one of the first for two of the second
+    assert [(len(batch["a"]), len(batch["b"])) for _, batch in samples.batches()] == [(2, 4), (3, 6), (5, 10)]
+    assert not samples.rows_are_samples
+
+
 def test_loaders_of_two_sizes_keep_their_ratio():
     few, many = DataLoader(list(rows), batch_size=4), DataLoader(list(rows), batch_size=6)
     # 1.5 for each: batches of 2 and 3, twice those of 2, 3 and 5

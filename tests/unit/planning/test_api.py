@@ -216,8 +216,13 @@ class TakesEight(nn.Module):
         return self.layer(batch)
 
 
-def test_a_step_that_takes_its_own_batch_size_alone_is_planned_at_that_size():
-    plan = mp.plan(TakesEight(), torch.zeros(8, 1024), device="T4")
+@pytest.mark.parametrize(
+    "data",
+    [torch.zeros(8, 1024), [torch.zeros(8, 1024)] * 3, DataLoader([torch.zeros(8, 1024)] * 3, batch_size=None)],
+    ids=["a batch", "batches", "a dataset of batches"],
+)
+def test_a_step_that_takes_its_own_batch_size_alone_is_planned_at_that_size(data):
+    plan = mp.plan(TakesEight(), data, device="T4")
     assert (plan.batch_size, plan.limited_by, plan.method) == (8, "step", "trace")
     assert plan.notes[0].startswith("the step takes its own batch size 8 alone (")
     exactly = mp.plan(nn.Linear(1024, 1024), torch.zeros(8, 1024), device="T4", min_batch_size=8, max_batch_size=8)

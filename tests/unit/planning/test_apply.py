@@ -19,6 +19,7 @@ from lightning_memplan.planning.apply import (
     check_batches,
     find_holders,
     find_place,
+    leaves_one_sample,
     most_within_epochs,
     names_by_stage,
     training_remarks,
@@ -257,6 +258,27 @@ def test_an_epoch_with_enough_batches_is_not_refused(changes):
 def test_a_batch_size_leaves_the_batches_that_an_epoch_needs(changes, expected):
     values = {"max_epochs": 1, "max_steps": -1, "accumulate_grad_batches": 1, **changes}
     assert most_within_epochs(settings(**values), LOADER, 20, 4) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 20),
+        ({"limit_train_batches": 3}, 20),
+        ({"val_check_interval": 0.5}, 20),  # of an epoch of one batch, it is one
+        ({"val_check_interval": 2}, 4),
+        ({"val_check_interval": 2, "limit_val_batches": 0}, 20),
+        ({"val_check_interval": 2, "check_val_every_n_epoch": None}, 4),
+        ({"val_check_interval": 2, "check_val_every_n_epoch": None, "max_epochs": -1}, 20),  # it comes at last
+        ({"limit_train_batches": 0.5}, 4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("source", [DataLoader(Stream(), batch_size=4), [[0] * 4] * 5], ids=["stream", "batches"])
+def test_the_own_size_has_the_batches_that_an_epoch_of_unknown_length_needs(changes, expected, source):
+    values = {"max_epochs": 1, "max_steps": -1, "accumulate_grad_batches": 1, **changes}
+    assert most_within_epochs(settings(**values), source, 20, 4) == expected
+    assert most_within_epochs(settings(**values), source, 3, 4) == min(3, expected)
 
 
 def test_an_epoch_of_unknown_length_is_not_refused():
@@ -676,9 +698,9 @@ def test_training_comes_to_the_validation_that_it_came_to_before(changes, own, e
     assert most_within_epochs(settings(**values), LOADER, 20, own) == expected
 
 
-def test_of_a_stream_nobody_knows_whether_training_comes_to_a_validation():
+def test_the_own_size_of_a_stream_stays_where_training_may_not_come_to_a_validation():
     values = {"val_check_interval": 9, "check_val_every_n_epoch": None, **ENDLESS, "max_epochs": 1}
-    assert most_within_epochs(settings(**values), DataLoader(Stream()), 20, 4) == 20
+    assert most_within_epochs(settings(**values), DataLoader(Stream()), 20, 4) == 4
 
 
 def test_a_size_of_one_is_looked_at_where_two_are_too_many():
@@ -688,3 +710,22 @@ def test_a_size_of_one_is_looked_at_where_two_are_too_many():
 
 
 ENDLESS = {"max_epochs": -1, "max_steps": -1, "accumulate_grad_batches": 1}
+
+
+def test_a_part_of_an_epoch_is_taken_of_each_loader():
+    # at 20 samples a batch, half of the second loader's only batch is none; at 19 it has two
+    several = [DataLoader(range(40), batch_size=4), DataLoader(range(20), batch_size=4)]
+    half = {"limit_train_batches": 0.5, "max_epochs": 1, "max_steps": -1, "accumulate_grad_batches": 1}
+    with pytest.raises(ApplyError, match="a loader has 1 of the planned batch size 20, which is not one"):
+        check_batches(settings(**half), several, 20)
+    assert most_within_epochs(settings(**half), several, 20, 4) == 19
+
+
+@pytest.mark.parametrize(
+    ("size", "own", "expected"),
+    [(19, 4, True), (3, 4, False), (19, 19, False), (19, None, False), (20, 4, False), (9, 19, False)],
+    ids=str,
+)
+def test_a_last_batch_of_one_sample_is_noticed_where_there_was_none(size, own, expected):
+    # of 20 samples, batches of 19 leave one, and those of 3, 9 and 4 leave two or none
+    assert leaves_one_sample(settings(), LOADER, size, own) is expected

@@ -301,17 +301,17 @@ class Normed(Net):
         self.norm = nn.BatchNorm1d(100)
 
 
-def test_a_size_that_leaves_a_batch_of_one_sample_is_lowered_where_batch_norm_may_refuse_it():
+def test_a_size_that_leaves_a_batch_of_one_sample_is_lowered():
     # 61 samples are three batches of 20 and one sample; three of 19 and four; and eight of 7 and five
     plans = Plans(options())
     fit(plans, Data(batch_size=7, rows=61), module=Normed())
     plan = plans.planner.plan
     assert (plan.batch_size, plan.limited_by) == (19, "max_batch_size")
-    text = "20 samples a batch leave a last batch of one, which batch norm may refuse: 19 do not"
+    text = "20 samples a batch leave a last batch of one, which a step may refuse: 19 do not"
     assert plan.notes[-1] == text
     plans = Plans(options())
-    fit(plans, Data(batch_size=7, rows=61))  # without batch norm it may come
-    assert plans.planner.plan.batch_size == 20
+    fit(plans, Data(batch_size=7, rows=61))  # without batch norm, too: another layer may refuse it
+    assert plans.planner.plan.batch_size == 19
     plans = Plans(options(applies=False))
     fit(plans, Data(batch_size=7, rows=61), module=Normed())  # nothing is set
     assert plans.planner.plan.batch_size == 20
@@ -322,7 +322,7 @@ def test_a_batch_of_one_sample_that_no_smaller_size_avoids_is_said():
     with pytest.warns(UserWarning, match="the last batch of an epoch has one sample at batch size 20, and Normed has"):
         fit(plans, Data(batch_size=7, rows=61), module=Normed())
     assert plans.planner.plan.batch_size == 20
-    assert not any("batch norm" in note for note in plans.planner.plan.notes)
+    assert not any("may refuse" in note for note in plans.planner.plan.notes)
 
 
 def test_what_a_size_changes_in_training_is_said():
