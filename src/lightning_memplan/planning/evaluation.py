@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from fractions import Fraction
 from math import ceil
 
@@ -33,7 +32,7 @@ def plan_validation(session: PlanningSession, training: Plan, validation: DataSo
         max_batch_size=session.limits.max_batch_size,
         multiple_of=session.limits.multiple_of,
     )
-    limits = replace(validation.within(limits, job.ranks), ranks=1)
+    limits = validation.within(limits, job.ranks)
     assert found.program is not None
     if (own := validation.batch_size) is not None and found.program.batch_sizes == (own,):
         limits = limits.exactly(own)  # known at this size alone: it stays
@@ -68,8 +67,8 @@ def plan_test(job: TrainingJob, device: Device, limits: Limits) -> Plan:
         DoesNotFitError: not even one sample fits.
         TraceError: the test cannot be traced.
     """
-    limits = replace(job.source.within(limits, job.ranks), ranks=1)
-    return make_plan(OneEstimate(predict_test(job), f"{job.name} in a test"), device, limits)
+    found = OneEstimate(predict_test(job), f"{job.name} in a test")
+    return make_plan(found, device, job.source.within(limits, job.ranks))
 
 
 def agreed_plan(

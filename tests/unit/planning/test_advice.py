@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -14,9 +16,14 @@ from torch.utils.data import DataLoader
 import lightning_memplan as mp
 from benchmarks.accuracy import advice as accuracy
 from lightning_memplan.memory.allocator_settings import AllocatorSettings
+from lightning_memplan.memory.estimate import Estimate
+from lightning_memplan.memory.events import Event, Trace
+from lightning_memplan.memory.formula import Formula
+from lightning_memplan.memory.program import scale
 from lightning_memplan.planning import advice as advice_module
 from lightning_memplan.planning import changes, predict
 from lightning_memplan.planning.changes import _in_eight_bits, _sample_size, checkpoint_themselves, checkpointed
+from lightning_memplan.planning.job import training_job
 
 MiB = 2**20
 
@@ -62,11 +69,28 @@ def advised(module, **options):
     return {item.change: item for item in found}
 
 
+@contextmanager
+def only(*kinds):
+    """Try changes of these kinds alone: no other is traced."""
+    with pytest.MonkeyPatch.context() as patch:
+        every = changes.changes
+        patch.setattr(advice_module, "changes", lambda *given: (c for c in every(*given) if c.kind in kinds))
+        if "sharding" not in kinds:
+            patch.setattr(advice_module, "sharding_changes", lambda *given: ())
+        yield
+
+
+def advice_on(kinds, module, batch, **options):
+    with only(*kinds):
+        return mp.advise(module, batch, **{"device": CARD, **options})
+
+
 @pytest.fixture(scope="module")
 def advice():
     module = Module()
     before = {name: dict(child.__dict__) for name, child in module.named_modules()}
-    found = advised(module)
+    with only("precision", "checkpointing", "accumulation"):
+        found = advised(module)
     for name, child in module.named_modules():
         assert child.__dict__ == before[name]  # the user's module is left alone
     assert all(type(parameter) is nn.Parameter for parameter in module.parameters())
@@ -116,8 +140,7 @@ class Keeps(pl.LightningModule):
 
 
 def test_gradients_that_are_kept():
-    found = mp.advise(Keeps(), torch.zeros(2, 1024), batch_size=4096, device=CARD)
-    (item,) = (item for item in found if item.kind == "zero_grad")
+    (item,) = advice_on(["zero_grad"], Keeps(), torch.zeros(2, 1024), batch_size=4096)
     assert item.saved > 6 * 1024 * 1024 * 4  # the gradients, that are there while activations are
 
 
@@ -193,10 +216,8 @@ def test_models_that_checkpoint_themselves_do():
         def forward(self, x):
             return self.head(self.decoder(x))
 
-    net, card = Net(), mp.Device("a card", total=2**32, capability=(8, 6))
-    (item,) = (
-        i for i in mp.advise(net, torch.zeros(2, 256), batch_size=4096, device=card) if i.kind == "checkpointing"
-    )
+    net = Net()
+    (item,) = advice_on(["checkpointing"], net, torch.zeros(2, 256), batch_size=4096)
     assert item.change == "decoder.gradient_checkpointing_enable({'use_reentrant': False})"
     assert item.saved >= 3 * 4096 * 1024 * 4  # of each block but one, the 1024 values before the ReLU
     assert not net.decoder.checkpointing
@@ -222,13 +243,13 @@ def test_shards_on_as_few_cards_as_do():
         net = nn.Sequential(*(Large() for _ in range(4)))
     card = mp.Device("a card", total=20 * 2**30, capability=(8, 0))
     job = {"optimizer": torch.optim.AdamW, "device": card}
-    (item,) = (i for i in mp.advise(net, torch.zeros(2, 8192), batch_size=2, **job) if i.kind == "sharding")
+    (item,) = advice_on(["sharding"], net, torch.zeros(2, 8192), batch_size=2, **job)
     assert item.change == "sharded over 4 GPUs: strategy=FSDPStrategy(auto_wrap_policy={Large}), devices=4"
     how = {"strategy": pl.strategies.FSDPStrategy(auto_wrap_policy={Large}), "devices": 4}
     assert item.peak_reserved == mp.estimate(net, torch.zeros(2, 8192), **job, **how).peak(2)
     assert item.saved == mp.estimate(net, torch.zeros(2, 8192), **job).peak(2) - item.peak_reserved
     assert (item.nccl, item.largest_batch_size > 2) == (700_000_000, True)
-    with pytest.raises(mp.DoesNotFitError, match="sharded over 4 GPUs"):
+    with only("sharding"), pytest.raises(mp.DoesNotFitError, match="sharded over 4 GPUs"):
         mp.plan(net, torch.zeros(2, 8192), **job)
 
 
@@ -242,7 +263,9 @@ class Convolves(nn.Module):
 
 
 def test_samples_of_half_the_size_come_last():
-    found = mp.advise(Convolves(), torch.zeros(2, 3, 128, 64), batch_size=64, device=CARD)
+    kinds = ["precision", "accumulation", "samples"]
+    found = advice_on(kinds, Convolves(), torch.zeros(2, 3, 128, 64), batch_size=64)
+    assert {item.kind for item in found} == set(kinds)
     last = found[-1]
     assert (last.kind, last.change) == ("samples", "samples of 64 x 32 in place of 128 x 64")
     assert last.saved > max(item.saved for item in found[:-1])
@@ -269,14 +292,13 @@ def test_what_samples_measure(batch, size):
 def test_a_layout_is_that_of_a_module_that_has_it(monkeypatch):
     monkeypatch.setattr(advice_module, "WORTH", -10)  # all changes, whatever they save
     module, batch, how = Convolves(), torch.zeros(2, 3, 64, 64), {"device": CARD, "precision": "16-mixed"}
-    found = mp.advise(module, batch, batch_size=64, **how)
-    (item,) = (item for item in found if item.kind == "layout")
+    (item,) = advice_on(["layout"], module, batch, batch_size=64, **how)
     assert item.change == "module.to(memory_format=torch.channels_last)"
     assert module.net[2].weight.is_contiguous()  # as it was given
     module = module.to(memory_format=torch.channels_last)
     assert item.peak_allocated == mp.estimate(module, batch, **how).peak_allocated(64)
     assert item.peak_allocated != mp.estimate(Convolves(), batch, **how).peak_allocated(64)
-    assert not [item for item in mp.advise(module, batch, batch_size=64, **how) if item.kind == "layout"]
+    assert advice_on(["layout"], module, batch, batch_size=64, **how) == ()
 
 
 def _kept(name, value):
@@ -306,8 +328,9 @@ def test_an_optimizer_in_eight_bits_has_the_state_that_bitsandbytes_makes(name, 
 
 def test_by_default_at_the_largest_batch_size_that_fits():
     loader = DataLoader(torch.zeros(100, 64), batch_size=4)
-    found = mp.advise(nn.Sequential(nn.Linear(64, 4096), nn.ReLU(), nn.Linear(4096, 4096)), loader, device=CARD)
-    assert {item.batch_size for item in found} <= {100, 50}
+    net = nn.Sequential(nn.Linear(64, 4096), nn.ReLU(), nn.Linear(4096, 4096))
+    found = advice_on(["precision", "accumulation"], net, loader)
+    assert {item.batch_size for item in found} == {100, 50}
 
 
 def test_a_step_that_cannot_be_traced():
@@ -319,12 +342,104 @@ def test_a_step_that_cannot_be_traced():
         mp.advise(Reads(), torch.zeros(2, 256), device=CARD)
 
 
+# ------------------------------------------------------------------------------------------------ what is worth advice
+
+
+def taking(base, each=MiB):
+    """Return the estimate of a step that takes so many bytes, and so many for each sample."""
+    traces = [Trace(n, (Event(0, base, "setup"), Event(1, n * each, "forward", 1))) for n in (2, 3, 5)]
+    return Estimate("trace", Formula((), 0, 0, 0, 0), scale(traces))
+
+
+def change(kind, make, **fields):
+    return changes._Change(kind, f"do {kind}", f"cost of {kind}", make if callable(make) else lambda: make, **fields)
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """Advice of a step that takes 1000 MiB, and 10 at 10 samples, where these changes can be made."""
+
+    def of(*found, sharding=(), method="trace", batch_size=10, capacity=None):
+        asked = []
+        monkeypatch.setattr(advice_module, "changes", lambda *arguments: asked.append(arguments) or found)
+        monkeypatch.setattr(advice_module, "sharding_changes", lambda *given: asked.append(given) or sharding)
+        job = training_job(nn.Linear(4, 4), torch.zeros(4, 4), device=CARD)
+        before = replace(taking(1000 * MiB), method=method)
+        result = advice_module.advise_job(job, before, batch_size, 700 * MiB, capacity)
+        return result, job, before, asked
+
+    return of
+
+
+def test_changes_are_made_on_a_traced_job(tried):
+    _, job, before, (changed, sharded) = tried(change("layout", taking(0)))
+    assert changed[1:] == (10,)
+    assert sharded[1:] == (10, 700 * MiB)
+    assert changed[0] is sharded[0]
+    traced = changed[0]
+    assert (traced.found, traced.job) == (before, replace(job, method="trace"))
+    assert [(size, len(batch)) for size, batch in traced.batches] == [(2, 2), (3, 3), (5, 5)]
+
+
+def test_only_a_trace_tells_what_a_change_saves(tried):
+    found, *_, asked = tried(change("layout", taking(0)), method="probe")
+    assert (found, asked) == ((), [])
+
+
+def test_a_change_is_worth_a_hundredth_of_the_peak(tried):
+    # a hundredth of 1000 and 200 MiB is 12
+    found, *_ = tried(change("a", taking(988 * MiB)), change("b", taking(990 * MiB)), batch_size=200)
+    assert [(item.kind, item.saved) for item in found] == [("a", 12 * MiB)]
+
+
+def test_advice_has_what_the_change_saves_takes_and_costs(tried):
+    (item,), *_ = tried(change("accumulation", taking(400 * MiB), parts=2, nccl=5))
+    # half of 10 samples are 5 MiB, which the allocator makes 6 in a segment of 2 MiB's
+    before, after = taking(1000 * MiB).peak(10), taking(400 * MiB).peak(5)
+    assert (item.change, item.cost, item.batch_size) == ("do accumulation", "cost of accumulation", 5)
+    assert (item.saved, item.peak_reserved, item.peak_allocated) == (before - after, after, 405 * MiB)
+    assert (item.largest_batch_size, item.nccl) == (None, 5)
+
+
+def test_the_largest_batch_size_after_a_change_leaves_room_for_nccl(tried, monkeypatch):
+    asked = []
+    monkeypatch.setattr(advice_module, "largest", lambda *arguments: asked.append(arguments) or 77)
+    after = taking(400 * MiB)
+    (item,), *_ = tried(change("sharding", after, nccl=5), capacity=900 * MiB)
+    assert asked == [(after, 700 * MiB - 5, 900 * MiB - 5)]
+    assert item.largest_batch_size == 77
+
+
+def test_what_saves_most_comes_first_and_other_samples_last(tried):
+    found, *_ = tried(
+        change("a", taking(900 * MiB)),
+        change("samples", taking(100 * MiB)),
+        change("b", taking(800 * MiB)),
+        sharding=(change("sharding", taking(850 * MiB)),),
+    )
+    assert [item.kind for item in found] == ["b", "sharding", "a", "samples"]
+
+
+def test_a_change_that_cannot_be_made_is_left_out_and_others_are_not(tried):
+    def raises(error):
+        def make():
+            raise error
+
+        return make
+
+    fails = [change("a", raises(mp.TraceError("no"))), change("b", raises(changes.DoesNotApplyError()))]
+    found, *_ = tried(*fails, change("c", taking(0)))
+    assert [item.kind for item in found] == ["c"]
+    with pytest.raises(KeyError, match="mine"):
+        tried(change("a", raises(KeyError("mine"))))
+
+
 # ------------------------------------------------------------------------------------------------- where it is said
 
 
 def test_what_does_not_fit_says_what_would_help():
     card = mp.Device("a small card", total=128 * MiB)
-    with pytest.raises(mp.DoesNotFitError) as caught:
+    with only("precision", "checkpointing", "accumulation"), pytest.raises(mp.DoesNotFitError) as caught:
         mp.plan(Module(), torch.zeros(2, 256), device=card, margin=0, min_batch_size=4096)
     lines = str(caught.value).splitlines()
     at = lines.index("What would help, the best first:")
@@ -380,4 +495,4 @@ def test_cards_and_advice_leave_the_room_that_a_plan_leaves():
     plan = mp.plan(net, batch, device=card, method="trace")
     assert plan.reserved_range.expected > plan.budget  # without them a larger batch would fit
     assert mp.cards_for(net, batch, cards=[card]) == ((card, plan.batch_size),)
-    assert {item.batch_size for item in mp.advise(net, batch, device=card)} >= {plan.batch_size}
+    assert {item.batch_size for item in advice_on(["precision"], net, batch, device=card)} == {plan.batch_size}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_memplan as mp
+from lightning_memplan.devices.catalogue import gpus
+from lightning_memplan.memory.estimate import Estimate
+from lightning_memplan.memory.events import Event, Trace
+from lightning_memplan.memory.formula import Formula
+from lightning_memplan.memory.program import scale
+from lightning_memplan.planning import api, predict, session
 from lightning_memplan.planning import job as planning_job
-from lightning_memplan.planning import predict
+from lightning_memplan.planning.limits import Limits
+from lightning_memplan.settings import NCCL
 from lightning_memplan.trace import tracer
 from tests.paths import PROGRAMS
 from tests.programs.lengths_cases import Attention, tokens
@@ -242,46 +251,171 @@ def test_auto_probes_a_card_of_this_machine_and_traces_too(probed):
     assert list(elsewhere.methods) == ["trace", "formula"]
 
 
+# ------------------------------------------------------------------------------------- what an argument is passed on as
+
+
+@pytest.fixture
+def jobs(monkeypatch):
+    """The jobs, limits and methods of which a session is made, and what it is asked for; nothing is planned."""
+    made = []
+
+    class Session:
+        def __init__(self, job, limits, method):
+            made.append((job, limits, method))
+
+        def plan(self):
+            return "a plan"
+
+        def check(self, batch_size):
+            return "a check", batch_size
+
+        def advice(self, batch_size):
+            return "advice", batch_size
+
+    def predicts(job, largest):
+        made.append((job, largest))
+        return "an estimate"
+
+    def plans_each(job, cards, limits, method):
+        made.append((job, cards, limits, method))
+        return "cards"
+
+    monkeypatch.setattr(api, "PlanningSession", Session)
+    monkeypatch.setattr(api, "predict", predicts)
+    monkeypatch.setattr(api, "plan_each", plans_each)
+    return made
+
+
+BATCH = torch.zeros(4, 1024)
+ADAM = partial(torch.optim.Adam, lr=0.1)
+#: A setting of training of each kind, none of them the default
+HOW = {
+    "precision": "16-mixed",
+    "optimizer": ADAM,
+    "gradient_clip_val": 0.5,
+    "accumulate_grad_batches": 3,
+    "devices": 2,
+    "strategy": "fsdp",
+    "samples": "first",
+}
+LIMITS = {"margin": 0.25, "min_batch_size": 2, "max_batch_size": 12, "multiple_of": 2}
+
+
+@pytest.mark.parametrize("function", ["estimate", "plan", "check", "advise", "cards_for"])
+def test_every_setting_of_training_is_passed_on(jobs, function):
+    module = net()
+    more = (8,) if function == "check" else ()
+    device = {} if function == "cards_for" else {"device": CARD_80}
+    getattr(api, function)(module, BATCH, *more, **HOW, **device)
+    job, settings = jobs[0][0], jobs[0][0].settings
+    assert (job.module, job.source.data, job.source.sampling.which, job.optimizer) == (module, BATCH, "first", ADAM)
+    assert (settings.precision, settings.gradient_clip_val, settings.accumulate_grad_batches) == ("16-mixed", 0.5, 3)
+    assert (settings.parallel.kind, settings.parallel.ranks) == ("fsdp", 2)
+    if device:
+        assert (job.device, settings.capability) == (CARD_80, (8, 0))
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    getattr(api, function)(module, BATCH, *more, trainer=trainer)
+    assert jobs[1][0].trainer is trainer
+    assert jobs[1][0].source.sampling.which == "auto"
+
+
+CARD_80 = mp.Device("a card", total=2**30, capability=(8, 0))
+
+
+def test_limits_and_methods_are_passed_on(jobs):
+    asked = (net(), BATCH)
+    assert mp.estimate(*asked, method="trace", max_batch_size=12) == "an estimate"
+    assert (jobs[-1][0].method, jobs[-1][1]) == ("trace", 12)
+    mp.estimate(*asked)
+    assert (jobs[-1][0].method, jobs[-1][1]) == ("auto", None)
+    assert mp.plan(*asked, method="formula", effective_batch_size=24, **LIMITS) == "a plan"
+    assert jobs[-1][1:] == (Limits(0.25, 2, 12, 2, 24), "formula")
+    mp.plan(*asked)
+    assert jobs[-1][1:] == (Limits(), "auto")
+    assert api.check(*asked, 8, margin=0.25, method="trace") == ("a check", 8)
+    assert jobs[-1][1:] == (Limits(0.25), "trace")
+    api.check(*asked, 8)
+    assert jobs[-1][1:] == (Limits(), "auto")
+    assert mp.advise(*asked, batch_size=7, margin=0.25) == ("advice", 7)
+    assert jobs[-1][1:] == (Limits(0.25), "trace")
+    assert mp.advise(*asked) == ("advice", None)
+    assert jobs[-1][1:] == (Limits(), "trace")
+    assert mp.cards_for(*asked, cards=[CARD], method="trace", **LIMITS) == "cards"
+    assert jobs[-1][1:] == ([CARD], Limits(0.25, 2, 12, 2), "trace")
+    mp.cards_for(*asked)
+    assert jobs[-1][1:] == (gpus(), Limits(), "auto")
+
+
+def test_without_a_device_kernels_are_those_of_no_gpu_here_unless_a_plan_needs_one(jobs, monkeypatch):
+    here = mp.Device("here", total=2**34, index=0, capability=(9, 0))
+    monkeypatch.setattr(planning_job, "detect_devices", lambda: (here,))
+    for function, capability in ((mp.estimate, (8, 6)), (mp.cards_for, (8, 6)), (mp.plan, (9, 0)), (mp.advise, (9, 0))):
+        function(net(), BATCH)
+        assert jobs[-1][0].settings.capability == capability
+
+
 @pytest.mark.parametrize(
-    ("error", "note"),
+    ("function", "arguments", "text"),
     [
-        (mp.TraceError("Module cannot be copied"), "not planned by a probe: Module cannot be copied"),
-        (
-            AttributeError("no attribute 'ema'"),
-            "not planned by a probe: the step failed in a probe (AttributeError: no ",
-        ),
+        (mp.estimate, {"max_batch_size": 0}, "max_batch_size is an int of at least 1, not 0"),
+        (mp.plan, {"method": "guess"}, "method is one of 'auto', 'trace', 'formula', 'probe', not 'guess'"),
+        (mp.plan, {"min_batch_size": 0}, "min_batch_size is an int of at least 1, not 0"),
+        (api.check, {"batch_size": 0}, "batch_size is an int of at least 1, not 0"),
+        (api.check, {"batch_size": 8, "method": "guess"}, "method is one of 'auto'"),
+        (mp.cards_for, {"method": "guess"}, "method is one of 'auto'"),
+        (mp.advise, {"margin": 1}, "margin is the part of the device's memory"),
+        (mp.plan, {"effective_batch_size": 9, "devices": 2}, "effective_batch_size=9 has no equal share for each of 2"),
     ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_auto_traces_what_a_copy_cannot_run(probed, error, note):
-    probed(error)
-    found = mp.estimate(Module(), torch.zeros(4, 1024), device=GPU)
-    assert found.method == "trace"
-    assert found.notes[0].startswith(note)
-    with pytest.raises(type(error)):
-        mp.estimate(Module(), torch.zeros(4, 1024), device=GPU, method="probe")
+def test_arguments_are_checked_before_anything_is_planned(jobs, function, arguments, text):
+    with pytest.raises((ValueError, MisconfigurationException), match=f"^{text}"):
+        function(net(), BATCH, **arguments)
+    assert jobs == []
 
 
-def test_the_steps_own_error_is_raised_unchanged(probed):
-    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-    probed(error)
-    with pytest.raises(RuntimeError) as caught:
-        mp.estimate(Module(), torch.zeros(4, 1024), device=GPU)
-    assert caught.value is error
+def test_a_curve_passes_its_settings_on(monkeypatch):
+    asked = []
+
+    def estimates(module, batch, **settings):
+        asked.append((module, batch.shape, settings))
+        return one_mib_a_sample
+
+    traces = [Trace(n, (Event(0, n * MiB, "forward", 1),)) for n in (2, 3, 5)]
+    one_mib_a_sample = Estimate("trace", Formula((), 0, 0, 0, 0), scale(traces))
+    monkeypatch.setattr(api, "estimate", estimates)
+    how = {name: value for name, value in HOW.items() if name != "samples"}
+    card = mp.Device("a card", total=2**30, context=2**20 * 24, capability=(8, 0))
+    found = mp.plan_lengths(
+        net(), lambda length: torch.zeros(2, length), [32, 16, 32], device=card, margin=0.5, max_batch_size=9999, **how
+    )
+    planned_for = replace(card, context=card.context + NCCL)
+    assert [shape for _, shape, _ in asked] == [(2, 16), (2, 32)]  # each once, the shortest first
+    assert asked[0][2] == {"method": "trace", "device": planned_for, **how}
+    # half of 1000 MiB less NCCL's 667.6 are 166 samples
+    assert found.budget == int((1000 * MiB - NCCL) * 0.5)
+    assert [(row.batch_size, row.limited_by) for row in found.rows] == [(166, "memory")] * 2
+    assert found.device == planned_for
+    few = mp.plan_lengths(net(), lambda length: torch.zeros(2, length), [16], device=card, max_batch_size=3)
+    assert (few.rows[0].batch_size, few.rows[0].limited_by, few.device) == (3, "max_batch_size", card)
+    named = mp.plan_lengths(net(), lambda length: torch.zeros(2, length), [16], device="T4")
+    assert (named.device, named.budget) == (mp.gpu("T4"), int(mp.gpu("T4").capacity * 0.95))
+    here = mp.Device("here", total=2**34, index=0)
+    monkeypatch.setattr(planning_job, "detect_devices", lambda: (here,))
+    assert mp.plan_lengths(net(), lambda length: torch.zeros(2, length), [16]).device == here
 
 
-def test_a_probe_that_has_seen_a_large_batch_plans_alone(probed, monkeypatch):
-    # the trace would let fewer samples fit: weights are 64 MiB in it
-    probed("a step")
-    monkeypatch.setattr(predict, "SIZES", ((1,),))
-    wide = mp.estimate(nn.Linear(4096, 4096), torch.zeros(4, 4096))
-    monkeypatch.setattr(predict, "_traced", lambda job: wide)
-    found = mp.estimate(Module(), torch.zeros(4, 1024), device=GPU)
-    assert (found.method, found.largest_seen, found.alternatives) == ("probe", 5, (wide,))
-
-
-def test_the_method_that_needs_more_plans(estimate):
-    wide = mp.estimate(nn.Linear(4096, 4096), torch.zeros(4, 4096))  # 64 MiB of weights: fewer samples fit
-    assert [predict._tightest_first(found, CARD)[0] for found in ((estimate, wide), (wide, estimate))] == [wide, wide]
+def test_a_trainers_ranks_leave_room_for_nccl_at_each_length(monkeypatch):
+    traces = [Trace(n, (Event(0, n * MiB, "forward", 1),)) for n in (2, 3, 5)]
+    monkeypatch.setattr(
+        api, "estimate", lambda *arguments, **how: Estimate("trace", Formula((), 0, 0, 0, 0), scale(traces))
+    )
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
+    monkeypatch.setattr(trainer.strategy, "_process_group_backend", "nccl", raising=False)
+    monkeypatch.setattr(trainer.strategy, "_get_process_group_backend", lambda: "nccl")
+    card = mp.Device("a card", total=2**30)
+    found = mp.plan_lengths(net(), lambda length: torch.zeros(2, length), [16], device=card, trainer=trainer)
+    assert found.device.capacity == card.capacity - NCCL
 
 
 # ---------------------------------------------------------------------------------------------------------------- plan
@@ -360,7 +494,8 @@ def test_a_margin_that_is_no_part(margin):
         mp.plan(Module(), torch.zeros(4, 1024), device=CARD, margin=margin)
 
 
-def test_a_plan_that_does_not_fit_is_an_error_with_what_is_lacking():
+def test_a_plan_that_does_not_fit_is_an_error_with_what_is_lacking(monkeypatch):
+    monkeypatch.setattr(session, "advise_job", lambda *arguments: ())  # see test_advice.py
     # Adam needs 16 MiB for the weights alone, and two more of gradients and the optimizer's temporaries
     small = mp.Device("a small card", total=16 * MiB)
     with pytest.raises(
@@ -428,6 +563,8 @@ def test_room_for_nccl_at_each_length():
     found = mp.plan_lengths(Attention(), tokens, [1024], device=card, devices=2)
     assert found.device.capacity == card.capacity - 700_000_000
     assert found.rows[0].batch_size < one.batch_size
+    gloo = pl.strategies.DDPStrategy(process_group_backend="gloo")
+    assert mp.plan_lengths(Attention(), tokens, [1024], device=card, devices=2, strategy=gloo).device == card
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from lightning_memplan.data.holders import Holder, holders_of
 from lightning_memplan.errors import ApplyError, MemplanError, PlanningFailedError
@@ -398,29 +397,47 @@ def test_each_stage_has_a_name_of_its_own():
 # ----------------------------------------------------------------------------------------- what a batch size changes
 
 
-def remarks(samples, own, size, parts=1, module=None, **arguments):
-    trainer = settings(accumulate_grad_batches=parts)
-    return training_remarks(trainer, module or nn.Linear(2, 2), DataLoader(range(samples)), size, own, **arguments)
+def remarks(samples, own, size, parts=1, module=None, drop_last=False, accumulates=True, **changes):
+    trainer = settings(accumulate_grad_batches=parts, **changes)
+    loader = DataLoader(range(samples), drop_last=drop_last)
+    return training_remarks(trainer, module or nn.Linear(2, 2), loader, size, own, accumulates)
 
 
-def test_an_accumulation_that_no_epoch_completes_is_said():
-    # 20 samples are 10 batches of 2, of which 4 make a step: 3 steps an epoch; and 3 batches of 8, the last of 4
-    (text,) = remarks(20, own=2, size=8, parts=4)
-    assert text.startswith(
-        "accumulate_grad_batches=4 is more than the 3 batches of an epoch at batch size 8: the optimizer steps once an "
-        "epoch, instead of 3 times with batches of 2; lower"
+@pytest.mark.parametrize(
+    ("case", "batches", "times"),
+    [
+        # 20 samples are 10 batches of 2, of which 4 make a step: 3 steps an epoch; and 3 batches of 8, the last of 4
+        ({"own": 2, "size": 8, "parts": 4}, "3 batches", 3),
+        ({"own": 2, "size": 20, "parts": 2}, "1 batch", 5),
+        # two ranks have 10 samples each: 5 batches of 2, two of which make a step; and one of 10
+        ({"own": 2, "size": 10, "parts": 2, "world_size": 2}, "1 batch", 3),
+        # of 10 batches of 2 no more than 6 are taken, and 4 make a step; of 3 batches of 8 all
+        ({"own": 2, "size": 8, "parts": 4, "limit_train_batches": 6}, "3 batches", 2),
+        # half of them: 5 and 1
+        ({"own": 2, "size": 8, "parts": 4, "limit_train_batches": 0.5}, "1 batch", 2),
+    ],
+    ids=str,
+)
+def test_an_accumulation_that_no_epoch_completes_is_said(case, batches, times):
+    text = (
+        f"accumulate_grad_batches={case['parts']} is more than the {batches} of an epoch at batch size {case['size']}: "
+        f"the optimizer steps once an epoch, instead of {times} times with batches of {case['own']}; lower "
+        "accumulate_grad_batches, or pass max_batch_size or effective_batch_size"
     )
-    assert "more than the 1 batch of an epoch at batch size 20" in remarks(20, own=2, size=20, parts=2)[0]
+    assert remarks(20, **case) == [text]
 
 
 @pytest.mark.parametrize(
     "case",
     [
         {"own": 2, "size": 8, "parts": 3},  # three batches are a step
+        {"own": 2, "size": 20, "parts": 1},  # every batch is one
         {"own": 5, "size": 10, "parts": 4},  # 4 batches of 5 are one step too
+        {"own": 5, "size": 20, "parts": 9},  # no epoch completed it before
         {"own": 2, "size": 8, "parts": 4, "accumulates": False},  # another accumulation is planned
         {"own": 8, "size": 8, "parts": 4},
         {"own": None, "size": 8, "parts": 4},
+        {"own": 2, "size": 5, "parts": 4, "limit_train_batches": 4},  # four batches are taken of either
     ],
     ids=str,
 )
@@ -428,14 +445,32 @@ def test_an_accumulation_that_goes_on_as_before_is_not_said(case):
     assert remarks(20, **case) == []
 
 
-def test_a_last_batch_of_one_sample_is_said_where_a_layer_may_refuse_it():
-    normed = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    # 21 samples: the last of batches of 3 has 3, of 4 one, of 2 one
-    (text,) = remarks(21, own=3, size=4, module=normed)
-    assert text.startswith("the last batch of an epoch has one sample at batch size 4, and Sequential has batch norm")
-    assert remarks(21, own=2, size=4, module=normed) == []  # as before
-    assert remarks(21, own=3, size=4) == []
-    assert remarks(22, own=3, size=4, module=normed) == []
+NORMED = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+
+
+@pytest.mark.parametrize(
+    ("samples", "case", "said"),
+    [
+        (21, {"own": 3, "size": 4}, True),  # the last of batches of 3 has 3, of 4 one
+        (21, {"own": 2, "size": 4}, False),  # the last of 2 has one: as before
+        (22, {"own": 3, "size": 4}, False),
+        (21, {"own": 3, "size": 4, "module": nn.LayerNorm(2)}, False),
+        (21, {"own": 3, "size": 4, "drop_last": True}, False),
+        (22, {"own": 3, "size": 5, "world_size": 2}, True),  # each rank has 11
+        (22, {"own": 3, "size": 5}, False),
+        (21, {"own": 3, "size": 4, "accumulates": False}, True),  # whatever is accumulated
+    ],
+)
+def test_a_last_batch_of_one_sample_is_said_where_a_layer_may_refuse_it(samples, case, said):
+    text = (
+        f"the last batch of an epoch has one sample at batch size {case['size']}, and Sequential has batch norm, which "
+        "may refuse it: pass drop_last=True to the loader, or multiple_of or max_batch_size"
+    )
+    assert remarks(samples, **{"module": NORMED, **case}) == [text] * said
+
+
+def test_both_remarks_are_made():
+    assert len(remarks(21, own=3, size=20, parts=3, module=NORMED)) == 2
 
 
 def test_of_an_epoch_of_unknown_length_nothing_is_said():
@@ -443,78 +478,17 @@ def test_of_an_epoch_of_unknown_length_nothing_is_said():
     assert training_remarks(trainer, nn.BatchNorm1d(2), DataLoader(Stream()), 8, 2) == []
 
 
-# ------------------------------------------------------------------------------------------- what a size changes beside
+# -------------------------------------------------------------------------------------------------- where it is written
 
 
-class Rows(Dataset[torch.Tensor]):
-    def __init__(self, count: int = 577) -> None:
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.ones(4)
-
-
-def trainer_of(**settings: Any) -> Any:
-    return pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **settings)
-
-
-@pytest.mark.parametrize(
-    ("parts", "size", "steps"),
-    [
-        (1, 577, None),  # every batch is a step
-        (4, 100, None),  # 6 batches of 100, four a step
-        (8, 100, 15),  # 577 / 5 = 116 batches, eight a step
-        (8, 577, 15),
-        (200, 577, None),  # longer than an epoch before
-    ],
-)
-def test_accumulation_that_an_epoch_cannot_hold(parts: int, size: int, steps: int | None) -> None:
-    said = training_remarks(trainer_of(accumulate_grad_batches=parts), nn.Linear(4, 4), DataLoader(Rows()), size, 5)
-    assert len(said) == (steps is not None)
-    if steps is not None:
-        assert f"instead of {steps} times with batches of 5" in said[0]
-
-
-def test_accumulation_that_the_plan_sets_is_no_surprise() -> None:
-    trainer = trainer_of(accumulate_grad_batches=8)
-    assert training_remarks(trainer, nn.Linear(4, 4), DataLoader(Rows()), 577, 5, accumulates=False) == []
-
-
-def test_accumulation_of_a_limited_epoch() -> None:
-    trainer = trainer_of(accumulate_grad_batches=8, limit_train_batches=8)
-    assert training_remarks(trainer, nn.Linear(4, 4), DataLoader(Rows()), 50, 5) == []  # 8 batches of 50 as well
-
-
-@pytest.mark.parametrize(
-    ("layer", "size", "own", "drops", "said"),
-    [
-        (nn.BatchNorm1d(4), 64, 5, False, True),  # 577 = 9 · 64 + 1
-        (nn.BatchNorm1d(4), 64, 8, False, False),  # 577 = 72 · 8 + 1: as before
-        (nn.BatchNorm1d(4), 64, 5, True, False),
-        (nn.BatchNorm1d(4), 63, 5, False, False),
-        (nn.LayerNorm(4), 64, 5, False, False),
-    ],
-)
-def test_a_last_batch_of_one_sample_before_batch_norm(
-    layer: nn.Module, size: int, own: int, drops: bool, said: bool
-) -> None:
-    remarks = training_remarks(trainer_of(), nn.Sequential(layer), DataLoader(Rows(), drop_last=drops), size, own)
-    assert ["the last batch of an epoch has one sample at batch size 64" in remark for remark in remarks] == [
-        True
-    ] * said
-
-
-def test_a_holder_that_does_not_hold_the_loaders_size() -> None:
+def test_a_holder_that_does_not_hold_the_loaders_size():
     class Own(pl.LightningModule):
         batch_size = 8
 
-        def train_dataloader(self) -> Any:
-            return DataLoader(Rows(), batch_sampler=[[0, 1, 2]])
+        def train_dataloader(self):
+            return DataLoader(range(20), batch_sampler=[[0, 1, 2]])
 
-    trainer, module = trainer_of(), Own()
+    trainer, module = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False), Own()
     trainer.fit_loop._data_source.instance = module
     loader, holders = module.train_dataloader(), find_holders("batch_size", module)
     assert find_place(trainer, loader, holders, own=8).own == 8
@@ -522,9 +496,6 @@ def test_a_holder_that_does_not_hold_the_loaders_size() -> None:
         ApplyError, match=r"^Own\.batch_size is 8, and the loaders' batches have 3 samples: it does not"
     ):
         find_place(trainer, loader, holders, own=3)
-
-
-# -------------------------------------------------------------------------------------------------- where it is written
 
 
 class Batches(IterableDataset):
@@ -582,6 +553,163 @@ def test_what_cannot_be_described_is_not_set(held):
     ):
         pytest.fail("nothing is said that was not set")
     assert (held["train"], trainer.accumulate_grad_batches) == (2, 1)
+
+
+def with_loader(loader, phase="train"):
+    """Return a Trainer to which the loaders of a phase were passed, and what keeps them."""
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    sources = {
+        "train": trainer.fit_loop._data_source,
+        "val": trainer.fit_loop.epoch_loop.val_loop._data_source,
+        "test": trainer.test_loop._data_source,
+    }
+    sources[phase].instance = loader
+    return trainer, sources[phase]
+
+
+@pytest.mark.parametrize("phase", ["train", "val", "test"])
+def test_loaders_that_were_passed_are_set_themselves(phase):
+    loader = DataLoader(range(60), batch_size=4)
+    trainer, kept = with_loader(loader, phase)
+    place = find_place(trainer, loader, (), phase)
+    with ExitStack() as undo:
+        place.write(6, undo)
+        assert (kept.instance.batch_size, loader.batch_size, place.held(6)) == (6, 4, 6)
+    assert kept.instance is loader
+
+
+class AtMostEight(BatchSampler):
+    """It groups samples that are alike, of which there are eight of a kind."""
+
+    def __iter__(self):
+        return iter([list(range(min(self.batch_size, 8)))] * 3)
+
+
+@pytest.mark.parametrize("holds", [False, True], ids=["loaders alone", "an attribute too"])
+def test_loaders_that_do_not_make_batches_of_a_size_are_found_out_before_any_is_set(holds):
+    loader = DataLoader(range(60), batch_sampler=AtMostEight(SequentialSampler(range(60)), 4, drop_last=False))
+    trainer, kept = with_loader(loader)
+    data = Data(batch_size=4)
+    place = find_place(trainer, loader, (Holder(data, "batch_size"),) if holds else ())
+    with ExitStack() as undo:
+        place.write(8, undo)
+        assert kept.instance.batch_sampler.batch_size == 8
+    with ExitStack() as undo, pytest.raises(ApplyError, match="set to 16, it makes a batch of 8"):
+        place.write(16, undo)
+    assert data.batch_size == 4
+
+
+@pytest.mark.parametrize("phase", ["train", "val"])
+def test_loaders_that_a_hook_makes_are_set_each_time(phase):
+    class Makes(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.batch_size = 4
+
+        def train_dataloader(self):
+            return [DataLoader(range(60), batch_size=self.batch_size), DataLoader(range(60), batch_size=8)]
+
+        val_dataloader = train_dataloader
+
+    module = Makes()
+    trainer, kept = with_loader(module, phase)
+    trainer.strategy._lightning_module, module._trainer = module, trainer
+    kept.name = f"{phase}_dataloader"
+    place = find_place(trainer, module.train_dataloader(), find_holders("batch_size", module), phase)
+    with ExitStack() as undo:
+        place.write(6, undo)
+        assert module.batch_size == 6
+        assert [loader.batch_size for loader in kept.dataloader()] == [6, 12]  # the second keeps its ratio to the first
+    assert [loader.batch_size for loader in kept.dataloader()] == [4, 8]
+
+
+@pytest.mark.parametrize(
+    ("old", "own", "size", "new"),
+    [
+        (4, 4, 6, 6),
+        (2, 4, 7, 3),  # half of 7, rounded down
+        (1, 8, 6, 1),  # an eighth of 6 is none
+        (4, None, 6, 6),  # nobody knows what a batch has now
+    ],
+)
+def test_an_attribute_is_written_in_its_ratio(made, old, own, size, new):
+    data = Data(batch_size=old)
+    source = DataLoader(Batches(), batch_size=None)
+    place = apply.Place((Holder(data, "batch_size"),), settings(), source, (old,), own=own)
+    with ExitStack() as undo:
+        place.write(size, undo)
+        assert data.batch_size == new
+        assert type(data.batch_size) is int
+
+
+def test_a_loader_that_has_another_size_after_it_was_made_anew_is_found_out():
+    loader = DataLoader(range(60), batch_size=4)
+    trainer, _ = with_loader(loader)
+    trainer.fit_loop._combined_loader = DataLoader(range(60), batch_size=6)
+    place = find_place(trainer, loader, ())
+    place.check(6)
+    with pytest.raises(
+        ApplyError, match=r"^7 samples a batch were planned, and the DataLoader gives 6: Lightning made"
+    ):
+        place.check(7)
+    trainer.fit_loop._combined_loader = DataLoader(Batches(), batch_size=None)  # which tells no size
+    place.check(7)
+
+
+def test_a_place_checks_what_training_alone_needs():
+    loader = DataLoader(range(20), batch_size=2)
+    trainer, _ = with_loader(loader)
+    trainer.val_check_interval = 9
+    with ExitStack() as undo, pytest.raises(ApplyError, match="val_check_interval=9 counts batches"):
+        find_place(trainer, loader, ()).write(4, undo)
+    trainer, kept = with_loader(loader, "val")
+    trainer.val_check_interval = 9
+    with ExitStack() as undo:
+        find_place(trainer, loader, (), "val").write(4, undo)
+        assert kept.instance.batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "own", "expected"),
+    [
+        ({"max_steps": 5}, 2, 20),  # with 2 samples a batch training ends before the 9th too
+        ({"max_steps": 9, "max_epochs": 3}, 2, 9),  # three batches of 9 three times, and two of 10
+        ({"max_steps": 3, "max_epochs": 3, "accumulate_grad_batches": 3}, 2, 9),  # three steps of three batches
+        ({"max_steps": 1, "max_epochs": 3, "accumulate_grad_batches": 9}, 2, 9),
+        ({"max_steps": 1, "max_epochs": 3, "accumulate_grad_batches": 8}, 2, 20),
+        ({"max_epochs": 1}, 2, 2),  # 10 batches of 2, and 7 of 3
+        ({"max_epochs": 2}, 2, 4),  # 5 batches of 4 twice
+        ({"max_epochs": 1, "limit_val_batches": 0, "check_val_every_n_epoch": 1}, 2, 20),  # counted in each epoch
+        ({"max_epochs": None, "max_steps": -1}, 2, 20),  # nothing ends it
+        ({"max_epochs": 0}, 2, 20),
+        ({"max_epochs": 2, "limit_train_batches": 4}, 2, 20),  # 4 batches twice: none anyway
+        ({"max_epochs": 3, "limit_train_batches": 3}, 2, 9),  # 3 batches of 7 to 9
+        ({"max_epochs": 2, "world_size": 2}, 2, 2),  # 10 samples a rank: 5 batches of 2
+        ({"max_epochs": 2, "check_val_every_n_epoch": 1, "val_check_interval": 1.0}, 2, 20),
+        ({"max_epochs": 2, "val_check_interval": 0.5}, 2, 20),
+        ({"max_epochs": 2}, None, 20),  # nobody knows the user's own size
+        ({"max_epochs": 2, "val_check_interval": 20}, 1, 2),  # 20 batches of one, or 10 of two twice
+    ],
+    ids=str,
+)
+def test_training_comes_to_the_validation_that_it_came_to_before(changes, own, expected):
+    values = {"max_epochs": 9, "max_steps": -1, "accumulate_grad_batches": 1}
+    values |= {"val_check_interval": 9, "check_val_every_n_epoch": None, **changes}
+    assert most_within_epochs(settings(**values), LOADER, 20, own) == expected
+
+
+def test_the_own_size_of_a_stream_stays_where_training_may_not_come_to_a_validation():
+    values = {"val_check_interval": 9, "check_val_every_n_epoch": None, **ENDLESS, "max_epochs": 1}
+    assert most_within_epochs(settings(**values), DataLoader(Stream()), 20, 4) == 4
+
+
+def test_a_size_of_one_is_looked_at_where_two_are_too_many():
+    # 20 samples are 20 batches of one, and 10 of two
+    assert most_within_epochs(settings(val_check_interval=11, **ENDLESS), LOADER, 20, 1) == 1
+    assert most_within_epochs(settings(val_check_interval=21, **ENDLESS), LOADER, 20, 1) == 20
+
+
+ENDLESS = {"max_epochs": -1, "max_steps": -1, "accumulate_grad_batches": 1}
 
 
 def test_a_part_of_an_epoch_is_taken_of_each_loader():

@@ -12,6 +12,7 @@ from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.events import Event, Trace
 from lightning_memplan.memory.formula import Formula
 from lightning_memplan.memory.program import scale
+from lightning_memplan.planning import plan as planning
 from lightning_memplan.planning.limits import Limits
 from lightning_memplan.planning.plan import largest_batch_size, make_plan
 from lightning_memplan.planning.predictor import OneEstimate
@@ -151,3 +152,72 @@ def test_the_changes_that_would_help_are_asked_at_the_smallest_size():
     with pytest.raises(mp.DoesNotFitError):
         plan(Limits(budget=5 * MiB, min_batch_size=3), Advises())
     assert asked == [(ESTIMATE, 3, 5 * MiB)]
+
+
+def test_idle_segments_are_given_back_before_the_gpu_is_full():
+    # 600 MiB are freed before a map of 1 MiB a sample: 700 samples do not fit beside them
+    events = (Event(0, 600 * MiB, "setup"), Event(0, -1, "setup"))
+    found = replace(ESTIMATE, program=scale([Trace(n, (*events, Event(1, n * MiB, "forward", 1))) for n in (2, 3, 5)]))
+    assert found.peak(700) == 1300 * MiB
+    planned = plan(Limits(0.0, max_batch_size=700), Asked(found))
+    assert planned.peak_reserved == 700 * MiB
+    assert planned.methods["trace"] == 700 * MiB
+    assert planned.reserved_range == (700 * MiB,) * 3
+
+
+def test_a_step_that_takes_one_size_is_planned_there():
+    only = replace(ESTIMATE, only_at=7)
+    predictor = Asked(only)
+    found = plan(Limits(0.0, min_batch_size=2, max_batch_size=64, samples=5), predictor)
+    assert (found.batch_size, found.limited_by, predictor.retraced) == (7, "step", [])
+    assert plan(Limits(min_batch_size=7, max_batch_size=7, multiple_of=7), Asked(only)).batch_size == 7
+    for limits in ({"min_batch_size": 8}, {"max_batch_size": 6}, {"multiple_of": 2}):
+        with pytest.raises(
+            ValueError, match=r"^the step takes batch size 7 alone, which min_batch_size=.* do not allow$"
+        ):
+            plan(Limits(**limits), Asked(only))
+
+
+@pytest.mark.parametrize(
+    ("limits", "size"),
+    [({}, 1), ({"min_batch_size": 5, "multiple_of": 4}, 8), ({"effective_batch_size": 1600, "ranks": 2}, 800)],
+)
+def test_whether_one_size_alone_runs_is_asked_at_the_smallest_or_at_the_whole(limits, size):
+    class Sizes(Asked):
+        def estimate_at(self, batch_size):
+            asked.append(batch_size)
+            return super().estimate_at(batch_size)
+
+    asked = []
+    plan(Limits(**limits), Sizes())
+    assert asked[0] == size
+
+
+def test_a_demand_of_two_samples_is_one():
+    with pytest.raises(UnmetDemandError, match="no batch size is at least 2, at most 1"):
+        plan(Limits(min_batch_size=2, samples=1))
+
+
+def test_advice_says_whether_it_suffices():
+    class Advises(Asked):
+        def estimate_at(self, batch_size):
+            asked.append(batch_size)
+            return super().estimate_at(batch_size)
+
+        def advise(self, estimate, batch_size, budget):
+            return (mp.Advice("layout", "do it", "none", batch_size, 9 * MiB, 5 * MiB, 5 * MiB),)
+
+    asked = []
+    for budget, text in ((5 * MiB, "which fits"), (4 * MiB, "which still lacks")):
+        with pytest.raises(mp.DoesNotFitError, match=text):
+            plan(Limits(budget=budget, min_batch_size=3), Advises())
+    assert asked[-1] == 3  # the smallest that is allowed
+
+
+def test_a_gpu_that_has_just_enough_is_named_and_none_where_none_has(monkeypatch):
+    gpus = [mp.Device("ample", total=4 * GiB), mp.Device("just enough", total=2 * GiB + 7), mp.Device("few", total=GiB)]
+    monkeypatch.setattr(planning, "gpus", lambda: gpus)
+    # of 2 GiB beside NCCL's 7 bytes half is left free
+    assert planning._smallest_gpu(GiB, 0.5, 7).name == "just enough"
+    assert planning._smallest_gpu(GiB + 1, 0.5, 7).name == "ample"
+    assert planning._smallest_gpu(4 * GiB, 0.5, 7) is None

@@ -11,12 +11,22 @@ import pytest
 import torch
 
 import lightning_memplan as mp
-from lightning_memplan.errors import PlanningFailedError
+from lightning_memplan.errors import PlanningFailedError, StoppedByRankError
+from lightning_memplan.memory.estimate import Estimate
+from lightning_memplan.memory.events import Event, Trace
+from lightning_memplan.memory.program import scale
 from lightning_memplan.planning import proposal
 from lightning_memplan.planning.limits import Limits
 from lightning_memplan.planning.plan import make_plan
 from lightning_memplan.planning.predictor import OneEstimate
-from lightning_memplan.planning.proposal import Proposal, RankResult, confirmed, on_all_ranks
+from lightning_memplan.planning.proposal import (
+    Proposal,
+    RankResult,
+    confirmed,
+    on_all_ranks,
+    on_each_rank,
+    see_failures,
+)
 from lightning_memplan.probe.probe import TrialPeaks
 from tests.paths import PROGRAMS
 
@@ -275,6 +285,163 @@ def test_another_size_is_not_confirmed_by_steps_of_the_first():
     assert found.at(100) is found
     assert found.at(99).plan.confirmed is None
     assert found.at(99).plan.accumulate_grad_batches == 7  # the Trainer's own, which nobody asked to change
+
+
+# --------------------------------------------------------------------------------------------------- smaller proposals
+
+MiB = 2**20
+
+
+class Steps(Session):
+    """A session that keeps what is asked of it, of a step that takes 1 MiB a sample and frees 600 MiB before."""
+
+    def __init__(self, trial=None, limits=None, fails=0):
+        super().__init__(trial, limits or Limits(0.0))
+        events = (Event(0, 600 * MiB, "setup"), Event(0, -1, "setup"))
+        traces = [Trace(n, (*events, Event(1, n * MiB, "forward", 1))) for n in (2, 3, 5)]
+        self.predictor = OneEstimate(Estimate("trace", self.predictor.estimate.formula, scale(traces)))
+        self.estimate_at, self.asked, self.fails = self.sized, [], fails
+
+    def sized(self, batch_size):
+        assert batch_size > 0
+        return self.predictor.estimate_at(batch_size)
+
+    def plan(self, limits=None, *, retrace=True):
+        self.asked.append(limits)
+        if len(self.asked) <= self.fails:
+            raise mp.DoesNotFitError("not this one", needed=2, available=1)
+        return super().plan(limits, retrace=retrace)
+
+
+def test_a_smaller_size_is_searched_below_the_one_that_did_not_run():
+    limits = Limits(0.25, min_batch_size=3, multiple_of=2)
+    least = replace(limits.exactly(4), budget=sys.maxsize)  # whatever it needs: it is tried
+    assert list(proposal._smaller(limits, 10, 7, 500)) == [replace(limits, max_batch_size=7, budget=500), least]
+    assert list(proposal._smaller(limits, 10, 1, 500)) == [replace(limits, max_batch_size=1, budget=500), least]
+    assert list(proposal._smaller(limits, 10, 0, 500)) == [least]
+    assert list(proposal._smaller(limits, 5, 0, 500)) == [least]
+    assert list(proposal._smaller(limits, 4, 0, 500)) == []
+    assert list(proposal._smaller(replace(limits, budget=9), 10, 0, 500)) == [least]
+
+
+@pytest.mark.parametrize(
+    ("attempt", "missing", "budget", "most"),
+    [
+        (0, 1, 992 * 31 // 32, 961),  # a 32nd less
+        (1, 1, 992 * 15 // 16, 930),  # twice that
+        (2, 1, 992 * 7 // 8, 868),
+        (0, 124 * MiB, 868, 868),  # what was missing
+        (3, 1, 992, 496),  # half, within all that was planned
+    ],
+)
+def test_the_budget_shrinks_by_what_was_missing_and_then_the_size_is_halved(attempt, missing, budget, most):
+    session = Steps()
+    first = Proposal(session.plan(Limits(0.0, max_batch_size=992)), session)
+    assert first.plan.peak_reserved == 992 * MiB
+    session.asked.clear()
+    found = proposal._shrunk(first, TrialPeaks(992 * MiB, 992 * MiB, missing), attempt)
+    assert session.asked == [replace(session.limits, max_batch_size=most, budget=budget * MiB)]
+    assert found.plan.batch_size <= most
+
+
+def test_a_size_shrinks_by_one_sample_at_least():
+    # with a base of 600 MiB a 32nd of the bytes is more than all samples: by their share 10 become 9
+    session = Steps()
+    first = Proposal(session.plan(Limits(0.0, max_batch_size=10)), session)
+    first = replace(first, plan=replace(first.plan, peak_reserved=31))  # so small that a 32nd is nothing
+    session.asked.clear()
+    proposal._shrunk(first, TrialPeaks(31, 31, 0), 0)
+    assert [limits.max_batch_size for limits in session.asked] == [9, 1]  # 31 bytes hold nothing
+
+
+def test_the_smallest_size_is_tried_where_no_other_fits():
+    session = Steps(fails=2)
+    first = Proposal(Steps().plan(Limits(0.0, max_batch_size=992)), session)
+    with pytest.raises(mp.DoesNotFitError, match=r"^real steps of batch size 992 ran out of memory on a card"):
+        proposal._shrunk(first, TrialPeaks(900 * MiB, 900 * MiB, 100 * MiB), 0)
+    session = Steps(fails=1)
+    found = proposal._shrunk(replace(first, session=session), TrialPeaks(900 * MiB, 900 * MiB, 100 * MiB), 0)
+    assert found.plan.batch_size == 1
+
+
+def test_a_proposal_at_another_size_keeps_to_the_gpu():
+    # of 1300 MiB 600 are idle: 700 samples fit in 1024 MiB
+    session = Steps()
+    first = Proposal(session.plan(Limits(0.0, max_batch_size=800)), session)
+    assert first.estimate.peak(700) == 1300 * MiB
+    found = first.at(700).plan
+    assert (found.peak_reserved, found.methods["trace"]) == (700 * MiB, 700 * MiB)
+    assert found.reserved_range == (700 * MiB,) * 3
+    assert found.phase == "forward"
+    whole = replace(first, plan=replace(first.plan, effective_batch_size=1400, accumulate_grad_batches=1))
+    assert type(whole.at(700).plan.accumulate_grad_batches) is int
+
+
+def test_the_phase_of_the_peak_is_that_of_the_other_size():
+    # the optimizer's 100 MiB are more than a few samples' maps, of 1 MiB each
+    session = Steps()
+    optimizer = (Event(0, 100 * MiB, "optimizer", 1), Event(0, -1, "optimizer", 1))
+    traces = [Trace(n, (*optimizer, Event(1, n * MiB, "forward", 2))) for n in (2, 3, 5)]
+    session.predictor = OneEstimate(Estimate("trace", session.predictor.estimate.formula, scale(traces)))
+    first = Proposal(session.plan(Limits(0.0, max_batch_size=800)), session)
+    assert (first.plan.phase, first.at(101).plan.phase, first.at(99).plan.phase) == ("forward", "forward", "optimizer")
+
+
+# ---------------------------------------------------------------------------------------------------- why a rank failed
+
+
+def test_one_rank_alone_is_not_numbered():
+    with pytest.raises(PlanningFailedError, match=r"^no room$"):
+        see_failures([RankResult(reason="no room")])
+    with pytest.raises(PlanningFailedError, match=r"^rank 0: no room; rank 2: no memory$"):
+        see_failures([RankResult(reason="no room"), RankResult(), RankResult(reason="no memory")])
+    with pytest.raises(StoppedByRankError, match=r"^there is no batch size for all 2 ranks; rank 1: no room$"):
+        see_failures([RankResult(), RankResult(reason="no room", fatal=True)])
+    see_failures([RankResult(), RankResult()])
+
+
+def test_whether_an_error_is_fatal_is_asked_of_the_error_itself():
+    error, asked = KeyError("mine"), []
+
+    def fails(*arguments):
+        raise error
+
+    def is_fatal(found):
+        asked.append(found)
+        return False
+
+    with pytest.raises(PlanningFailedError, match=r"^what: KeyError: 'mine'") as caught:
+        on_each_rank(fails, fails, is_fatal, "what: ")
+    assert caught.value.__cause__ is error
+    with pytest.raises(PlanningFailedError, match="KeyError: 'mine'"):
+        on_all_ranks(fails, is_fatal)
+    with pytest.raises(PlanningFailedError, match="KeyError: 'mine'"):
+        confirmed(draft(fails), strict=True, is_fatal=is_fatal)
+    assert asked == [error] * 3
+
+
+def test_steps_that_fail_are_real_ones():
+    def fails(plan):
+        raise KeyError("mine")
+
+    traced = draft(fails)
+    traced = replace(traced, plan=replace(traced.plan, method="trace"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proposal, "give_back", lambda device: None)
+        (note,) = confirmed(traced, strict=False).plan.notes
+    assert "which failed on a copy: the step failed in real steps (KeyError: 'mine')" in note
+
+
+def test_memory_is_given_back_on_the_gpu_of_the_session(monkeypatch):
+    def fails(plan):
+        raise KeyError("mine")
+
+    gone = []
+    monkeypatch.setattr(proposal, "give_back", gone.append)
+    found = draft(fails)
+    found.session.index = 3
+    confirmed(replace(found, plan=replace(found.plan, method="trace")), strict=False)
+    assert gone == [torch.device("cuda", 3)]
 
 
 # ------------------------------------------------------------------------------------------------- on the null GPU
