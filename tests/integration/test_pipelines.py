@@ -25,6 +25,8 @@ FAILED = [
     "loader=keeps_size holder=kept_loader",  # stopped: the hook returns a loader that cannot be resized
     "drop_last=True combined=list second=equal limit=0.5",  # stopped: half of one loader's only batch
     "data=own_iterator validates=True interval=2",  # no validation: an epoch of one batch, and no second
+    "data=stream validates=True limit=3",  # no validation: it comes after the third batch
+    "loader=wrapper holder=hparams validates=True interval=2",  # stopped: an epoch of one batch, and no second
 ]
 
 

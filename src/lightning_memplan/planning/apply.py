@@ -27,7 +27,7 @@ from lightning_memplan.errors import ApplyError
 from lightning_memplan.lightning.data_source import Phase, change_loaders, kept_loaders, loaders_are_made, train_loaders
 from lightning_memplan.lightning.loggers import say, warn
 from lightning_memplan.lightning.ranks import over_ranks
-from lightning_memplan.lightning.trainer import divides_samples
+from lightning_memplan.lightning.trainer import divides_samples, validates
 from lightning_memplan.planning.proposal import IsFatal, RankResult, always, on_each_rank
 
 _STAGES = ("train", "val", "test", "predict")
@@ -195,8 +195,8 @@ def check_batches(trainer: Any, source: Any, batch_size: int) -> None:
             f"({name}=1), or a max_batch_size"
         )
     few, count = count, batches_taken(trainer, count)
-    validates = trainer.limit_val_batches > 0 and trainer.check_val_every_n_epoch is not None
-    if isinstance(interval, int) and count < interval and validates:
+    counted = trainer.limit_val_batches > 0 and trainer.check_val_every_n_epoch is not None
+    if isinstance(interval, int) and count < interval and counted:
         raise ApplyError(
             f"val_check_interval={interval} counts batches, and an epoch has {few} of the planned batch size "
             f"{batch_size}: give a part of an epoch (val_check_interval=1.0), pass check_val_every_n_epoch=None, or "
@@ -227,11 +227,17 @@ def most_within_epochs(trainer: Any, source: Any, most: int, own: int | None) ->
 
 
 def _counts_batches(trainer: Any) -> bool:
-    """Return True if training needs some number of batches in an epoch: for a part of them, or up to a validation."""
+    """Return True if training needs some number of batches in an epoch: for a part of them, or up to a validation.
+
+    Where no length is known, the validation after an epoch comes with the last of ``limit_train_batches``.
+
+    Source: pytorch_lightning/loops/training_epoch_loop.py (2.6.6), ``_should_check_val_fx``.
+    """
     limit, interval = trainer.limit_train_batches, trainer.val_check_interval
     ends = trainer.check_val_every_n_epoch is not None or (trainer.max_epochs or -1) > 0
-    validates = isinstance(interval, int) and interval > 1 and trainer.limit_val_batches > 0 and ends
-    return validates or (isinstance(limit, float) and 0 < limit < 1)
+    counted = isinstance(interval, int) and interval > 1 and trainer.limit_val_batches > 0
+    limited = isinstance(limit, int) and limit > 1 and validates(trainer)
+    return (ends and (counted or limited)) or (isinstance(limit, float) and 0 < limit < 1)
 
 
 def _validates(trainer: Any, source: Any, batch_size: int) -> bool:

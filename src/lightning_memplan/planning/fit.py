@@ -13,6 +13,7 @@ from torch import nn
 from lightning_memplan.checks import Method
 from lightning_memplan.data.batches import batch_size_of
 from lightning_memplan.data.holders import DEFAULT_NAME, Holder
+from lightning_memplan.data.streams import unsized_loaders
 from lightning_memplan.errors import ApplyError, MemplanError, TraceError, located
 from lightning_memplan.lightning.compat import misconfiguration
 from lightning_memplan.lightning.loggers import say, warn
@@ -205,10 +206,8 @@ class FitPlanner:
         stays = self._find_place(job, holders)
         if stays:
             session.limits = session.limits.exactly(self.own_size or 1)
-        elif self.place is not None and (most := session.limits.largest) is not None and most > 1:
-            within = most_within_epochs(trainer, job.source.data, most, self.own_size)
-            if session.limits.smallest <= within < most:
-                session.limits = replace(session.limits, max_batch_size=within)
+        else:
+            self._limit_to_epochs(session, job.source)
         first = session.estimate_at((whole or job.ranks) // job.ranks)
         session.extra_bytes = averaging_bytes(trainer, job.begun) if self._index is not None else 0
         self._doubts = first.notes if options.method == "auto" and first.method == "formula" else ()
@@ -250,6 +249,19 @@ class FitPlanner:
         proposal = replace(proposal, plan=replace(plan, limited_by="validation"))
         few = f"{smallest} samples of validation may not fit beside training"
         return proposal if most else proposal.noted(few)
+
+    def _limit_to_epochs(self, session: PlanningSession, source: DataSource) -> None:
+        """Lower the limits to batch sizes with which epochs have the batches that the Trainer needs.
+
+        Where the length of the data is not known, ``max_batch_size`` allows more.
+        """
+        most = session.limits.largest
+        if self.place is None or most is None or most <= 1:
+            return
+        allowed = self.options.limits.max_batch_size is not None and unsized_loaders(source.data, source.samples)
+        within = most_within_epochs(self._trainer, source.data, most, None if allowed else self.own_size)
+        if session.limits.smallest <= within < most:
+            session.limits = replace(session.limits, max_batch_size=within)
 
     def _without_a_last_sample(self, proposal: Proposal, session: PlanningSession) -> Proposal:
         """Return the proposal, or a smaller one where a last batch of one sample may stop training."""

@@ -172,6 +172,7 @@ def settings(**changes):
         "limit_train_batches": 1.0,
         "overfit_batches": 0.0,
         "limit_val_batches": 1.0,
+        "enable_validation": True,
         "check_val_every_n_epoch": 1,
         "val_check_interval": 1.0,
         "_accelerator_connector": SimpleNamespace(use_distributed_sampler=changes.pop("divided", True)),
@@ -264,7 +265,9 @@ def test_a_batch_size_leaves_the_batches_that_an_epoch_needs(changes, expected):
     ("changes", "expected"),
     [
         ({}, 20),
-        ({"limit_train_batches": 3}, 20),
+        ({"limit_train_batches": 3}, 4),  # validation comes after the third batch
+        ({"limit_train_batches": 1}, 20),
+        ({"limit_train_batches": 3, "enable_validation": False}, 20),
         ({"val_check_interval": 0.5}, 20),  # of an epoch of one batch, it is one
         ({"val_check_interval": 2}, 4),
         ({"val_check_interval": 2, "limit_val_batches": 0}, 20),
