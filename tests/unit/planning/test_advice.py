@@ -461,10 +461,19 @@ def test_cards_are_ordered_by_size_with_the_batch_size_of_each():
 
 
 @pytest.mark.slow
-def test_what_is_saved_is_what_the_null_gpu_shows(nullgpu):
+@pytest.mark.parametrize(
+    ("row", "count"),
+    [
+        ("own.encoder 32-true AdamW 16", 9),
+        pytest.param("own.unet 16-mixed Adam 8 cc=7.5", 4, marks=pytest.mark.further),
+        pytest.param("hf.gpt2 32-true AdamW 8", 7, marks=pytest.mark.further),
+    ],
+)
+def test_what_is_saved_is_what_the_null_gpu_shows(nullgpu, row, count):
     """Reserved bytes saved by each change that is advised: a small sample of ``benchmarks.accuracy.advice``."""
-    rows = ["own.encoder 32-true AdamW 16", "own.unet 16-mixed Adam 8 cc=7.5"]
-    results = accuracy.run([*rows, *(["hf.gpt2 32-true AdamW 8"] if find_spec("transformers") else [])])
+    if row.startswith("hf."):
+        pytest.importorskip("transformers")
+    results = accuracy.run([row])
     shown = accuracy.table(results)
     assert not [r for r in results if r.failed], shown
     done = [r for r in results if not r.skipped]
@@ -472,7 +481,9 @@ def test_what_is_saved_is_what_the_null_gpu_shows(nullgpu):
     off = [r.predicted - r.saved for r in done if abs(r.error) >= 5]
     assert len(off) <= 1, shown
     assert all(abs(bytes_) <= 2 * MiB for bytes_ in off), shown
-    assert len(done) >= 12
+    assert len(done) >= count
+    if not row.startswith("own.encoder"):
+        return
     changes = " ".join(r.change for r in done)
     for words in (
         "precision=",
