@@ -498,6 +498,25 @@ def exact_windows(n: int, device: torch.device) -> Any:
     return total + on(device, nn.Conv2d(8, 16, 1))(pixel).sum()
 
 
+@case(None, F16)
+def exact_products(n: int, device: torch.device) -> Any:
+    """Products that are added to another tensor."""
+    x, y = leaf(device, n, 20, 30), leaf(device, n, 30, 20)
+    total = torch.baddbmm(leaf(device, n, 20, 20), x, y).sum() + torch.addbmm(leaf(device, 20, 20), x, y).sum()
+    return total + torch.addmv(leaf(device, n), leaf(device, n, 30), leaf(device, 30)).sum()
+
+
+@case()
+def exact_choices(n: int, device: torch.device) -> Any:
+    """Conditions over all or some dimensions, the place of the least, and what a mask of all true selects."""
+    x = leaf(device, n, 40, 16)
+    (x > 0).all()
+    (x > 0).all(1)
+    (x > 0).any(1)
+    x.argmin(1)
+    return x.masked_fill(x > 0, torch.zeros((), device=device)).sum()
+
+
 @case()
 def cells_in_turn(n: int, device: torch.device) -> Any:
     """Parameters are cast once in a region of autocast."""

@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from lightning_memplan.cuda.rule_set import Allocation, Call, Gpu, Output, allocates, aten
+import torch
+
+from lightning_memplan.cuda.layout import elementwise_strides
+from lightning_memplan.cuda.rule_set import (
+    Allocation,
+    Call,
+    Gpu,
+    Metas,
+    Output,
+    OutputMeta,
+    allocates,
+    aten,
+    output_metas,
+)
 
 
 @allocates(aten.log_sigmoid_forward)
@@ -15,6 +29,31 @@ def log_sigmoid(call: Call, gpu: Gpu) -> Iterator[Allocation]:
     """
     yield Output(0)
     yield Output(1, itemsize=0)
+
+
+@output_metas(aten.log_sigmoid_backward)
+def log_sigmoid_gradient(grad: torch.Tensor, *_: Any) -> Metas:
+    """The result is laid out as the gradient is.
+
+    Source: aten/src/ATen/native/Activation.cpp, ``log_sigmoid_backward_cuda`` (2.14).
+    """
+    strides = elementwise_strides(grad.shape, [grad])
+    return [OutputMeta(torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device="meta"), grad.dtype)]
+
+
+@output_metas(aten.glu_backward)
+def glu_gradient(grad: torch.Tensor, input: torch.Tensor, dim: int) -> Metas:
+    """The result is contiguous, however the input is laid out.
+
+    Source: aten/src/ATen/native/cuda/ActivationGluKernel.cu and GatedLinearUnit.cpp, ``glu_backward_cuda`` (2.14).
+    """
+    return [OutputMeta(input.shape, input.dtype)]
+
+
+@output_metas(aten.rrelu_with_noise)
+def rrelu(input: torch.Tensor, *_: Any) -> Metas:
+    """Source: aten/src/ATen/native/cuda/RreluWithNoise.cu (2.14)."""
+    return [OutputMeta(input.shape, input.dtype)]
 
 
 @allocates(aten.native_dropout)

@@ -19,8 +19,6 @@ from lightning_memplan.cuda.layout import (
     CONTIGUOUS,
     contiguous_copies,
     copies_in,
-    copy_of,
-    is_dense,
     laid_out_as,
     suggested,
 )
@@ -37,7 +35,6 @@ from lightning_memplan.cuda.rule_set import (
     Scratch,
     allocates,
     aten,
-    installed,
     output_metas,
     scratch,
 )
@@ -282,80 +279,3 @@ def convolution_backward_metas(
     made = [laid_out_as(tensor.shape, layout, tensor.dtype) for tensor in (source, weight)]
     made.append(OutputMeta(torch.Size([grad.size(1)]), grad.dtype))
     return [one if wanted else None for one, wanted in zip(made, mask, strict=True)]
-
-
-# ---------------------------------------------------------------------------------------------------------------- pools
-# aten/src/ATen/native/cuda (2.14): Im2Col, Col2Im, DilatedMaxPool2d, AveragePool2d, AdaptiveAveragePooling,
-# AdaptiveMaxPooling2d, UpSampleNearest2d, UpSampleBicubic2d, ReflectionPad
-
-#: aten/src/ATen/native/cuda: AveragePool*, DilatedMaxPool*, Adaptive*Pooling*, UpSample*, ReflectionPad (2.15)
-_DENSE_GRADIENTS = """
-adaptive_max_pool3d_backward avg_pool3d_backward max_pool3d_with_indices_backward
-reflection_pad1d_backward upsample_bilinear2d_backward upsample_nearest1d_backward upsample_nearest2d_backward
-upsample_nearest3d_backward upsample_linear1d_backward upsample_trilinear3d_backward _adaptive_avg_pool3d_backward
-_upsample_bilinear2d_aa_backward _upsample_nearest_exact2d_backward _upsample_nearest_exact1d_backward
-_upsample_nearest_exact3d_backward
-"""
-
-
-@allocates(*installed(_DENSE_GRADIENTS))
-def dense_gradient(call: Call, gpu: Gpu) -> Iterator[Allocation]:
-    """The gradient is read with its channels first or last, else copied."""
-    yield OUTPUTS
-    yield from _dense_copy(call.input)
-
-
-def _dense_copy(tensor: torch.Tensor) -> Iterator[Scratch]:
-    if not is_dense(tensor):
-        yield copy_of(tensor)
-
-
-@allocates(aten.im2col, aten.col2im)
-def columns(call: Call, gpu: Gpu) -> Iterator[Allocation]:
-    """The input is made contiguous twice (seen on 2.14)."""
-    yield from contiguous_copies(call.input, call.input)
-    yield OUTPUTS
-
-
-@allocates(aten.max_pool2d_with_indices, aten.avg_pool2d, aten.upsample_nearest2d)
-def pool(call: Call, gpu: Gpu) -> Iterator[Allocation]:
-    yield OUTPUTS
-    yield from copies_in(suggested(call.input), call.input)
-
-
-@allocates(aten.max_pool2d_with_indices_backward, aten.avg_pool2d_backward)
-def pool_backward(call: Call, gpu: Gpu) -> Iterator[Allocation]:
-    yield OUTPUTS
-    grad, source = call.args[:2]
-    yield from copies_in(suggested(source), source, grad)
-
-
-@allocates(aten._adaptive_avg_pool2d)
-def adaptive_average(call: Call, gpu: Gpu) -> Iterator[Allocation]:
-    yield from copies_in(suggested(call.input), call.input)
-    yield OUTPUTS
-
-
-@allocates(aten._adaptive_avg_pool2d_backward)
-def adaptive_average_backward(call: Call, gpu: Gpu) -> Iterator[Allocation]:
-    yield OUTPUTS
-    grad, source = call.args[:2]
-    yield from contiguous_copies(grad) if suggested(source) is CONTIGUOUS else _dense_copy(grad)
-
-
-@allocates(aten.adaptive_max_pool2d)
-def adaptive_maximum(call: Call, gpu: Gpu) -> Iterator[Allocation]:
-    yield OUTPUTS
-    yield from contiguous_copies(*call.out, call.input)
-
-
-@allocates(aten.adaptive_max_pool2d_backward)
-def adaptive_maximum_backward(call: Call, gpu: Gpu) -> Iterator[Allocation]:
-    yield OUTPUTS
-    yield from contiguous_copies(call.input, call.args[2], call.out)
-
-
-@allocates(aten.upsample_bicubic2d_backward, aten.reflection_pad2d, aten.reflection_pad2d_backward)
-def contiguous_input(call: Call, gpu: Gpu) -> Iterator[Allocation]:
-    yield OUTPUTS
-    yield from contiguous_copies(call.input)

@@ -71,6 +71,6 @@ def roll(input: torch.Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -
     Source: aten/src/ATen/native/TensorTransformations.h, ``roll_common`` (2.14).
     """
     if len(dims) < 2:
-        return aten.roll.default(input, shifts, dims)
-    rolled = aten.roll.default(input, [shifts[0]], [dims[0]])
+        return aten.roll.default(input.contiguous(), shifts, dims)
+    rolled = aten.roll.default(input.contiguous(), [shifts[0]], [dims[0]])
     return roll(rolled, shifts[1:], dims[1:])

@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._prims_common import suggest_memory_format
 
 from lightning_memplan.cuda.attention import attention
 from lightning_memplan.cuda.autocast import autocast_kernels, cpu_only, users_autocast, without_autocast
+from lightning_memplan.cuda.layout import suggested
+from lightning_memplan.cuda.losses import binary_cross_entropy_with_logits
 from lightning_memplan.cuda.recurrent import gru_cell, lstm_cell, recurrent, recurrent_packed, reflattened_rnn
 from lightning_memplan.cuda.rule_set import aten
 
@@ -70,6 +73,8 @@ def _batch_norm(
         and not (input.dim() == 3 and not training)
         and weight.dtype == (torch.float32 if input.dtype == torch.float16 else input.dtype)
     )
+    if cudnn:
+        input = input.contiguous(memory_format=suggested(input))
     if cudnn and training:
         return aten.cudnn_batch_norm.default(input, weight, bias, running_mean, running_var, training, momentum, eps)[0]
     return aten.native_batch_norm.default(input, weight, bias, running_mean, running_var, training, momentum, eps)[0]
@@ -90,35 +95,49 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keep the factor of each row for the backward pass.
+    """Keep the factor of each row for the backward pass, whose kernel is that of layer norm.
 
     Source: aten/src/ATen/native/cuda/layer_norm_kernel.cu, ``_fused_rms_norm`` (2.14).
     """
 
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor | None, rank: int) -> torch.Tensor:
-        kept = input if input.is_contiguous() else input.contiguous()
-        out = torch.empty_like(kept)
+        read = input.contiguous()
+        out = torch.empty_like(read)
         factors = torch.empty(
             (*input.shape[: input.dim() - rank], *(1,) * rank), dtype=torch.float32, device=out.device
         )
-        ctx.save_for_backward(kept, weight, factors)
+        ctx.save_for_backward(input, weight, factors)
+        ctx.rank = rank
+        del read
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        kept, weight, _ = ctx.saved_tensors
-        return torch.empty_like(kept), None if weight is None else torch.empty_like(weight), None
+        kept, weight, factors = ctx.saved_tensors
+        shape = kept.shape[kept.dim() - ctx.rank :]
+        asked = [True, weight is not None, False]
+        made = aten.native_layer_norm_backward.default(grad, kept, shape, factors, factors, weight, None, asked)
+        return made[0], made[1], None
 
 
 def _rms_norm(
     input: torch.Tensor, normalized_shape: Sequence[int], weight: torch.Tensor | None = None, eps: float | None = None
 ) -> torch.Tensor:
-    """Run one kernel.
+    """Run one kernel, unless the channels come last.
 
-    Source: aten/src/ATen/native/layer_norm.cpp, ``rms_norm_symint`` (2.14).
+    Source: aten/src/ATen/native/layer_norm.cpp, ``rms_norm_symint`` and ``rms_norm_composite`` (2.14).
     """
-    return _RMSNorm.apply(input, weight, len(normalized_shape))
+    rank = len(normalized_shape)
+    if suggest_memory_format(input) is torch.contiguous_format:
+        return _RMSNorm.apply(input, weight, rank)
+    wide = input.to(torch.float32) if input.element_size() == 2 else input
+    squares = wide.pow(2)
+    means = squares.mean(list(range(-rank, 0)), True)
+    factors = means.add_(eps or 1e-6).rsqrt()
+    del squares, means
+    made = wide.mul(factors)
+    return (made if weight is None else made.mul(weight)).type_as(input)
 
 
 def _ctc(
@@ -157,6 +176,7 @@ def _composites(capability: tuple[int, int]) -> dict[str, Callable[..., Any]]:
     """Return CUDA's decompositions by the names of their operators."""
     return {
         "batch_norm": _batch_norm,
+        "binary_cross_entropy_with_logits": binary_cross_entropy_with_logits,
         "dropout": _dropout,
         "ctc_loss.Tensor": _ctc,
         "gru_cell": gru_cell,

@@ -72,6 +72,13 @@ def embedding_backward(call: Call, gpu: Gpu) -> Iterator[Allocation]:
     yield values
 
 
+@allocates(aten.topk)
+def topk(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """Source: aten/src/ATen/native/cuda/TensorTopK.cu, ``launch_gather_topk_kernel`` (2.14)."""
+    yield OUTPUTS
+    yield from contiguous_copies(call.input)
+
+
 @allocates(aten.index.Tensor)
 def index_tensor(call: Call, gpu: Gpu) -> Iterator[Allocation]:
     yield from _index_copies(call)

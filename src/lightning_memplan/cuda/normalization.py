@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lightning_memplan.cuda.convolutions import convolution_layout
-from lightning_memplan.cuda.layout import contiguous_copies, copies_in, is_dense, laid_out_as, suggested
+from lightning_memplan.cuda.layout import contiguous_copies, copies_in, copy_of, is_dense, laid_out_as, suggested
 from lightning_memplan.cuda.reductions import sum_vector
 from lightning_memplan.cuda.rule_set import (
     OUTPUTS,
@@ -92,10 +92,12 @@ def native_batch_norm(call: Call, gpu: Gpu) -> Iterator[Allocation]:
     input is of halves.
     """
     yield from _with_float32_statistics(call.out)
-    source, training = call.input, call.args[5]
+    source, weight, training = call.input, call.args[1], call.args[5]
+    plain = source.is_contiguous() or _has_channels_last(source)
     if not training:
         return
-    if source.element_size() == 2 and not source.is_contiguous() and not _has_channels_last(source):
+    cast = source.dtype == torch.bfloat16 or weight is None or weight.element_size() == 4
+    if source.element_size() == 2 and not plain and cast:
         yield Scratch(4 * source.numel())
     yield from _norm_blocks(source, 4)
 
@@ -104,9 +106,12 @@ def native_batch_norm(call: Call, gpu: Gpu) -> Iterator[Allocation]:
 def native_batch_norm_backward(call: Call, gpu: Gpu) -> Iterator[Allocation]:
     """Run two passes over channels-last tensors; the second makes the gradient of the input."""
     source, training, mask = call.args[1], call.args[7], call.args[9]
-    if not (mask[0] and training and _has_channels_last(source)):
+    if not (mask[0] and _has_channels_last(source)):
+        yield from _row_copies(source, call.input)
         yield OUTPUTS
         return
+    if not training:  # the inverse of the deviation
+        yield Scratch(source.size(1) * max(4, source.element_size()))
     sums = Scratch(source.size(1) * max(4, source.element_size()))
     yield sums
     yield sums
@@ -120,11 +125,20 @@ def native_batch_norm_backward(call: Call, gpu: Gpu) -> Iterator[Allocation]:
 def native_batch_norm_backward_metas(
     grad: torch.Tensor, input: torch.Tensor, weight: torch.Tensor | None, *rest: Any
 ) -> Metas | None:
-    if is_dense(input) or weight is None:
+    if weight is None:
         return None
     of_weight = OutputMeta(weight.shape, weight.dtype)
-    made = OutputMeta(input.shape, input.dtype), of_weight, of_weight
+    kept = rest[-3] and is_dense(input)
+    made = OutputMeta(input if kept else input.shape, input.dtype), of_weight, of_weight
     return [one if wanted else None for one, wanted in zip(made, rest[-1], strict=True)]
+
+
+def _row_copies(*tensors: torch.Tensor) -> Iterator[Scratch]:
+    """Yield a copy of each tensor whose dimensions after the channels are not one in memory."""
+    for tensor in tensors:
+        pairs = zip(tensor.shape[3:], tensor.stride()[2:], tensor.stride()[3:], strict=False)
+        if any(before != size * step for size, before, step in pairs):
+            yield copy_of(tensor)
 
 
 def _norm_blocks(source: torch.Tensor, values: int) -> Iterator[Scratch]:
@@ -196,12 +210,16 @@ def norm_gradient(grad: torch.Tensor, input: torch.Tensor, *_: Any) -> torch.Ten
 
 @allocates(aten.native_group_norm)
 def group_norm(call: Call, gpu: Gpu) -> Iterator[Allocation]:
-    """Each channel of each sample has a scale and a shift.
+    """Each channel of each sample has a scale and a shift; the input is copied, if its channels come last.
 
-    Source: aten/src/ATen/native/cuda/group_norm_kernel.cu (2.14).
+    Source: aten/src/ATen/native/group_norm.cpp and cuda/group_norm_kernel.cu (2.14).
     """
     yield OUTPUTS
-    _, weight, bias, samples, channels, inner = call.args[:6]
+    yield from contiguous_copies(call.input)
+    _, weight, bias, samples, channels, inner, groups = call.args[:7]
+    if call.out[1].element_size() == 2:  # statistics are computed in float32
+        yield Scratch(4 * samples * groups)
+        yield Scratch(4 * samples * groups)
     if inner != 1 and not (weight is None and bias is None):
         yield Scratch(4 * samples * channels)
         yield Scratch(4 * samples * channels)
@@ -209,16 +227,22 @@ def group_norm(call: Call, gpu: Gpu) -> Iterator[Allocation]:
 
 @allocates(aten.native_group_norm_backward)
 def group_norm_backward(call: Call, gpu: Gpu) -> Iterator[Allocation]:
-    """Source: aten/src/ATen/native/cuda/group_norm_kernel.cu (2.14)."""
+    """Source: aten/src/ATen/native/group_norm.cpp and cuda/group_norm_kernel.cu (2.14)."""
+    yield from contiguous_copies(*call.args[:2])
     yield OUTPUTS
-    _, _, _, _, weight, samples, channels, _, groups, mask = call.args[:10]
+    _, _, _, _, weight, samples, channels, inner, groups, mask = call.args[:10]
     of_channels, of_groups = Scratch(4 * samples * channels), Scratch(4 * samples * groups)
+    if inner == 1:
+        yield of_groups
+        yield of_groups
+        return
     yield of_channels
     yield of_channels
     if mask[0]:
         yield of_groups
         yield of_groups
-        yield of_groups if weight is None else of_channels
+        if weight is not None:
+            yield of_channels
 
 
 @allocates(aten.native_layer_norm)

@@ -254,12 +254,16 @@ def cudnn_rnn(
     out = x.new_empty((*outer, (rnn.projected or rnn.hidden) * rnn.directions))
     last = x.new_empty(hx.shape)
     last_cell = x.new_empty(cx.shape if cx is not None else (0,))
+    if weight_buf is not None:
+        flat = aten.alias.default(weight_buf)
+    else:
+        flat = x.new_empty((0 if _is_flat(weight) else rnn.weights(x.size(-1)),))
     rows, element = math.prod(outer), x.element_size()
     work = x.new_empty((rnn.workspace(rows, x.size(-1), element),), dtype=torch.uint8)
     reserve = x.new_empty((rnn.reserve(rows, element) if rnn.train else 0,), dtype=torch.uint8)
     del work
     out = aten.transpose.int(out, 0, 1) if rnn.batch_first else out
-    return out, last, last_cell, reserve, x.new_empty((0,)) if weight_buf is None else aten.alias.default(weight_buf)
+    return out, last, last_cell, reserve, flat
 
 
 @decomposes(aten._cudnn_rnn_backward)
@@ -315,6 +319,14 @@ def _laid_out(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Te
     return parts
 
 
+def _is_flat(weight: Sequence[torch.Tensor]) -> bool:
+    """Check that all weights are in one buffer: others are copied into one, which is kept for the backward pass.
+
+    Source: aten/src/ATen/native/cudnn/RNN.cpp, ``try_get_weight_buf`` (2.14).
+    """
+    return len({w.untyped_storage()._cdata for w in weight}) == 1
+
+
 def flatten_weights(module: torch.nn.RNNBase) -> None:
     """Lay the weights out in one buffer, as a recurrent network does when it is moved to a GPU.
 
@@ -346,7 +358,7 @@ def dropout_state(gpu: Gpu) -> Workspace:
     >>> dropout_state(Gpu((9, 0), multiprocessors=132, threads=2048)).size  # 132 · 2048 · 24
     6488064
     """
-    return Workspace("cudnn dropout", gpu.multiprocessors * gpu.threads * 24)
+    return Workspace("cudnn dropout", gpu.multiprocessors * gpu.threads * 24, of_each_thread=False)
 
 
 @decomposes(aten._cudnn_init_dropout_state)

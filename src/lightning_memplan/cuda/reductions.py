@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightning_memplan.cuda.layout import copy_of, is_dense
+from lightning_memplan.cuda.layout import contiguous_copies, copy_of, is_dense
 from lightning_memplan.cuda.rule_set import (
     OUTPUTS,
     Allocation,
@@ -76,7 +76,16 @@ def vector_norm(call: Call, gpu: Gpu) -> Iterator[Allocation]:
     yield from partial_results(call.input, call.argument(2, "dim"), _accumulator(call.input), 4, gpu)
 
 
-@allocates(aten.amax, aten.amin, aten.max.default, aten.min.default)
+@allocates(aten.max.default, aten.min.default)
+def extreme_of_all(call: Call, gpu: Gpu) -> Iterator[Allocation]:
+    """Source: aten/src/ATen/native/cuda/TensorCompare.cpp and ReduceAllOps.cpp, ``min_all`` (2.14)."""
+    yield OUTPUTS
+    yield from contiguous_copies(call.input)
+    source = torch.empty(call.input.shape, dtype=call.input.dtype, device="meta")
+    yield from partial_results(source, None, call.input.element_size(), 4, gpu)
+
+
+@allocates(aten.amax, aten.amin)
 def extreme(call: Call, gpu: Gpu) -> Iterator[Allocation]:
     yield OUTPUTS
     yield from partial_results(call.input, _dims(call), call.input.element_size(), 4, gpu)
@@ -116,7 +125,8 @@ def sum_or_mean(call: Call, gpu: Gpu) -> Iterator[Allocation]:
 def cumulative(call: Call, gpu: Gpu) -> Iterator[Allocation]:
     """Source: aten/src/ATen/native/ReduceOps.cpp, ``cumsum`` (2.14)."""
     yield OUTPUTS
-    yield from _cast(call.input, call.out.dtype)
+    source = yield from _cast(call.input, call.out.dtype)
+    yield from contiguous_copies(source)
 
 
 def _cast(source: torch.Tensor, dtype: torch.dtype) -> Generator[Scratch, None, torch.Tensor]:
@@ -147,31 +157,3 @@ def logsumexp(input: torch.Tensor, dim: Sequence[int], keepdim: bool = False) ->
     largest = aten.amax.default(input, dim, True)
     aten.eq.Scalar(aten.abs.default(largest), float("inf"))
     return aten.sum.dim_IntList(aten.exp_.default(aten.sub.Tensor(input, largest)), dim, keepdim)
-
-
-# -------------------------------------------------------------------------------------------------------- losses
-
-
-@allocates(aten.mse_loss, aten.smooth_l1_loss, aten.huber_loss)
-def reduced_loss(call: Call, gpu: Gpu) -> Iterator[Allocation]:
-    """Every value has a loss of its own, whose mean or sum is taken.
-
-    Source: aten/src/ATen/native/Loss.cpp (2.14).
-    """
-    yield OUTPUTS
-    if call.out.dim() or not call.input.dim():
-        return
-    terms = call.out.new_empty(torch.broadcast_shapes(call.input.shape, call.args[1].shape), device="meta")
-    yield copy_of(terms)
-    yield from sum_over(terms, None, gpu)
-
-
-@decomposes(aten.mse_loss, aten.smooth_l1_loss)
-def resized_loss(input: torch.Tensor, target: torch.Tensor, reduction: int = 1, *_: Any) -> torch.Tensor:
-    """The output has room for every value's loss, and is resized to one number.
-
-    Source: aten/src/ATen/native/BinaryOps.cpp, the meta functions of losses (2.14).
-    """
-    dtype = torch.promote_types(input.dtype, target.dtype)
-    full = input.new_empty(torch.broadcast_shapes(input.shape, target.shape), dtype=dtype)
-    return aten.as_strided.default(full, (), ()) if reduction else full

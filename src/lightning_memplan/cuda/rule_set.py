@@ -167,10 +167,11 @@ def scratch(kernel: str, *arguments: int) -> Scratch:
 
 
 class Workspace(NamedTuple):
-    """Memory that a library allocates when a thread first calls it, and keeps."""
+    """Memory that a library allocates when a thread first calls it, or the first of all threads, and keeps."""
 
     name: str
     size: int
+    of_each_thread: bool = True
 
 
 class OutputMeta(NamedTuple):

@@ -7,13 +7,57 @@ their rules beside these.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 
-from lightning_memplan.cuda.layout import CONTIGUOUS, is_dense
-from lightning_memplan.cuda.rule_set import Metas, OutputMeta, aten, output_metas
+from lightning_memplan.cuda.layout import CONTIGUOUS, elementwise_strides, is_dense
+from lightning_memplan.cuda.rule_set import Metas, Operator, OutputMeta, aten, installed, output_metas
+
+#: Elementwise operators that torch does not tag as such
+_ELEMENTWISE = frozenset(
+    installed(
+        """elu_backward hardshrink_backward hardsigmoid_backward hardswish hardswish_backward hardtanh_backward
+        leaky_relu_backward mish_backward softplus_backward softshrink_backward"""
+    )
+)
+#: Elementwise operators whose kernel reads the second tensor first
+_SECOND_FIRST = frozenset(installed("threshold_backward leaky_relu_backward"))
+
+
+@cache
+def is_elementwise(func: Operator) -> bool:
+    """Check that an operator makes one new tensor, of the order of dimensions that its inputs have.
+
+    >>> is_elementwise(aten.mul.Tensor), is_elementwise(aten.mm.default), is_elementwise(aten.mul_.Tensor)
+    (True, False, False)
+    """
+    if func in _ELEMENTWISE:
+        return True
+    returns = func._schema.returns
+    if len(returns) != 1 or str(returns[0].type) != "Tensor" or returns[0].alias_info is not None:
+        return False
+    return torch.Tag.pointwise in func.tags and func is not aten.native_dropout_backward.default
+
+
+def relaid(func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any], out: torch.Tensor) -> OutputMeta | None:
+    """Return the output of an elementwise operator as its kernel lays it out; None if it is laid out so.
+
+    torch's fake kernels convert halves first, which makes tensors that are broadcast, or parts of others, contiguous.
+    """
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim()]
+    if out.dim() < 2 or kwargs.get("memory_format") not in (None, torch.preserve_format):
+        return None
+    if given and is_dense(out) and all(t.shape == out.shape and t.stride() == out.stride() for t in given):
+        return None
+    if func in _SECOND_FIRST:
+        given.reverse()
+    strides = elementwise_strides(out.shape, given)
+    if strides == out.stride():
+        return None
+    return OutputMeta(torch.empty_strided(out.shape, strides, dtype=out.dtype, device="meta"), out.dtype)
 
 
 @output_metas(aten.threshold_backward)
@@ -80,9 +124,22 @@ def into_zeros(grad: torch.Tensor, sizes: Sequence[int], *_: Any) -> Metas:
     return [OutputMeta(torch.Size(sizes), grad.dtype)]
 
 
+@output_metas(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+def masked_fill(tensor: torch.Tensor, mask: torch.Tensor, value: Any) -> Metas:
+    """The result is a contiguous clone.
+
+    Source: aten/src/ATen/native/TensorAdvancedIndexing.cpp, ``masked_fill`` (2.14).
+    """
+    return [OutputMeta(torch.broadcast_shapes(tensor.shape, mask.shape), tensor.dtype)]
+
+
 @output_metas(aten.roll)
 def roll(tensor: torch.Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Metas | None:
-    if not tensor.is_contiguous() or not _are_within(dims, tensor.dim()):
+    """The result is contiguous, however the input is laid out.
+
+    Source: aten/src/ATen/native/cuda/TensorTransformations.cu, ``roll_cuda`` (2.14).
+    """
+    if not _are_within(dims, tensor.dim()):
         return None
     return [OutputMeta(tensor.shape, tensor.dtype)]
 
@@ -104,12 +161,3 @@ def new_like(tensor: torch.Tensor, **kwargs: Any) -> Metas | None:
     if order not in (None, torch.preserve_format) or not is_dense(tensor):
         return None
     return [OutputMeta(tensor, dtype)]
-
-
-@output_metas(aten.mse_loss_backward, aten.smooth_l1_loss_backward, aten.huber_loss_backward)
-def loss_backward(grad: torch.Tensor, input: torch.Tensor, *_: Any) -> Metas:
-    """The gradient is written into contiguous zeros, however the input is laid out.
-
-    Source: aten/src/ATen/native/Loss.cpp (2.14).
-    """
-    return [OutputMeta(input.shape, input.dtype)]

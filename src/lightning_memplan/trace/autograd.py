@@ -16,9 +16,13 @@ from lightning_memplan.trace.storages import key_of
 _ENGINE = torch.autograd.graph._engine_run_backward.__code__
 _LEAF = 2**62  # from here on are the numbers of nodes of leaves, which run first
 _NUMBERED = "memplan"  # in the metadata of a node that has its number
+_NEW_WHERE = "_memplan_where"  # an attribute of a fake tensor that is to be masked
+_HALVING = frozenset({"MaximumBackward0", "MinimumBackward0", "FmaxBackward0", "FminBackward0"})
 _NEW_ZEROS = "_memplan_zeros"  # an attribute of a fake tensor that was made of zeros
 
 _ADD = torch.ops.aten.add.Tensor
+_MASKED_FILL = torch.ops.aten.masked_fill.Scalar
+_WHERE = torch.ops.aten.where.self
 _INDEX_PUT = torch.ops.aten.index_put.default
 _ZEROS = frozenset({torch.ops.aten.zeros.default, torch.ops.aten.new_zeros.default, torch.ops.aten.zeros_like.default})
 _INTO_ZEROS = frozenset(
@@ -31,6 +35,11 @@ _INTO_ZEROS = frozenset(
         torch.ops.aten.masked_scatter.default,
     }
 )
+
+
+def _node_name() -> str:
+    node = torch._C._current_autograd_node()
+    return "" if node is None else node.name()
 
 
 def in_backward() -> bool:
@@ -58,12 +67,20 @@ class GradientAccumulation:
         """Check that an operator of the backward pass writes its result into its first argument on a GPU."""
         if func is _ADD:
             return self._in_place and by_engine and _adds_in_place(args)
+        if func is _MASKED_FILL:
+            return _NEW_WHERE in args[0].__dict__ and by_engine and _has_sole_owner(args[0])
         return func in _INTO_ZEROS and _writes_into_zeros(func, args)
 
     def mark_zeros(self, func: Any, out: Any) -> None:
-        """Remember a tensor of the backward pass that is made of zeros, for a gradient to be written into it."""
+        """Remember a tensor of the backward pass that is made of zeros, for a gradient to be written into it.
+
+        So is half a gradient where two values are equal, of which the formulas of ``maximum`` and ``minimum`` mask a
+        part (tools/autograd/derivatives.yaml, 2.14).
+        """
         if func in _ZEROS and isinstance(out, FakeTensor):
             out.__dict__[_NEW_ZEROS] = True
+        if func is _WHERE and isinstance(out, FakeTensor) and _node_name() in _HALVING:
+            out.__dict__[_NEW_WHERE] = True
 
     def mark_written(self, tensor: Any) -> None:
         """Remember a view that an operator of the forward pass writes to."""

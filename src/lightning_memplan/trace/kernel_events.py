@@ -69,8 +69,11 @@ class KernelEvents:
     def keep_workspace(self, func: Operator, in_backward: bool) -> None:
         """Record the workspace of the operator's library at its first call in a thread; autograd has its own thread."""
         workspace = self.workspaces.get(func)
-        if workspace is not None and (workspace.name, in_backward) not in self.kept:
-            self.kept.add((workspace.name, in_backward))
+        if workspace is None:
+            return
+        key = workspace.name, in_backward and workspace.of_each_thread
+        if key not in self.kept:
+            self.kept.add(key)
             self._allocate(workspace.size, "workspaces", func)
 
     def _record_scope(self, allocations: Iterable[Allocation], func: Operator, out: Any) -> None:

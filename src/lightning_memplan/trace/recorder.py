@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_memplan.cuda.rule_set import Decomposition, Rules
+from lightning_memplan.cuda.shapes import is_elementwise, relaid
 from lightning_memplan.cuda.sparse import is_sparse, parts
 from lightning_memplan.memory.events import EMPTY, FREE, Category, Event
 from lightning_memplan.step.context import EventContext
@@ -155,6 +156,8 @@ class Recorder(EventContext, TorchDispatchMode):
             self._gradients.regenerate()
         out = self._compute(func, types, args, kwargs)
         if self.phase == "backward" and self._gradients.reuses_first(func, args, by_engine):
+            if out.shape == args[0].shape and out.stride() != args[0].stride():
+                out = self._fakes.like(args[0], out.dtype)
             self._take_over(out, args[0])
         elif func in CHECKS:
             mark_true(out, func, args)
@@ -178,8 +181,11 @@ class Recorder(EventContext, TorchDispatchMode):
             with in_kernel_invocation_manager(self._mode):
                 meta = func(*args, **kwargs)
             wrap = partial(self._fakes.wrap, device=args[0].fake_device)
-            return wrap(meta) if isinstance(meta, torch.Tensor) else type(meta)(map(wrap, meta))
-        out: Any = self._mode.__torch_dispatch__(func, types, args, kwargs)
+            out: Any = wrap(meta) if isinstance(meta, torch.Tensor) else type(meta)(map(wrap, meta))
+        else:
+            out = self._mode.__torch_dispatch__(func, types, args, kwargs)
+        if is_elementwise(func) and out.device == DEVICE and (meta := relaid(func, args, kwargs, out)) is not None:
+            return self._fakes.like(meta.like, meta.dtype)
         if func is _TO_COPY and kwargs.get("device") == DEVICE and out.device != DEVICE:
             return self._fakes.like(out, out.dtype)  # of a constant, whose value the fake tensor would keep on the host
         return out

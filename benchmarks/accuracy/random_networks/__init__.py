@@ -1,0 +1,1 @@
+"""Random networks, predicted and trained on the null GPU: see ``__main__.py``."""
