@@ -281,13 +281,16 @@ def training_remarks(
             f"times with batches of {own}; lower accumulate_grad_batches, or pass max_batch_size or "
             "effective_batch_size"
         )
-    normalized = any(isinstance(part, _BatchNorm) for part in module.modules())
-    if normalized and leaves_one_sample(trainer, source, batch_size, own):
+    if has_batch_norm(module) and leaves_one_sample(trainer, source, batch_size, own):
         remarks.append(
             f"the last batch of an epoch has one sample at batch size {batch_size}, and {type(module).__name__} has "
             "batch norm, which may refuse it: pass drop_last=True to the loader, or multiple_of or max_batch_size"
         )
     return remarks
+
+
+def has_batch_norm(module: Any) -> bool:
+    return any(isinstance(part, _BatchNorm) for part in module.modules())
 
 
 def leaves_one_sample(trainer: Any, source: Any, batch_size: int, own: int | None) -> bool:

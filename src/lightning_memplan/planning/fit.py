@@ -27,6 +27,7 @@ from lightning_memplan.planning.apply import (
     Place,
     find_holders,
     find_place,
+    has_batch_norm,
     leaves_one_sample,
     most_within_epochs,
     training_remarks,
@@ -264,7 +265,10 @@ class FitPlanner:
             session.limits = replace(session.limits, max_batch_size=within)
 
     def _without_a_last_sample(self, proposal: Proposal, session: PlanningSession) -> Proposal:
-        """Return the proposal, or a smaller one where a last batch of one sample may stop training."""
+        """Return the proposal, or a smaller one where a last batch of one sample may stop training.
+
+        Batch norm refuses it. Other steps may: for these the batch size shrinks by an eighth at most.
+        """
         if self.place is None:
             return proposal
         source, first = self.place.source, proposal.plan
@@ -274,7 +278,7 @@ class FitPlanner:
                 plan = session.plan(replace(session.limits, max_batch_size=plan.batch_size - 1))
             except (MemplanError, ValueError):  # there is no smaller one: said in a warning, where it is set
                 return proposal
-        if plan is first:
+        if plan is first or (8 * plan.batch_size < 7 * first.batch_size and not has_batch_norm(self._module)):
             return proposal
         return replace(proposal, plan=replace(plan, limited_by=first.limited_by)).noted(
             f"{first.batch_size} samples a batch leave a last batch of one, which a step may refuse: "
