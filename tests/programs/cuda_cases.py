@@ -22,6 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_memplan.cuda.dispatch import cuda_semantics
+from lightning_memplan.cuda.recurrent import flatten_weights
 from lightning_memplan.cuda.rule_set import Gpu
 from lightning_memplan.cuda.rules import rules_for
 from lightning_memplan.memory.allocator import replay
@@ -58,7 +59,7 @@ def leaf(device: torch.device, *shape: int, dtype: torch.dtype = F32) -> torch.T
 
 
 def on(device: torch.device, module: nn.Module) -> nn.Module:
-    """A module with new parameters there."""
+    """A module with new parameters there; those of a recurrent network are in one buffer, as when it is moved."""
     for child in module.modules():
         for name, value in list(child._parameters.items()):
             if value is not None:
@@ -66,6 +67,12 @@ def on(device: torch.device, module: nn.Module) -> nn.Module:
         for name, value in list(child._buffers.items()):
             if value is not None:
                 child._buffers[name] = torch.zeros(value.shape, dtype=value.dtype, device=device)
+        if isinstance(child, nn.RNNBase):
+            child._flat_weights = [getattr(child, name) for name in child._flat_weights_names]
+            if device.type == "cuda":
+                child.flatten_parameters()
+            else:
+                flatten_weights(child)
     return module
 
 

@@ -459,9 +459,11 @@ def rounds() -> Iterator[tuple[str, Case, str, str, int]]:
                 yield name, case, layout, kinds[(place + turn + rank) % len(kinds)], rank
 
 
-def main(words: list[str], show: bool) -> None:
+def main(words: list[str], show: bool, every: int = 1) -> None:
     count = 0
-    for name, case, layout, kind, rank in rounds():
+    for place, (name, case, layout, kind, rank) in enumerate(rounds()):
+        if place % every:
+            continue
         label = f"{name}, {rank} dimensions, {layout}, {kind}"
         if words and not any(fnmatch(label, word + "*") for word in words):
             continue
@@ -487,4 +489,6 @@ def main(words: list[str], show: bool) -> None:
 
 
 if __name__ == "__main__":
-    main([word for word in sys.argv[1:] if word != "--show"], "--show" in sys.argv)
+    options = [word for word in sys.argv[1:] if word.startswith("--")]
+    every_nth = next((int(word.removeprefix("--every=")) for word in options if word.startswith("--every=")), 1)
+    main([word for word in sys.argv[1:] if word not in options], "--show" in options, every_nth)
