@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -35,7 +35,6 @@ from lightning_memplan.planning.job import WhichSamples, named_device, sampling_
 from lightning_memplan.planning.limits import Limits
 from lightning_memplan.planning.shortage import note_shortage
 from lightning_memplan.probe.out_of_memory import gpu_failed, ran_out_of_memory
-from lightning_memplan.report.figures import plot_timeline
 from lightning_memplan.report.metrics import (
     plan_hparams,
     ranks_metrics,
@@ -345,7 +344,7 @@ class MemoryPlanner(CallbackBase):
         if self._fit is not None and self.plan is not None and self._log is not None:
             self._fit.check_loaders(self.plan, strict=self.on_error == "raise")
             self._log.hyperparams(plan_hparams(self.plan) | self._fit.hyperparameters())
-            self._log.figure("memplan/timeline", partial(self._drawn, self.plan))
+            self._log.figure("memplan/timeline", self._fit.timeline)
 
     def _forecast(self, batch_size: int | None = None) -> Forecast:
         """Return the predicted peaks of each batch; none where there is no plan, or where it cannot be replayed."""
@@ -356,14 +355,6 @@ class MemoryPlanner(CallbackBase):
                 raise
             warn(f"steps are measured without predictions: {located(error)}")
             return Forecast(())
-
-    def _drawn(self, plan: Plan) -> Any:
-        """Return a figure of the plan's step; None without matplotlib, or where there is no step to draw."""
-        assert self.estimate is not None
-        try:
-            return plot_timeline(self.estimate, plan.batch_size, device=plan.device, budget=plan.budget)
-        except (ModuleNotFoundError, ValueError):  # by the formula; or a checkpoint's size, which does not fit
-            return None
 
     @property
     def measurements(self) -> list[Measurement]:
@@ -397,7 +388,8 @@ class MemoryPlanner(CallbackBase):
         planned, is_set = self._planned_for or plan.batch_size, fit.place is not None
         self._planned_for = size or planned  # the planned size is as good a guess as any
         if first and is_set and size == planned:
-            say(f"MemoryPlanner: batch size {size} is set")
+            with suppress(Exception):  # a text that cannot be printed ends no measuring
+                say(f"MemoryPlanner: batch size {size} is set")
         if self._planned_for == planned or self.estimate is None:
             return
         if self._meter is not None:
@@ -409,7 +401,8 @@ class MemoryPlanner(CallbackBase):
                 "otherwise. Predictions follow the batch"
             )
         elif self._meter is not None:
-            say(f"MemoryPlanner predicts for batches of {size}, as training has them")
+            with suppress(Exception):
+                say(f"MemoryPlanner predicts for batches of {size}, as training has them")
 
     @_measures
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:

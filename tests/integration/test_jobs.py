@@ -14,7 +14,7 @@ from benchmarks.robustness.jobs import JOBS as ALL
 from benchmarks.robustness.supervise import run_jobs
 from benchmarks.robustness.verdict import doubts, failure, outcome
 
-SAMPLE = sample(24)
+SAMPLE = sample(18)
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,8 @@ def test_a_job_trains_with_the_planner(rows: dict[str, Row], name: str) -> None:
 
 
 def test_the_sample_has_most_kinds() -> None:
-    assert len(SAMPLE) == len(set(SAMPLE)) == 24
-    assert len({ALL[name].kind for name in SAMPLE}) >= 20
+    assert len(SAMPLE) == len(set(SAMPLE)) == 18
+    assert len({ALL[name].kind for name in SAMPLE}) >= 16
 
 
 def test_known_limits_are_few_and_counted_apart() -> None:

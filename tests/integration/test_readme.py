@@ -92,7 +92,7 @@ def numbers(line: str) -> list[float]:
     return [float(text.replace(",", "")) for text in re.findall(r"(?<!\w)\d[\d,]*(?:\.\d+)?", line)]
 
 
-@pytest.mark.parametrize("example", ["brain_mri", "image_classifier"])
+@pytest.mark.parametrize("example", ["brain_mri", pytest.param("image_classifier", marks=pytest.mark.further)])
 def test_an_example_plans_for_a_card_that_is_not_here(example, tmp_path):
     for package in ("torchvision", "sklearn", "nibabel", "scipy"):
         pytest.importorskip(package)

@@ -48,6 +48,7 @@ from lightning_memplan.planning.plan import RISES
 from lightning_memplan.planning.proposal import IsFatal, Proposal, always, confirmed, on_all_ranks
 from lightning_memplan.planning.remarks import few_steps, smaller_gpu
 from lightning_memplan.planning.session import PlanningSession, allocated_on, check_effective_batch_size
+from lightning_memplan.report.figures import plot_timeline
 from lightning_memplan.report.plans import plan_texts
 from lightning_memplan.settings import MARGIN, StepSettings
 from lightning_memplan.types import Device, Plan
@@ -152,6 +153,16 @@ class FitPlanner:
         try:
             return batch_size_of(batch)
         except ValueError:
+            return None
+
+    def timeline(self) -> Any:
+        """Return a figure of the plan's step; None without matplotlib, or where there is no step to draw."""
+        assert self.plan is not None
+        assert self.estimate is not None
+        plan = self.plan
+        try:
+            return plot_timeline(self.estimate, plan.batch_size, device=plan.device, budget=plan.budget)
+        except (ModuleNotFoundError, ValueError):  # by the formula; or a checkpoint's size, which does not fit
             return None
 
     def check_loaders(self, plan: Plan, *, strict: bool) -> None:

@@ -12,7 +12,14 @@ from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from lightning_memplan.errors import DoesNotFitError, PlanningFailedError, StoppedByRankError, explain, located
+from lightning_memplan.errors import (
+    DoesNotFitError,
+    MemplanError,
+    PlanningFailedError,
+    StoppedByRankError,
+    explain,
+    located,
+)
 from lightning_memplan.lightning.ranks import over_ranks
 from lightning_memplan.memory.estimate import Estimate
 from lightning_memplan.memory.search import MEMORY, LimitedBy, lacking
@@ -265,7 +272,7 @@ def _shrunk(proposal: Proposal, peaks: TrialPeaks, attempt: int) -> Proposal:
     else:
         budget, most = plan.peak_reserved, plan.batch_size // 2
     for limits in _smaller(session.limits, plan.batch_size, most, budget):
-        with suppress(ValueError, DoesNotFitError):
+        with suppress(ValueError, MemplanError):  # no such size fits, or the step refuses those that do
             smaller = session.plan(limits)
             return replace(proposal, plan=replace(smaller, limited_by="memory", notes=plan.notes))
     needed = peaks.reserved + peaks.missing
@@ -277,8 +284,10 @@ def _shrunk(proposal: Proposal, peaks: TrialPeaks, attempt: int) -> Proposal:
 
 
 def _smaller(limits: Limits, batch_size: int, most: int, budget: int) -> Iterator[Limits]:
-    """Return limits for smaller sizes: at most ``most`` within a budget, then the smallest allowed."""
+    """Return limits for smaller sizes: at most ``most`` within a budget, then half of the size, then the smallest."""
     if most >= 1:
         yield replace(limits, max_batch_size=most, budget=budget)
+    if batch_size // 2 >= limits.smallest:
+        yield replace(limits, max_batch_size=batch_size // 2, budget=sys.maxsize)
     if (smallest := limits.smallest) < batch_size:
         yield replace(limits.exactly(smallest), budget=sys.maxsize)

@@ -454,7 +454,13 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategies", [("ddp",), ("ddp_notebook", "ddp_spawn")], ids="+".join)
+@pytest.mark.parametrize(
+    "strategies",
+    [
+        pytest.param(("ddp",), id="ddp"),
+        pytest.param(("ddp_notebook", "ddp_spawn"), id="in a notebook", marks=pytest.mark.further),
+    ],
+)
 def test_two_ranks_share_the_samples(tmp_path, strategies):
     """Lightning gives each loader a DistributedSampler: what is passed or made with a number keeps the planned size."""
     (tmp_path / "ranks.py").write_text(RANKS)

@@ -316,12 +316,13 @@ class Steps(Session):
 def test_a_smaller_size_is_searched_below_the_one_that_did_not_run():
     limits = Limits(0.25, min_batch_size=3, multiple_of=2)
     least = replace(limits.exactly(4), budget=sys.maxsize)  # whatever it needs: it is tried
-    assert list(proposal._smaller(limits, 10, 7, 500)) == [replace(limits, max_batch_size=7, budget=500), least]
-    assert list(proposal._smaller(limits, 10, 1, 500)) == [replace(limits, max_batch_size=1, budget=500), least]
-    assert list(proposal._smaller(limits, 10, 0, 500)) == [least]
-    assert list(proposal._smaller(limits, 5, 0, 500)) == [least]
+    half = replace(limits, max_batch_size=5, budget=sys.maxsize)
+    assert list(proposal._smaller(limits, 10, 7, 500)) == [replace(limits, max_batch_size=7, budget=500), half, least]
+    assert list(proposal._smaller(limits, 10, 1, 500)) == [replace(limits, max_batch_size=1, budget=500), half, least]
+    assert list(proposal._smaller(limits, 10, 0, 500)) == [half, least]
+    assert list(proposal._smaller(limits, 7, 0, 500)) == [least]  # half of it is below the smallest
     assert list(proposal._smaller(limits, 4, 0, 500)) == []
-    assert list(proposal._smaller(replace(limits, budget=9), 10, 0, 500)) == [least]
+    assert list(proposal._smaller(replace(limits, budget=9), 10, 0, 500)) == [half, least]
 
 
 @pytest.mark.parametrize(
@@ -351,17 +352,18 @@ def test_a_size_shrinks_by_one_sample_at_least():
     first = replace(first, plan=replace(first.plan, peak_reserved=31))  # so small that a 32nd is nothing
     session.asked.clear()
     proposal._shrunk(first, TrialPeaks(31, 31, 0), 0)
-    assert [limits.max_batch_size for limits in session.asked] == [9, 1]  # 31 bytes hold nothing
+    assert [limits.max_batch_size for limits in session.asked] == [9, 5]  # 31 bytes hold nothing: half
 
 
 def test_the_smallest_size_is_tried_where_no_other_fits():
-    session = Steps(fails=2)
+    session = Steps(fails=3)
     first = Proposal(Steps().plan(Limits(0.0, max_batch_size=992)), session)
     with pytest.raises(mp.DoesNotFitError, match=r"^real steps of batch size 992 ran out of memory on a card"):
         proposal._shrunk(first, TrialPeaks(900 * MiB, 900 * MiB, 100 * MiB), 0)
-    session = Steps(fails=1)
-    found = proposal._shrunk(replace(first, session=session), TrialPeaks(900 * MiB, 900 * MiB, 100 * MiB), 0)
-    assert found.plan.batch_size == 1
+    for fails, size in ((1, 496), (2, 1)):  # half of 992, then the smallest
+        session = Steps(fails=fails)
+        found = proposal._shrunk(replace(first, session=session), TrialPeaks(900 * MiB, 900 * MiB, 100 * MiB), 0)
+        assert found.plan.batch_size == size
 
 
 def test_a_proposal_at_another_size_keeps_to_the_gpu():
