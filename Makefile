@@ -2,10 +2,12 @@
 PYTHON ?= python3
 bin := .venv/bin
 pip := $(bin)/pip
+other := .venv-compat
+TORCH ?= 2.13.0
 nullgpu := tests/nullgpu/nullgpu $(bin)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test mutants lint docs bench clients
+.PHONY: help demo test compat mutants lint docs bench clients
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 14
@@ -17,6 +19,14 @@ demo: $(pip)  ## plan a 3D CNN on a real MRI scan for an RTX 3090
 test: $(pip)  ## pass the tests; TESTS="tests/unit/memory -x" runs some of them
 	$(pip) install -q -e '.[test]'
 	$(bin)/python -m pytest -n auto --dist loadfile $(TESTS)
+
+compat:  ## pass the fast tests with another torch, in an environment of its own that is removed; TORCH=2.13.0
+	rm -rf $(other)
+	$(PYTHON) -m venv $(other)
+	$(other)/bin/pip install -q torch==$(TORCH)
+	$(other)/bin/pip install -q -e '.[test-core]' torch==$(TORCH)
+	$(other)/bin/python -m pytest -n auto --dist loadfile -m "not nullgpu and not slow" $(TESTS)
+	rm -rf $(other)
 
 mutants: $(pip)  ## count small changes to the planning core that no fast test notices; FOLDER=memory counts one folder
 	$(pip) install -q -e '.[test,mutants]'
