@@ -545,3 +545,9 @@ def test_a_rise_that_runs_out_of_memory_is_said_after_ten_steps():
 )
 def test_no_other_rise_is_said_so_soon(rises, room, left):
     assert soon(rises, room, left) is None
+
+
+def test_a_rise_that_runs_out_of_memory_is_said_once():
+    floor = Floor()
+    said = [floor.add(step * MiB, 100 * MiB, 1000) for step in range(60)]
+    assert len([text for text in said if text]) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import lightning_memplan as mp
-from lightning_memplan.planning.shortage import _frames, _innermost, _shapes
+from lightning_memplan.planning.shortage import _beside_the_plan, _frames, _innermost, _shapes
 from lightning_memplan.report.shortage import Shortage, shortage_text
 from tests.paths import PROGRAMS, ROOT
 
@@ -77,6 +78,40 @@ def test_the_innermost_part_that_ran_is_named() -> None:
     frames = list(_frames(caught.value))
     assert _innermost(frames, module) == "1.0 (Fails)"
     assert _innermost(frames, module[1][0]) == ""
+
+
+class Fits:
+    """An estimate of samples of 100 bytes, a MiB of memory each."""
+
+    formula = SimpleNamespace(input_bytes=100)
+
+    def peak(self, batch_size: int, capacity: int | None = None) -> int:
+        return batch_size * 2**20
+
+    def fits(self, batch_size: int, capacity: int, workspaces: str = "low") -> bool:
+        return self.peak(batch_size) <= capacity
+
+    def at(self, batch_size: int) -> Any:
+        return SimpleNamespace(replayer=None)
+
+    program, has_workspaces = None, False
+
+
+@pytest.mark.parametrize(
+    ("numbers", "capacity", "found"),
+    [
+        (25, 64, {}),  # 25 numbers of 4 bytes are 100
+        (26, 64, {}),  # 4 % more
+        (27, 64, {"times": 1.08}),
+        (50, 8, {"times": 2.0}),  # and not the smaller size, whose samples are larger too
+        (25, 8, {"fits": 8, "saved": 8 * 2**20}),  # 16 of 16 samples would need 16 MiB
+    ],
+)
+def test_a_batch_is_compared_with_what_was_planned(numbers: int, capacity: int, found: dict[str, Any]) -> None:
+    plan: Any = SimpleNamespace(batch_size=32, device=mp.Device("here", total=GIB), needed=32 * 2**20, peak_reserved=1)
+    shown = _beside_the_plan(plan, Fits(), torch.zeros(16, numbers), 16, capacity * 2**20)  # type: ignore[arg-type]
+    assert {name: shown.get(name) for name in ("times", "fits", "saved") if name in shown} == found
+    assert (shown["batch_size"], shown["predicted"], shown["planned_bytes"]) == (16, 16 * 2**20, 32 * 2**20)
 
 
 @pytest.fixture(scope="module")
