@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_memplan.data.batches import batch_size_of, tensors
+from lightning_memplan.data.batches import batch_size_of, part_count, tensors
 from lightning_memplan.data.tiling import tiling
 
 SIZES = (2, 3, 5)
@@ -57,3 +57,19 @@ def test_a_dataclass_that_checks_what_it_is_made_of_tells_its_tensors():
     batch = Checked(torch.zeros(4, 3))
     assert [tensor.shape for tensor in tensors(batch)] == [(4, 3)]
     assert batch_size_of(batch) == 4
+
+
+def test_a_number_as_a_tensor_is_moved_as_it_is() -> None:
+    made = tiling([(n, {"x": torch.zeros(n, 3), "scale": torch.tensor(2.0)}) for n in SIZES])
+    assert made is not None
+
+
+def test_parts_are_counted_in_containers_and_dataclasses() -> None:
+    @dataclass
+    class Pair:
+        image: torch.Tensor
+        names: list[str]
+
+    assert part_count(Pair(torch.zeros(3), ["a", "b"])) == 3
+    assert part_count({"pair": Pair(torch.zeros(3), []), "other": (1, 2)}) == 3
+    assert part_count(Pair) == 1  # the class itself
