@@ -32,9 +32,7 @@ def test_a_mapping_holds_it_under_its_key() -> None:
 
 def test_a_holder_that_cannot_be_set_says_why_and_stays() -> None:
     holder = Holder(Fixed(), "batch_size")
-    with pytest.raises(
-        ApplyError, match=r"^Fixed\.batch_size cannot be set to 8 \(AttributeError: .*\): let it"
-    ):
+    with pytest.raises(ApplyError, match=r"^Fixed\.batch_size cannot be set to 8 \(AttributeError: .*\): let it"):
         holder.write(8)
     holder.write(4)  # it reads what was asked for
     holder.restore(2)
