@@ -120,7 +120,7 @@ def numbers_in(rows: Tensor) -> list[int]:
 # ----------------------------------------------------------------------------------------------------------- datasets
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What a sampler may yield in place of an index."""
+    """Stand for a sample in place of its index, as a sampler may yield it."""
 
     index: int
 

@@ -83,7 +83,7 @@ def run(seeds: list[int], shrink: bool) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """How many rows are within the bounds, and the smallest form of each that is not."""
+    """Count the rows within the bounds, and show the smallest form of each that is not."""
     from .compare import is_wrong
 
     good = [row for row in rows if "errors" in row]

@@ -91,7 +91,7 @@ def _sample(network: Network) -> tuple[torch.Tensor]:
 
 
 def measure(network: Network) -> dict[str, Any]:
-    """What training takes and what is predicted, in bytes, with errors in percent."""
+    """Return what training takes and what is predicted, in bytes, with errors in percent."""
     warnings.simplefilter("ignore")
     network = allowed(network)
     row, sample = _row(network), _sample(network)

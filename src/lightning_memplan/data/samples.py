@@ -334,7 +334,9 @@ def _from_loader(loader: DataLoader[Any], look: _Look) -> _Make:
 
 def _of_the_largest_draw(kept: KeptSamples, look: _Look) -> KeptSamples:
     """Return the samples with the seed of the largest batch, where a ``collate_fn`` draws how large its batches are."""
-    if look.sample == "first" or kept.in_worker or kept.loader.collate_fn in (default_collate, default_convert):
+    if look.sample == "first" or kept.in_worker or kept.items is None:  # or each draw would read the samples again
+        return kept
+    if kept.loader.collate_fn in (default_collate, default_convert):
         return kept
     began, sizes = time.perf_counter(), dict[int, int]()
     for seed in range(_DRAWS):
@@ -359,8 +361,11 @@ def _more(kept: KeptSamples, seconds: float, look: _Look, differ: bool) -> int:
         return 0
     if (samples_of_loader(kept.loader) or _FIRST + 1) <= _FIRST:
         return 0  # these are all
-    count = int((5 if differ else 1) * _SECONDS * len(kept.indices) / max(seconds, 1e-6))
-    return min(look.sample_size, max(count, 2 * _FIRST) if differ else count if count > len(kept.indices) else 0)
+    a_second = len(kept.indices) / max(seconds, 1e-6)
+    if differ:
+        return min(look.sample_size, max(2 * _FIRST, int(5 * _SECONDS * a_second)))
+    count = min(look.sample_size, int(_SECONDS * a_second))
+    return count if count > len(kept.indices) else 0
 
 
 def _sizes_of(kept: KeptSamples) -> list[int]:

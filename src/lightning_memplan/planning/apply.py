@@ -73,7 +73,7 @@ class LoaderSizes:
     """
 
     def __init__(
-        self, sizes: Sequence[int], fits: Callable[[int], bool], refused: Callable[[ApplyError], object] = bool
+        self, sizes: Sequence[int], fits: Callable[[int], bool], refused: Callable[[Exception], object] = bool
     ) -> None:
         self._sizes, self._fits, self._refused = sizes, fits, refused
         self._asked: list[int | None] = []  # for, the first time
@@ -82,7 +82,7 @@ class LoaderSizes:
     def __call__(self, loaders: Any) -> Any:
         try:
             return self._resized(loaders)
-        except ApplyError as error:  # training has begun
+        except Exception as error:  # noqa: BLE001 - training has begun, and goes on with the loaders as they are
             self._refused(error)
             return loaders
 
@@ -117,7 +117,7 @@ class Place:
     phase: Phase = "train"
     own: int | None = None  #: number of samples that a batch has before, where the loaders do not say
     fits: Callable[[int], bool] = bool
-    refused: list[ApplyError] = field(default_factory=list)  #: why the loaders that a hook made were not resized
+    refused: list[Exception] = field(default_factory=list)  #: why the loaders that a hook made were not resized
 
     def write(self, batch_size: int, undo: ExitStack) -> None:
         """Set it on all holders and on the Trainer's loaders; ``undo`` puts all of it back.
@@ -140,7 +140,7 @@ class Place:
             resized = partial(resized_loaders, sizes=planned_sizes(self.source, batch_size))
             change_loaders(self.trainer, resized, self.phase)
 
-    def _refuse(self, batch_size: int, error: ApplyError) -> None:
+    def _refuse(self, batch_size: int, error: Exception) -> None:
         """Take back what the holders hold: the hook does not follow them, and its loaders cannot be resized."""
         self.put_back(batch_size)
         if self.phase == "train":

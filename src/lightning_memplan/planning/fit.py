@@ -14,7 +14,7 @@ from lightning_memplan.checks import Method
 from lightning_memplan.data.batches import batch_size_of
 from lightning_memplan.data.holders import DEFAULT_NAME, Holder
 from lightning_memplan.data.streams import unsized_loaders
-from lightning_memplan.errors import ApplyError, MemplanError, TraceError, located
+from lightning_memplan.errors import ApplyError, MemplanError, located
 from lightning_memplan.lightning.compat import misconfiguration
 from lightning_memplan.lightning.loggers import say, warn
 from lightning_memplan.lightning.ranks import over_ranks
@@ -44,10 +44,11 @@ from lightning_memplan.planning.job import (
     source_of_trainer,
 )
 from lightning_memplan.planning.limits import Limits
-from lightning_memplan.planning.plan import RISES
+from lightning_memplan.planning.plan import growth_notes
 from lightning_memplan.planning.proposal import IsFatal, Proposal, always, confirmed, on_all_ranks
 from lightning_memplan.planning.remarks import few_steps, smaller_gpu
 from lightning_memplan.planning.session import PlanningSession, allocated_on, check_effective_batch_size
+from lightning_memplan.probe.out_of_memory import gpu_failed
 from lightning_memplan.report.figures import plot_timeline
 from lightning_memplan.report.plans import plan_texts
 from lightning_memplan.settings import MARGIN, StepSettings
@@ -108,8 +109,9 @@ class FitPlanner:
     @property
     def limit(self) -> int | None:
         """Most bytes that this process may have allocated, None where nothing was planned for the GPU that trains."""
-        here = self.plan is not None and self.options.device is None
-        return self.plan.device.capacity + self.already_allocated if here and self.plan is not None else None
+        if self.plan is None or self.options.device is not None:
+            return None
+        return self.plan.device.capacity + self.already_allocated
 
     def run(self) -> None:
         """Propose a plan on all ranks, confirm it by real steps, and write it.
@@ -246,15 +248,17 @@ class FitPlanner:
         job, plan, own = session.job, proposal.plan, self.own_size
         if own is None or plan.method == "formula":
             return proposal
-        validation = source_of_trainer(job, "val", self.options.sampling)
-        share = share_of_validation(job, validation, own)
-        if share is None:
-            return proposal
         smallest = session.limits.smallest
         try:
+            validation = source_of_trainer(job, "val", self.options.sampling)
+            share = share_of_validation(job, validation, own)
+            if share is None:
+                return proposal
             most = most_beside_validation(session, plan.batch_size, validation, share)
-        except TraceError as error:
-            return proposal.noted(f"validation has the same batch size, and is not planned: {error}")
+        except Exception as error:  # training is planned all the same
+            if gpu_failed(error):
+                raise
+            return proposal.noted(f"validation is not planned beside training: {located(error)}")
         if most == plan.batch_size:
             return proposal
         plan = session.plan(replace(session.limits, max_batch_size=max(most, smallest)))
@@ -342,6 +346,7 @@ class FitPlanner:
             texts.extend(plan_texts(plan, self.lesson.text, val_plan, val_size))
             texts.extend(f"MemoryPlanner: {advice}" for advice in self._advice(plan))
             remarks.extend(self._remarks(plan))
+            remarks.extend(growth_notes(estimate, plan.batch_size, plan.device.capacity))
 
         with write_together(written, self._trainer, accumulate, is_fatal, prepare):
             self._say(texts, is_fatal)
@@ -365,7 +370,6 @@ class FitPlanner:
     def _remarks(self, plan: Plan) -> list[str]:
         """Return doubts about the plan, and what it changes in training beside memory."""
         remarks = ["; ".join(self._doubts)] if self._doubts else []
-        remarks += [note for note in plan.notes if note.startswith(RISES)]
         if self.place is None:
             return remarks
         own, accumulates = self.own_size, plan.effective_batch_size is None  # what the plan sets is no surprise

@@ -21,8 +21,6 @@ LEAST_RISE = MiB // 16
 #: Batches from which on a rise is left to be measured
 MANY_BATCHES = 10_000
 
-RISES = "memory rises"  #: how the note begins
-
 
 def make_plan(
     predictor: Predictor,
@@ -86,8 +84,8 @@ def growth_notes(estimate: Estimate, batch_size: int, capacity: int) -> tuple[st
     if fit > MANY_BATCHES:
         return ()
     text = (
-        f"{RISES} by {format_bytes(rate)} a batch: batch size {batch_size} fits for about {fit} batches. Something "
-        "keeps tensors from step to step, such as a list of losses that were not detached"
+        f"memory rises by {format_bytes(rate)} a batch: batch size {batch_size} fits for about {fit} batches. "
+        "Something keeps tensors from step to step, such as a list of losses that were not detached"
     )
     return (text,)
 

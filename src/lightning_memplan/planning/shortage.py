@@ -20,7 +20,6 @@ from lightning_memplan.memory.search import SizeLimits
 from lightning_memplan.monitor.floor import FIRST
 from lightning_memplan.monitor.meter import Meter
 from lightning_memplan.planning.fit import FitPlanner
-from lightning_memplan.probe.out_of_memory import missing_bytes
 from lightning_memplan.report.shortage import Shortage, shortage_text
 from lightning_memplan.types import Plan
 
@@ -46,7 +45,7 @@ def note_shortage(error: BaseException, module: nn.Module, fit: FitPlanner, mete
 def _find(error: BaseException, module: nn.Module, fit: FitPlanner, meter: Meter | None, index: int) -> Shortage:
     """Return what is known of a step that ran out of memory on a CUDA device; what cannot be found out is left out."""
     frames = list(_frames(error))
-    found: dict[str, Any] = {"where": _where(module, meter), "lacked": missing_bytes(error)}
+    found: dict[str, Any] = {"where": _where(module, meter)}
     batch = _batch(frames)
     with suppress(Exception):
         found["module"] = _innermost(frames, module)
@@ -68,8 +67,10 @@ def _find(error: BaseException, module: nn.Module, fit: FitPlanner, meter: Meter
 
 
 def _where(module: nn.Module, meter: Meter | None) -> str:
-    if meter is None or not module.training:
+    if not module.training:
         return "validation"
+    if meter is None:  # measuring has ended
+        return "training"
     phase = f"the {meter.phase} phase of " if meter.phase else ""
     return f"{phase}step {meter.step}"
 

@@ -57,7 +57,7 @@ def plan_table(plan: Plan, rows: Iterable[tuple[str, str]] = ()) -> str:
       trace            22.00 GiB   a step on fake tensors
       formula          30.00 GiB   params + grads + bs x (I1 + 2 x sum Ii)
     """
-    total, where = plan.device.total, _card_or_machine(plan.device)
+    total, where = plan.device.total, _gpu_or_machine(plan.device)
     room = f"{format_bytes(plan.device.capacity)} for training"
     lines = [shorten_end(f"memory plan for {plan.device.name}", WIDTH), format_row(where, format_bytes(total), room)]
     if plan.nccl:
@@ -177,7 +177,7 @@ def does_not_fit_message(
     short = format_bytes(needed - available)
     lines = wrap(f"{model} does not fit on {device.name} at batch size {row.batch_size}: it lacks {short}.")
     lines += wrap(
-        f"It needs {format_bytes(needed)}, and {format_bytes(available)} of the {_card_or_machine(device)}'s "
+        f"It needs {format_bytes(needed)}, and {format_bytes(available)} of the {_gpu_or_machine(device)}'s "
         f"{format_bytes(device.total)} are there for it."
     )
     if row.breakdown:
@@ -221,7 +221,7 @@ def _capability(device: Device) -> str:
     return "" if device.capability is None else "{}.{}".format(*device.capability)
 
 
-def _card_or_machine(device: Device) -> str:
+def _gpu_or_machine(device: Device) -> str:
     return "GPU" if device.kind == "cuda" else "machine"
 
 

@@ -14,9 +14,9 @@ _LITTLE = 64 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Shortage:
-    """What is known of a step that ran out of memory; sizes in bytes, 0 where one is not known.
+    """Hold what is known of a step that ran out of memory; sizes in bytes, 0 where one is not known.
 
-    >>> Shortage("the backward phase of step 3", lacked=2**20).module
+    >>> Shortage("the backward phase of step 3", grown=2**20).module
     ''
     """
 
@@ -32,7 +32,6 @@ class Shortage:
     others: int = 0  #: held by other processes
     lost: int = 0  #: no longer there for this process, since the plan was made
     grown: int = 0  #: left allocated at the end of a step, more than after the first steps
-    lacked: int = 0  #: missing in the request that failed
     fits: int = 0  #: largest batch size that fits in what is there
     saved: int = 0  #: bytes that it needs less
 

@@ -1,4 +1,4 @@
-"""What holds the batch size is read, set and put back where it is."""
+"""Read, set and put back the batch size where it is held."""
 
 from __future__ import annotations
 

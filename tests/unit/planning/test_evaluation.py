@@ -61,7 +61,7 @@ def session(limits=None, **how: Any) -> PlanningSession:
 
 @pytest.fixture
 def predicted(monkeypatch):
-    """What validation or a test takes, 1 MiB a sample; the list tells of what it was asked."""
+    """Predict 1 MiB a sample for validation and tests; the list has what was asked."""
     asked = []
 
     def of(estimate):

@@ -417,6 +417,18 @@ class Evaluates(Net):
 NAMES = {"train": "batch_size", "val": "val_size", "test": "test_size"}
 
 
+def test_validation_that_cannot_be_read_costs_no_plan(monkeypatch):
+    def unreadable(*_):
+        raise OSError("no such file")
+
+    monkeypatch.setattr(fitting, "share_of_validation", unreadable)
+    plans = Plans(options(method="trace"))
+    _, data, _ = fit(plans, Validated(), module=Evaluates())
+    assert (plans.planner.plan.batch_size, data.batch_size) == (20, 20)
+    (note,) = (note for note in plans.planner.plan.notes if "validation" in note)
+    assert note.startswith("validation is not planned beside training: OSError: no such file at ")
+
+
 def test_validation_has_a_size_of_its_own():
     plans = Plans(replace(options(method="trace", max_batch_size=40), names=NAMES))
     _, data, _ = fit(plans, Validated(), module=Evaluates())

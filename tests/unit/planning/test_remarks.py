@@ -1,4 +1,4 @@
-"""What a batch size makes of a training is said, with what to do."""
+"""Say what a batch size makes of a training, and what to do."""
 
 from __future__ import annotations
 
